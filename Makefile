@@ -1,0 +1,35 @@
+# make demo: set up and run the quick start.  make test: set up and run the test suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test slow-test gpu-test lint bench clean
+
+$(VENV)/.stamp: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	mkdir -p .links && ln -sfn .. .links/omnissm
+	touch $@
+
+demo: $(VENV)/.stamp
+	$(BIN)/omnissm demo timeseries --out demo
+
+test: $(VENV)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --durations=15 -m "not slow"
+
+slow-test: $(VENV)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --durations=15 -m slow --timeout 900
+
+gpu-test:
+	mkdir -p .links && ln -sfn .. .links/omnissm
+	PYTHONPATH=.links $(PYTHON) -m pytest -q tests/kernels
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/.stamp
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf build dist .venv .links *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Scan operators of state-space models, as functions on tensors."""

@@ -1,0 +1,1 @@
+"""Time series: 2-D state-space forecasting on xarray data."""
