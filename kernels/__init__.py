@@ -1,1 +1,22 @@
 """Scan operators of state-space models, as functions on tensors."""
+
+if __name__ == "kernels":
+    # Python was started inside the checkout, and this folder hides the distribution of the same name that other
+    # libraries import. Stand in for that one if it is installed; else stay empty.
+    import sys
+    from importlib.machinery import PathFinder
+    from pathlib import Path
+
+    _root = Path(__file__).resolve().parent.parent
+    _spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry or ".").resolve() != _root])
+    if _spec is not None and _spec.loader is not None and _spec.origin is not None:
+        __spec__, __file__ = _spec, _spec.origin
+        __path__ = _spec.submodule_search_locations or []
+        _spec.loader.exec_module(sys.modules["kernels"])
+else:
+    from .dispatch import Backend as Backend
+    from .dispatch import BackendError as BackendError
+    from .dispatch import available_backends as available_backends
+    from .dispatch import use_backend as use_backend
+
+    __all__ = ["Backend", "BackendError", "available_backends", "use_backend"]

@@ -1,0 +1,96 @@
+"""Named-dimension contracts of the ops, checked with messages that name tensor and dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_shapes(**named: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Check tensors against shapes written as dimension letters.
+
+        sizes = check_shapes(b=(b, "b l d"), a=(a, "b l d?"), initial_state=(initial_state, "b d"))
+
+    A letter (or word) stands for one size, bound by the first tensor that has it; digits are a fixed size; a trailing
+    `?` also allows 1 (a dimension that broadcasts); absent tensors (None) are skipped.
+
+    Args:
+        **named: `name=(tensor, dimensions)`, the name as the caller of the op knows it.
+
+    Returns:
+        The size bound to each letter.
+
+    Raises:
+        TypeError: if something that is not a tensor was given.
+        ValueError: if a number of dimensions or a size disagrees.
+    """
+    sizes: dict[str, int] = {}
+    owners: dict[str, str] = {}
+    for name, (tensor, dims) in named.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor of shape {_written(dims)}, got {type(tensor).__name__}.")
+        letters = dims.split()
+        if tensor.dim() != len(letters):
+            raise ValueError(
+                f"`{name}` must have {len(letters)} dimensions {_written(dims)}, got shape {tuple(tensor.shape)}."
+            )
+        for axis, letter in enumerate(letters):
+            size = tensor.shape[axis]
+            if letter.endswith("?"):
+                if size == 1:
+                    continue
+                letter = letter[:-1]
+            if letter.isdigit():
+                expected, origin = int(letter), "always"
+            elif letter in sizes:
+                expected, origin = sizes[letter], f"from `{owners[letter]}`"
+            else:
+                sizes[letter], owners[letter] = size, name
+                continue
+            if size != expected:
+                raise ValueError(
+                    f"`{name}` has {letter}={size}, expected {expected} ({origin}); "
+                    f"`{name}` is {_written(dims)}, got shape {tuple(tensor.shape)}."
+                )
+    return sizes
+
+
+def check_devices(**named: Tensor | None) -> torch.device:
+    """Check that all tensors given lie on one device, and return it.
+
+    Raises:
+        ValueError: if two devices occur.
+    """
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = (name, tensor.device)
+        elif tensor.device != first[1]:
+            raise ValueError(
+                f"`{name}` is on device '{tensor.device}', expected '{first[1]}' (from `{first[0]}`); "
+                "move all tensors of one call to the same device."
+            )
+    if first is None:
+        raise ValueError("At least one tensor is needed to know the device.")
+    return first[1]
+
+
+def check_floating(*, allow_complex: bool = False, **named: Tensor | None) -> None:
+    """Check that all tensors given are of floating dtype (or complex, where allowed).
+
+    Raises:
+        TypeError: if a tensor has another dtype.
+    """
+    kinds = "floating or complex" if allow_complex else "floating"
+    for name, tensor in named.items():
+        if tensor is None or tensor.is_floating_point() or (allow_complex and tensor.is_complex()):
+            continue
+        raise TypeError(f"`{name}` must have a {kinds} dtype, got {tensor.dtype}; convert it first, e.g. x.float().")
+
+
+def _written(dims: str) -> str:
+    return "(" + ", ".join(dims.replace("?", "|1").split()) + ")"

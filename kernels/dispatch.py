@@ -1,0 +1,166 @@
+"""Which implementation of an op runs, and why.
+
+Order of preference: the `backend` argument, `with use_backend(...)`, the environment variable SSM_BACKEND, and then an
+automatic choice (Triton for CUDA tensors where the op supports the call, else chunked). A backend that was asked for by
+name is used or refused with a reason; only the automatic choice falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "chunked", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+IMPLEMENTATIONS: tuple[str, ...] = BACKENDS[1:]
+
+# A plain module variable and not a ContextVar: torch.compile guards on it, so compiled code follows `use_backend`.
+_requested: str = "auto"
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run this call; the message says why and what to use instead."""
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Use one backend for every op called in this block, in all threads, unless a call names its own.
+
+    Args:
+        backend: "reference", "chunked", "triton", or "auto" for the automatic choice.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    global _requested
+    _check_name(backend, "use_backend")
+    before, _requested = _requested, backend
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
+    """What can run on tensors of a device here.
+
+    Args:
+        device: Device or device type, such as "cpu" or "cuda".
+
+    Returns:
+        For every implementation the reason why it is unavailable, or None where it is available.
+    """
+    return {name: triton_obstacle(torch.device(device).type) if name == "triton" else None for name in IMPLEMENTATIONS}
+
+
+def choose(
+    backend: Backend,
+    tensor: Tensor,
+    *,
+    op: str,
+    obstacle: str | None = None,
+    implementations: tuple[str, ...] = IMPLEMENTATIONS,
+) -> str:
+    """Choose the implementation for one call of an op.
+
+    Args:
+        backend: The op's `backend` argument.
+        tensor: A tensor of the call; its device decides.
+        op: Name of the op, for messages.
+        obstacle: Why Triton cannot take this call, None if it can.
+        implementations: What the op offers.
+
+    Returns:
+        A member of `implementations`.
+
+    Raises:
+        ValueError: if the backend's name is unknown.
+        BackendError: if a backend asked for by name cannot run this call.
+    """
+    source = ""
+    _check_name(backend, op)
+    if backend == "auto" and _requested != "auto":
+        backend, source = _requested, " (from use_backend)"  # type: ignore[assignment]
+    if backend == "auto":
+        backend = _environment_backend()  # type: ignore[assignment]
+        source = " (from SSM_BACKEND)"
+        _check_name(backend, "SSM_BACKEND")
+    if backend == "auto":
+        return _automatic(tensor, obstacle, implementations)
+    if backend not in implementations:
+        reason: str | None = f"{op} has no {backend} implementation"
+    elif backend == "triton":
+        reason = obstacle or triton_obstacle(tensor.device.type)
+    else:
+        reason = None
+    if reason is not None:
+        raise BackendError(
+            f"backend='{backend}'{source} is not possible here: {reason}. Use backend='auto' or 'chunked'."
+        )
+    return backend
+
+
+def _automatic(tensor: Tensor, obstacle: str | None, implementations: tuple[str, ...]) -> str:
+    if "triton" in implementations and obstacle is None and tensor.device.type == "cuda":
+        problem = triton_obstacle("cuda")
+        if problem is None:
+            return "triton"
+        _warn_once(problem)
+    return "chunked" if "chunked" in implementations else implementations[0]
+
+
+def _check_name(backend: str, where: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{where}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
+
+
+@torch.compiler.assume_constant_result
+def _environment_backend() -> str:
+    return os.environ.get("SSM_BACKEND", "") or "auto"
+
+
+@torch.compiler.assume_constant_result
+def triton_obstacle(device_type: str) -> str | None:
+    """Why Triton cannot run on tensors of this device type in this process, or None if it can."""
+    return _triton_obstacle(device_type)
+
+
+@functools.cache
+def _triton_obstacle(device_type: str) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton, Linux only)"
+    if device_type == "cpu":
+        # Looked up first without importing Triton: where it is not asked for, it should cost nothing.
+        if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"):
+            import triton.language as tl
+
+            # Triton's own library functions are decorated when Triton is first imported.
+            if type(tl.cdiv).__name__ == "InterpretedFunction":
+                return None
+            return "TRITON_INTERPRET was set after Triton had been imported; set it before Python starts"
+        return "Triton needs a CUDA tensor, got device 'cpu' (or set TRITON_INTERPRET=1 to debug on CPU)"
+    if device_type != "cuda":
+        return f"Triton needs a CUDA tensor, got device '{device_type}'"
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()
+        capability = torch.cuda.get_device_capability()
+    except Exception as error:  # whatever keeps a driver or a compiler from starting
+        return f"Triton does not start ({type(error).__name__}: {error})"
+    if torch.version.hip is None and capability < (8, 0):
+        return f"Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"CUDA tensors run on the slower chunked path: {problem}.", RuntimeWarning, stacklevel=5)
