@@ -1,0 +1,85 @@
+"""Base of all data modules: facts for the task, loaders, and an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class SSMData(pl.LightningDataModule):
+    """Data module whose facts are attributes after construction, for the command line to hand to the task.
+
+    A task's constructor argument of one of these names is filled from the data module: `n_variates`, `lookback`,
+    `horizon`, `num_classes`, `vocab_size`. A data module without the attribute is refused by name.
+    """
+
+    seed: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a saved model needs to read new data (scaler, names, frequency), JSON-able; after `setup`."""
+        return {}
+
+    def create_loader(
+        self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, num_workers: int = 0, **options: Any
+    ) -> DataLoader:
+        """Loader whose shuffled order is a function of (seed, epoch), whatever the number of workers.
+
+        Args:
+            dataset: Map-style data set; where it has `__getitems__`, a batch is one call of it.
+            batch_size: Samples per batch and process.
+            shuffle: New order each epoch. Only then are ranks padded to equal length; in evaluation each sample is
+                seen once.
+            num_workers: Worker processes.
+            **options: Further `DataLoader` options, such as `collate_fn`.
+        """
+        sampler = EpochSampler(dataset, shuffle=shuffle, seed=self.seed)
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            **options,
+        )
+
+
+class EpochSampler(DistributedSampler):
+    """Order of samples fixed by (seed, epoch), dealt out to the ranks in turn.
+
+    A subclass of torch's sampler so that the trainer leaves it in place and sets its epoch; unlike it, an unshuffled
+    order is never padded: no sample is evaluated twice.
+
+    Args:
+        dataset: Anything with a length.
+        shuffle: Permute, and pad by repetition so that all ranks take equally many steps.
+        seed: Base of the order.
+        rank: Process number; None asks torch.distributed.
+        world_size: Number of processes; None asks torch.distributed.
+    """
+
+    def __init__(
+        self, dataset: Dataset, shuffle: bool, seed: int = 0, rank: int | None = None, world_size: int | None = None
+    ) -> None:
+        active = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = rank if rank is not None else torch.distributed.get_rank() if active else 0
+        world_size = world_size if world_size is not None else torch.distributed.get_world_size() if active else 1
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+
+    def __iter__(self) -> Iterator[int]:
+        total = len(self.dataset)  # type: ignore[arg-type]
+        if not self.shuffle:
+            return iter(range(self.rank, total, self.num_replicas))
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        order = torch.randperm(total, generator=generator).tolist()
+        order += order[: -total % self.num_replicas]
+        return iter(order[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        total = len(self.dataset)  # type: ignore[arg-type]
+        if self.shuffle:
+            return -(-total // self.num_replicas)
+        return len(range(self.rank, total, self.num_replicas))
