@@ -53,7 +53,7 @@ def check_quantiles(quantiles: Sequence[float] | None) -> tuple[float, ...]:
         ValueError: if the levels are not strictly ascending inside (0, 1).
     """
     levels = tuple(float(q) for q in quantiles or ())
-    if any(not 0 < q < 1 for q in levels) or any(a >= b for a, b in zip(levels, levels[1:])):
+    if any(not 0 < q < 1 for q in levels) or list(levels) != sorted(set(levels)):
         raise ValueError(f"expected quantile levels ascending inside (0, 1), got {list(levels)}; e.g. [0.1, 0.5, 0.9]")
     return levels
 

@@ -1,0 +1,176 @@
+"""The forecasting task: a model by name, a masked loss in scaled units, and exact errors over all windows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ssmcore.training import SSMTask
+from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
+from .metrics import ErrorSums
+from .models import create_model
+from .models.layers import check_quantiles
+from .windows import WindowBatch
+
+Loss = Literal["mse", "mae", "huber", "pinball"]
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda y, target: (y - target).square(),
+    "mae": lambda y, target: (y - target).abs(),
+    "huber": lambda y, target: F.huber_loss(y, target, reduction="none"),
+}
+
+
+def check_loss(loss: str, quantiles: Sequence[float] | None) -> str:
+    """The loss to use: "pinball" where quantiles are given and nothing else was asked for.
+
+    Raises:
+        ValueError: for an unknown loss, and where loss and quantiles do not go together.
+    """
+    if loss not in (*LOSSES, "pinball"):
+        raise ValueError(f"unknown loss {loss!r}; expected mse, mae, huber or pinball")
+    if quantiles and loss == "mse":
+        return "pinball"
+    if (loss == "pinball") != bool(quantiles):
+        raise ValueError(
+            f"expected quantiles with the loss 'pinball' and only there, got loss {loss!r} and quantiles {quantiles}; "
+            "e.g. loss: pinball, quantiles: [0.1, 0.5, 0.9]"
+        )
+    return loss
+
+
+def point_forecast(y: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """(b, i, horizon) of a point model as it is; of (b, i, horizon, q) the quantile nearest to the median."""
+    if not quantiles:
+        return y
+    return y[..., min(range(len(quantiles)), key=lambda k: abs(quantiles[k] - 0.5))]
+
+
+class Forecasting(SSMTask):
+    """Train and test a forecaster on windows; everything in scaled units.
+
+    Logs `train/loss`, and for validation and test `loss`, `mse` and `mae` (e.g. `val/mse`), each one sum over all
+    windows, steps and variates divided by one count of observed targets. A model with `fit_windows` is solved in closed
+    form when the fit starts and then not trained.
+
+    Args:
+        model: Name of a model, see `omnissm.timeseries.list_models`.
+        model_args: Its own options.
+        lookback: Steps seen; taken from the data module on the command line.
+        horizon: Steps forecast; taken from the data module.
+        n_variates: Number of variates; taken from the data module.
+        loss: "mse", "mae", "huber" or "pinball" (implied by quantiles).
+        quantiles: Ascending levels in (0, 1) of a probabilistic forecast.
+        optimizer: Called with the parameter groups.
+        lr_scheduler: Called with the optimiser.
+        compile: Compile the model.
+        check_finite: Stop at a loss or gradient that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: str = "chimera_tiny",
+        model_args: dict[str, Any] | None = None,
+        lookback: int = 96,
+        horizon: int = 96,
+        n_variates: int = 1,
+        loss: Loss = "mse",
+        quantiles: list[float] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        compile: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, compile, check_finite)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.model = model
+        self.quantiles = check_quantiles(quantiles)
+        self.loss = check_loss(loss, self.quantiles)
+        self.args: dict[str, Any] = {"lookback": lookback, "horizon": horizon, "n_variates": n_variates}
+        self.args |= model_args or {}
+        if self.quantiles:
+            self.args["quantiles"] = list(self.quantiles)
+        self.net = create_model(model, **self.args)
+        self.errors = {"val": ErrorSums(), "test": ErrorSums()}
+        self.losses = {"val": [0.0, 0.0], "test": [0.0, 0.0]}  # sum and count
+
+    def forward(self, batch: WindowBatch) -> Tensor:
+        """(b, i, horizon), or (b, i, horizon, q) with quantiles."""
+        return self.net(batch)
+
+    def model_config(self) -> dict[str, Any]:
+        """Name and arguments that rebuild the network."""
+        task = {"loss": self.loss, "quantiles": list(self.quantiles)}
+        return {"model": f"timeseries/{self.model}", "args": dict(self.args), "task": task}
+
+    def loss_sum(self, y: Tensor, batch: WindowBatch) -> tuple[Tensor, Tensor]:
+        """Sum of the loss over observed targets, and their count."""
+        if self.quantiles:
+            levels = torch.tensor(self.quantiles, device=y.device, dtype=y.dtype)
+            error = batch.y[..., None] - y
+            each = torch.maximum(levels * error, (levels - 1) * error).mean(dim=-1)
+        else:
+            each = LOSSES[self.loss](y, batch.y)
+        return torch.where(batch.y_mask, each, 0.0).sum(), batch.y_mask.sum()
+
+    def on_fit_start(self) -> None:
+        """Solve a closed-form model on the training windows."""
+        if hasattr(self.net, "fit_windows"):
+            self.net.fit_windows(self.trainer.datamodule.windows("train"))  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def trainable(self) -> bool:
+        """Whether there is anything to train by gradients."""
+        return any(p.requires_grad for p in self.net.parameters())
+
+    def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor | None:
+        """Masked mean of the loss over the batch; None for a model without parameters."""
+        if not self.trainable:
+            self.trainer.should_stop = True
+            return None
+        total, count = self.loss_sum(self.net(batch), batch)
+        loss = total / count.clamp(min=1)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=max(1, int(count)))
+        return loss
+
+    def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        """Add one batch to the sums."""
+        self._add("val", batch)
+
+    def test_step(self, batch: WindowBatch, batch_idx: int) -> None:
+        """Add one batch to the sums."""
+        self._add("test", batch)
+
+    def predict_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
+        """Forecast in scaled units."""
+        return self.net(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the errors of all validation windows."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the errors of all test windows."""
+        self._report("test")
+
+    def _add(self, part: str, batch: WindowBatch) -> None:
+        y = self.net(batch)
+        total, count = self.loss_sum(y, batch)
+        self.losses[part][0] += float(total)
+        self.losses[part][1] += float(count)
+        self.errors[part].update(batch.y, point_forecast(y, self.quantiles), batch.y_mask)
+
+    def _report(self, part: str) -> None:
+        sums = self.errors[part]
+        sums.values = self.trainer.strategy.reduce(sums.values.to(self.device), reduce_op="sum")
+        loss = torch.tensor(self.losses[part], dtype=torch.float64, device=self.device)
+        total, count = self.trainer.strategy.reduce(loss, reduce_op="sum").tolist()
+        values = {"loss": total / count if count else float("nan"), **sums.compute()}
+        # one value on all processes already
+        self.log_dict({f"{part}/{name}": value for name, value in values.items()}, prog_bar=part == "val")
+        self.errors[part], self.losses[part] = ErrorSums(), [0.0, 0.0]
