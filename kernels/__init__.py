@@ -18,5 +18,7 @@ else:
     from .dispatch import BackendError as BackendError
     from .dispatch import available_backends as available_backends
     from .dispatch import use_backend as use_backend
+    from .scan2d.op import scan2d as scan2d
+    from .scan2d.op import selective_scan2d as selective_scan2d
 
-    __all__ = ["Backend", "BackendError", "available_backends", "use_backend"]
+    __all__ = ["Backend", "BackendError", "available_backends", "scan2d", "selective_scan2d", "use_backend"]

@@ -1,0 +1,1 @@
+"""The coupled two-state recurrence over a grid."""

@@ -1,0 +1,101 @@
+"""Inputs and sizes of `scan2d` and `selective_scan2d` for tests and benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..testing import BenchSize, OpSpec
+from .op import scan2d, selective_scan2d
+
+GRIDS = ((1, 1), (1, 7), (7, 1), (5, 9), (7, 12), (21, 64))
+
+
+def make_state_inputs(
+    b: int,
+    i: int,
+    j: int,
+    d: int,
+    n: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator,
+    broadcast: bool = False,
+) -> dict[str, Any]:
+    """Contractions (|a1| + |a2| < 1, |a3| + |a4| < 1) and normal inputs; `broadcast`: the a's have n = 1."""
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    shape = (b, i, j, d, 1 if broadcast else n)
+    inputs: dict[str, Any] = {}
+    for own, other in (("a1", "a2"), ("a4", "a3")):
+        inputs[own] = torch.rand(shape, **like)
+        inputs[other] = 0.9 * (1 - inputs[own]) * (2 * torch.rand(shape, **like) - 1)
+    return {name: inputs[name] for name in ("a1", "a2", "a3", "a4")} | {
+        name: torch.randn(b, i, j, d, n, **like) for name in ("b1", "b2")
+    }
+
+
+def make_inputs(
+    b: int,
+    i: int,
+    j: int,
+    d: int,
+    n: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator,
+    g: int = 1,
+    gap: bool = False,
+    coupling: str = "full",
+    input_discretization: str = "euler",
+) -> dict[str, Any]:
+    """Steps around 0.1 to 1 with decay rates around 1, so that neither state is trivial; `b` counts all groups."""
+    like: dict[str, Any] = {"device": device, "generator": generator}
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, **like)
+
+    inputs = {
+        "x": normal(b, i, j, d),
+        "dt1": F.softplus(normal(b, i, j, d) - 1),
+        "dt2": F.softplus(normal(b, i, j, d) - 1),
+        **{name: 0.5 * normal(g, d, n) for name in ("A1_log", "A4_log")},
+        **{name: normal(g, d, n) for name in ("theta2", "theta3")},
+        **{name: normal(b, i, j, n) for name in ("B1", "B2", "C1", "C2")},
+        "D": normal(g, d),
+    }
+    if gap:
+        inputs["time_gap"] = 1 + 3 * torch.rand(b // g, j, **like)
+    options = {"coupling": coupling, "input_discretization": input_discretization}
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()} | options
+
+
+STATE_SPEC = OpSpec(
+    op=scan2d,
+    make_inputs=make_state_inputs,
+    outputs=("h1", "h2"),
+    test_sizes=tuple(
+        {"b": 2, "i": i, "j": j, "d": 3, "n": n, "broadcast": n == 4} for (i, j), n in zip(GRIDS, (1, 4, 16, 4, 1, 2))
+    ),
+    implementations=("reference", "chunked"),
+)
+
+SPEC = OpSpec(
+    op=selective_scan2d,
+    make_inputs=make_inputs,
+    outputs=("y",),
+    test_sizes=tuple(
+        {"b": 2 * g, "i": i, "j": j, "d": 3, "n": n, "g": g, "gap": g == 3}
+        for (i, j), n, g in zip(GRIDS, (1, 4, 16, 4, 1, 4), (1, 2, 1, 3, 2, 1))
+    ),
+    bench_sizes=(BenchSize({"b": 128, "i": 7, "j": 12, "d": 64, "n": 8, "g": 4}),),
+    cpu_bench_sizes=(
+        BenchSize({"b": 128, "i": 7, "j": 12, "d": 32, "n": 4, "g": 4}),
+        BenchSize({"b": 8, "i": 21, "j": 96, "d": 32, "n": 4, "g": 4}),
+    ),
+    implementations=("reference", "chunked"),
+)
