@@ -189,12 +189,15 @@ def test_ridge_equals_least_squares(variates, instance_norm):
         rows = {"own": inputs[:, i], "shared": inputs.reshape(-1, steps), "all": inputs.reshape(90, -1)}[variates]
         goal = targets.reshape(-1, HORIZON) if variates == "shared" else targets[:, i]
         query = fresh.reshape(3, -1) if variates == "all" else fresh[:, i]
-        center, middle = rows.mean(0), goal.mean(0)  # an unpenalised intercept is centring
-        design = rows - center
-        weight = np.linalg.solve(
-            design.T @ design + alpha * len(rows) * np.eye(design.shape[1]), design.T @ (goal - middle)
-        )
-        expected = (query - center) @ weight + middle
+        # an unpenalised intercept, and squared errors in the units of the forecast
+        weights = np.ones(len(rows))
+        if instance_norm:
+            scale = (x.var(-1, unbiased=False) + 1e-5).sqrt().double().numpy()
+            weights = scale.reshape(-1) if variates == "shared" else scale[:, i]
+        design = np.concatenate([rows, np.ones((len(rows), 1))], axis=1) * weights[:, None]
+        penalty = alpha * len(rows) * np.diag([1.0] * rows.shape[1] + [0.0])
+        solution = np.linalg.solve(design.T @ design + penalty, design.T @ (goal * weights[:, None]))
+        expected = np.concatenate([query, np.ones((3, 1))], axis=1) @ solution
         if instance_norm:
             std = (new[:, i].var(-1, unbiased=False) + 1e-5).sqrt().numpy()
             expected = expected * std[:, None] + new[:, i].mean(-1).numpy()[:, None]

@@ -120,7 +120,8 @@ class Ridge(nn.Module):
         variates: "own": each variate from its own past with its own map. "shared": from its own past, one map for all.
             "all": each variate from the past of all.
         alpha: Penalty on the squared weights, relative to the number of windows (scaled units).
-        instance_norm: Normalise each window by its own mean and scale first, and undo it on the forecast.
+        instance_norm: Normalise each window by its own mean and scale first, and undo it on the forecast; the squared
+            error is that of the forecast in scaled units.
         steps: Use only this many newest steps of the lookback; None uses all.
 
     Raises:
@@ -175,17 +176,20 @@ class Ridge(nn.Module):
         size = inputs + 1
         gram = torch.zeros(maps, size, size, dtype=torch.float64)
         moment = torch.zeros(maps, size, horizon, dtype=torch.float64)
+        count = torch.zeros(maps, dtype=torch.float64)
         for batch in batches:
             features, statistics = self._features(batch)
             y = batch.y if statistics is None else statistics.normalize(batch.y, batch.y_mask)
             features = F.pad(features, (0, 1), value=1.0).double()  # the constant comes last
+            if statistics is not None:  # errors count in the units of the scaler, not in those of each window
+                features, y = features * statistics.scale, y * statistics.scale
             complete = batch.y_mask.all(dim=-1) & batch.x_mask.any(dim=-1)  # (b, i)
             for k, keep in enumerate([complete] if self.variates == "shared" else complete.unbind(dim=1)):
                 rows = features[keep] if self.variates == "shared" else features[keep, k]
                 target = y[keep] if self.variates == "shared" else y[keep, k]
+                count[k] += len(rows)
                 gram[k] += rows.T @ rows
                 moment[k] += rows.T @ target.double()
-        count = gram[:, -1, -1]  # the constant times itself: number of rows
         if (count == 0).any():
             empty = torch.nonzero(count == 0).flatten().tolist()
             raise ValueError(
