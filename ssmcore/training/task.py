@@ -24,9 +24,14 @@ class SSMTask(pl.LightningModule):
         lr_scheduler: Called with the optimiser. Its `interval` ("step" or "epoch", default "epoch") says when it moves.
         compile: Compile the network's forward pass (`net.compile()`; names of weights are unchanged).
         check_finite: Stop at the first loss or gradient that is not finite and name the batch.
+
+    Attributes:
+        net: The network; its weights are what a model folder holds.
+        monitor: Metric that chooses the best checkpoint, unless the command line names another.
     """
 
     net: nn.Module
+    monitor: str = "val/loss"
 
     def __init__(
         self,

@@ -1,0 +1,293 @@
+"""The command line: `omnissm DOMAIN VERB ...`, also as `python -m omnissm`.
+
+The first two levels of help come from the tables below; what a verb needs is imported once the verb is known.
+Exit codes: 0 done, 2 bad input (one line says what was expected, what came and the way out), 1 a fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import dis
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+LIGHTNING = "omnissm.ssmcore.training.cli"
+
+VERBS: dict[str, dict[str, tuple[str, str]]] = {
+    "timeseries": {
+        "fit": (LIGHTNING, "Train a model as a configuration file says."),
+        "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
+        "test": (LIGHTNING, "Metrics of a trained model on the test part, written to metrics.json."),
+        "predict": (LIGHTNING, "Raw forecasts of all test windows in the model's units."),
+        "export": ("omnissm.ssmcore.training.export:export", "Turn a checkpoint into a model folder."),
+        "forecast": ("omnissm.timeseries.__main__:forecast", "Forecast what follows the end of a file's series."),
+        "backtest": ("omnissm.timeseries.__main__:backtest", "Forecast from many past cutoffs of a file's series."),
+        "evaluate": ("omnissm.timeseries.__main__:evaluate", "Metrics of a forecast or backtest file."),
+        "describe": ("omnissm.timeseries.__main__:describe", "Length, frequency, gaps and missing values of a file."),
+        "plot": ("omnissm.timeseries.__main__:plot", "Draw a forecast or backtest file."),
+    },
+}
+DOMAINS = {"timeseries": "Forecast many related series."}
+DEMOS = {"timeseries": "omnissm.timeseries.demo:demo"}
+COMMANDS = {
+    "demo": "Train, forecast and compare with simple methods on data that needs no download.",
+    "doctor": "Versions, devices, and which implementations of the operations run here.",
+    "configs": "List the configurations that come with the package.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Words after `omnissm`; None takes the process's own. `sys.argv` is left alone, because distributed
+            training starts its other processes from it.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = any(word in ("-v", "--verbose") for word in words)
+    words = [word for word in words if word not in ("-v", "--verbose")]
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return _dispatch(words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing stdout complains once more
+        return 1
+    except Exception as error:
+        if verbose or not is_bad_input(error):
+            logging.getLogger("omnissm").debug("full report", exc_info=error)
+            if not is_bad_input(error):
+                raise
+        sys.stderr.write(f"omnissm: error: {one_line(error)}\n")
+        return 2
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_help("omnissm", {**DOMAINS, **COMMANDS}))
+        return 0
+    head, rest = words[0], words[1:]
+    if head == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"omnissm {version('omnissm')}\n")
+        return 0
+    if head == "configs":
+        return _list_configs(rest)
+    if head == "doctor":
+        return run_function("omnissm.ssmcore.doctor:doctor", rest, "omnissm doctor")
+    if head == "demo":
+        return _demo(rest)
+    if head not in VERBS:
+        raise ValueError(_unknown("command", head, [*DOMAINS, *COMMANDS], "omnissm --help"))
+    table = VERBS[head]
+    if not rest or rest[0] in ("-h", "--help"):
+        sys.stdout.write(_help(f"omnissm {head}", {verb: line for verb, (_, line) in table.items()}))
+        return 0
+    verb, rest = rest[0], rest[1:]
+    if verb not in table:
+        raise ValueError(_unknown(f"{head} verb", verb, list(table), f"omnissm {head} --help"))
+    target = table[verb][0]
+    rest = find_configs(rest, head)
+    if target == LIGHTNING:
+        return import_module(LIGHTNING).run_cli(rest, verb, head)
+    return run_function(target, rest, f"omnissm {head} {verb}")
+
+
+def _demo(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        sys.stdout.write(_help("omnissm demo", {name: DOMAINS[name] for name in DEMOS}))
+        return 0
+    domain = words.pop(0) if words and not words[0].startswith("-") else next(iter(DEMOS))
+    if domain not in DEMOS:
+        raise ValueError(_unknown("demo", domain, list(DEMOS), "omnissm demo --help"))
+    return run_function(DEMOS[domain], words, f"omnissm demo {domain}")
+
+
+def run_function(target: str, words: Sequence[str], prog: str) -> int:
+    """Run a typed function as a verb: options, defaults and help come from its signature and docstring.
+
+    Args:
+        target: "module:function". Text from "Example:" on in its docstring ends the help as it stands.
+        words: Command-line words.
+        prog: Name shown in the help.
+
+    Returns:
+        The function's result where that is an integer, else 0.
+    """
+    from jsonargparse import ArgumentParser
+
+    module, _, name = target.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    text, _, example = (inspect.getdoc(function) or "").partition("\nExample:\n")
+    parser = ArgumentParser(
+        prog=prog,
+        description=text.split("\n\n")[0].replace("\n", " "),
+        epilog=f"example:\n{example}" if example else None,
+        formatter_class=_formatter(),
+        exit_on_error=False,
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with values of these options")
+    parser.add_function_arguments(function, as_group=False)
+    try:
+        config = parser.parse_args(list(words))
+    except Exception as error:
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"{one_line(error)}{close_option(str(error), options)}") from error
+    values = parser.instantiate_classes(config)
+    values.pop("config", None)
+    result = function(**values)
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _formatter() -> type:
+    """Help format that shows defaults and leaves the example's lines as they are."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return Formatter
+
+
+def close_option(message: str, options: Sequence[str]) -> str:
+    """The sentence that proposes options close to the first unknown one in an error message, or nothing."""
+    found = re.search(r"(?:[Uu]nrecognized arguments:|Key|Option|nested key|key) ['\"]?(-{0,2}[\w.+-]+)", message)
+    if not found:
+        return ""
+    word = found[1].lstrip("-").rpartition(".")[2]
+    names = {option.lstrip("-").rpartition(".")[2]: option for option in options}
+    close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(names[name]) for name in close)}?" if close else ""
+
+
+def find_configs(words: Sequence[str], domain: str = "") -> list[str]:
+    """Replace configuration names after -c or --config by the paths of the files that come with the package.
+
+    A path that exists stays. Else `NAME`, `DOMAIN/NAME` and `trainer/NAME` are looked up, with or without `.yaml`.
+
+    Raises:
+        ValueError: if there is no such file; the message names close ones.
+    """
+    found, expected = [], False
+    for word in words:
+        option, equals, value = word.partition("=")
+        if expected:
+            found.append(_find_config(word, domain))
+        elif equals and option in ("-c", "--config"):
+            found.append(f"{option}={_find_config(value, domain)}")
+        else:
+            found.append(word)
+        expected = not expected and word in ("-c", "--config")
+    return found
+
+
+def _find_config(name: str, domain: str) -> str:
+    if Path(name).is_file():
+        return name
+    root = Path(str(resources.files("omnissm.configs")))
+    stem = name.removesuffix(".yaml")
+    for folder in ("", domain, "trainer"):
+        path = root / folder / f"{stem}.yaml"
+        if path.is_file():
+            return str(path)
+    known = [str(path.relative_to(root).with_suffix("")) for path in sorted(root.rglob("*.yaml"))]
+    short = {entry: entry for entry in known} | {entry.rpartition("/")[2]: entry for entry in known}
+    close = difflib.get_close_matches(stem, short, n=1, cutoff=0.5)
+    advice = f" Did you mean {short[close[0]]!r}?" if close else ""
+    raise ValueError(f"Configuration {name!r} is neither a file nor a known name.{advice} `omnissm configs` lists all.")
+
+
+def _list_configs(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        sys.stdout.write("usage: omnissm configs [DOMAIN]\n\n" + COMMANDS["configs"] + "\n\nexample:\n")
+        sys.stdout.write("  omnissm configs timeseries\n")
+        return 0
+    root = Path(str(resources.files("omnissm.configs")))
+    folders = sorted(path.name for path in root.iterdir() if any(path.glob("*.yaml")))
+    if words and words[0] not in folders:
+        raise ValueError(_unknown("configuration folder", words[0], folders, "omnissm configs"))
+    for folder in words[:1] or folders:
+        for path in sorted((root / folder).glob("*.yaml")):
+            first = path.read_text().partition("\n")[0]
+            about = first.lstrip("# ") if first.startswith("#") else ""
+            sys.stdout.write(f"{folder}/{path.stem:<40} {about}\n")
+    return 0
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """Whether an error was caused by what the user gave.
+
+    Files, full disks and refused options are. A `ValueError`, `TypeError` or `ImportError` is if a `raise` statement
+    speaks, here or in a library: one that the interpreter itself raises inside this package is a fault of ours.
+    """
+    if isinstance(error, (OSError, argparse.ArgumentError)):
+        return True
+    if type(error).__name__ in ("MisconfigurationException", "BackendError"):
+        return True
+    if not isinstance(error, (ValueError, TypeError, ImportError)):
+        return False
+    trace = error.__traceback__
+    if trace is None:
+        return True
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return _raised(trace) or (isinstance(error, ValueError) and not _in_package(trace))
+
+
+def _raised(trace: TracebackType) -> bool:
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _in_package(trace: TracebackType) -> bool:
+    return str(trace.tb_frame.f_globals.get("__name__", "")).startswith("omnissm")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; of an error in a loader's process, only what it says itself."""
+    if isinstance(error, OSError) and error.strerror:
+        place = f" {error.filename!r}" if error.filename else ""
+        return f"{error.strerror}:{place}" if place else error.strerror
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _unknown(kind: str, word: str, known: Sequence[str], listing: str) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    advice = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {kind} {word!r}.{advice} `{listing}` shows all {len(known)}."
+
+
+def _help(prog: str, entries: dict[str, str]) -> str:
+    lines = [f"usage: {prog} COMMAND ...", ""]
+    lines += [f"  {name:<12} {about}" for name, about in entries.items()]
+    lines += ["", f"`{prog} COMMAND --help` tells more."]
+    if prog == "omnissm":
+        lines += ["", "options: --version, -h --help, -v --verbose (debug logs and tracebacks)"]
+        lines += ["", "example:", "  omnissm demo timeseries --out demo"]
+    elif prog == "omnissm demo":
+        lines[0] = "usage: omnissm demo [DOMAIN] ..."
+    else:
+        lines += ["", "example:", f"  {prog} fit -c trainer/cpu_smoke -c {prog.split()[1]}/NAME"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

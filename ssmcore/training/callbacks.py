@@ -1,0 +1,98 @@
+"""What a run needs to survive: whole checkpoint files, a state to resume from, seeds per epoch, averaged weights."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from .checkpoints import write_atomic
+from .task import NonFiniteError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or absent: written beside their place, synchronised, then renamed.
+
+    The trainer's own way goes through the system's temporary folder, and a move between file systems is a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write one checkpoint."""
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(path, buffer.getvalue())
+
+
+class ResumePoint(Callback):
+    """Keeps `last.ckpt`, the state at the start of an epoch, and seeds each epoch by (seed, epoch).
+
+    A run that is killed and resumed from this file repeats the unfinished epoch with the same order and dropout, and
+    ends at the same weights. Saved at the start of an epoch, and not at the end of the one before, because the schedule
+    and the other callbacks have moved by then. It must be the first callback: then the others' hooks of the
+    epoch's start run anew after resuming.
+
+    Args:
+        folder: Where checkpoints go.
+        seed: Base of the seeds of epochs.
+    """
+
+    def __init__(self, folder: str | Path, seed: int = 0) -> None:
+        self.folder = Path(folder)
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save, then seed."""
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+        mixed = 1_000_003 * self.seed + 1_009 * trainer.current_epoch + trainer.global_rank
+        pl.seed_everything(mixed % 2**32, verbose=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end, from which more epochs can be trained."""
+        if not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Keep the weights before a loss that is not finite."""
+        if isinstance(exception, NonFiniteError) and not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.folder / "stopped.ckpt", weights_only=True)
+
+
+class EMA(EMAWeightAveraging):
+    """Exponential moving average of the weights, used for validation, the best checkpoint and the saved model.
+
+    Args:
+        decay: Share of the old average kept at each update.
+        every_n_steps: Optimiser steps between updates.
+        start_step: First step that is averaged; until then the average is a copy of the first weights.
+    """
+
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0) -> None:
+        super().__init__(decay=decay, update_every_n_steps=every_n_steps, update_starting_at_step=start_step)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore both sets of weights when training goes on; a test needs the average alone, which is loaded."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def prepare_trainer(trainer: pl.Trainer, folder: str | Path, seed: int = 0) -> pl.Trainer:
+    """Give a trainer whole checkpoint files and a `ResumePoint` in `folder`, first among its callbacks.
+
+    Returns:
+        The same trainer.
+    """
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    trainer.callbacks.insert(0, ResumePoint(folder, seed))
+    return trainer

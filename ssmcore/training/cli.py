@@ -1,0 +1,292 @@
+"""The verbs `fit`, `validate`, `test` and `predict`: Lightning's command line with one folder per run.
+
+runs/NAME/config.yaml      what was run; runs again with -c
+runs/NAME/checkpoints/     best.ckpt by the task's monitored metric, last.ckpt to resume from
+runs/NAME/metrics.csv      metrics by step; earlier parts of a resumed run are metrics.1.csv, ...
+runs/NAME/metrics.json     what test and validate found
+runs/NAME/model/           the best weights as a model folder
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from .callbacks import prepare_trainer
+from .checkpoints import export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
+from .data import SSMData
+from .export import best_checkpoint
+from .messages import explain
+from .runs import Run
+from .task import SSMTask
+
+LINKS = ("n_variates", "lookback", "horizon", "num_classes", "vocab_size")
+
+_CHECKPOINT = {
+    "checkpoint.mode": "min",
+    "checkpoint.filename": "best",
+    "checkpoint.save_top_k": 1,
+    "checkpoint.save_last": False,
+    "checkpoint.auto_insert_metric_name": False,
+    "checkpoint.enable_version_counter": False,
+}
+
+log = logging.getLogger(__name__)
+
+
+def run_cli(argv: Sequence[str], verb: str, domain: str) -> int:
+    """Run one Lightning verb of a domain.
+
+    Args:
+        argv: Words after the verb. `sys.argv` is left alone: distributed launchers start other processes from it.
+        verb: "fit", "validate", "test" or "predict".
+        domain: Package whose `tasks` and `data` classes may be named without their module.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: for anything wrong with the arguments, in one line.
+    """
+    quiet()
+    for part in ("tasks", "data"):
+        if find_spec(f"omnissm.{domain}") and find_spec(f"omnissm.{domain}.{part}"):
+            import_module(f"omnissm.{domain}.{part}")
+    CLI(argv, verb, domain)
+    return 0
+
+
+def lightning_verb(verb: str, domain: str) -> Callable[[Sequence[str]], int]:
+    """The verb as a function of its command-line words."""
+    return lambda argv: run_cli(argv, verb, domain)
+
+
+def quiet() -> None:
+    """Silence messages of the trainer that say nothing about the user's run, unless debug logs are on."""
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty. Previous log files")
+    warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse.*")
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        for name in ("pytorch_lightning", "lightning_fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one line that names close options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raise instead of printing the usage."""
+        raise ValueError(explain(message, self)) from ex
+
+
+class CLI(LightningCLI):
+    """One verb: parses, builds data module and task, prepares the run's folder and the trainer, and runs.
+
+    Args:
+        argv: Words after the verb.
+        verb: "fit", "validate", "test" or "predict".
+        domain: Shown in the help.
+    """
+
+    def __init__(self, argv: Sequence[str], verb: str, domain: str) -> None:
+        self.verb = verb
+        self.started = time.perf_counter()
+        example = f"omnissm {domain} {verb} -c {domain}/NAME" + (" --run first" if verb == "fit" else "")
+        super().__init__(
+            SSMTask,
+            SSMData,
+            save_config_callback=None,
+            trainer_defaults={"enable_model_summary": False},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": f"omnissm {domain}",
+                verb: {"prog": f"omnissm {domain} {verb}", "epilog": f"example: {example}"},
+            },
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=[verb, *Run.add_config(argv, verb)],
+        )
+
+    def _setup_parser_kwargs(self, parser_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        sub = {key: value for key, value in parser_kwargs.items() if key in LightningCLI.subcommands()}
+        return {key: value for key, value in parser_kwargs.items() if key not in sub}, sub
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one verb, and the trainer's arguments that are not options of it."""
+        skip = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only"}
+        skip |= {"ckpt_path"} if self.verb == "fit" else {"verbose", "return_predictions"}
+        own = set(inspect.signature(getattr(pl.Trainer, self.verb)).parameters)
+        return {self.verb: skip & own}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of the run, the checkpoint callback, and the links from data module to task."""
+        about = "name of the run's folder below runs/, or a path with a slash (default: the configuration's name)"
+        parser.add_argument("--run", type=str | None, default=None, help=about)
+        if self.verb == "fit":
+            parser.add_argument("--resume", action="store_true", help="go on from the run's last.ckpt")
+            parser.add_argument("--overwrite", action="store_true", help="replace a run of this name")
+            parser.add_argument(
+                "--init_from", type=str | None, default=None, help="model folder or .ckpt, weights only"
+            )
+            parser.add_argument("--init_strict", type=bool, default=True, help="refuse weights that do not fit")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(_CHECKPOINT)
+        for name in LINKS:
+            parser.link_arguments("data", f"model.init_args.{name}", self._reader(name), apply_on="instantiate")
+
+    def _reader(self, name: str) -> Callable[[Any], Any]:
+        def read(data: SSMData) -> Any:
+            if not hasattr(data, name) and name in self._task_parameters():
+                raise ValueError(f"{type(data).__name__} has no `{name}`, which the task needs; it must set it.")
+            return getattr(data, name, None)
+
+        return read
+
+    def _task_parameters(self) -> set[str]:
+        module, _, name = self._get(self.config, "model").class_path.rpartition(".")
+        return set(inspect.signature(getattr(import_module(module), name)).parameters)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration as given: the one stored in a checkpoint must not override it silently."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run's folder before anything costly."""
+        config = self.config[self.verb]
+        self.run = Run.create(config.get("run"), [str(path) for path in config.get("config") or []], config.model)
+        if self.verb == "fit":
+            self.run.claim(self._config_yaml(), resume=config.resume, overwrite=config.overwrite)
+
+    def _config_yaml(self) -> str:
+        config: Namespace = self.config[self.verb].clone()
+        config.pop("config", None)
+        for key, value in {"resume": False, "overwrite": False, "init_from": None, "run": self.run.name}.items():
+            config[key] = value
+        return self._parser(self.verb).dump(config, skip_none=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Trainer with the run's logger, checkpoints, progress bar on stderr and state to resume from."""
+        config = self.config_init[self.verb]
+        checkpoint: ModelCheckpoint = config.checkpoint
+        checkpoint.dirpath = str(self.run.checkpoints.absolute())
+        checkpoint.monitor = checkpoint.monitor or self.model.monitor
+        options = config.trainer
+        callbacks = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
+        callbacks = [callback for callback in callbacks if callback is not None]
+        if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
+        if self.verb != "fit":
+            kwargs["logger"] = False
+        elif options.logger in (None, True):
+            kwargs["logger"] = CSVLogger(self.run.folder.parent, name=self.run.folder.name, version="")
+            if not any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+                callbacks.append(LearningRateMonitor(logging_interval="step"))
+        trainer = super().instantiate_trainer(
+            callbacks=callbacks, default_root_dir=options.default_root_dir or str(self.run.folder), **kwargs
+        )
+        seed = config.seed_everything
+        return prepare_trainer(trainer, self.run.checkpoints, seed if isinstance(seed, int) else 0)
+
+    def fit(self, model: SSMTask, datamodule: SSMData, **options: Any) -> None:
+        """Train; then write the best weights as a model folder."""
+        config = self.config_init[self.verb]
+        if config.init_from:
+            misfit = load_weights(
+                model.net, read_weights(config.init_from), strict=config.init_strict, source=config.init_from
+            )
+            if misfit:
+                log.warning("Weights of %s that did not fit are left out: %s", config.init_from, misfit)
+        last = str(self.run.checkpoints / "last.ckpt") if config.resume else None
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=last, weights_only=True, **options)
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+            return
+        if self.trainer.interrupted:
+            raise SystemExit(130)
+        best = best_checkpoint(self.run.folder)
+        export_checkpoint(best, self.run.folder / "model")
+        found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        checkpoint = self.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
+            found[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
+        self._report(found)
+
+    def validate(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
+        """Metrics on the validation part, also into metrics.json."""
+        self._evaluate(model, datamodule, ckpt_path, self.trainer.validate)
+
+    def test(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
+        """Metrics on the test part, also into metrics.json."""
+        self._evaluate(model, datamodule, ckpt_path, self.trainer.test)
+
+    def _evaluate(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None, verb: Callable[..., Any]) -> None:
+        path = self._checkpoint(model, ckpt_path)
+        results = verb(model, datamodule=datamodule, ckpt_path=path, weights_only=True, verbose=False)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            found = {name: float(value) for result in results for name, value in result.items()}
+            self.run.write_metrics(found, model, path, self.config[self.verb].seed_everything)
+            self._report(found)
+
+    def predict(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
+        """Outputs of `predict_step`, joined along the batch, into predictions.safetensors."""
+        path = self._checkpoint(model, ckpt_path)
+        outputs = self.trainer.predict(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
+        if self.trainer.is_global_zero and outputs:
+            self._say(str(self.run.write_predictions(outputs)))
+
+    def _checkpoint(self, model: SSMTask, given: str | None) -> str | None:
+        """The checkpoint to read, after comparing it with the model; None for a model with nothing to load."""
+        path = Path(given) if given else None
+        if path is None:
+            try:
+                path = best_checkpoint(self.run.folder)
+            except FileNotFoundError as error:
+                if any(True for _ in model.net.parameters()):
+                    raise FileNotFoundError(f"{error} Or give --ckpt_path.") from None
+                return None
+        else:
+            path = best_checkpoint(path)
+        state = network_state(read_checkpoint(path))
+        load_weights(model.net, state, source=str(path))
+        return str(path)
+
+    @rank_zero_only
+    def _report(self, found: dict[str, float]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{self.verb}: {self.run.name}", show_header=False)
+        for name, value in found.items():
+            if not name.startswith("lr-"):
+                table.add_row(name, f"{value:.6g}")
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        table.add_row("parameters", f"{parameters:,}")
+        table.add_row("seconds", f"{time.perf_counter() - self.started:.1f}")
+        table.add_row("folder", str(self.run.folder))
+        Console().print(table)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        import sys
+
+        sys.stdout.write(text + "\n")

@@ -1,0 +1,191 @@
+"""One folder per run: its name, who may write into it, and the files of results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pytorch_lightning.utilities import rank_zero_only
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .checkpoints import write_atomic
+
+_COMPARED = ("model", "data", "seed_everything")
+_FILES = ("config.yaml", "metrics.json", "predictions.safetensors")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file as a dictionary.
+
+    Raises:
+        ValueError: if it is not valid YAML of that kind.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not readable YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected a mapping of options.")
+    return content
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
+
+    Attributes:
+        name: As given by --run, or the configuration's name.
+        folder: runs/NAME, or the name itself where it has a slash.
+        config: Name of the configuration, for reports.
+    """
+
+    name: str
+    folder: Path
+    config: str = ""
+
+    @classmethod
+    def create(cls, name: str | None, configs: Sequence[str], model: Any) -> Run:
+        """Name the run after --run, else the last configuration that is not a trainer's, else the task's class."""
+        files = [Path(file) for file in configs]
+        stems = [file.stem for file in files if file.parent.name != "trainer"]
+        own = stems[-1] if stems else str(model.class_path).rpartition(".")[2].lower()
+        if own == "config" and files:
+            own = files[-1].absolute().parent.name
+        chosen = name or own
+        return cls(chosen, folder_of(chosen), own)
+
+    @staticmethod
+    def add_config(argv: Sequence[str], verb: str) -> list[str]:
+        """Arguments with `-c FOLDER/config.yaml` in front, where only a run or a checkpoint of one is named."""
+        words = list(argv)
+        if any(word.partition("=")[0] in ("-c", "--config", "-h", "--help") for word in words):
+            return words
+        values = {}
+        for word, following in zip(words, [*words[1:], ""]):
+            option, equals, value = word.partition("=")
+            values[option] = value if equals else following
+        folder = folder_of(values["--run"]) if "--run" in values else None
+        if folder is None and "--ckpt_path" in values:
+            path = Path(values["--ckpt_path"])
+            folder = path if path.is_dir() else path.parent.parent
+        known = folder is not None and (folder / "config.yaml").is_file()
+        if folder is None or not known or (verb == "fit" and "--resume" not in words):
+            return words
+        return ["-c", str(folder / "config.yaml"), *words]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.folder / "checkpoints"
+
+    @rank_zero_only
+    def claim(self, config: str, *, resume: bool, overwrite: bool) -> None:
+        """Take the folder for a fit and write its config.yaml.
+
+        Args:
+            config: Text of config.yaml.
+            resume: Go on with what is there; its configuration must be the same in model, data and seed.
+            overwrite: Remove what is there.
+
+        Raises:
+            ValueError: if the folder is used and neither is set, if both are, or if the configurations differ.
+            FileNotFoundError: if there is nothing to resume.
+        """
+        if resume and overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them.")
+        stored = self.folder / "config.yaml"
+        used = stored.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        if resume:
+            if not (self.checkpoints / "last.ckpt").is_file() or not stored.is_file():
+                raise FileNotFoundError(f"Nothing to resume: {self.checkpoints / 'last.ckpt'} does not exist.")
+            self._compare(read_yaml(stored), yaml.safe_load(config))
+            self._keep_metrics()
+            for file in self.checkpoints.glob(".*.ckpt.*"):
+                file.unlink()  # cut off by a kill
+        elif used and not overwrite:
+            raise ValueError(
+                f"Run {self.name!r} exists in {str(self.folder)!r}."
+                " Give another --run NAME, --resume to go on with it, or --overwrite to replace it."
+            )
+        elif used:
+            self._clear()
+        write_atomic(stored, config)
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        before, now = ({k: v for part in _COMPARED for k, v in _flat(part, c.get(part))} for c in (old, new))
+        keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if keys:
+            shown = "; ".join(f"{key} is {now.get(key)!r}, was {before.get(key)!r}" for key in keys[:3])
+            raise ValueError(
+                f"--resume needs the run's own configuration, but {shown}."
+                f" Start a new run with --init_from {self.checkpoints / 'last.ckpt'} instead."
+            )
+
+    def _keep_metrics(self) -> None:
+        file = self.folder / "metrics.csv"
+        if file.exists():
+            count = len(list(self.folder.glob("metrics.*.csv")))
+            file.rename(self.folder / f"metrics.{count + 1}.csv")
+
+    def _clear(self) -> None:
+        for folder in (self.checkpoints, self.folder / "model"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in [*(self.folder / name for name in _FILES), *self.folder.glob("metrics*.csv")]:
+            file.unlink(missing_ok=True)
+
+    def write_metrics(self, found: dict[str, float], model: nn.Module, checkpoint: str | None, seed: Any) -> None:
+        """Write metrics.json; metrics of the other verb stay if they come from the same checkpoint."""
+        path = self.folder / "metrics.json"
+        stamp = [checkpoint, Path(checkpoint).stat().st_mtime_ns] if checkpoint else None
+        earlier: dict[str, Any] = {}
+        if path.exists():
+            earlier = json.loads(path.read_text())
+        if earlier.get("checkpoint") != stamp:
+            earlier = {}
+        about = model.model_config() if hasattr(model, "model_config") else {}
+        content = {
+            "metrics": {**earlier.get("metrics", {}), **found},
+            "config": self.config,
+            "model": about.get("model"),
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seed": seed,
+            "checkpoint": stamp,
+            "versions": {
+                "omnissm": version("omnissm"),
+                "torch": torch.__version__,
+                "pytorch_lightning": version("pytorch-lightning"),
+                "python": platform.python_version(),
+            },
+        }
+        write_atomic(path, json.dumps(content, indent=2) + "\n")
+
+    def write_predictions(self, outputs: Sequence[Any]) -> Path:
+        """Join the batches' tensors, or dictionaries or named tuples of them, and write them."""
+        joined: dict[str, list[Tensor]] = {}
+        for output in outputs:
+            named = output._asdict() if hasattr(output, "_asdict") else output
+            for name, tensor in (named if isinstance(named, dict) else {"prediction": named}).items():
+                joined.setdefault(name, []).append(tensor.cpu())
+        path = self.folder / "predictions.safetensors"
+        write_atomic(path, save({name: torch.cat(parts) for name, parts in joined.items()}))
+        return path
+
+
+def folder_of(name: str) -> Path:
+    """Folder of a run's name: below runs/, or the path itself where it has a slash."""
+    return Path(name) if "/" in name else Path("runs") / name
+
+
+def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [pair for name, part in value.items() for pair in _flat(f"{key}.{name}", part)]
+    return [(key, value)]
