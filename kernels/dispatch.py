@@ -68,6 +68,7 @@ def choose(
     op: str,
     obstacle: str | None = None,
     implementations: tuple[str, ...] = IMPLEMENTATIONS,
+    fusible: bool = False,
 ) -> str:
     """Choose the implementation for one call of an op.
 
@@ -77,6 +78,8 @@ def choose(
         op: Name of the op, for messages.
         obstacle: Why Triton cannot take this call, None if it can.
         implementations: What the op offers.
+        fusible: Whether torch.compile makes the chunked path as fast as Triton; the automatic choice is then chunked
+            in compiled code.
 
     Returns:
         A member of `implementations`.
@@ -94,6 +97,8 @@ def choose(
         source = " (from SSM_BACKEND)"
         _check_name(backend, "SSM_BACKEND")
     if backend == "auto":
+        if fusible and torch.compiler.is_compiling():
+            return "chunked"
         return _automatic(tensor, obstacle, implementations)
     if backend not in implementations:
         reason: str | None = f"{op} has no {backend} implementation"
@@ -106,6 +111,15 @@ def choose(
             f"backend='{backend}'{source} is not possible here: {reason}. Use backend='auto' or 'chunked'."
         )
     return backend
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, the tensors in its dtype (float64 ones stay as they are); else unchanged."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
 def _automatic(tensor: Tensor, obstacle: str | None, implementations: tuple[str, ...]) -> str:

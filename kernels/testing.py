@@ -96,12 +96,13 @@ def run_with_gradients(
         op: The function.
         inputs: Its keyword arguments.
         outputs: Names for its outputs, in order.
-        cotangents: Gradient that enters at each output, by name; outputs that are missing here get none.
+        cotangents: Gradient that enters at each output, by name; outputs that are missing here, or
+            that depend on no differentiable input, get none.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in inputs.items() if _differentiable(value)}
     result = op(**{**inputs, **leaves})
     named = dict(zip(outputs, result if isinstance(result, tuple) else (result,), strict=True))
-    used = [name for name in named if name in cotangents]
+    used = [name for name in named if name in cotangents and named[name].requires_grad]
     gradients = torch.autograd.grad(
         [named[name] for name in used],
         list(leaves.values()),

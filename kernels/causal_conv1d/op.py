@@ -1,0 +1,101 @@
+"""`causal_conv1d`: the short depthwise convolution before a state-space recurrence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_devices, check_floating, check_shapes
+from ..dispatch import Backend, cast_for_autocast, choose
+from .chunked import causal_conv1d_chunked
+from .reference import causal_conv1d_reference
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = "silu",
+    symmetric: bool = False,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Depthwise convolution of width k along dim 1, causal or centred.
+
+        y_t = act(bias + sum_{i<k} weight_i x_{t-k+1+i})          symmetric: x_{t-(k-1)/2+i}
+
+    Args:
+        x: Input, (b, l, c).
+        weight: One filter per channel, (c, k), k from 1 to 8; the last tap is the current position.
+        bias: (c,).
+        initial_state: The k - 1 inputs before the first position, oldest first, (b, c, k - 1); zeros if None.
+        activation: "silu" or None.
+        symmetric: Centre the filter on the position (k odd) instead of ending it there. Takes no state.
+        seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
+            filter stops at borders; `initial_state` belongs to the first sequence of a row.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
+
+    Returns:
+        y, (b, l, c) in the dtype of `x`, and the state after the last position, (b, c, k - 1) in the dtype of `x`
+        (b, c, 0 if symmetric). With packing it is the state of a row's last sequence.
+
+    Raises:
+        TypeError: if an argument is no floating tensor.
+        ValueError: if shapes or devices disagree, k is out of range, or symmetric is combined with an even k or a state.
+        BackendError: if `backend` is named explicitly and cannot run here.
+
+    Products and sums are float32 (float64 for float64 parameters or inputs). Under autocast `x` is cast, the parameters
+    are not. Differentiable in all floating tensors; the reference and chunked paths also twice.
+    Source: Gu & Dao (2023), section 3.4; centred form: Hwang et al. (2024), section 4.
+    """
+    check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    sizes = check_shapes(x=(x, "b l c"), weight=(weight, "c k"), bias=(bias, "c"), seq_idx=(seq_idx, "b l"))
+    check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
+    k, length = sizes["k"], sizes["l"]
+    if not 1 <= k <= 8:
+        raise ValueError(f"`weight` has k={k}, expected 1 to 8; use a long convolution for wider filters.")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}.")
+    if symmetric and (k % 2 == 0 or initial_state is not None):
+        reason = f"k={k}" if k % 2 == 0 else "an initial_state"
+        raise ValueError(f"symmetric=True needs an odd k and no initial_state, got {reason}.")
+    check_shapes(x=(x, "b l c"), initial_state=(initial_state, f"b c {k - 1}"))
+
+    (x,) = cast_for_autocast(x)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    state = _final_state(x, initial_state, seq_idx, 0 if symmetric else k - 1)
+    left = (k - 1) // 2 if symmetric else k - 1
+    if initial_state is not None and k > 1:
+        x = torch.cat([initial_state.mT.to(x.dtype), x], dim=1)
+        seq_idx = None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(-1, k - 1), seq_idx], dim=1)
+        left = 0
+    if x.numel() == 0 or length == 0:
+        return x[:, x.shape[1] - length :].clone(), state
+    silu = activation == "silu"
+    match choose(backend, x, op="causal_conv1d"):
+        case "reference":
+            return causal_conv1d_reference(x, weight, bias, seq_idx, left, length, silu), state
+        case "triton":
+            from .triton_impl import causal_conv1d_triton
+
+            return causal_conv1d_triton(x, weight, bias, seq_idx, left, length, silu), state
+        case _:
+            return causal_conv1d_chunked(x, weight, bias, seq_idx, left, length, silu), state
+
+
+def _final_state(x: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None, size: int) -> Tensor:
+    """The last `size` inputs, (b, c, size), zero where they belong to an earlier sequence than the last one."""
+    batch, length, channels = x.shape
+    if size == 0:
+        return x.new_empty(batch, channels, 0)
+    before = x.new_zeros(batch, size, channels) if initial_state is None else initial_state.mT.to(x.dtype)
+    state = torch.cat([before, x[:, -size:]], dim=1)[:, -size:]
+    if seq_idx is not None and length > 0:
+        index = torch.cat([seq_idx[:, :1].expand(-1, size), seq_idx[:, -size:]], dim=1)[:, -size:]
+        state = torch.where((index == seq_idx[:, -1:])[..., None], state, torch.zeros_like(state))
+    return state.mT.contiguous()
