@@ -14,11 +14,24 @@ if __name__ == "kernels":
         __path__ = _spec.submodule_search_locations or []
         _spec.loader.exec_module(sys.modules["kernels"])
 else:
+    from .causal_conv1d.op import causal_conv1d as causal_conv1d
     from .dispatch import Backend as Backend
     from .dispatch import BackendError as BackendError
     from .dispatch import available_backends as available_backends
     from .dispatch import use_backend as use_backend
+    from .gated_norm.op import gated_norm as gated_norm
+    from .linear_scan.op import linear_scan as linear_scan
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d
 
-    __all__ = ["Backend", "BackendError", "available_backends", "scan2d", "selective_scan2d", "use_backend"]
+    __all__ = [
+        "Backend",
+        "BackendError",
+        "available_backends",
+        "causal_conv1d",
+        "gated_norm",
+        "linear_scan",
+        "scan2d",
+        "selective_scan2d",
+        "use_backend",
+    ]

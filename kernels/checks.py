@@ -12,7 +12,8 @@ def check_shapes(**named: tuple[Tensor | None, str]) -> dict[str, int]:
         sizes = check_shapes(b=(b, "b l d"), a=(a, "b l d?"), initial_state=(initial_state, "b d"))
 
     A letter (or word) stands for one size, bound by the first tensor that has it; digits are a fixed size; a trailing
-    `?` also allows 1 (a dimension that broadcasts); absent tensors (None) are skipped.
+    `?` also allows 1 (a dimension that broadcasts); a leading `...` stands for any further dimensions in front; absent
+    tensors (None) are skipped.
 
     Args:
         **named: `name=(tensor, dimensions)`, the name as the caller of the op knows it.
@@ -31,12 +32,14 @@ def check_shapes(**named: tuple[Tensor | None, str]) -> dict[str, int]:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor of shape {_written(dims)}, got {type(tensor).__name__}.")
-        letters = dims.split()
-        if tensor.dim() != len(letters):
+        letters = dims.removeprefix("...").split()
+        leading = tensor.dim() - len(letters)
+        if leading < 0 or (leading > 0 and not dims.startswith("...")):
+            count = f"at least {len(letters)}" if dims.startswith("...") else f"{len(letters)}"
             raise ValueError(
-                f"`{name}` must have {len(letters)} dimensions {_written(dims)}, got shape {tuple(tensor.shape)}."
+                f"`{name}` must have {count} dimensions, {_written(dims)}; got shape {tuple(tensor.shape)}."
             )
-        for axis, letter in enumerate(letters):
+        for axis, letter in enumerate(letters, start=leading):
             size = tensor.shape[axis]
             if letter.endswith("?"):
                 if size == 1:

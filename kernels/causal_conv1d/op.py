@@ -45,7 +45,7 @@ def causal_conv1d(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes or devices disagree, k is out of range, or symmetric is combined with an even k or a state.
+        ValueError: if shapes or devices disagree, k is out of range, or symmetric comes with an even k or a state.
         BackendError: if `backend` is named explicitly and cannot run here.
 
     Products and sums are float32 (float64 for float64 parameters or inputs). Under autocast `x` is cast, the parameters

@@ -136,9 +136,7 @@ def _causal_conv1d_bwd_kernel(
                 z = tl.zeros([BLOCK_T, BLOCK_C], ACC) + bias[None, :]
                 for j in tl.static_range(K):
                     w = tl.load(weight_ptr + channel * K + j, mask=channel_ok, other=0.0)
-                    z += w[None, :] * _tap(
-                        x_base, seq_base, s + (j - i), t_ok, seq, x_length, x_stride_t, PACKED, ACC
-                    )
+                    z += w[None, :] * _tap(x_base, seq_base, s + (j - i), t_ok, seq, x_length, x_stride_t, PACKED, ACC)
                 gate = tl.sigmoid(z)
                 dz = dz * gate * (1.0 + z * (1.0 - gate))
             if i == LEFT:  # t = s: every output is counted once

@@ -37,7 +37,7 @@ def _last_row(x, BLOCK_T: tl.constexpr):
 @triton.jit
 def _carry_into_part(products_ptr, ends_ptr, carry, part, first, parts_stride, channel_ok, ACC: tl.constexpr):
     """Fold the (product, end state) pairs of parts 0 .. part-1 into the state that enters `part`."""
-    for earlier in range(0, part):
+    for earlier in range(part):
         offset = first + earlier * parts_stride
         product = tl.load(products_ptr + offset, mask=channel_ok, other=0.0).to(ACC)
         end = tl.load(ends_ptr + offset, mask=channel_ok, other=0.0).to(ACC)
@@ -280,7 +280,11 @@ def _backward(
     strides = _broadcast_strides(a, states)
     db, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
     decay = "full" if a.shape == states.shape else "channel" if a.shape[2] == channels else "position"
-    buffer = {"full": states.shape, "position": (batch, grid[0] // batch, length), "channel": (1, batch * grid[1], channels)}
+    buffer = {
+        "full": states.shape,
+        "position": (batch, grid[0] // batch, length),
+        "channel": (1, batch * grid[1], channels),
+    }
     da = states.new_empty(buffer[decay], dtype=a.dtype if decay == "full" else dfinal.dtype)
     with on_device(states):
         products, ends = _part_ends(a, dstates, strides, not reverse, True, grid, part_length, blocks, dfinal.dtype)
