@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .schema import SCHEMA_VERSION, check_freq, infer_freq, normalize_freq
+from .freq import check_freq, infer_freq, normalize_freq, stamp, step_times
+from .schema import COVARIATES, SCHEMA_VERSION
 
 
 def from_wide(
@@ -43,6 +45,189 @@ def from_wide(
     for column, name in enumerate(names):
         values[:, column] = numbers(frame[name])
     return from_numpy(values, times=plain_times(frame.index), variates=[str(name) for name in names], freq=freq)
+
+
+def to_wide(ds: xr.Dataset, *, time: str | None = None) -> pd.DataFrame:
+    """One series as a table: one row for each time, one column for each variate.
+
+    Args:
+        ds: Dataset in the schema with a single series.
+        time: Name for a column of times; None makes them the index.
+    """
+    series = ds.sizes.get("series", 1)
+    if series != 1:
+        raise ValueError(
+            f"A wide table holds one series, the data has {series}; select one with ds.isel(series=[k]) or use to_long."
+        )
+    target = ds["target"].transpose(..., "time", "variate").to_numpy().reshape(ds.sizes["time"], -1)
+    frame = pd.DataFrame(
+        target, index=pd.Index(ds["time"].to_numpy(), name=time or "time"), columns=_labels(ds, "variate")
+    )
+    return frame.reset_index() if time is not None else frame
+
+
+def from_long(
+    frame: Any,
+    *,
+    ids: Literal["variates", "series"],
+    id_column: str = "unique_id",
+    time: str = "ds",
+    values: str | Sequence[str] = "y",
+    past: Sequence[str] = (),
+    future: Sequence[str] = (),
+    static: Sequence[str] = (),
+    freq: str | int | None = None,
+) -> xr.Dataset:
+    """A table with one row for each id and time.
+
+    Args:
+        frame: pandas or polars frame; row order does not matter.
+        ids: What an id is: a variate of one system ("variates", one value column), or a separate series ("series",
+            whose value columns are the variates).
+        id_column, time: Columns with id and time.
+        values: Column or columns with the values.
+        past, future: Columns with covariates (ids="series" only).
+        static: Columns that are constant for each id.
+        freq: Frequency; None takes the one that the times follow exactly, if any.
+
+    Returns:
+        Dataset over the sorted union of all times. Absent rows are missing; `row` marks the rows of the table where
+        it has rows without any value, so that `to_long` gives back the table.
+
+    Raises:
+        ValueError: for absent, text or left-over columns, and for an id with two rows of one time.
+    """
+    frame = to_pandas(frame)
+    columns = [values] if isinstance(values, str) else list(values)
+    if ids not in ("variates", "series"):
+        raise ValueError(f"ids={ids!r} is unknown; expected 'variates' or 'series'.")
+    if ids == "variates" and (len(columns) != 1 or past or future):
+        raise ValueError("ids='variates' takes one value column and no past or future covariates; use ids='series'.")
+    require_columns(frame, [id_column, time, *columns, *past, *future, *static])
+    rest = [str(name) for name in frame.columns if name not in {id_column, time, *columns, *past, *future, *static}]
+    if rest:
+        raise ValueError(
+            f"Columns {', '.join(rest)} have no role; name them in values, past, future or static, or drop them."
+        )
+    if frame[id_column].isna().any():
+        raise ValueError(
+            f"Column {id_column!r} is empty in row {int(frame[id_column].isna().argmax())}; fill it or drop the row."
+        )
+    id_code, id_values = pd.factorize(frame[id_column])
+    times, time_code = np.unique(plain_times(pd.Index(frame[time])), return_inverse=True)
+    cell = id_code.astype(np.int64) * len(times) + time_code
+    order = np.sort(cell)
+    if (order[1:] == order[:-1]).any():
+        twice = int(order[1:][order[1:] == order[:-1]][0])
+        raise ValueError(
+            f"{id_values[twice // len(times)]!s} has two rows at {stamp(times[twice % len(times)])}; drop "
+            f"duplicates first, frame.drop_duplicates([{id_column!r}, {time!r}])."
+        )
+
+    def grid(names: Sequence[str]) -> np.ndarray:
+        """(id, time, column) float32 with NaN where the table has no row."""
+        out = np.full((len(id_values) * len(times), len(names)), np.nan, dtype=np.float32)
+        for column, name in enumerate(names):
+            out[cell, column] = numbers(frame[name])
+        return out.reshape(len(id_values), len(times), len(names))
+
+    target, labels = grid(columns), [str(value) for value in id_values]
+    if ids == "variates":
+        ds = from_numpy(target[..., 0].T, times=times, variates=labels, freq=freq)
+    else:
+        ds = from_numpy(target, times=times, variates=columns, series=labels, freq=freq)
+    for name, names in (("past", past), ("future", future)):
+        if names:
+            dims = ("series", "time", COVARIATES[name])
+            ds = ds.assign({name: (dims, grid(names))}).assign_coords({COVARIATES[name]: list(names)})
+    row_dim = "series" if ids == "series" else "variate"
+    if static:
+        ds = ds.assign(static=((row_dim, "static_feature"), _constants(frame, static, id_code, id_values)))
+        ds = ds.assign_coords(static_feature=list(static))
+    present = np.zeros(len(id_values) * len(times), dtype=bool)
+    present[cell] = True
+    if (present.reshape(len(id_values), -1) & np.isnan(target).all(axis=-1)).any():
+        ds["row"] = ((row_dim, "time"), present.reshape(len(id_values), -1))
+    zone = getattr(frame[time].dtype, "tz", None)
+    noted = {
+        "ids": ids,
+        "id_column": id_column,
+        "time": time,
+        "value": columns[0],
+        "zone": None if zone is None else str(zone),
+        "integer_ids": bool(pd.api.types.is_integer_dtype(frame[id_column].dtype)),
+    }
+    return ds.assign_attrs(long=json.dumps(noted))
+
+
+def _constants(frame: pd.DataFrame, names: Sequence[str], code: np.ndarray, ids: pd.Index) -> np.ndarray:
+    """(id, column) of columns that must not vary within an id."""
+    out = np.empty((len(ids), len(names)), dtype=np.float32)
+    for column, name in enumerate(names):
+        values = pd.Series(numbers(frame[name]))
+        groups = values.groupby(code)
+        varies = (groups.nunique(dropna=False) > 1).to_numpy()
+        if varies.any():
+            raise ValueError(
+                f"Static column {name!r} varies within {ids[int(varies.argmax())]!s}; make it a past or future column."
+            )
+        out[:, column] = groups.first().to_numpy()
+    return out
+
+
+def to_long(
+    ds: xr.Dataset,
+    *,
+    ids: Literal["variates", "series"] | None = None,
+    id_column: str | None = None,
+    time: str | None = None,
+    value: str | None = None,
+) -> pd.DataFrame:
+    """The table of a Dataset, one row for each id and time with an observed value; the inverse of `from_long`.
+
+    Args:
+        ds: Dataset in the schema.
+        ids: What becomes the id; None takes what `from_long` noted, otherwise "series" where there is such a
+            dimension and "variates" where not.
+        id_column, time, value: Column names; None takes those of `from_long`, otherwise "unique_id", "ds" and "y".
+            `value` applies to ids="variates".
+    """
+    noted = json.loads(ds.attrs.get("long", "{}"))
+    ids = ids or noted.get("ids") or ("series" if "series" in ds.dims else "variates")
+    id_column, time = id_column or noted.get("id_column", "unique_id"), time or noted.get("time", "ds")
+    if ids == "variates":
+        if ds.sizes.get("series", 1) != 1:
+            raise ValueError(
+                f"ids='variates' needs a single series, the data has {ds.sizes['series']}; use ids='series'."
+            )
+        ds = ds.isel(series=0) if "series" in ds.dims else ds
+        labels, columns = _labels(ds, "variate"), [value or noted.get("value", "y")]
+        target = ds["target"].transpose("variate", "time").to_numpy()[..., None]
+    else:
+        ds = ds if "series" in ds.dims else ds.expand_dims("series").assign_coords(series=["0"])
+        labels, columns = _labels(ds, "series"), _labels(ds, "variate")
+        target = ds["target"].transpose("series", "time", "variate").to_numpy()
+    row_dim = "series" if ids == "series" else "variate"
+    present = ds["row"].transpose(row_dim, "time").to_numpy() if "row" in ds else ~np.isnan(target).all(axis=-1)
+    which, when = np.nonzero(present)
+    stamps = pd.Series(ds["time"].to_numpy()[when])
+    if noted.get("zone"):
+        stamps = stamps.dt.tz_localize("UTC").dt.tz_convert(noted["zone"])
+    names = np.array([int(label) for label in labels]) if noted.get("integer_ids") else np.array(labels, dtype=object)
+    out: dict[str, Any] = {id_column: names[which], time: stamps}
+    out |= {name: target[which, when, column] for column, name in enumerate(columns)}
+    for name, dim in COVARIATES.items():
+        if name in ds and ids == "series":
+            block = ds[name].transpose("series", "time", dim).to_numpy()
+            out |= {label: block[which, when, column] for column, label in enumerate(_labels(ds, dim))}
+    if "static" in ds and row_dim in ds["static"].dims:
+        block = ds["static"].transpose(row_dim, "static_feature").to_numpy()
+        out |= {label: block[which, column] for column, label in enumerate(_labels(ds, "static_feature"))}
+    return pd.DataFrame(out)
+
+
+def _labels(ds: xr.Dataset, dim: str) -> list[str]:
+    return [str(label) for label in ds[dim].to_numpy()]
 
 
 def from_numpy(
@@ -106,7 +291,7 @@ def _steps_from(start: str | int | None, length: int, freq: str | int | None) ->
             raise ValueError(
                 f"freq {freq!r} is a calendar frequency; give start as a date such as '2020-01-01', or times."
             )
-        return pd.date_range(start, periods=length, freq=normalize_freq(freq)).to_numpy()
+        return step_times(np.datetime64(start), length, freq)
     if isinstance(start, str):
         raise ValueError(f"start={start!r} is a date; give freq as a pandas alias such as 'h'.")
     return (start or 0) + (freq or 1) * np.arange(length, dtype=np.int64)
@@ -131,7 +316,8 @@ def plain_times(index: pd.Index) -> np.ndarray:
     if pd.api.types.is_integer_dtype(index.dtype):
         return index.to_numpy().astype(np.int64)
     raise ValueError(
-        f"Times have dtype {index.dtype}, expected datetimes or integers; convert them with pandas.to_datetime(..., utc=True)."
+        f"Times have dtype {index.dtype}, expected datetimes or integers; convert them with "
+        "pandas.to_datetime(..., utc=True)."
     )
 
 
@@ -141,9 +327,16 @@ def numbers(column: pd.Series) -> np.ndarray:
     Raises:
         ValueError: naming a column that holds text.
     """
-    if not (pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype)):
+    if not pd.api.types.is_numeric_dtype(column.dtype):  # bool counts as numeric
+        text = (pd.to_numeric(column, errors="coerce").isna() & column.notna()).to_numpy()
+        found = (
+            f"{str(column.to_numpy()[text][0])!r} in row {int(text.argmax())}"
+            if text.any()
+            else f"dtype {column.dtype}"
+        )
         raise ValueError(
-            f"Column {str(column.name)!r} has dtype {column.dtype}, expected numbers; convert it with pandas.to_numeric or leave it out of `variates`."
+            f"Column {str(column.name)!r} holds {found}, expected numbers; correct it, convert it with "
+            "pandas.to_numeric or leave it out."
         )
     return column.to_numpy(dtype=np.float64, na_value=np.nan)
 
@@ -168,6 +361,3 @@ def to_pandas(frame: Any) -> pd.DataFrame:
     if type(frame).__module__.split(".")[0] == "polars":
         return frame.to_arrow().to_pandas()
     raise TypeError(f"Expected a pandas or polars frame, got {type(frame).__name__}; arrays enter by from_numpy.")
-
-
-Ids = Literal["variates", "series"]

@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from .schema import COVARIATES
+from .schema import COVARIATES, read_block
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 Statistic = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -74,15 +74,13 @@ class Scaler:
         self.variates: list[str] = []
 
     def fit(self, ds: xr.Dataset, variable: str = "target") -> Scaler:
-        """Take center and scale from the observed values of a canonical Dataset; pass the training part only.
+        """Take center and scale from the observed values of a Dataset; pass the training part only.
 
         A scale of zero, or a variate without any value in one series, becomes center 0 or its value and scale 1.
         """
-        feature = COVARIATES.get(variable, "variate")
-        values = ds[variable].transpose("series", "time", feature).to_numpy()
-        self.series = [str(name) for name in ds["series"].to_numpy()]
-        self.variates = [str(name) for name in ds[feature].to_numpy()]
-        pieces = [values.reshape(-1, values.shape[-1])] if self.shared else list(values)
+        self.series, self.variates = _series_names(ds), _names(ds, variable)
+        pieces = [read_block(ds, variable, series) for series in range(len(self.series))]
+        pieces = [np.concatenate(pieces)] if self.shared else pieces
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=RuntimeWarning)  # a series may lack a variate altogether
             fitted = [STATISTICS[self.kind](piece.astype(np.float64)) for piece in pieces]
@@ -102,11 +100,7 @@ class Scaler:
             axis: Position of the variate dimension.
         """
         center, scale = self._numbers(values, series, axis)
-        return (
-            ((self._curve(values) - center) / scale).astype(values.dtype)
-            if isinstance(values, np.ndarray)
-            else ((self._curve(values) - center) / scale)
-        )
+        return _like(values, (self._curve(values) - center) / scale)
 
     def inverse(
         self, values: Array, series: np.ndarray | Tensor | Sequence[int] | None = None, *, axis: int = -1
@@ -115,17 +109,16 @@ class Scaler:
         center, scale = self._numbers(values, series, axis)
         out = values * scale + center
         if self.kind == "log1p":
-            out = (
-                np.sign(out) * np.expm1(np.abs(out)) if isinstance(out, np.ndarray) else out.sign() * out.abs().expm1()
-            )
-        return out.astype(values.dtype) if isinstance(values, np.ndarray) else out
+            tensor = isinstance(out, Tensor)
+            out = out.abs().expm1().copysign(out) if tensor else np.copysign(np.expm1(np.abs(out)), out)
+        return _like(values, out)
 
     def _curve(self, values: Array) -> Array:
         if self.kind != "log1p":
             return values
-        if isinstance(values, np.ndarray):
-            return np.sign(values) * np.log1p(np.abs(values))
-        return values.sign() * values.abs().log1p()
+        if isinstance(values, Tensor):
+            return values.abs().log1p().copysign(values)
+        return np.copysign(np.log1p(np.abs(values)), values)
 
     def _numbers(self, values: Any, series: Any, axis: int) -> tuple[Any, Any]:
         """Center and scale in the layout of `values`, numpy float64 or a tensor like it."""
@@ -143,7 +136,8 @@ class Scaler:
             rows = np.arange(len(self.center))
             if len(rows) > 1 and values.shape[0] != len(rows):
                 raise ValueError(
-                    f"`values` has {values.shape[0]} series, the scaler was fitted on {len(rows)}; pass series= or fit with shared=True."
+                    f"`values` has {values.shape[0]} series, the scaler was fitted on {len(rows)}; pass series= "
+                    "or fit with shared=True."
                 )
         else:
             rows = np.asarray(series)
@@ -152,26 +146,28 @@ class Scaler:
         numbers = [np.asarray(number)[rows].reshape(shape) for number in (self.center, self.scale)]
         if isinstance(values, np.ndarray):
             return numbers[0], numbers[1]
-        return tuple(torch.as_tensor(number, dtype=values.dtype, device=values.device) for number in numbers)  # type: ignore[return-value]
+        center, scale = (torch.as_tensor(number, dtype=values.dtype, device=values.device) for number in numbers)
+        return center, scale
 
-    def rows(self, ds: xr.Dataset) -> np.ndarray:
+    def rows(self, ds: xr.Dataset, variable: str = "target") -> np.ndarray:
         """Row of this scaler for each series of `ds`, found by name; zeros when shared.
 
         Raises:
             ValueError: for variates in another order and for series that the scaler has not seen.
         """
-        variates = [str(name) for name in ds["variate"].to_numpy()]
+        variates, names = _names(ds, variable), _series_names(ds)
         if variates != self.variates:
             raise ValueError(
-                f"The data has variates {', '.join(variates[:8])}; the scaler was fitted on {', '.join(self.variates[:8])}. Select and order them with ds.sel(variate=[...])."
+                f"The data has variates {', '.join(variates[:8])}; the scaler was fitted on "
+                f"{', '.join(self.variates[:8])}. Select and order them with ds.sel(variate=[...])."
             )
-        names = [str(name) for name in ds["series"].to_numpy()]
         if self.shared:
             return np.zeros(len(names), dtype=np.int64)
         unknown = [name for name in names if name not in self.series]
         if unknown:
             raise ValueError(
-                f"Series {unknown[0]!r} was not in the training data, known are {', '.join(self.series[:8])}; fit the scaler with shared=True to scale new series."
+                f"Series {unknown[0]!r} was not in the training data, known are {', '.join(self.series[:8])}; fit "
+                "the scaler with shared=True to scale new series."
             )
         return np.array([self.series.index(name) for name in names], dtype=np.int64)
 
@@ -199,3 +195,16 @@ class Scaler:
 def create_scaler(kind: str = "standard", *, shared: bool = False) -> Scaler:
     """A scaler by name: "standard", "robust", "minmax", "log1p" or "none"; see `Scaler`."""
     return Scaler(kind, shared=shared)
+
+
+def _like(values: Array, out: Any) -> Array:
+    """numpy computes in float64 here and goes back to the given dtype; tensors keep theirs."""
+    return out.astype(values.dtype, copy=False) if isinstance(values, np.ndarray) else out
+
+
+def _names(ds: xr.Dataset, variable: str) -> list[str]:
+    return [str(name) for name in ds[COVARIATES.get(variable, "variate")].to_numpy()]
+
+
+def _series_names(ds: xr.Dataset) -> list[str]:
+    return [str(name) for name in ds["series"].to_numpy()] if "series" in ds.dims else ["0"]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .schema import _stamp as stamp
+from .freq import stamp
 
 Cut = int | float | str | np.datetime64 | pd.Timestamp
 
@@ -61,12 +61,14 @@ def split(
     for name, end in ends.items():
         if end < begin or end > length:
             raise ValueError(
-                f"The {name} part would end at step {end}, outside {begin}..{length}; make the parts smaller or supply more data."
+                f"The {name} part would end at step {end}, outside {begin}..{length}; make the parts smaller or "
+                "supply more data."
             )
         if end > begin:
             if end <= lookback:
                 raise ValueError(
-                    f"The {name} part ends at {stamp(ds['time'].to_numpy()[end - 1])} after {end} steps, fewer than lookback {lookback} plus one; shorten lookback or enlarge the part."
+                    f"The {name} part ends at {stamp(ds['time'].to_numpy()[end - 1])} after {end} steps, fewer "
+                    f"than lookback {lookback} plus one; shorten lookback or enlarge the part."
                 )
             parts[name] = Part(ds.isel(time=slice(0, end)), range(max(begin, lookback), end))
         begin = end
@@ -88,7 +90,7 @@ def _ends(times: np.ndarray, cuts: dict[str, Cut | None]) -> dict[str, int]:
                 raise ValueError(
                     f"{name}={cut!r} is a date, the series counts integer steps; give a count or a fraction."
                 )
-            end = int(np.searchsorted(times, np.datetime64(pd.Timestamp(cut).to_datetime64(), "ns")))
+            end = int(np.searchsorted(times, pd.Timestamp(cut).to_datetime64()))
             if begin is None:  # the rest lies between the part before and this one, whose size then says nothing
                 raise ValueError(f"{name}={cut!r} is a date behind a part without a size; give that part a date too.")
             sizes[name] = end - begin

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .schema import normalize_freq
+from .freq import to_offset
 
 PREFIX = "time:"  # marks the columns that come from here among the covariates
 
@@ -57,7 +57,7 @@ def calendar_features(
             raise ValueError(f"Unknown time zone {zone!r}; expected a name such as 'Europe/Berlin'.") from None
     unit = "s"
     if freq is not None:
-        unit = pd.tseries.frequencies.to_offset(normalize_freq(freq)).rule_code.split("-")[0]
+        unit = to_offset(freq).rule_code.split("-")[0]
     names = list(_BY_UNIT.get(unit, ("month",)))
     columns = [np.asarray(_FEATURES[name](stamps), dtype=np.float32) - np.float32(0.5) for name in names]
     return np.stack(columns, axis=1), names

@@ -12,11 +12,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import xarray as xr
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .freq import base_step
 from .scaling import Scaler
-from .schema import COVARIATES, base_step, canonical, check_future
+from .schema import COVARIATES, canonical, check_future, read_block
 
 Fill = Literal["zero", "forward"]
 
@@ -26,7 +28,7 @@ class WindowBatch(NamedTuple):
 
     `x` (b, i, lookback) and `y` (b, i, horizon) float32 in scaled units, finite everywhere; `x_mask` and `y_mask` bool
     of the same shapes, True where observed; `past` (b, past_feature, lookback); `future` (b, future_feature,
-    lookback + horizon); `static` (b, static_feature) or (b, i, static_feature); `time_gap` (b, lookback) steps since
+    lookback + horizon); `static` (b, i, static_feature); `time_gap` (b, lookback) steps since
     the preceding entry, 1 when regular; `series` (b,) int64; `origin` (b,) int64, the last input step on the time axis.
     """
 
@@ -43,7 +45,7 @@ class WindowBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> WindowBatch:
         """The same batch on another device."""
-        return WindowBatch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+        return WindowBatch._make(None if part is None else part.to(device, non_blocking=True) for part in self)
 
 
 class Windows(Dataset[WindowBatch]):
@@ -103,21 +105,15 @@ class Windows(Dataset[WindowBatch]):
                 raise ValueError(f"All Datasets must share their variates; got {self.variates} and {panel.variates}.")
         self.n_variates = len(self.variates)
         self.series_names = [name for panel in self._panels for name in panel.series]
-        if (
-            scaler is not None
-            and not scaler.shared
-            and len(scaler.center if scaler.center is not None else ()) != len(self.series_names)
-        ):
-            raise ValueError(
-                f"The scaler was fitted on {len(scaler.series)} series, the data has {len(self.series_names)}; fit it on the same series or with shared=True."
-            )
         self._series_offset = np.cumsum([0] + [len(panel.series) for panel in self._panels])
         self._cumulative = np.cumsum([panel.count * len(panel.series) for panel in self._panels])
+        self._rows = {name: self._scaler_rows(name) for name in ("target", *COVARIATES)}
         self._kept = self._filter(drop_incomplete, min_observed) if drop_incomplete or min_observed > 0 else None
         if len(self) == 0:
             longest = max(panel.length for panel in self._panels)
             raise ValueError(
-                f"No window fits: a window needs {lookback} past and {horizon} future steps, the longest series has {longest}"
+                f"No window fits: a window needs {lookback} past and {horizon} future steps, the longest series "
+                f"has {longest}"
                 + (" (or none is observed well enough)" if self._kept is not None else "")
                 + "; shorten lookback or horizon, or supply more data."
             )
@@ -127,7 +123,7 @@ class Windows(Dataset[WindowBatch]):
 
     def __getitem__(self, index: int) -> WindowBatch:
         """One window without the batch dimension."""
-        return WindowBatch(*(None if part is None else part[0] for part in self.get_batch([index])))
+        return WindowBatch._make(None if part is None else part[0] for part in self.get_batch([index]))
 
     def __getitems__(self, indices: Sequence[int]) -> WindowBatch:
         """A whole batch at once; `torch.utils.data.DataLoader` calls this instead of stacking single windows."""
@@ -150,7 +146,7 @@ class Windows(Dataset[WindowBatch]):
             )
         back = torch.from_numpy(np.argsort(order, kind="stable"))
         parts = zip(*pieces)
-        return WindowBatch(*(None if part[0] is None else torch.cat(part)[back] for part in parts))
+        return WindowBatch._make(None if part[0] is None else torch.cat(part)[back] for part in parts)
 
     def batches(self, batch_size: int = 256) -> Iterator[WindowBatch]:
         """All windows in order, in consecutive batches; the last one may be smaller."""
@@ -160,6 +156,13 @@ class Windows(Dataset[WindowBatch]):
     def times(self, series: int = 0) -> np.ndarray:
         """Time axis of a series, to which `origin` points."""
         return self._panels[int(np.searchsorted(self._series_offset, series, side="right")) - 1].times
+
+    def _scaler_rows(self, name: str) -> np.ndarray:
+        """For each series its row in the scaler, matched by name."""
+        scaler = self.scaler if name == "target" else self.covariate_scalers.get(name)
+        if scaler is None:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate([scaler.rows(panel.source, name) for panel in self._panels])
 
     def _locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Panel, series in the panel and first input step of window k."""
@@ -180,7 +183,7 @@ class Windows(Dataset[WindowBatch]):
         values = panel.read("target", local, start, self.lookback + self.horizon)  # (b, i, lookback + horizon)
         mask = ~np.isnan(values)
         if self.scaler is not None:
-            values = self.scaler.transform(values, series, axis=1)
+            values = self.scaler.transform(values, self._rows["target"][series], axis=1)
         if not mask.all():
             values = np.where(mask, values, np.float32(0))
             if self.fill == "forward":
@@ -210,7 +213,7 @@ class Windows(Dataset[WindowBatch]):
             return None
         values = panel.read(name, local, start, width)
         if name in self.covariate_scalers:
-            values = self.covariate_scalers[name].transform(values, series, axis=1)
+            values = self.covariate_scalers[name].transform(values, self._rows[name][series], axis=1)
         return _tensor(np.nan_to_num(values))
 
     def _filter(self, drop_incomplete: bool, min_observed: float) -> np.ndarray:
@@ -234,62 +237,47 @@ class _Panel:
     """The arrays of one Dataset and the range of its windows."""
 
     def __init__(self, ds: xr.Dataset, targets: range | None, windows: Windows, lazy: bool) -> None:
-        self.lazy = lazy
-        self._source = ds if lazy else canonical(ds)
-        names = ds if lazy else self._source
+        self.source = ds if lazy else canonical(ds)
         self.length = ds.sizes["time"]
-        self.times = ds["time"].to_numpy()
-        self.variates = [str(name) for name in names["variate"].to_numpy()]
-        self.series = [str(name) for name in names["series"].to_numpy()] if "series" in names.dims else ["0"]
+        self.times = self.source["time"].to_numpy()
+        self.variates = [str(name) for name in self.source["variate"].to_numpy()]
+        named = "series" in self.source.dims
+        self.series = [str(name) for name in self.source["series"].to_numpy()] if named else ["0"]
         self.variables = [name for name in ("target", *COVARIATES) if name in ds]
-        self._views: dict[tuple[str, int], np.ndarray] = {}
+        self.arrays = None if lazy else {name: self.source[name].to_numpy() for name in self.variables}
         self.static = self._static()
         self.gaps = self._gaps(ds.attrs.get("freq"))
-        if not lazy and "future" in ds:
-            check_future(ds)
         span = range(self.length) if targets is None else targets
         if span.step != 1 or span.start < 0 or span.stop > self.length:
             raise ValueError(f"targets must be a range of steps within 0..{self.length}, got {span}.")
         self.first = max(span.start, windows.lookback) - windows.lookback
         last = span.stop - windows.horizon - windows.lookback  # first input step of the last window
         self.count = max(0, (last - self.first) // windows.stride + 1)
+        if not lazy and "future" in ds:
+            check_future(self.source, slice(self.first, span.stop), only_observed=True)
 
     def read(self, name: str, series: np.ndarray, start: np.ndarray, width: int) -> np.ndarray:
         """Windows of a variable, (b, feature, width) float32, a copy."""
-        if self.lazy:
-            return np.stack(
-                [self._read_lazily(name, int(s), slice(int(t), int(t) + width)) for s, t in zip(series, start)]
-            )
-        if (name, width) not in self._views:
-            array = self._source[name].to_numpy()
-            self._views[name, width] = np.lib.stride_tricks.sliding_window_view(array, width, axis=1)
-        return self._views[name, width][series, start]
-
-    def _read_lazily(self, name: str, series: int, steps: slice) -> np.ndarray:
-        """(feature, width) of one series straight from the file."""
-        part = self._source[[key for key in (name, "observed") if key in self._source]].isel(time=steps)
-        part = part.isel(series=series) if "series" in part.dims else part
-        array = part[name].transpose(..., "time").to_numpy().astype(np.float32)
-        if name == "target" and "observed" in part:
-            array[~part["observed"].transpose(..., "time").to_numpy()] = np.nan
-        return array
+        if self.arrays is not None:
+            return sliding_window_view(self.arrays[name], width, axis=1)[series, start]
+        steps = [slice(int(first), int(first) + width) for first in start]
+        return np.stack([read_block(self.source, name, int(s), span).T for s, span in zip(series, steps)])
 
     def observed_counts(self, series: int) -> np.ndarray:
         """Observed variates at every step of one series."""
-        if self.lazy:
-            return (~np.isnan(self._read_lazily("target", series, slice(None)))).sum(axis=0)
-        return self._source["observed"].to_numpy()[series].sum(axis=1)
+        if self.arrays is not None:
+            return self.source["observed"].to_numpy()[series].sum(axis=1)
+        return (~np.isnan(read_block(self.source, "target", series))).sum(axis=1)
 
     def _static(self) -> np.ndarray | None:
-        """(series, [variate,] static_feature) float32."""
-        if "static" not in self._source:
+        """(series, variate, static_feature) float32."""
+        if "static" not in self.source:
             return None
-        array = self._source["static"]
-        values = array.transpose(
-            *(dim for dim in ("series", "variate") if dim in array.dims), "static_feature"
-        ).to_numpy()
-        values = values if "series" in array.dims else np.broadcast_to(values, (len(self.series), *values.shape))
-        return np.nan_to_num(values.astype(np.float32))
+        array = self.source["static"]
+        shape = (len(self.series), len(self.variates), array.sizes["static_feature"])
+        kept = [slice(None) if dim in array.dims else None for dim in ("series", "variate")]
+        ordered = array.transpose(*(dim for dim in ("series", "variate") if dim in array.dims), "static_feature")
+        return np.nan_to_num(np.broadcast_to(ordered.to_numpy().astype(np.float32)[*kept], shape))
 
     def _gaps(self, freq: str | int | None) -> np.ndarray | None:
         """Elapsed time since the preceding step in base steps; None when times are regular."""

@@ -1,4 +1,5 @@
-"""The data module that all forecasting sets share: read, split by time, fit scalers on the training part, cut windows."""
+"""The data module that all forecasting sets share: read, split by time, fit scalers on the training part, cut "
+"windows."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import xarray as xr
 from torch.utils.data import DataLoader
 
 from ...ssmcore.training import SSMData
+from ..freq import normalize_freq, season_length
+from ..metrics import seasonal_errors
 from ..scaling import Scaler, create_scaler
-from ..schema import COVARIATES, SCHEMA_VERSION, canonical, normalize_freq, season_length, validate
+from ..schema import COVARIATES, SCHEMA_VERSION, canonical, validate
 from ..splits import Cut, Part, split
 from ..time_features import PREFIX, add_time_features
 from ..windows import Fill, WindowBatch, Windows, as_is
@@ -28,7 +31,7 @@ class ForecastingData(SSMData):
         horizon: Target steps of a window.
         batch_size: Windows in a training batch.
         eval_batch_size: Windows in a validation or test batch; `batch_size` when None.
-        train, val, test: Sizes of the parts, see `splits.split`.
+        train, val, test: Sizes of the parts, see `splits.split`; all None takes the customary borders of the set.
         scaler: "standard", "robust", "minmax", "log1p" or "none", fitted on the training part.
         scaler_shared: One scale for all series instead of one for each, so that new series can be forecast.
         fill: What stands at missing inputs: "zero" after scaling, or "forward" for the last observed value.
@@ -47,9 +50,9 @@ class ForecastingData(SSMData):
         horizon: int = 96,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
-        train: Cut | None = 0.7,
-        val: Cut | None = None,
-        test: Cut | None = 0.2,
+        train: int | float | str | None = None,
+        val: int | float | str | None = None,
+        test: int | float | str | None = None,
         scaler: str = "standard",
         scaler_shared: bool = False,
         fill: Fill = "zero",
@@ -64,7 +67,8 @@ class ForecastingData(SSMData):
         super().__init__()
         self.lookback, self.horizon = lookback, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.cuts: dict[str, Cut | None] = {"train": train, "val": val, "test": test}
+        given = train is not None or val is not None or test is not None
+        self.cuts: dict[str, Cut | None] = {"train": train, "val": val, "test": test} if given else self.borders()
         self.scaler_kind, self.scaler_shared = create_scaler(scaler).kind, scaler_shared
         self.fill, self.stride, self.min_observed = fill, stride, min_observed
         self.calendar, self.fourier, self.time_zone = calendar, tuple(fourier), time_zone
@@ -73,6 +77,10 @@ class ForecastingData(SSMData):
         self.covariate_scalers: dict[str, Scaler] = {}
         self.parts: dict[str, Part] = {}
         self._windows: dict[str, Windows] = {}
+
+    def borders(self) -> dict[str, Cut | None]:
+        """Sizes of the parts where none are given: 70 %, the rest, 20 %."""
+        return {"train": 0.7, "val": None, "test": 0.2}
 
     @abstractmethod
     def read(self) -> xr.Dataset:
@@ -113,14 +121,25 @@ class ForecastingData(SSMData):
         """Split, and fit the scalers on the observed values of the training part."""
         if self.parts:
             return
-        self.parts = split(self.dataset, **self.cuts, lookback=self.lookback)
-        fitted = self.parts["train" if "train" in self.parts else next(iter(self.parts))].dataset
+        self.parts = split(self._with_targets(), **self.cuts, lookback=self.lookback)
+        fitted = self._fitted()
         self.scaler.fit(fitted)
         self.covariate_scalers = {
             name: create_scaler("standard", shared=self.scaler_shared).fit(fitted, name)
             for name in COVARIATES
             if name in fitted and not (name == "future" and self._only_time_features())
         }
+
+    def _with_targets(self) -> xr.Dataset:
+        """The data set without the steps behind the last target, which only known-in-advance covariates reach."""
+        if "future" not in self.dataset:
+            return self.dataset
+        seen = self.dataset["observed"].any(("series", "variate")).to_numpy()
+        return self.dataset.isel(time=slice(0, len(seen) - int(seen[::-1].argmax())))
+
+    def _fitted(self) -> xr.Dataset:
+        """The training part, or the first one where there is none."""
+        return self.parts["train" if "train" in self.parts else next(iter(self.parts))].dataset
 
     def _only_time_features(self) -> bool:
         return all(str(name).startswith(PREFIX) for name in self.dataset["future_feature"].to_numpy())
@@ -181,6 +200,7 @@ class ForecastingData(SSMData):
             "freq": self.freq,
             "season": self.season,
             "fill": self.fill,
+            "seasonal_errors": seasonal_errors(self._fitted(), self.season),
             "scaler": self.scaler.to_dict(),
             "covariate_scalers": {name: scaler.to_dict() for name, scaler in self.covariate_scalers.items()},
             "time_features": {"calendar": self.calendar, "fourier": list(self.fourier), "zone": self.time_zone},

@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from ..frames import from_wide
-from ..splits import ETT_BORDERS
+from ..splits import ETT_BORDERS, Cut
 from .base import ForecastingData
 
 VARIATES = ["HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT"]
@@ -32,10 +32,14 @@ class ETT(ForecastingData):
     def __init__(self, root: str, name: str = "ETTh1", **options: Any) -> None:
         if name not in FREQS:
             raise ValueError(f"Unknown ETT file {name!r}; expected one of {', '.join(FREQS)}.")
-        factor = 4 if FREQS[name] == "15min" else 1
-        borders = dict(zip(("train", "val", "test"), (factor * border for border in ETT_BORDERS)))
-        super().__init__(**{**borders, **options})
-        self.root, self.name = Path(root), name
+        self.root, self.file = Path(root), name
+        super().__init__(**options)
+
+    def borders(self) -> dict[str, Cut | None]:
+        """12, 4 and 4 months of 30 days; what follows is unused, as in published results."""
+        steps_per_hour = 4 if self.freq == "15min" else 1
+        train, val, test = (steps_per_hour * hours for hours in ETT_BORDERS)
+        return {"train": train, "val": val, "test": test}
 
     @property
     def variates(self) -> list[str]:
@@ -45,7 +49,7 @@ class ETT(ForecastingData):
     @property
     def freq(self) -> str:
         """Hourly or every 15 minutes."""
-        return FREQS[self.name]
+        return FREQS[self.file]
 
     def prepare_data(self) -> None:
         """Check that the file is there.
@@ -53,7 +57,7 @@ class ETT(ForecastingData):
         Raises:
             FileNotFoundError: with the place where the files come from.
         """
-        path = self.root / f"{self.name}.csv"
+        path = self.root / f"{self.file}.csv"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} does not exist; expected a folder with {', '.join(f'{name}.csv' for name in FREQS)} "
@@ -63,5 +67,5 @@ class ETT(ForecastingData):
     def read(self) -> xr.Dataset:
         """The file as it is, 17,420 hours or four times that."""
         self.prepare_data()
-        frame = pd.read_csv(self.root / f"{self.name}.csv", parse_dates=["date"])
+        frame = pd.read_csv(self.root / f"{self.file}.csv", parse_dates=["date"])
         return from_wide(frame, time="date", variates=VARIATES, freq=self.freq)

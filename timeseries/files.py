@@ -1,0 +1,271 @@
+"""Series in files: CSV, Parquet, NetCDF-4 (.nc) and Zarr (.zarr); written atomically, read back identically.
+
+Times are stored as int64 counts since 1970-01-01 by explicit encoding, so that no reader has to guess. NetCDF goes
+through h5netcdf only: the NetCDF-3 writer that xarray may fall back to loses bools, int64 and strings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .frames import from_long, from_wide, require_columns, to_long, to_wide
+
+SUFFIXES = (".csv", ".parquet", ".nc", ".zarr")
+_NEEDS = {".parquet": ("pyarrow",), ".nc": ("h5netcdf", "h5py"), ".zarr": ("zarr",)}
+
+
+def read_series(
+    path: str | Path,
+    *,
+    time: str | None = None,
+    ids: Literal["variates", "series"] | None = None,
+    id_column: str = "unique_id",
+    values: str | Sequence[str] | None = None,
+    past: Sequence[str] = (),
+    future: Sequence[str] = (),
+    static: Sequence[str] = (),
+    freq: str | int | None = None,
+    time_format: str | None = None,
+    lazy: bool | None = None,
+) -> xr.Dataset:
+    """Read a file; its name tells the format.
+
+    Args:
+        path: A .csv, .parquet, .nc file or a .zarr directory.
+        time: Column with the times of a table; required for .csv and .parquet.
+        ids: None reads a wide table (one column for each variate); "variates" or "series" a long one, see
+            `frames.from_long`.
+        id_column: Column with the ids of a long table.
+        values: Columns with the values. Wide: None takes all but `time`. Long: "y" by default.
+        past, future, static: Covariate columns of a long table.
+        freq: Frequency; None takes the one that the times follow exactly, if any.
+        time_format: strptime format of times written as text; None expects ISO 8601.
+        lazy: Leave the values of .nc or .zarr in the file until they are used; by default for .zarr only.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ImportError: if a package for this format is not installed.
+        ValueError: in one line, if the file is truncated, unreadable, or not what the arguments say.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give the path of a {', '.join(SUFFIXES)} file.")
+    _require_package(suffix)
+    if suffix in (".nc", ".zarr"):
+        return _read_dataset(path, suffix, lazy if lazy is not None else suffix == ".zarr")
+    if time is None:
+        raise ValueError(f"{path.name} is a table; name its column of times with time=...")
+    frame = _read_table(path, suffix)
+    require_columns(frame, [time])
+    frame = frame.assign(**{time: _times(frame[time], time_format)})
+    if ids is None:
+        if past or future or static:
+            raise ValueError(
+                "past, future and static columns belong to long tables; give ids='series', or values=[...]."
+            )
+        columns = [values] if isinstance(values, str) else values
+        return from_wide(frame, time=time, variates=columns, freq=freq)
+    return from_long(
+        frame,
+        ids=ids,
+        id_column=id_column,
+        time=time,
+        values="y" if values is None else values,
+        past=past,
+        future=future,
+        static=static,
+        freq=freq,
+    )
+
+
+def write_series(ds: xr.Dataset, path: str | Path, *, layout: Literal["long", "wide"] = "long") -> Path:
+    """Write a Dataset; the name tells the format, and an existing file is replaced only by a complete one.
+
+    Works for series in the schema and, as .nc or .zarr, for any other Dataset such as forecasts.
+
+    Args:
+        ds: What to write.
+        path: A path ending in .csv, .parquet, .nc or .zarr.
+        layout: Table layout of .csv and .parquet.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: if a package for this format is not installed.
+        OSError: if the disk is full or the folder is not writable; nothing is left behind.
+        ValueError: for attributes that files cannot hold.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    _require_package(suffix)
+    if suffix in (".nc", ".zarr"):
+        _check_attributes(ds)
+        ds, encoding = ds.drop_encoding(), time_encoding(ds)
+        with atomic_path(path) as temporary:
+            if suffix == ".nc":
+                ds.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+            else:
+                ds.to_zarr(temporary, mode="w", zarr_format=2, consolidated=True, encoding=encoding)
+        return path
+    if "target" not in ds or "time" not in ds.dims:
+        raise ValueError(
+            f"A {suffix} table holds series in the schema (target over time); write other Datasets as .nc or .zarr."
+        )
+    frame = to_wide(ds, time="time") if layout == "wide" else to_long(ds)
+    with atomic_path(path) as temporary:
+        if suffix == ".csv":
+            frame.to_csv(temporary, index=False)
+        else:
+            frame.to_parquet(temporary, index=False)
+    return path
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the same folder that takes the place of `path` on success and vanishes on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        if temporary.is_dir() and path.exists():  # a directory cannot be replaced in one step
+            old = path.with_name(f".{path.stem}.{os.getpid()}.old{path.suffix}")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            _remove(old)
+        else:
+            os.replace(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def time_encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
+    """int64 seconds since 1970-01-01 for every time variable, nanoseconds where seconds would lose something."""
+    encoding = {}
+    for name, array in ds.variables.items():
+        if array.dtype.kind != "M":
+            continue
+        times = array.to_numpy().astype("datetime64[ns]")
+        whole = (times == times.astype("datetime64[s]")) | np.isnat(times)
+        unit = "seconds" if whole.all() else "nanoseconds"
+        how: dict[str, Any] = {"units": f"{unit} since 1970-01-01", "calendar": "proleptic_gregorian", "dtype": "int64"}
+        if np.isnat(times).any():
+            how["_FillValue"] = np.iinfo(np.int64).min
+        encoding[str(name)] = how
+    return encoding
+
+
+def _check_attributes(ds: xr.Dataset) -> None:
+    owners: dict[str, Any] = {"the Dataset": ds, **{repr(name): array for name, array in ds.variables.items()}}
+    for owner, held in owners.items():
+        for key, value in held.attrs.items():
+            if value is None or isinstance(value, (dict, bool, np.bool_)):
+                raise ValueError(
+                    f"Attribute {key!r} of {owner} is {type(value).__name__}, which files cannot hold; drop it or "
+                    "store it as text."
+                )
+            if key == "units" and isinstance(held, xr.Variable) and held.dtype.kind == "M":
+                raise ValueError(
+                    f"Attribute 'units' of the times {owner} is kept for their encoding; put physical units into "
+                    "a coordinate."
+                )
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path.name} has no known ending; expected one of {', '.join(SUFFIXES)}.")
+    return suffix
+
+
+def _require_package(suffix: str) -> None:
+    for package in _NEEDS.get(suffix, ()):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f'{suffix} files need {package}, which is not installed: pip install "omnissm[io]"')
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn whatever a reader says about a broken file into one line."""
+    try:
+        yield
+    except (ImportError, MemoryError, PermissionError):
+        raise
+    except Exception as error:  # readers raise anything from OSError to struct.error on damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as {kind}: {reason}; is it complete and of this format?") from error
+
+
+def _read_dataset(path: Path, suffix: str, lazy: bool) -> xr.Dataset:
+    kind, engine = ("NetCDF-4", "h5netcdf") if suffix == ".nc" else ("Zarr", "zarr")
+    with _reading(path, kind), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*consolidated.*")
+        ds = xr.open_dataset(path, engine=engine, cache=False)
+        if not lazy:
+            ds.load()
+            ds.close()
+        return ds.drop_encoding()
+
+
+def _read_table(path: Path, suffix: str) -> pd.DataFrame:
+    if suffix == ".parquet":
+        with _reading(path, "Parquet"):
+            return pd.read_parquet(path).pipe(_index_to_columns)
+    with _reading(path, "CSV"):
+        frame = pd.read_csv(path)
+    _check_last_line(path, len(frame.columns))
+    return frame
+
+
+def _index_to_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.reset_index() if any(name is not None for name in frame.index.names) else frame
+
+
+def _check_last_line(path: Path, columns: int) -> None:
+    """pandas fills a row that was cut off with NaN; a file that ends like this is truncated."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        tail = file.read().decode("utf-8", errors="replace").strip().splitlines()
+    found = len(next(csv.reader(tail[-1:]), []))
+    if found < columns:
+        raise ValueError(
+            f"{path} is truncated: its last line has {found} of {columns} fields; fetch the file again or remove "
+            "that line."
+        )
+
+
+def _times(column: pd.Series, time_format: str | None) -> pd.Series:
+    """Text becomes UTC times; numbers and datetimes stay."""
+    if pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_datetime64_any_dtype(column.dtype):
+        return column
+    try:
+        return pd.to_datetime(column, format=time_format or "ISO8601", utc=True)
+    except (ValueError, TypeError):
+        bad = pd.to_datetime(column, format=time_format or "ISO8601", utc=True, errors="coerce").isna().to_numpy()
+        row = int(bad.argmax())
+        expected = f"format {time_format!r}" if time_format else "ISO 8601 such as 2013-02-03 04:00"
+        raise ValueError(
+            f"Column {column.name!r} holds {column.iloc[row]!r} in row {row}, expected times in {expected}; "
+            "correct it or give time_format."
+        ) from None
