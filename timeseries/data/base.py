@@ -44,6 +44,8 @@ class ForecastingData(SSMData):
         num_workers: Loader processes; 0 is usually fastest since a batch is one indexing step.
     """
 
+    lazy: bool = False  # a subclass sets it where windows are read from the file one by one
+
     def __init__(
         self,
         lookback: int = 96,
@@ -91,6 +93,8 @@ class ForecastingData(SSMData):
         """The whole data set in canonical form, with the time features asked for; read at first use."""
         ds = self.read()
         validate(ds)
+        if self.lazy:
+            return ds
         ds = canonical(ds)
         if self.calendar or self.fourier:
             ds = add_time_features(ds, calendar=self.calendar, fourier=self.fourier, zone=self.time_zone)
@@ -132,7 +136,7 @@ class ForecastingData(SSMData):
 
     def _with_targets(self) -> xr.Dataset:
         """The data set without the steps behind the last target, which only known-in-advance covariates reach."""
-        if "future" not in self.dataset:
+        if "future" not in self.dataset or self.lazy:
             return self.dataset
         seen = self.dataset["observed"].any(("series", "variate")).to_numpy()
         return self.dataset.isel(time=slice(0, len(seen) - int(seen[::-1].argmax())))
@@ -161,6 +165,7 @@ class ForecastingData(SSMData):
                 targets=targets,
                 stride=self.stride if training else 1,
                 fill=self.fill,
+                lazy=self.lazy,
                 scaler=self.scaler,
                 covariate_scalers=self.covariate_scalers,
                 min_observed=self.min_observed if training else 0.0,
@@ -196,7 +201,7 @@ class ForecastingData(SSMData):
             "lookback": self.lookback,
             "horizon": self.horizon,
             "variates": self.variates,
-            "series": [str(name) for name in self.dataset["series"].to_numpy()],
+            "series": self.scaler.series,
             "freq": self.freq,
             "season": self.season,
             "fill": self.fill,
