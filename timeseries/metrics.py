@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xarray as xr
 from torch import Tensor
 
 Array = npt.NDArray[Any]
@@ -40,6 +41,7 @@ __all__ = [
     "pinball",
     "rmse",
     "rmsse",
+    "seasonal_errors",
     "seasonal_scale",
     "smape",
     "wql",
@@ -138,6 +140,20 @@ def seasonal_scale(train: Any, season: int = 1, mask: Any | None = None, *, axis
     values, keep = np.moveaxis(values, axis, 0), np.moveaxis(keep, axis, 0)
     steps = np.abs(values[season:] - values[:-season]) ** power
     return masked_mean(steps, keep[season:] & keep[:-season], axis=0)
+
+
+def seasonal_errors(ds: xr.Dataset, season: int) -> dict[str, list[list[float | None]]]:
+    """`seasonal_scale` of a training part per series and variate, as a saved model carries it for `mase` and `rmsse`.
+
+    Returns:
+        {"seasonal_mae": ..., "seasonal_mse": ...}, tables of series by variate in target units; None where undefined.
+    """
+    target = ds["target"].transpose("series", "time", "variate").to_numpy()
+    tables = {}
+    for name, power in (("seasonal_mae", 1), ("seasonal_mse", 2)):
+        values = seasonal_scale(target, season, axis=1, power=power)
+        tables[name] = [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+    return tables
 
 
 def _positive(scale: Any, name: str) -> Array:

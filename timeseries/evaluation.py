@@ -1,0 +1,153 @@
+"""Errors of a forecast Dataset by series, cutoff, horizon and variate."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from . import metrics as m
+from .scaling import Scaler
+
+__all__ = ["METRICS", "evaluate"]
+
+DIMS = ("series", "cutoff", "horizon", "variate")
+
+
+class _Arrays:
+    """The arrays of a forecast in original and in scaled units, (series, cutoff, horizon, variate) each."""
+
+    def __init__(self, ds: xr.Dataset) -> None:
+        self.ds = ds
+        self.target = ds["target"].transpose(*DIMS).to_numpy().astype(np.float64)
+        self.mean = ds["mean"].transpose(*DIMS).to_numpy().astype(np.float64)
+        self.mask = np.isfinite(self.target)
+        if "observed" in ds:
+            self.mask &= ds["observed"].transpose(*DIMS).to_numpy()
+        self.scaler = Scaler.from_dict(json.loads(ds.attrs["scaler"])) if "scaler" in ds.attrs else None
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """In the units of the model's scaler, where the forecast has one."""
+        if self.scaler is None:
+            return values
+        rows = self.scaler.rows(self.ds)
+        return self.scaler.transform(values, rows, axis=3)
+
+    @property
+    def levels(self) -> list[float]:
+        if "quantiles" not in self.ds:
+            raise ValueError("this metric needs quantiles, the forecast has none; make it with intervals or quantiles")
+        return [float(q) for q in self.ds["quantile"].to_numpy()]
+
+    @property
+    def quantiles(self) -> np.ndarray:
+        self.levels  # noqa: B018  refuses a forecast without quantiles
+        return self.ds["quantiles"].transpose(*DIMS, "quantile").to_numpy().astype(np.float64)
+
+    @property
+    def outer(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """The widest central interval and its alpha."""
+        levels = self.levels
+        if len(levels) < 2:
+            raise ValueError("an interval needs two quantile levels, the forecast has one")
+        return self.quantiles[..., 0], self.quantiles[..., -1], 1 - (levels[-1] - levels[0])
+
+    def seasonal(self, name: str) -> np.ndarray:
+        """Seasonal error of the training part, (series, 1, 1, variate)."""
+        if name not in self.ds.coords:
+            raise ValueError(
+                f"mase, rmsse and msis need the coordinate {name!r} (series, variate) of the forecast, the error of the "
+                "seasonal naive on the training part; forecasts of this package carry it"
+            )
+        return self.ds[name].transpose("series", "variate").to_numpy()[:, None, None, :]
+
+
+Metric = Callable[[_Arrays, Any], Any]
+
+
+def _pair(function: Callable[..., Any], scale: bool) -> Metric:
+    def compute(a: _Arrays, axis: Any) -> Any:
+        change = a.scaled if scale else (lambda values: values)
+        return function(change(a.target), change(a.mean), a.mask, axis=axis)
+
+    return compute
+
+
+def _of_quantiles(function: Callable[..., Any], scale: bool = False) -> Metric:
+    def compute(a: _Arrays, axis: Any) -> Any:
+        change = a.scaled if scale else (lambda values: values)
+        return function(change(a.target), change(a.quantiles), a.levels, a.mask, axis=axis)
+
+    return compute
+
+
+def _width(a: _Arrays, axis: Any) -> Any:
+    lower, upper, _ = a.outer
+    return m.interval_width(lower, upper, a.mask, axis=axis)
+
+
+def _msis(a: _Arrays, axis: Any) -> Any:
+    return m.msis(a.target, *a.outer, a.seasonal("seasonal_mae"), a.mask, axis=axis)
+
+
+# Errors of one scale for all variates are in the scaler's units, with `_units` in those of the data; the others, which
+# are relative, are always taken in the units of the data.
+METRICS: dict[str, Metric] = {
+    "mse": _pair(m.mse, True),
+    "rmse": _pair(m.rmse, True),
+    "mae": _pair(m.mae, True),
+    "mse_units": _pair(m.mse, False),
+    "rmse_units": _pair(m.rmse, False),
+    "mae_units": _pair(m.mae, False),
+    "mape": _pair(m.mape, False),
+    "smape": _pair(m.smape, False),
+    "nd": _pair(m.nd, False),
+    "mase": lambda a, axis: m.mase(a.target, a.mean, a.seasonal("seasonal_mae"), a.mask, axis=axis),
+    "rmsse": lambda a, axis: m.rmsse(a.target, a.mean, a.seasonal("seasonal_mse"), a.mask, axis=axis),
+    "wql": _of_quantiles(m.wql),
+    "crps": _of_quantiles(m.crps_quantiles, True),
+    "crps_units": _of_quantiles(m.crps_quantiles),
+    "coverage": lambda a, axis: m.coverage(a.target, *a.outer[:2], a.mask, axis=axis),
+    "interval_width": _width,
+    "msis": _msis,
+}
+
+
+def evaluate(
+    forecast: xr.Dataset, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
+) -> xr.Dataset:
+    """Errors of a forecast that carries its targets.
+
+    Args:
+        forecast: Forecast Dataset, e.g. of `backtest`.
+        metrics: Names among `METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's scaler, where the
+            forecast names one; the same with `_units` in those of the data; the interval metrics take the widest.
+        by: Dimensions to keep among series, cutoff, horizon and variate; () gives one number over all windows.
+
+    Returns:
+        Dataset with one float64 variable per metric over the dimensions `by`, NaN where nothing was observed.
+
+    Raises:
+        ValueError: for unknown metrics or dimensions, and where the forecast lacks what a metric needs.
+    """
+    if not isinstance(forecast, xr.Dataset) or "mean" not in forecast:
+        raise ValueError("expected a forecast Dataset with a variable 'mean', as predict and backtest return it")
+    if "target" not in forecast:
+        raise ValueError("the forecast has no variable 'target' to compare with; use backtest, or add what came")
+    for name, known in [*((name, METRICS) for name in metrics), *((name, DIMS) for name in by)]:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown {'dimension' if known is DIMS else 'metric'} {name!r}; {hint}")
+    keep = [dim for dim in DIMS if dim in by]
+    axis = tuple(k for k, dim in enumerate(DIMS) if dim not in keep)
+    arrays = _Arrays(forecast)
+    variables = {name: (keep, np.asarray(METRICS[name](arrays, axis), np.float64)) for name in metrics}
+    coords = {dim: forecast[dim].to_numpy() for dim in keep}
+    if "variate" in keep and "units" in forecast.coords:
+        coords["units"] = ("variate", forecast["units"].to_numpy())
+    return xr.Dataset(variables, coords, {"model": str(forecast.attrs.get("model", "forecast"))})

@@ -1,0 +1,193 @@
+"""Training for `Forecaster.fit`: data in memory, best epoch kept in memory. Imports Lightning."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import xarray as xr
+
+from ..ssmcore.training import EpochDecay, WarmupCosine
+from ..ssmcore.training.callbacks import EMA
+from .data import ForecastingData
+from .data.base import PartName
+from .rollout import create_windows, prepare, progress_bar
+from .tasks import Forecasting
+from .windows import Windows
+
+__all__ = ["BestEpoch", "MemoryData", "create_task", "train"]
+
+SCHEDULES: dict[str, Callable[..., Any] | None] = {
+    "cosine": functools.partial(WarmupCosine, warmup=0.08),
+    "halving": EpochDecay,
+    "constant": None,
+}
+
+
+class MemoryData(ForecastingData):
+    """Series that are already in memory.
+
+    Args:
+        source: Dataset in the schema.
+        validation: A validation Dataset of its own, instead of the last part of `source`.
+        options: Arguments of `ForecastingData`.
+    """
+
+    def __init__(self, source: xr.Dataset, validation: xr.Dataset | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.source, self.validation = source, validation
+
+    def read(self) -> xr.Dataset:
+        """The Dataset it was given."""
+        return self.source
+
+    def windows(self, part: PartName) -> Windows:
+        """As in the base class, with the separate validation Dataset where there is one."""
+        if part == "val" and self.validation is not None and "val" not in self._windows:
+            state = self.state()
+            ds = prepare(self.validation, state)
+            targets = range(self.lookback, ds.sizes["time"])
+            self._windows["val"] = create_windows(ds, state, targets, self.horizon)[0]
+        return super().windows(part)
+
+
+class BestEpoch(pl.Callback):
+    """Keep a history and the weights with the least validation loss; stop when it no longer falls.
+
+    Args:
+        patience: Stop after so many epochs without improvement; None never does.
+        advance: Called after each step, and with a text after each epoch.
+    """
+
+    def __init__(self, patience: int | None, advance: Callable[..., None]) -> None:
+        self.patience, self.advance = patience, advance
+        self.rows: list[dict[str, float]] = []
+        self.weights: dict[str, torch.Tensor] = {}
+        self._candidate: dict[str, torch.Tensor] = {}
+        self._least, self._waited, self._begin = float("inf"), 0, 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        self.advance(1)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy the weights that were validated: later, an average of them has made room for the raw ones again."""
+        self._candidate = {key: t.detach().cpu().clone() for key, t in pl_module.state_dict().items()}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the epoch; validation has run by now."""
+        logged = {key.replace("/", "_"): float(value) for key, value in trainer.callback_metrics.items()}
+        row = {"epoch": trainer.current_epoch, **logged, "seconds": time.perf_counter() - self._begin}
+        self.rows.append(row)
+        loss = row.get("val_loss")
+        if loss is None:
+            self.advance(0, f"epoch {trainer.current_epoch + 1}")
+            return
+        self.advance(0, f"epoch {trainer.current_epoch + 1}: validation loss {loss:.4f}")
+        if loss < self._least:
+            self._least, self._waited = loss, 0
+            self.weights = self._candidate
+            return
+        self._waited += 1
+        if self.patience is not None and self._waited >= self.patience:
+            trainer.should_stop = True
+
+
+def train(
+    data: MemoryData,
+    task: Forecasting,
+    *,
+    max_epochs: int,
+    early_stopping: int | None,
+    ema: float | None,
+    validate: bool,
+    progress: bool,
+    trainer: dict[str, Any],
+) -> list[dict[str, float]]:
+    """Train `task` on `data` and leave it with the weights of the best epoch.
+
+    Returns:
+        One row per epoch: epoch, train_loss, val_loss, val_mse, val_mae, seconds.
+    """
+    steps = max_epochs * -(-len(data.windows("train")) // data.batch_size)
+    with _quiet(), progress_bar(steps, "epoch 1", progress) as advance:
+        best = BestEpoch(early_stopping, advance)
+        defaults: dict[str, Any] = {"devices": 1, "gradient_clip_val": 1.0}
+        average = [EMA(ema)] if ema else []
+        options = {**defaults, **trainer, "callbacks": [best, *average, *trainer.get("callbacks", [])]}
+        runner = pl.Trainer(
+            max_epochs=max_epochs,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=None if validate else 0,
+            **options,
+        )
+        runner.fit(task, datamodule=data)
+    if runner.interrupted:
+        raise KeyboardInterrupt
+    if best.weights:
+        task.load_state_dict(best.weights)
+    return best.rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's notices about devices, loaders and the end of training."""
+    logger = logging.getLogger("pytorch_lightning")
+    others = [logging.getLogger(f"pytorch_lightning.{name}") for name in ("utilities.rank_zero", "trainer")]
+    levels = [item.level for item in (logger, *others)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        for item in (logger, *others):
+            item.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for item, level in zip((logger, *others), levels):
+                item.setLevel(level)
+
+
+def create_task(
+    model: str,
+    model_args: dict[str, Any],
+    data: MemoryData,
+    *,
+    loss: str,
+    quantiles: tuple[float, ...],
+    lr: float,
+    weight_decay: float,
+    schedule: str,
+) -> Forecasting:
+    """The forecasting task for `data`, with AdamW and a schedule by name.
+
+    Raises:
+        ValueError: for an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}")
+    return Forecasting(
+        model,
+        model_args,
+        data.lookback,
+        data.horizon,
+        data.n_variates,
+        loss=loss,  # type: ignore[arg-type]
+        quantiles=list(quantiles) or None,
+        optimizer=functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay),
+        lr_scheduler=SCHEDULES[schedule],
+    )

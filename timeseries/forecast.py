@@ -1,0 +1,85 @@
+"""The verbs as functions: forecast what follows a series, and backtest over its past."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from .forecaster import Forecaster
+    from .splits import Cut
+
+__all__ = ["backtest", "forecast", "load"]
+
+
+def forecast(
+    model: Forecaster | str | Path,
+    data: Any,
+    horizon: int | None = None,
+    future: xr.Dataset | xr.DataArray | None = None,
+    intervals: bool | None = None,
+) -> Any:
+    """Forecast what follows the end of the data; see `Forecaster.predict`.
+
+    Args:
+        model: A fitted forecaster, a model folder, a run's folder or a checkpoint.
+        data: Dataset in the schema, DataArray, frame or path of a file.
+        horizon: Steps; default the trained horizon.
+        future: Future-known covariates of these steps.
+        intervals: True demands conformal intervals, False leaves them out.
+
+    Returns:
+        A forecast of the same kind as `data`: Dataset, or long frame for a long frame.
+    """
+    return load(model).predict(data, future, horizon, intervals=intervals)
+
+
+def backtest(
+    model: Forecaster | str | Path,
+    data: Any,
+    start: Cut | None = None,
+    stride: int = 1,
+    refit: bool | int = False,
+    horizon: int | None = None,
+    intervals: bool | None = None,
+    progress: bool = True,
+) -> Any:
+    """Forecast from many past cutoffs and keep what then came beside it; see `Forecaster.backtest`.
+
+    Args:
+        model: A fitted forecaster, a model folder, a run's folder or a checkpoint.
+        data: Dataset in the schema, DataArray, frame or path of a file.
+        start: First step to forecast: a time, a step number or a share of the data.
+        stride: Steps from one cutoff to the next.
+        refit: Train anew every so many cutoffs; False keeps the model.
+        horizon: Steps; default the trained horizon.
+        intervals: True demands conformal intervals, False leaves them out.
+        progress: Show a bar on stderr.
+
+    Returns:
+        A forecast with targets, of the same kind as `data`.
+    """
+    options = {"intervals": intervals, "progress": progress}
+    return load(model).backtest(data, start, stride, refit, horizon, **options)
+
+
+def load(model: Forecaster | str | Path) -> Forecaster:
+    """A forecaster as it is, from a model folder, or from a run's folder or checkpoint by way of a model folder."""
+    import tempfile
+
+    from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint
+    from ..ssmcore.training.export import best_checkpoint
+    from .forecaster import Forecaster
+
+    if isinstance(model, Forecaster):
+        return model
+    path = Path(model)
+    if not path.exists():
+        raise FileNotFoundError(f"no model at {str(path)!r}; give a model folder, a run's folder or a .ckpt file")
+    for folder in (path, path / "model"):
+        if (folder / CONFIG).is_file():
+            return Forecaster.load(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        return Forecaster.load(export_checkpoint(best_checkpoint(path), Path(scratch) / "model"))

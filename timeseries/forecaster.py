@@ -1,0 +1,427 @@
+"""`Forecaster`: fit, predict, backtest, evaluate, save and load without a configuration file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import nn
+
+from ..ssmcore.training.checkpoints import load_weights, read_model_folder, save_model_folder
+from .conformal import conformal_radius
+from .inputs import Source, as_dataset, like_source
+from .models import MODELS, create_model
+from .models.layers import check_quantiles
+from .rollout import forecast_dataset, prepare, progress_bar, run_windows
+from .splits import Cut
+
+if TYPE_CHECKING:
+    from .windows import Fill, Windows
+
+__all__ = ["Forecaster"]
+
+
+class Forecaster:
+    """A model with all it needs to read series and to write forecasts.
+
+    Args:
+        model: Name of a model, see `list_models`.
+        lookback: Steps seen.
+        horizon: Steps forecast at once.
+        scaler: "standard", "robust", "minmax", "log1p" or "none", per series and variate.
+        loss: "mse", "mae", "huber" or "pinball" (implied by quantiles).
+        quantiles: Ascending levels in (0, 1) for a probabilistic model; None gives a point forecast, around which
+            `fit` puts split-conformal intervals.
+        fill: What stands at missing inputs: "zero" after scaling or "forward" for the last observed value.
+        seed: Seed of weights and order; the same seed gives the same forecaster.
+        model_args: The model's own options.
+        calendar: Give the model calendar features of past and horizon.
+        fourier: Periods in steps, for each of which the model gets a sine and a cosine.
+        ids: What the `unique_id`s of a long frame are: "variates" of one system, or separate "series".
+        trainer: Options of `pytorch_lightning.Trainer`, e.g. accelerator="gpu".
+
+    Attributes:
+        net: The network, after `fit` or `load`.
+        history: DataFrame with one row per epoch, after `fit`.
+        intervals: {"coverages": [...], "radius": (coverage, variate, horizon)} in scaled units, or None.
+
+    Raises:
+        ValueError: for an unknown model; the message names close ones.
+    """
+
+    def __init__(
+        self,
+        model: str = "chimera_tiny",
+        lookback: int = 96,
+        horizon: int = 24,
+        scaler: str = "standard",
+        loss: str = "mse",
+        quantiles: Sequence[float] | None = None,
+        fill: Fill = "zero",
+        seed: int = 0,
+        model_args: dict[str, Any] | None = None,
+        calendar: bool = False,
+        fourier: Sequence[float] = (),
+        ids: Literal["variates", "series"] = "variates",
+        **trainer: Any,
+    ) -> None:
+        if model not in MODELS:
+            create_model(model)  # answers with close names
+        self.model, self.lookback, self.horizon = model, lookback, horizon
+        self.scaler, self.loss, self.quantiles, self.fill = scaler, loss, check_quantiles(quantiles), fill
+        self.seed, self.model_args, self.calendar = seed, dict(model_args or {}), calendar
+        self.fourier, self.ids, self.trainer = tuple(fourier), ids, trainer
+        self.net: nn.Module | None = None
+        self.state: dict[str, Any] = {}
+        self.history = pd.DataFrame()
+        self.intervals: dict[str, Any] | None = None
+        self._source: Source | None = None
+        self._fit_options: dict[str, Any] = {}
+
+    def fit(
+        self,
+        data: Any,
+        val: float | int | xr.Dataset | None = 0.2,
+        *,
+        max_epochs: int = 10,
+        early_stopping: int | None = 3,
+        batch_size: int = 32,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        schedule: Literal["cosine", "halving", "constant"] = "cosine",
+        ema: float | None = None,
+        coverages: Sequence[float] | None = (0.5, 0.8, 0.95),
+        progress: bool = True,
+    ) -> Forecaster:
+        """Train on what lies before the validation part, and keep the epoch with the least validation loss.
+
+        Args:
+            data: Dataset in the schema, DataArray, long or wide frame, or path of a file.
+            val: Last part of the data kept for validation, as a share (float) or a number of steps (int), or a Dataset
+                of its own; None trains on everything, without early stopping and intervals.
+            max_epochs: Passes over the training windows at most.
+            early_stopping: Stop after so many epochs without improvement; None never does.
+            batch_size: Windows per step.
+            lr: Learning rate of AdamW.
+            weight_decay: Its decay.
+            schedule: "cosine" (short warm-up, then down to zero), "halving" (after each epoch) or "constant".
+            ema: Decay of an exponential average of the weights, which then replaces them; None uses them as they are.
+            coverages: Coverages of the split-conformal intervals of a point model; None makes none.
+            progress: Show a bar on stderr where that is a terminal.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: for data that violate the schema or are too short, and for options that do not fit together.
+        """
+        from .fitting import MemoryData, create_task, train
+
+        source = as_dataset(data, self.ids)
+        separate = val if isinstance(val, xr.Dataset) else None
+        share = val if isinstance(val, (int, float)) else 0
+        memory = MemoryData(
+            source.dataset,
+            separate,
+            lookback=self.lookback,
+            horizon=self.horizon,
+            batch_size=batch_size,
+            eval_batch_size=256,
+            train=None,
+            val=share,
+            test=0,
+            scaler=self.scaler,
+            fill=self.fill,
+            calendar=self.calendar,
+            fourier=self.fourier,
+            seed=self.seed,
+        )
+        memory.setup()
+        validate = separate is not None or "val" in memory.parts
+        rates = {"lr": lr, "weight_decay": weight_decay, "schedule": schedule}
+        stops = {"max_epochs": max_epochs, "early_stopping": early_stopping, "ema": ema}
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            task = create_task(self.model, self.model_args, memory, loss=self.loss, quantiles=self.quantiles, **rates)
+            rows: list[dict[str, float]] = []
+            if hasattr(task.net, "fit_windows"):
+                task.net.fit_windows(memory.windows("train"))
+            elif task.trainable:
+                rows = train(memory, task, **stops, validate=validate, progress=progress, trainer=self.trainer)
+        self.net, self.loss, self.history = task.net.cpu().eval(), task.loss, pd.DataFrame(rows)
+        self.state, self._source = memory.state(), source
+        self._fit_options = {"val": val, "batch_size": batch_size, "coverages": coverages, **rates, **stops}
+        self.intervals = None
+        if validate and coverages and not self.quantiles:
+            self._calibrate(memory.windows("val"), coverages)
+        return self
+
+    def calibrate(self, data: Any, coverages: Sequence[float] = (0.5, 0.8, 0.95)) -> Forecaster:
+        """Set the split-conformal intervals from the residuals of all windows of `data`, which were not trained on.
+
+        Args:
+            data: As in `fit`; at least lookback + horizon steps.
+            coverages: Coverages in (0, 1).
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: if the model has quantiles of its own, or there are too few residuals for a coverage.
+        """
+        from .rollout import create_windows
+
+        if self.quantiles:
+            raise ValueError("this model forecasts quantiles; conformal intervals are for models without")
+        self._network()
+        ds = prepare(as_dataset(data, self.ids).dataset, self.state)
+        targets = range(self.lookback, ds.sizes["time"])
+        self._calibrate(create_windows(ds, self.state, targets, self.horizon)[0], coverages)
+        return self
+
+    def _calibrate(self, windows: Windows, coverages: Sequence[float]) -> None:
+        forecasts = run_windows(self._network(), windows, self.horizon, self.horizon)
+        parts = [np.where(batch.y_mask, batch.y, np.nan) for batch in windows.batches(1024)]
+        residuals = np.concatenate(parts) - forecasts
+        radius = [conformal_radius(residuals, c, self.state["variates"]).tolist() for c in coverages]
+        self.intervals = {"coverages": [float(c) for c in coverages], "radius": radius}
+
+    def _network(self) -> nn.Module:
+        if self.net is None:
+            raise ValueError("this forecaster is not trained; call fit(data) or Forecaster.load(folder) first")
+        return self.net
+
+    def predict(
+        self,
+        data: Any = None,
+        future: xr.Dataset | xr.DataArray | None = None,
+        horizon: int | None = None,
+        *,
+        intervals: bool | None = None,
+    ) -> Any:
+        """Forecast what follows the end of the data.
+
+        Args:
+            data: As in `fit`, at least `lookback` steps; None takes the data of `fit`.
+            future: Future-known covariates of the steps to forecast.
+            horizon: Steps; beyond the trained horizon the model's own forecasts are fed back.
+            intervals: True demands the conformal intervals, False leaves them out, None adds them if there are any.
+
+        Returns:
+            Forecast Dataset (dimensions series, cutoff, horizon, variate[, quantile]), or for a long frame a long frame
+            with columns unique_id, ds, cutoff, MODEL, MODEL-q10, ...
+
+        Raises:
+            ValueError: for data that do not fit the model; the message says which part.
+        """
+        source = self._input(data)
+        ds = prepare(source.dataset, self.state)
+        last = ds.sizes["time"] - 1
+        recent = ds["observed"].isel(time=slice(-self.lookback, None)).any(("time", "variate")).values
+        if not recent.all():
+            name = ds["series"].values[int(np.argmin(recent))]
+            raise ValueError(
+                f"series {name!s} has no observed value in its last {self.lookback} steps (the lookback); "
+                "cut the data where it ends, or leave the series out"
+            )
+        return like_source(self._forecast(ds, range(last, last + 1), horizon, future, intervals), source)
+
+    def backtest(
+        self,
+        data: Any = None,
+        start: Cut | None = None,
+        stride: int = 1,
+        refit: bool | int = False,
+        horizon: int | None = None,
+        *,
+        intervals: bool | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Forecast from many past cutoffs, in batches, and keep what then came beside it.
+
+        Args:
+            data: As in `fit`; None takes the data of `fit` (of which the model has seen the training part).
+            start: The first step to forecast: a time, a step number or a share of the data; None takes the first with
+                a full lookback.
+            stride: Steps from one cutoff to the next.
+            refit: False keeps the model; n trains it anew on all data up to the cutoff, every n cutoffs.
+            horizon: Steps to forecast; default the trained horizon.
+            intervals: As in `predict`.
+            progress: Show a bar on stderr where that is a terminal.
+
+        Returns:
+            As `predict`, with variables `target` and `observed`; only cutoffs whose horizon ends within the data.
+
+        Raises:
+            ValueError: if no cutoff has a full lookback before and a full horizon behind it.
+        """
+        source = self._input(data)
+        ds = prepare(source.dataset, self.state)
+        origins = backtest_origins(ds, self.lookback, horizon or self.horizon, start, stride)
+        total = len(origins) * ds.sizes["series"]
+        with progress_bar(total, "backtest", progress) as advance:
+            if not refit:
+                result = self._forecast(ds, origins, horizon, None, intervals, advance)
+            else:
+                pieces = []
+                for begin in range(0, len(origins), int(refit)):
+                    group = origins[begin : begin + int(refit)]
+                    model = self._refitted(source.dataset.isel(time=slice(0, group[0] + 1)))
+                    pieces.append(model._forecast(ds, group, horizon, None, intervals, advance))
+                result = xr.concat(
+                    pieces, dim="cutoff", data_vars="minimal", coords="minimal", combine_attrs="override"
+                )
+                result.attrs["refit"] = int(refit)
+        return like_source(result, source)
+
+    def _refitted(self, ds: xr.Dataset) -> Forecaster:
+        """A forecaster of the same options, trained on `ds`."""
+        if not self._fit_options:
+            raise ValueError("a loaded forecaster has no training options to refit with; use refit=False or call fit")
+        options = dict(self._fit_options)
+        if isinstance(options["val"], xr.Dataset):
+            options["val"] = 0.2
+        settings = {key: getattr(self, key) for key in _SETTINGS}
+        return Forecaster(**settings, **self.trainer).fit(ds, **options, progress=False)
+
+    def _input(self, data: Any) -> Source:
+        self._network()
+        if data is not None:
+            return as_dataset(data, self.ids)
+        if self._source is None:
+            raise ValueError("a loaded forecaster holds no data; pass the series to forecast")
+        return self._source
+
+    def _forecast(
+        self,
+        ds: xr.Dataset,
+        origins: range,
+        horizon: int | None,
+        future: xr.Dataset | xr.DataArray | None,
+        intervals: bool | None,
+        advance: Any = None,
+    ) -> xr.Dataset:
+        horizon = horizon or self.horizon
+        usable = self.intervals is not None and horizon <= self.horizon
+        if intervals and not (usable or self.quantiles):
+            reason = "has none" if self.intervals is None else f"has them for {self.horizon} steps, not {horizon}"
+            raise ValueError(f"intervals were asked for and this forecaster {reason}; fit with val, or call calibrate")
+        attrs = {
+            "model": self.model,
+            "model_args": json.dumps(self.model_args),
+            "seed": self.seed,
+            "omnissm": version("omnissm"),
+        }
+        return forecast_dataset(
+            self._network(),
+            ds,
+            self.state,
+            origins,
+            horizon,
+            future=future,
+            quantiles=self.quantiles,
+            intervals=self.intervals if usable and intervals is not False else None,
+            attrs=attrs,
+            advance=advance,
+        )
+
+    def evaluate(
+        self, forecast: Any, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
+    ) -> xr.Dataset:
+        """Errors of a forecast Dataset; see `omnissm.timeseries.evaluate`."""
+        from .evaluation import evaluate
+
+        return evaluate(forecast, metrics, by)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a model folder (config.json, model.safetensors, data.json, README.md), whole or not at all.
+
+        Raises:
+            ValueError: if `path` holds something else than a model folder.
+        """
+        net = self._network()
+        options = {"lookback": self.lookback, "horizon": self.horizon, "n_variates": len(self.state["variates"])}
+        args = {**options, **self.model_args, **({"quantiles": list(self.quantiles)} if self.quantiles else {})}
+        task = {"loss": self.loss, "quantiles": list(self.quantiles), "seed": self.seed, "ids": self.ids}
+        config = {"model": f"timeseries/{self.model}", "args": args, "task": task}
+        data = json.dumps({**self.state, "intervals": self.intervals}, indent=1) + "\n"
+        return save_model_folder(path, net.state_dict(), config, {"data.json": data})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Forecaster:
+        """Read a model folder written by `save`, by `fit` on the command line or by `export`.
+
+        Raises:
+            FileNotFoundError: if it is no model folder.
+            ValueError: if a file is damaged, or it holds no forecaster.
+        """
+        folder = read_model_folder(path)
+        domain, _, model = folder.config["model"].partition("/")
+        if domain != "timeseries" or "data.json" not in folder.files:
+            raise ValueError(
+                f"{str(path)!r} holds {folder.config['model']}, expected a timeseries model with data.json"
+            )
+        try:
+            state = json.loads(folder.files["data.json"])
+        except ValueError as error:
+            raise ValueError(f"{Path(path) / 'data.json'} is damaged: {error}; export the model again") from error
+        args, task = dict(folder.config["args"]), folder.config.get("task", {})
+        net = create_model(model, **args)
+        load_weights(net, folder.state, source=str(path))
+        own = {k: v for k, v in args.items() if k not in ("lookback", "horizon", "n_variates", "quantiles")}
+        forecaster = cls(
+            model,
+            args["lookback"],
+            args["horizon"],
+            scaler=state["scaler"]["kind"],
+            loss=task.get("loss", "mse"),
+            quantiles=args.get("quantiles"),
+            fill=state["fill"],
+            seed=task.get("seed", 0),
+            model_args=own,
+            calendar=state["time_features"]["calendar"],
+            fourier=state["time_features"]["fourier"],
+            ids=task.get("ids", "variates"),
+        )
+        forecaster.net, forecaster.intervals = net.eval(), state.pop("intervals", None)
+        forecaster.state = state
+        return forecaster
+
+
+_SETTINGS = (
+    "model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args", "calendar",
+    "fourier", "ids",
+)  # fmt: skip
+
+
+def backtest_origins(ds: xr.Dataset, lookback: int, horizon: int, start: Cut | None, stride: int) -> range:
+    """Cutoffs of a backtest as steps of the time axis.
+
+    Raises:
+        ValueError: if there is none, or the arguments are out of range.
+    """
+    times, length = ds["time"].to_numpy(), ds.sizes["time"]
+    if stride < 1 or horizon < 1:
+        raise ValueError(f"expected a stride and a horizon of at least 1 step, got {stride} and {horizon}")
+    if start is None:
+        first = lookback
+    elif isinstance(start, (str, np.datetime64, pd.Timestamp)):
+        if times.dtype.kind != "M":
+            raise ValueError(f"start {start!r} is a date, the series counts integer steps; give a step number")
+        first = int(np.searchsorted(times, pd.Timestamp(start).to_datetime64()))
+    else:
+        first = int(start * length) if isinstance(start, float) and 0 <= start <= 1 else int(start)
+    origins = range(max(first, lookback) - 1, length - horizon, stride)
+    if first < 0 or not origins:
+        raise ValueError(
+            f"no cutoff has {lookback} steps before and {horizon} behind it from start {start} on, in a series of {length} "
+            "steps; start earlier, or use a shorter horizon or a longer series"
+        )
+    return origins

@@ -1,0 +1,525 @@
+"""Pictures of series, forecasts and their errors. Needs matplotlib (`pip install "omnissm[plot]"`).
+
+Every function draws on `ax` where one is given and returns the Axes (an array of them where it draws a panel per
+variate). Forecasts are the Datasets of `Forecaster.predict` and `Forecaster.backtest`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from . import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import nn
+
+__all__ = [
+    "plot_backtest",
+    "plot_calibration",
+    "plot_dt_ranges",
+    "plot_error_by_horizon",
+    "plot_error_map",
+    "plot_forecast",
+    "plot_missing",
+    "plot_residuals",
+]
+
+INK = "#1f2933"
+MUTED = "#7b8794"
+GRID = "#e4e7eb"
+BLUE = "#2467b3"
+PALETTE = (BLUE, "#e07a2f", "#2a9d8f", "#8a5fb0", "#c8553d", "#7b8794", "#b58a17", "#4c6a92")
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 150,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "semibold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+@contextmanager
+def _style() -> Iterator[Any]:
+    """pyplot under the house style.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    try:
+        import matplotlib as mpl
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('plots need matplotlib; run: pip install "omnissm[plot]"') from error
+    with mpl.rc_context(STYLE):
+        yield plt
+
+
+def _panels(plt: Any, count: int, *, width: float = 5.2, height: float = 2.1, columns: int = 2) -> list[Axes]:
+    """Axes of a figure with one panel per variate, the unused ones removed."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    _, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows + 0.4), layout="constrained", squeeze=False
+    )
+    for extra in axes.flat[count:]:
+        extra.remove()
+    return list(axes.flat[:count])
+
+
+def _axes(plt: Any, ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
+    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def _choose(ds: xr.Dataset | xr.DataArray, dim: str, label: Any) -> str:
+    """The given label of a dimension, or its first; unknown ones are refused."""
+    labels = [str(v) for v in ds[dim].values]
+    if label is None:
+        return labels[0]
+    if str(label) not in labels:
+        raise ValueError(f"no {dim} named {label!r}; available: {', '.join(labels)}")
+    return str(label)
+
+
+def _label(ds: xr.Dataset, variate: str) -> str:
+    """Name and unit, e.g. "temp (degF)"."""
+    units = str(ds["units"].sel(variate=variate).item()) if "units" in ds.coords else ""
+    return f"{variate} ({units})" if units else variate
+
+
+def _time_axis(ax: Axes, times: Any) -> None:
+    """Short date labels for datetimes, plain numbers otherwise."""
+    if np.issubdtype(np.asarray(times).dtype, np.datetime64):
+        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+        locator = AutoDateLocator(minticks=3, maxticks=7)
+        ax.xaxis.set_major_locator(locator)
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    else:
+        ax.set_xlabel("time step")
+    ax.margins(x=0.01)
+
+
+def _fan(ax: Axes, times: Any, quantiles: xr.DataArray, color: str) -> None:
+    """Nested central intervals, the widest lightest; labelled with their coverage."""
+    levels = [float(q) for q in quantiles["quantile"].values]
+    pairs = [(low, high) for low, high in zip(levels, reversed(levels)) if low < high - 1e-9]
+    for depth, (low, high) in enumerate(pairs):
+        lower, upper = (quantiles.sel(quantile=q).values for q in (low, high))
+        alpha = 0.14 + 0.16 * depth / max(1, len(pairs) - 1)
+        ax.fill_between(times, lower, upper, color=color, alpha=alpha, linewidth=0, label=f"{high - low:.0%} interval")
+
+
+def _legend(ax: Axes, count: int) -> None:
+    """One row above the panels of the figure, for several panels; inside the axes for one."""
+    handles, labels = ax.get_legend_handles_labels()
+    if count > 1 and ax.figure is not None:
+        ax.figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
+    else:
+        ax.legend(handles, labels, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=len(labels))
+
+
+def _each_variate(
+    forecast: xr.Dataset,
+    variate: str | None,
+    ax: Axes | None,
+    title: str,
+    draw: Callable[[Axes, str], None],
+) -> Any:
+    """Draw one variate on `ax`, or every variate on a panel of its own."""
+    with _style() as plt:
+        if ax is not None or variate is not None or forecast.sizes["variate"] == 1:
+            ax = _axes(plt, ax, (7.2, 3.2))
+            name = _choose(forecast, "variate", variate)
+            draw(ax, name)
+            ax.set_title(f"{_label(forecast, name)}, {title}" if title else _label(forecast, name))
+            _legend(ax, 1)
+            return ax
+        names = [str(v) for v in forecast["variate"].values]
+        axes = _panels(plt, len(names))
+        for panel, name in zip(axes, names):
+            draw(panel, name)
+            panel.set_title(_label(forecast, name))
+        axes[0].figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="semibold", color=INK)
+        _legend(axes[0], len(axes))
+        return np.array(axes)
+
+
+def plot_forecast(
+    forecast: xr.Dataset,
+    history: xr.Dataset | None = None,
+    *,
+    series: str | None = None,
+    variate: str | None = None,
+    cutoff: int = -1,
+    steps: int | None = None,
+    ax: Axes | None = None,
+) -> Any:
+    """History and forecast with its fan of intervals, one panel per variate.
+
+    Args:
+        forecast: Forecast Dataset; known targets are drawn too.
+        history: Series before the cutoff, in the schema; None draws the forecast alone.
+        series: Which series; default the first.
+        variate: Which variate; default all of them, a panel each.
+        cutoff: Position on the cutoff axis; default the last.
+        steps: Length of the history drawn; default three horizons.
+        ax: Draw one variate here.
+
+    Returns:
+        The Axes, or an array of them.
+    """
+    name = _choose(forecast, "series", series)
+    one = forecast.sel(series=name).isel(cutoff=cutoff)
+    when = one["cutoff"].values
+    steps = steps or 3 * forecast.sizes["horizon"]
+    past = None
+    if history is not None:
+        past = history["target"]
+        past = past.sel(series=_choose(history, "series", name)) if "series" in past.dims else past
+        past = past.sel(time=slice(None, when)).isel(time=slice(-steps, None))
+    times = one["valid_time"].values
+
+    def draw(panel: Axes, label: str) -> None:
+        mean = one["mean"].sel(variate=label).values
+        if "quantiles" in one:
+            _fan(panel, times, one["quantiles"].sel(variate=label), BLUE)
+        if past is not None:
+            values = past.sel(variate=label).values if "variate" in past.dims else past.values
+            panel.plot(past["time"].values, values, color=INK, linewidth=1.3, label="observed")
+        if "target" in one and np.isfinite(one["target"].sel(variate=label)).any():
+            first = "_" if past is not None else ""
+            panel.plot(
+                times, one["target"].sel(variate=label).values, color=INK, linewidth=1.3, label=f"{first}observed"
+            )
+        panel.plot(times, mean, color=BLUE, linewidth=1.8, label="forecast")
+        panel.axvline(when, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
+        _time_axis(panel, times)
+
+    where = name if forecast.sizes["series"] > 1 or name not in ("", "0") else ""
+    title = f"{where + ', ' if where else ''}{forecast.sizes['horizon']} steps from {_when(when)}"
+    return _each_variate(forecast, variate, ax, title, draw)
+
+
+def _when(time: Any) -> str:
+    """Time to the minute, without a midnight."""
+    text = (
+        str(np.datetime_as_string(time, unit="m"))
+        if np.issubdtype(np.asarray(time).dtype, np.datetime64)
+        else str(time)
+    )
+    return text.replace("T00:00", "").replace("T", " ")
+
+
+def plot_backtest(
+    forecast: xr.Dataset,
+    *,
+    series: str | None = None,
+    variate: str | None = None,
+    every: int | None = None,
+    last: int | None = 14,
+    ax: Axes | None = None,
+) -> Any:
+    """Forecasts of successive cutoffs over what then came, one panel per variate.
+
+    Args:
+        forecast: Backtest Dataset with `target`.
+        series: Which series; default the first.
+        variate: Which variate; default all, a panel each.
+        every: Draw every so many cutoffs; default those that do not overlap.
+        last: Draw at most this many newest cutoffs; None draws all.
+        ax: Draw one variate here.
+
+    Returns:
+        The Axes, or an array of them.
+    """
+    name = _choose(forecast, "series", series)
+    one = forecast.sel(series=name)
+    every = every or _spacing(one)
+    one = one.isel(cutoff=slice(None, None, -1)).isel(cutoff=slice(None, None, every)).isel(cutoff=slice(last))
+    one = one.isel(cutoff=slice(None, None, -1))
+
+    def draw(panel: Axes, label: str) -> None:
+        for k in range(one.sizes["cutoff"]):
+            piece = one.isel(cutoff=k).sel(variate=label)
+            times = piece["valid_time"].values
+            hide = "_" if k else ""
+            if "quantiles" in piece:
+                outer = piece["quantiles"].isel(quantile=[0, -1])
+                panel.fill_between(
+                    times,
+                    outer[..., 0].values,
+                    outer[..., 1].values,
+                    color=BLUE,
+                    alpha=0.16,
+                    linewidth=0,
+                    label=f"{hide}{float(outer['quantile'][1] - outer['quantile'][0]):.0%} interval",
+                )
+            panel.plot(times, piece["target"].values, color=INK, linewidth=1.1, label=f"{hide}observed")
+            panel.plot(times, piece["mean"].values, color=BLUE, linewidth=1.4, label=f"{hide}forecast")
+            panel.axvline(piece["cutoff"].values, color=GRID, linewidth=0.9, zorder=0)
+        panel.grid(visible=False, axis="x")
+        _time_axis(panel, one["valid_time"].values)
+
+    return _each_variate(forecast, variate, ax, f"{name}, backtest" if name not in ("", "0") else "backtest", draw)
+
+
+def _spacing(one: xr.Dataset) -> int:
+    """Cutoffs from one to the next that does not overlap with it."""
+    if one.sizes["cutoff"] < 2:
+        return 1
+    cutoffs = one["cutoff"].values.astype(np.int64)
+    length = (one["valid_time"].values.astype(np.int64)[0] - cutoffs[0])[-1]
+    return max(1, math.ceil(length / max(1, int(np.median(np.diff(cutoffs))))))
+
+
+def _named(forecasts: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Forecasts by name; a single one under its model's name."""
+    if isinstance(forecasts, xr.Dataset):
+        return {str(forecasts.attrs.get("model", "forecast")): forecasts}
+    return dict(forecasts)
+
+
+def _errors(forecast: xr.Dataset, metric: str, by: tuple[str, ...]) -> xr.DataArray:
+    from .evaluation import evaluate
+
+    return evaluate(forecast, metrics=(metric,), by=by)[metric]
+
+
+def plot_error_by_horizon(
+    forecasts: xr.Dataset | Mapping[str, xr.Dataset], *, metric: str = "mae", ax: Axes | None = None
+) -> Axes:
+    """Error against the step of the horizon, one line per model; the first model stands out.
+
+    Args:
+        forecasts: A forecast with targets, or several by name.
+        metric: Name of an `evaluate` metric.
+        ax: Draw here.
+    """
+    with _style() as plt:
+        ax = _axes(plt, ax)
+        named = _named(forecasts)
+        for k, (name, forecast) in enumerate(named.items()):
+            errors = _errors(forecast, metric, ("horizon",))
+            color = PALETTE[k % len(PALETTE)]
+            ax.plot(errors["horizon"], errors, color=color, linewidth=2.2 if k == 0 else 1.4, label=name)
+        ax.set_xlabel("steps ahead")
+        ax.set_ylabel(_metric_label(metric))
+        ax.set_ylim(bottom=0)
+        ax.set_xlim(1, max(f.sizes["horizon"] for f in named.values()))
+        ax.set_title("Error by horizon")
+        if len(named) > 1:
+            ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return ax
+
+
+def _metric_label(metric: str) -> str:
+    base, units = (metric.removesuffix("_units"), ", original units") if metric.endswith("_units") else (metric, "")
+    names = {"mse": "mean squared error", "mae": "mean absolute error", "rmse": "root mean squared error"}
+    scaled = ", scaled" if base in names and not units else ""
+    return f"{names.get(base, base.upper())}{scaled or units}"
+
+
+def plot_error_map(forecast: xr.Dataset, *, metric: str = "mae", ax: Axes | None = None) -> Axes:
+    """Heat map of the error, variate against horizon.
+
+    Args:
+        forecast: Forecast Dataset with `target`.
+        metric: Name of an `evaluate` metric.
+        ax: Draw here.
+    """
+    with _style() as plt:
+        errors = _errors(forecast, metric, ("variate", "horizon")).transpose("variate", "horizon")
+        rows, columns = errors.shape
+        ax = _axes(plt, ax, (7.2, 1.3 + 0.36 * rows))
+        image = ax.imshow(errors, aspect="auto", cmap="YlGnBu", vmin=0, extent=(0.5, columns + 0.5, rows - 0.5, -0.5))
+        ax.set_yticks(range(rows), [str(v) for v in errors["variate"].values])
+        ax.set_xlabel("steps ahead")
+        ax.grid(visible=False)
+        ax.tick_params(length=0)
+        for side in ax.spines.values():
+            side.set_visible(False)
+        for row in range(1, rows):
+            ax.axhline(row - 0.5, color="white", linewidth=1.5)
+        bar = plt.colorbar(image, ax=ax, pad=0.015, aspect=14)
+        bar.outline.set_visible(False)
+        bar.set_label(_metric_label(metric))
+        ax.set_title("Error by variate and horizon")
+        return ax
+
+
+def plot_calibration(forecasts: xr.Dataset | Mapping[str, xr.Dataset], *, ax: Axes | None = None) -> Axes:
+    """Observed against nominal share of targets below each forecast quantile; the diagonal is perfect.
+
+    Args:
+        forecasts: A forecast with `quantiles` and `target`, or several by name.
+        ax: Draw here.
+
+    Raises:
+        ValueError: if a forecast has no quantiles.
+    """
+    with _style() as plt:
+        ax = _axes(plt, ax, (4.4, 4.2))
+        ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+        named = _named(forecasts)
+        for k, (name, forecast) in enumerate(named.items()):
+            if "quantiles" not in forecast:
+                raise ValueError(f"the forecast {name!r} has no quantiles; make it with intervals or quantiles")
+            levels = forecast["quantile"].values
+            below = [
+                metrics.masked_mean(forecast["target"] <= forecast["quantiles"].sel(quantile=q), _observed(forecast))
+                for q in levels
+            ]
+            ax.plot(levels, below, "o-", color=PALETTE[k % len(PALETTE)], markersize=5, linewidth=1.6, label=name)
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level", ylabel="observed share below", aspect="equal")
+        ax.set_title("Calibration of the quantiles")
+        if len(named) > 1:
+            ax.legend(fontsize=9, loc="upper left")
+        return ax
+
+
+def _observed(forecast: xr.Dataset) -> Any:
+    """Mask of known targets."""
+    finite = np.isfinite(forecast["target"])
+    return (finite & forecast["observed"] if "observed" in forecast else finite).values
+
+
+def plot_residuals(
+    forecast: xr.Dataset, *, variate: str | None = None, series: str | None = None, lags: int = 48, ax: Any = None
+) -> Any:
+    """Histogram of the one-step residuals, and their autocorrelation over successive cutoffs.
+
+    Args:
+        forecast: Backtest Dataset with `target`; neighbouring cutoffs should be one step apart.
+        variate: Which variate; default the first.
+        series: Which series; default the first.
+        lags: Number of lags.
+        ax: A pair of Axes to draw on.
+
+    Returns:
+        Array of two Axes.
+    """
+    name, label = _choose(forecast, "series", series), _choose(forecast, "variate", variate)
+    one = forecast.sel(series=name, variate=label).isel(horizon=0)
+    residual = np.asarray(one["target"] - one["mean"], np.float64)
+    residual[~_observed(forecast.sel(series=[name], variate=[label]).isel(horizon=[0])).reshape(-1)] = np.nan
+    lags = min(lags, len(residual) // 2)
+    correlation = [_autocorrelation(residual, lag) for lag in range(1, lags + 1)]
+    with _style() as plt:
+        left, right = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")[1] if ax is None else ax
+        left.hist(residual[np.isfinite(residual)], bins=40, color=BLUE, alpha=0.75, edgecolor="white", linewidth=0.4)
+        left.axvline(np.nanmean(residual), color=INK, linewidth=1.2)
+        left.set(xlabel=f"target - forecast, {_label(forecast, label)}", ylabel="count")
+        left.grid(visible=False, axis="x")
+        left.set_title("One-step residuals")
+        bound = 1.96 / math.sqrt(max(1, int(np.isfinite(residual).sum())))
+        right.axhspan(-bound, bound, color=MUTED, alpha=0.18, linewidth=0)
+        right.vlines(range(1, lags + 1), 0, correlation, color=BLUE, linewidth=2)
+        right.axhline(0, color=INK, linewidth=0.8)
+        right.set(xlabel="lag (cutoffs)", ylabel="autocorrelation", xlim=(0, lags + 1))
+        right.set_title("Autocorrelation; grey: 95 % of white noise")
+        return np.array([left, right])
+
+
+def _autocorrelation(x: Any, lag: int) -> float:
+    """Correlation of x with itself `lag` steps later, over pairs where both are known; NaN if there is none."""
+    x = x - np.nanmean(x)
+    product = x[lag:] * x[:-lag]
+    variance = np.nanmean(x**2)
+    return float(np.nanmean(product) / variance) if np.isfinite(product).any() and variance > 0 else math.nan
+
+
+def plot_missing(ds: xr.Dataset, *, series: str | None = None, bins: int = 400, ax: Axes | None = None) -> Axes:
+    """Share of missing values over time, one row per variate (white: complete).
+
+    Args:
+        ds: Dataset in the schema.
+        series: Which series; default the first.
+        bins: Time is cut into at most this many columns.
+        ax: Draw here.
+    """
+    target = ds["target"]
+    if "series" in target.dims:
+        target = target.sel(series=_choose(ds, "series", series))
+    if "variate" not in target.dims:
+        target = target.expand_dims("variate", axis=-1)
+    missing = ~np.isfinite(target.transpose("variate", "time").values)
+    edges = np.linspace(0, missing.shape[1], min(bins, missing.shape[1]) + 1).astype(int)
+    share = np.stack([missing[:, a:b].mean(axis=1) for a, b in pairwise(edges)], axis=1)
+    times = ds["time"].values
+    with _style() as plt:
+        from matplotlib.dates import date2num
+
+        rows = len(missing)
+        ax = _axes(plt, ax, (7.6, 1.3 + 0.34 * rows))
+        dated = np.issubdtype(times.dtype, np.datetime64)
+        first, last = date2num(times[[0, -1]]) if dated else times[[0, -1]]
+        extent = (float(first), float(last), rows - 0.5, -0.5)
+        ax.imshow(share, aspect="auto", cmap="Oranges", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+        names = [str(v) for v in ds["variate"].values] if "variate" in ds.coords else [""]
+        ax.set_yticks(range(rows), [f"{n}  {100 * m:.1f} %" for n, m in zip(names, missing.mean(axis=1))])
+        if dated:
+            ax.xaxis_date()
+        _time_axis(ax, times)
+        ax.grid(visible=False)
+        ax.tick_params(axis="y", length=0)
+        for row in range(1, rows):
+            ax.axhline(row - 0.5, color=GRID, linewidth=1)
+        ax.set_title("Missing values (share per variate)")
+        return ax
+
+
+def plot_dt_ranges(model: nn.Module, *, ax: Axes | None = None) -> Axes:
+    """Learned time steps of the heads of a 2-D state-space model: small steps remember long.
+
+    Args:
+        model: Has `dt_ranges() -> dict head -> steps`, e.g. the `chimera_*` models.
+        ax: Draw here.
+
+    Raises:
+        ValueError: if the model has no such method.
+    """
+    ranges = getattr(model, "dt_ranges", None)
+    if not callable(ranges):
+        raise ValueError(f"{type(model).__name__} has no learned time steps; plot them for a chimera model")
+    heads: dict[str, Sequence[float]] = {k: np.sort(np.ravel(np.asarray(v.detach()))) for k, v in ranges().items()}
+    with _style() as plt:
+        ax = _axes(plt, ax, (6.4, 0.9 + 0.75 * len(heads)))
+        rng = np.random.default_rng(0)
+        for k, steps in enumerate(heads.values()):
+            color = PALETTE[k % len(PALETTE)]
+            spread = k + rng.uniform(-0.16, 0.16, len(steps))
+            ax.scatter(steps, spread, s=22, color=color, alpha=0.6, linewidth=0)
+            ax.plot([np.median(steps)] * 2, [k - 0.3, k + 0.3], color=color, linewidth=2.4)
+            ax.annotate(f"{np.median(steps):.3g}", (np.median(steps), k - 0.34), ha="center", fontsize=9, color=INK)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(heads)), list(heads))
+        ax.set_ylim(len(heads) - 0.5, -0.6)
+        ax.set_xlabel("time step dt1 (patches), median marked; small steps keep a long memory")
+        ax.grid(visible=False, axis="y")
+        ax.set_title("Learned time scales")
+        return ax

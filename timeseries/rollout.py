@@ -1,0 +1,291 @@
+"""From a trained network and series to a forecast Dataset: windows at the wanted cutoffs, one batched run, units back.
+
+Dimensions series, cutoff, horizon, variate[, quantile]; `cutoff` is the last time that was seen and horizon 1 is one
+step later.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from .conformal import interval_levels
+from .freq import infer_freq, normalize_freq
+from .scaling import Scaler
+from .schema import canonical, extend, validate
+from .time_features import add_time_features
+from .windows import WindowBatch, Windows
+
+Array = npt.NDArray[Any]
+
+__all__ = ["create_windows", "forecast_dataset", "prepare", "progress_bar", "roll_out", "run_windows"]
+
+
+@contextmanager
+def progress_bar(total: int, label: str, enabled: bool = True) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, drawn only where stderr is a terminal; yields `advance(steps, text)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (enabled and console.is_terminal)) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(steps: int = 1, text: str | None = None) -> None:
+            bar.update(task, advance=steps, **({"description": text} if text else {}))
+
+        yield advance
+
+
+def roll_out(net: nn.Module, batch: WindowBatch, trained: int, horizon: int, middle: int | None = None) -> Tensor:
+    """Forecast further than the model was trained for by feeding its own forecasts back as if observed.
+
+    Args:
+        net: Maps a WindowBatch to (b, i, trained) or (b, i, trained, q).
+        batch: Its future covariates, if any, must reach to the end of the last block of `trained` steps.
+        trained: Horizon of the model.
+        horizon: Horizon wanted.
+        middle: Position of the quantile that is fed back.
+
+    Returns:
+        (b, i, horizon[, q]).
+
+    Raises:
+        ValueError: if the model reads covariates of the past, which nobody knows inside the horizon.
+    """
+    if horizon > trained and batch.past is not None:
+        raise ValueError(
+            f"the model forecasts {trained} steps and reads past-only covariates, so it cannot be rolled on to "
+            f"{horizon}; ask for a horizon of at most {trained}"
+        )
+    lookback = batch.x.shape[-1]
+    pieces: list[Tensor] = []
+    for begin in range(0, horizon, trained):
+        future = None if batch.future is None else batch.future[..., begin : begin + lookback + trained]
+        y = net(batch._replace(future=future))
+        pieces.append(y)
+        point = y if middle is None else y[..., middle]
+        gap = batch.time_gap
+        batch = batch._replace(
+            x=torch.cat([batch.x, point], dim=-1)[..., -lookback:],
+            x_mask=torch.cat([batch.x_mask, torch.ones_like(point, dtype=torch.bool)], dim=-1)[..., -lookback:],
+            time_gap=None
+            if gap is None
+            else torch.cat([gap, gap.new_ones(gap.shape[0], trained)], -1)[..., -lookback:],
+        )
+    return torch.cat(pieces, dim=2)[:, :, :horizon]
+
+
+@torch.no_grad()
+def run_windows(
+    net: nn.Module,
+    windows: Windows,
+    trained: int,
+    horizon: int,
+    middle: int | None = None,
+    *,
+    batch_size: int = 256,
+    advance: Callable[..., None] | None = None,
+) -> Array:
+    """Forecasts of all windows in scaled units, (windows, i, horizon[, q]) float32."""
+    device = next((t.device for t in net.state_dict().values()), torch.device("cpu"))
+    was_training = net.training
+    net.eval()
+    pieces = []
+    for batch in windows.batches(batch_size):
+        pieces.append(roll_out(net, batch.to(device), trained, horizon, middle).float().cpu().numpy())
+        if advance:
+            advance(len(batch.x))
+    net.train(was_training)
+    return np.concatenate(pieces)
+
+
+def prepare(data: xr.Dataset, state: dict[str, Any]) -> xr.Dataset:
+    """Check new data against what the model was trained on, and bring its variates into the model's order.
+
+    Args:
+        data: Dataset in the schema.
+        state: `ForecastingData.state()` of the training data.
+
+    Raises:
+        ValueError: naming the first variate that is missing, another frequency, or too short a series.
+    """
+    validate(data)
+    ds = canonical(data)
+    names, wanted = [str(v) for v in ds["variate"].values], list(state["variates"])
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise ValueError(
+            f"the model was trained on the variate {missing[0]!r}, which the data lacks (it has {', '.join(names[:8])}); "
+            "supply it"
+        )
+    if names != wanted:
+        ds = canonical(ds.sel(variate=wanted))
+    freq, found = state["freq"], ds.attrs.get("freq")
+    if freq is not None:
+        found = infer_freq(ds["time"].to_numpy()) if found is None else found
+        if found is None or normalize_freq(found) != normalize_freq(freq):
+            raise ValueError(
+                f"the model was trained on data of freq {freq!r}, got {'irregular times' if found is None else repr(found)}; "
+                f"bring the series to it with regularize(ds, {freq!r}) or by resampling"
+            )
+        ds.attrs["freq"] = normalize_freq(freq)
+    if ds.sizes["time"] < state["lookback"]:
+        raise ValueError(
+            f"the model looks back {state['lookback']} steps, the series has {ds.sizes['time']}; supply a longer series"
+        )
+    return ds
+
+
+def create_windows(
+    ds: xr.Dataset, state: dict[str, Any], targets: range, width: int, stride: int = 1
+) -> tuple[Windows, Scaler]:
+    """Windows of prepared data in the units and with the features of the training data, and their scaler.
+
+    Args:
+        ds: Prepared data, see `prepare`.
+        state: `ForecastingData.state()` of the training data.
+        targets: Steps that are targets.
+        width: Steps of the target part of a window.
+        stride: Steps from window to window.
+    """
+    features = state["time_features"]
+    scaler, covariate_scalers = _scalers(ds, state)
+    if features["calendar"] or features["fourier"]:
+        ds = add_time_features(ds, **features)
+    windows = Windows(
+        ds,
+        state["lookback"],
+        width,
+        targets=targets,
+        stride=stride,
+        fill=state["fill"],
+        scaler=scaler,
+        covariate_scalers=covariate_scalers,
+    )
+    return windows, scaler
+
+
+def _scalers(ds: xr.Dataset, state: dict[str, Any]) -> tuple[Scaler, dict[str, Scaler]]:
+    """The fitted scalers, their rows in the order of the series of `ds`."""
+    rows = Scaler.from_dict(state["scaler"]).rows(ds)
+
+    def reorder(saved: dict[str, Any]) -> Scaler:
+        if saved["shared"]:
+            return Scaler.from_dict(saved)
+        pick = {key: [saved[key][row] for row in rows] for key in ("series", "center", "scale")}
+        return Scaler.from_dict({**saved, **pick})
+
+    return reorder(state["scaler"]), {name: reorder(saved) for name, saved in state["covariate_scalers"].items()}
+
+
+def forecast_dataset(
+    net: nn.Module,
+    ds: xr.Dataset,
+    state: dict[str, Any],
+    origins: range,
+    horizon: int,
+    *,
+    future: xr.Dataset | xr.DataArray | None = None,
+    quantiles: Sequence[float] = (),
+    intervals: dict[str, Any] | None = None,
+    attrs: dict[str, Any] | None = None,
+    advance: Callable[..., None] | None = None,
+) -> xr.Dataset:
+    """Forecast from several cutoffs at once.
+
+    Args:
+        net: Trained network.
+        ds: Prepared data, see `prepare`.
+        state: `ForecastingData.state()` of the training data.
+        origins: Steps on the time axis of `ds` that are the last ones seen.
+        horizon: Steps to forecast.
+        future: Future-known covariates behind the end of `ds`.
+        quantiles: Levels of a probabilistic network.
+        intervals: {"coverages": [...], "radius": (coverage, i, h)} in scaled units, for a point network.
+        attrs: Attributes of the result.
+        advance: Called with the number of windows done.
+    """
+    trained = state["horizon"]
+    width = -(-horizon // trained) * trained
+    series, steps = ds.sizes["series"], ds.sizes["time"]
+    extra = max(0, origins[-1] + width + 1 - steps)
+    longer = canonical(extend(ds, extra, future)) if extra else ds
+    targets = range(origins[0] + 1, origins[-1] + width + 1)
+    windows, scaler = create_windows(longer, state, targets, width, origins.step)
+    middle = min(range(len(quantiles)), key=lambda k: abs(quantiles[k] - 0.5)) if quantiles else None
+    values = run_windows(net, windows, trained, horizon, middle, advance=advance)  # (series * cutoff, i, horizon[, q])
+    mean = values if middle is None else values[..., middle]
+    levels: tuple[float, ...] = tuple(quantiles)
+    spread = values if quantiles else None
+    if intervals and not quantiles:
+        levels, spread = interval_levels(intervals["coverages"]), _with_intervals(mean, intervals)
+    rows = np.repeat(np.arange(series), len(origins))
+
+    def in_units(scaled: Array) -> Array:
+        back = scaler.inverse(scaled, rows, axis=1).reshape(series, len(origins), *scaled.shape[1:])
+        return np.moveaxis(back, 2, 3)  # (series, cutoff, horizon, i[, q])
+
+    dims = ("series", "cutoff", "horizon", "variate")
+    index = np.array(origins)[:, None] + np.arange(1, horizon + 1)  # (cutoff, horizon)
+    times = longer["time"].to_numpy()
+    known = longer["target"].to_numpy()[:, index]
+    variables: dict[str, Any] = {"mean": (dims, in_units(mean))}
+    if spread is not None:
+        variables["quantiles"] = ((*dims, "quantile"), in_units(spread))
+    if np.isfinite(known).any():
+        variables["target"] = (dims, known)
+        variables["observed"] = (dims, np.isfinite(known))
+    coords: dict[str, Any] = {
+        "series": _names(ds["series"]),
+        "cutoff": times[np.array(origins)],
+        "horizon": np.arange(1, horizon + 1),
+        "variate": _names(ds["variate"]),
+        "valid_time": (("cutoff", "horizon"), times[index]),
+    }
+    if spread is not None:
+        coords["quantile"] = np.array(levels)
+    if "units" in ds.coords:
+        coords["units"] = ("variate", _names(ds["units"]))
+    for name, table in (state.get("seasonal_errors") or {}).items():
+        known_rows = dict(zip(state["series"], np.array(table, float)))
+        unknown = np.full(ds.sizes["variate"], np.nan)
+        coords[name] = (
+            ("series", "variate"),
+            np.stack([known_rows.get(s, unknown) for s in coords["series"].tolist()]),
+        )
+    about = {
+        "lookback": state["lookback"],
+        "trained_horizon": trained,
+        "rollout": "direct" if horizon <= trained else f"own forecasts fed back in blocks of {trained} steps",
+        "intervals": "quantiles of the model" if quantiles else "split conformal" if spread is not None else "none",
+        "season": state["season"],
+        "scaler": json.dumps(scaler.to_dict()),
+    }
+    if state["freq"] is not None:
+        about["freq"] = state["freq"]
+    return xr.Dataset(variables, coords, {**(attrs or {}), **about})
+
+
+def _with_intervals(mean: Array, intervals: dict[str, Any]) -> Array:
+    """Quantiles (n, i, horizon, q) around a point forecast, from the radii of its central intervals."""
+    radius = np.asarray(intervals["radius"], np.float32)  # (coverage, i, trained), coverages as stored
+    order = np.argsort(intervals["coverages"])
+    inner = radius[order][:, :, : mean.shape[2]]
+    offsets = np.concatenate([-inner[::-1], np.zeros_like(inner[:1]), inner])  # (q, i, horizon)
+    return mean[..., None] + np.moveaxis(offsets, 0, -1)
+
+
+def _names(labels: xr.DataArray) -> Array:
+    """Labels as plain text, whatever kind of string they were."""
+    return np.array([str(label) for label in labels.to_numpy()])
