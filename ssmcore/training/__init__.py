@@ -9,8 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callbacks import EMA as EMA
+    from .callbacks import ResumePoint as ResumePoint
+    from .callbacks import prepare_trainer as prepare_trainer
+    from .checkpoints import ModelFolder as ModelFolder
+    from .checkpoints import export_checkpoint as export_checkpoint
+    from .checkpoints import load_weights as load_weights
+    from .checkpoints import read_checkpoint as read_checkpoint
+    from .checkpoints import read_model_folder as read_model_folder
+    from .checkpoints import read_weights as read_weights
+    from .checkpoints import save_model_folder as save_model_folder
+    from .checkpoints import write_atomic as write_atomic
+    from .cli import run_cli as run_cli
     from .data import EpochSampler as EpochSampler
     from .data import SSMData as SSMData
+    from .export import best_checkpoint as best_checkpoint
     from .optim import EpochDecay as EpochDecay
     from .optim import LRSchedulerCallable as LRSchedulerCallable
     from .optim import OptimizerCallable as OptimizerCallable
@@ -21,16 +34,29 @@ if TYPE_CHECKING:
     from .task import SSMTask as SSMTask
 
 _HOME = {
+    "EMA": "callbacks",
     "EpochDecay": "optim",
     "EpochSampler": "data",
     "LRSchedulerCallable": "optim",
+    "ModelFolder": "checkpoints",
     "NonFiniteError": "task",
     "OptimizerCallable": "optim",
+    "ResumePoint": "callbacks",
     "SSMData": "data",
     "SSMTask": "task",
     "WarmupCosine": "optim",
+    "best_checkpoint": "export",
     "create_optimizer": "optim",
+    "export_checkpoint": "checkpoints",
+    "load_weights": "checkpoints",
     "param_groups": "optim",
+    "prepare_trainer": "callbacks",
+    "read_checkpoint": "checkpoints",
+    "read_model_folder": "checkpoints",
+    "read_weights": "checkpoints",
+    "run_cli": "cli",
+    "save_model_folder": "checkpoints",
+    "write_atomic": "checkpoints",
 }
 
 __all__ = sorted(_HOME)

@@ -30,7 +30,7 @@ from .callbacks import prepare_trainer
 from .checkpoints import export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
 from .data import SSMData
 from .export import best_checkpoint
-from .messages import explain
+from .messages import explain, shorten
 from .runs import Run
 from .task import SSMTask
 
@@ -66,7 +66,12 @@ def run_cli(argv: Sequence[str], verb: str, domain: str) -> int:
     for part in ("tasks", "data"):
         if find_spec(f"omnissm.{domain}") and find_spec(f"omnissm.{domain}.{part}"):
             import_module(f"omnissm.{domain}.{part}")
-    CLI(argv, verb, domain)
+    try:
+        CLI(argv, verb, domain)
+    except ValueError as error:
+        if not str(error).startswith("Call to compute_fn"):
+            raise
+        raise ValueError(shorten(str(error))) from error
     return 0
 
 
@@ -121,7 +126,8 @@ class CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "prog": f"omnissm {domain}",
-                verb: {"prog": f"omnissm {domain} {verb}", "epilog": f"example: {example}"},
+                "allow_abbrev": False,
+                verb: {"allow_abbrev": False, "prog": f"omnissm {domain} {verb}", "epilog": f"example: {example}"},
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -176,13 +182,13 @@ class CLI(LightningCLI):
         config = self.config[self.verb]
         self.run = Run.create(config.get("run"), [str(path) for path in config.get("config") or []], config.model)
         if self.verb == "fit":
-            self.run.claim(self._config_yaml(), resume=config.resume, overwrite=config.overwrite)
+            self.run.check(self._config_yaml(), resume=config.resume, overwrite=config.overwrite)
 
     def _config_yaml(self) -> str:
         config: Namespace = self.config[self.verb].clone()
-        config.pop("config", None)
-        for key, value in {"resume": False, "overwrite": False, "init_from": None, "run": self.run.name}.items():
-            config[key] = value
+        for key in ("config", "resume", "overwrite", "init_from", "init_strict"):
+            config.pop(key, None)  # of this start alone, and unknown to the other verbs
+        config["run"] = self.run.name
         return self._parser(self.verb).dump(config, skip_none=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -217,6 +223,8 @@ class CLI(LightningCLI):
             )
             if misfit:
                 log.warning("Weights of %s that did not fit are left out: %s", config.init_from, misfit)
+        if not self.trainer.fast_dev_run:
+            self.run.claim(self._config_yaml(), resume=config.resume)
         last = str(self.run.checkpoints / "last.ckpt") if config.resume else None
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=last, weights_only=True, **options)
         if self.trainer.fast_dev_run or not self.trainer.is_global_zero:

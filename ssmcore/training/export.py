@@ -33,7 +33,7 @@ def best_checkpoint(path: Path) -> Path:
     Raises:
         FileNotFoundError: if there is none.
     """
-    if not path.is_dir():
+    if path.is_file() or path.suffix:
         return path
     for name in ("best.ckpt", "last.ckpt"):
         if (found := path / "checkpoints" / name).is_file():

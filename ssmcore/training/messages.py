@@ -5,8 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
+
+_KEY = re.compile(
+    r"(?:nrecognized arguments:|not accept option|not accept nested key|^Option|: Option) ['\"]?(-{0,2}[\w.+-]+)"
+)
+_SHORT = re.compile(r"expected one of ([\w.]+)\.(\w+)(?:, null)?; got (\w+)$")
+_CLASS = re.compile(r"given class_path '([\w.]+)\.(\w+)': module '[\w.]+' has no attribute")
 
 
 def explain(message: str, parser: Any) -> str:
@@ -16,21 +23,61 @@ def explain(message: str, parser: Any) -> str:
         message: What the parser says; may have many lines.
         parser: The parser, whose options are candidates, besides those of classes named in the message.
     """
-    text = " ".join(str(message).split())
+    text = shorten(" ".join(str(message).split()))
     hints = []
-    found = re.search(r"(?:[Uu]nrecognized arguments:|nested key|[Kk]ey|[Oo]ption) ['\"]?(-{0,2}[\w.+-]+)", text)
-    if found:
-        word = found[1].lstrip("-").rpartition(".")[2]
-        close = difflib.get_close_matches(word, sorted(_names(parser, text)), n=2, cutoff=0.6)
-        if close:
-            hints.append(f"Did you mean {' or '.join(repr(name) for name in close)}?")
+    if missing := _CLASS.search(text):
+        classes = [name for name, value in vars(import_module(missing[1])).items() if inspect.isclass(value)]
+        hints += _close(missing[2], classes)
+    if wrong := _SHORT.search(text):
+        base = getattr(import_module(wrong[1]), wrong[2])
+        hints += _close(wrong[3], [kind.__name__ for kind in _subclasses(base)])
+    found = _KEY.search(text)
+    if found and "Did you mean" not in text:
+        names = set(_names(parser, text))
+        word = next((part for part in found[1].lstrip("-").split(".") if part not in names), "")
+        hints += _close(word, sorted(names))
+    if "required: " in text and (".data" in text or ".model" in text):
+        hints.append("Name a configuration with -c, or the folder of an earlier run with --run.")
     if "lightning.pytorch" in text:
         hints.append("Write pytorch_lightning instead of lightning.pytorch, or the class's name alone.")
-    return " ".join([text, *hints])
+    return " ".join([text if not hints or text.endswith((".", "?")) else f"{text}.", *hints])
 
 
-def _names(parser: Any, text: str) -> set[str]:
-    names = {part for action in parser._actions for part in str(action.dest).split(".")}
+def _close(word: str, names: Sequence[str]) -> list[str]:
+    close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
+    return [f"Did you mean {' or '.join(repr(name) for name in close)}?"] if close else []
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _subclasses(kind)
+
+
+def shorten(text: str) -> str:
+    """Drop what a parser adds about alternatives that were not meant: None beside a class, and the whole value."""
+    text = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(text.split()))
+    text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
+    union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: - "
+    while found := re.search(union, text):
+        before, errors = text[: found.start()], text[found.end() :]
+        errors, _, value = errors.partition(" Given value type: ")
+        first = errors.split(" - Expected a ")[0]
+        if first.startswith("Expected a "):
+            kinds = ", ".join(re.findall(r"<class '(?:builtins\.)?([\w.]+)'>", found[1])) or found[1]
+            given = value.rpartition("Given value: ")[2]
+            first = f"expected one of {kinds.replace('NoneType', 'null')}; got {given}"
+        text = before + first
+    while (joined := re.sub(r'^(Parser key "[\w.]+)": Parser key "', r"\1.", text)) != text:
+        text = joined
+    return re.sub(r"(?<=is not accepted) (?=Did you mean)", ". ", text.partition(" Given value type: ")[0])
+
+
+def _names(parser: Any, text: str) -> Iterator[str]:
+    for action in parser._actions:
+        yield from str(action.dest).split(".")
+        for inner in (getattr(action, "_name_parser_map", None) or {}).values():
+            yield from _names(inner, "")
     for path in set(re.findall(r"[A-Za-z_]\w*(?:\.\w+)+", text)):
         module, _, name = path.rpartition(".")
         try:
@@ -38,6 +85,4 @@ def _names(parser: Any, text: str) -> set[str]:
         except (ImportError, AttributeError, ValueError):
             continue
         if inspect.isclass(target):
-            for base in target.__mro__:
-                names.update(inspect.signature(base.__init__).parameters)
-    return names - {"self", "args", "kwargs"}
+            yield from inspect.signature(target).parameters

@@ -88,13 +88,13 @@ class Run:
         return self.folder / "checkpoints"
 
     @rank_zero_only
-    def claim(self, config: str, *, resume: bool, overwrite: bool) -> None:
-        """Take the folder for a fit and write its config.yaml.
+    def check(self, config: str, *, resume: bool, overwrite: bool) -> None:
+        """Whether a fit may use the folder.
 
         Args:
             config: Text of config.yaml.
             resume: Go on with what is there; its configuration must be the same in model, data and seed.
-            overwrite: Remove what is there.
+            overwrite: Replace what is there.
 
         Raises:
             ValueError: if the folder is used and neither is set, if both are, or if the configurations differ.
@@ -103,22 +103,26 @@ class Run:
         if resume and overwrite:
             raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them.")
         stored = self.folder / "config.yaml"
-        used = stored.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
         if resume:
             if not (self.checkpoints / "last.ckpt").is_file() or not stored.is_file():
                 raise FileNotFoundError(f"Nothing to resume: {self.checkpoints / 'last.ckpt'} does not exist.")
             self._compare(read_yaml(stored), yaml.safe_load(config))
-            self._keep_metrics()
-            for file in self.checkpoints.glob(".*.ckpt.*"):
-                file.unlink()  # cut off by a kill
-        elif used and not overwrite:
+        elif not overwrite and (stored.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))):
             raise ValueError(
                 f"Run {self.name!r} exists in {str(self.folder)!r}."
                 " Give another --run NAME, --resume to go on with it, or --overwrite to replace it."
             )
-        elif used:
+
+    @rank_zero_only
+    def claim(self, config: str, *, resume: bool) -> None:
+        """Take the folder for a fit: write config.yaml, and keep (resume) or remove what an earlier fit left."""
+        if resume:
+            self._keep_metrics()
+            for file in self.checkpoints.glob(".*.ckpt.*"):
+                file.unlink()  # cut off by a kill
+        else:
             self._clear()
-        write_atomic(stored, config)
+        write_atomic(self.folder / "config.yaml", config)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         before, now = ({k: v for part in _COMPARED for k, v in _flat(part, c.get(part))} for c in (old, new))

@@ -1,0 +1,255 @@
+"""Runs from the command line: folders, resuming, killing, refusing."""
+
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from omnissm.__main__ import main
+from omnissm.ssmcore.training import read_model_folder
+from omnissm.ssmcore.training.cli import run_cli
+
+HERE = Path(__file__).parent
+CONFIG = {
+    "model": {
+        "class_path": "tiny_training.Line",
+        "init_args": {
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
+            "lr_scheduler": {"class_path": "omnissm.ssmcore.training.EpochDecay", "init_args": {"factor": 0.8}},
+        },
+    },
+    "data": {"class_path": "tiny_training.Points"},
+    "trainer": {"accelerator": "cpu", "max_epochs": 3, "enable_progress_bar": False, "log_every_n_steps": 2},
+}
+EMA = {"class_path": "omnissm.ssmcore.training.EMA", "init_args": {"decay": 0.9}}
+STOPPING = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 4}}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    """Every test in a folder of its own with line.yaml and ema.yaml, the tiny task importable."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(HERE))
+    averaged = {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": [EMA, STOPPING]}}
+    Path("line.yaml").write_text(yaml.safe_dump(CONFIG))
+    Path("ema.yaml").write_text(yaml.safe_dump(averaged))
+
+
+def run(*words, verb="fit"):
+    return run_cli([str(word) for word in words], verb, "ssmcore")
+
+
+def start(*words, **environment):
+    """The same in a process of its own."""
+    code = f"import sys; from omnissm.ssmcore.training.cli import run_cli; run_cli({list(words)!r}, 'fit', 'ssmcore')"
+    variables = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=100)
+
+
+def checkpoint(name, kind="last"):
+    return torch.load(f"runs/{name}/checkpoints/{kind}.ckpt", weights_only=True)
+
+
+def assert_same_end(one, other):
+    """Weights, averages, optimiser and schedule equal bit for bit."""
+    first, second = checkpoint(one), checkpoint(other)
+    assert first["global_step"] == second["global_step"] == 18
+    for key in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(first.get(key), second.get(key), rtol=0, atol=0)
+    best = read_model_folder(f"runs/{one}/model").state, read_model_folder(f"runs/{other}/model").state
+    torch.testing.assert_close(*best, rtol=0, atol=0)
+
+
+def rows(name):
+    """Validation losses by step over all parts of metrics.csv, later parts first to be believed."""
+    found = {}
+    for path in [*sorted(Path(f"runs/{name}").glob("metrics.*.csv")), Path(f"runs/{name}/metrics.csv")]:
+        with path.open() as file:
+            found.update({row["step"]: row["val/loss"] for row in csv.DictReader(file) if row["val/loss"]})
+    return found
+
+
+def test_fit_writes_a_run_and_its_config_runs_again(capsys):
+    run("-c", "line.yaml", "--run", "first")
+    folder = Path("runs/first")
+    assert {"config.yaml", "metrics.csv", "checkpoints", "model"} <= {path.name for path in folder.iterdir()}
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert "val/loss" in capsys.readouterr().out
+    model = read_model_folder(folder / "model")
+    assert model.config["model"] == "tests/line"
+    assert model.config["args"] == {"n_variates": 3, "width": 4}  # n_variates comes from the data module
+    assert json.loads(model.files["data.json"]) == {"n_variates": 3}
+    assert model.state["0.weight"].shape == (4, 3)
+    run("-c", folder / "config.yaml", "--run", "second")
+    assert_same_end("first", "second")
+    assert rows("first") == rows("second")
+    assert len(rows("first")) == 3
+
+
+def test_used_folder_is_refused_unless_replaced():
+    run("-c", "line.yaml")
+    with pytest.raises(ValueError, match=r"Run 'line' exists in 'runs/line'.*--resume.*--overwrite"):
+        run("-c", "line.yaml")
+    Path("runs/line/notes.txt").write_text("mine")
+    run("-c", "line.yaml", "--overwrite", "--seed_everything", "1")
+    assert Path("runs/line/notes.txt").read_text() == "mine"
+    assert yaml.safe_load(Path("runs/line/config.yaml").read_text())["seed_everything"] == 1
+
+
+def test_refused_start_leaves_the_old_run_alone():
+    run("-c", "line.yaml")
+    before = checkpoint("line")["state_dict"]
+    with pytest.raises(Exception, match="gpu"):
+        run("-c", "line.yaml", "--overwrite", "--trainer.accelerator", "gpu")
+    torch.testing.assert_close(checkpoint("line")["state_dict"], before, rtol=0, atol=0)
+
+
+def test_resume_from_the_end_trains_on_as_one_run():
+    run("-c", "ema.yaml", "--run", "whole")
+    run("-c", "ema.yaml", "--run", "parts", "--trainer.max_epochs", 1)
+    run("-c", "ema.yaml", "--run", "parts", "--trainer.max_epochs", 2, "--resume")
+    run("-c", "ema.yaml", "--run", "parts", "--resume")
+    assert_same_end("whole", "parts")
+    assert rows("whole") == rows("parts")
+
+
+def test_resume_refuses_another_configuration():
+    run("-c", "line.yaml", "--trainer.max_epochs", 1)
+    with pytest.raises(ValueError, match=r"data.init_args.batch_size is 4, was 8.*--init_from"):
+        run("-c", "line.yaml", "--resume", "--data.init_args.batch_size", 4)
+    with pytest.raises(FileNotFoundError, match=r"Nothing to resume: runs/other/checkpoints/last.ckpt"):
+        run("-c", "line.yaml", "--resume", "--run", "other")
+
+
+def test_killed_run_resumes_to_the_same_end():
+    run("-c", "ema.yaml", "--run", "whole")
+    killed = start("-c", "ema.yaml", "--run", "killed", KILL_AT_STEP="9")
+    assert killed.returncode == -9
+    assert checkpoint("killed")["global_step"] == 6
+    run("--run", "killed", "--resume")  # reads the run's own config.yaml
+    assert_same_end("whole", "killed")
+    assert rows("whole") == rows("killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["line.yaml", "ema.yaml"])
+def test_killed_at_any_step_resumes_to_the_same_end(config):
+    run("-c", config, "--run", "whole")
+    for step in (0, 5, 6, 17):
+        assert start("-c", config, "--run", f"k{step}", KILL_AT_STEP=str(step)).returncode == -9
+        assert start("--run", f"k{step}", "--resume", KILL_AT_STEP=str(step + 4)).returncode in (-9, 0)
+        run("--run", f"k{step}", "--resume")
+        assert_same_end("whole", f"k{step}")
+
+
+def test_init_from_takes_weights_only():
+    run("-c", "line.yaml", "--run", "first")
+    run("-c", "line.yaml", "--run", "second", "--init_from", "runs/first/model", "--trainer.max_steps", 1)
+    last = checkpoint("second")
+    assert last["global_step"] == 1
+    moved = (last["state_dict"]["net.2.bias"] - read_model_folder("runs/first/model").state["2.bias"]).abs().max()
+    assert 0 < moved < 0.06  # one AdamW step of 0.05
+    with pytest.raises(ValueError, match=r"runs/first/model do not fit.*`0.weight` is \(4, 3\), expected \(5, 3\)"):
+        run("-c", "line.yaml", "--run", "wide", "--model.init_args.width", 5, "--init_from", "runs/first/model")
+    assert not Path("runs/wide").exists()
+
+
+def test_test_and_validate_write_metrics(capsys):
+    run("-c", "line.yaml")
+    run("-c", "line.yaml", verb="test")
+    run("--run", "line", verb="validate")
+    found = json.loads(Path("runs/line/metrics.json").read_text())
+    assert set(found["metrics"]) == {"test/loss", "val/loss"}
+    assert found["metrics"]["val/loss"] == pytest.approx(float(checkpoint("line", "best")["callbacks"][key_of_best()]))
+    assert found["parameters"] == 3 * 4 + 4 + 4 + 1
+    assert (found["config"], found["model"], found["seed"]) == ("line", "tests/line", 0)
+    assert set(found["versions"]) == {"omnissm", "torch", "pytorch_lightning", "python"}
+    assert len(rows("line")) == 3  # test did not touch metrics.csv
+    assert "test/loss" in capsys.readouterr().out
+
+
+def key_of_best():
+    state = checkpoint("line", "best")["callbacks"]
+    return next(key for key in state if key.startswith("ModelCheckpoint"))
+
+
+def test_test_without_a_fit():
+    with pytest.raises(FileNotFoundError, match=r"runs/line.*Run `fit` first.*--ckpt_path"):
+        run("-c", "line.yaml", verb="test")
+    run("--model", "tiny_training.Fixed", "--data", "tiny_training.Points", "--run", "zero", verb="test")
+    found = json.loads(Path("runs/zero/metrics.json").read_text())
+    assert found["parameters"] == 0
+    generator = torch.Generator().manual_seed(2)
+    y = torch.randn(48, 3, generator=generator).sum(dim=1) + 0.1 * torch.randn(48, generator=generator)
+    assert found["metrics"]["test/loss"] == pytest.approx(float(y.square().mean()), rel=1e-6)
+
+
+def test_test_refuses_a_checkpoint_of_another_model():
+    run("-c", "line.yaml")
+    with pytest.raises(ValueError, match=r"best.ckpt do not fit the model"):
+        run("-c", "line.yaml", "--model.init_args.width", 5, verb="test")
+
+
+def test_predict_writes_one_file():
+    from safetensors.torch import load_file
+
+    run("-c", "line.yaml")
+    run("--run", "line", verb="predict")
+    assert load_file("runs/line/predictions.safetensors")["prediction"].shape == (48,)
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_weights():
+    with pytest.raises(ValueError, match=r"loss is nan at epoch 1, batch 2 \(step 8\)"):
+        run("-c", "line.yaml", "--model.init_args.poison_step", 8)
+    kept = checkpoint("line", "stopped")
+    assert kept["global_step"] == 8
+    assert all(torch.isfinite(weight).all() for weight in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.init_args.batch_sizee", "4"], r"'batch_sizee' is not accepted. Did you mean 'batch_size'"),
+        (["--model.init_args.optimizer.init_args.lrr", "4"], r"Did you mean 'lr'"),
+        (["--trainer.max_epoch", "4"], r"Did you mean 'max_epochs'"),
+        (["--trainer.max_epochs", "few"], r"expected one of int, null; got few"),
+        (["--data", "tiny_training.Pints"], r"no attribute 'Pints'. Did you mean 'Points'"),
+        (["--model", "Lin"], r"got Lin. Did you mean 'Line'"),
+        (["--data", "tiny_training.Shapeless"], r"Shapeless has no `n_variates`, which the task needs"),
+        (["--trainer.callbacks+=lightning.pytorch.callbacks.Timer"], r"Write pytorch_lightning instead"),
+        (["--resume", "--overwrite"], r"give one of them"),
+    ],
+)
+def test_bad_words_are_one_line(words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run("-c", "line.yaml", *words)
+    assert "\n" not in str(caught.value)
+    assert not Path("runs").exists()
+
+
+def test_misspelt_section_of_a_file():
+    Path("bad.yaml").write_text(yaml.safe_dump({**CONFIG, "trianer": {"max_epochs": 1}}))
+    with pytest.raises(ValueError, match=r"'trianer.max_epochs'. Did you mean 'trainer'"):
+        run("-c", "bad.yaml")
+
+
+def test_full_disk_is_one_line_and_leaves_no_halves(capsys, monkeypatch):
+    """Files may not grow over 4 kB, as on a full disk: the first checkpoint fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setitem(main.__globals__["VERBS"], "ssmcore", {"fit": (main.__globals__["LIGHTNING"], "")})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        code = main(["ssmcore", "fit", "-c", "line.yaml"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert capsys.readouterr().err.strip() == "omnissm: error: File too large: 'runs/line/checkpoints/last.ckpt'"
+    assert not list(Path("runs/line/checkpoints").iterdir())
+    assert not Path("runs/line/model").exists()
