@@ -86,10 +86,12 @@ def check_floating(*, allow_complex: bool = False, **named: Tensor | None) -> No
     """Check that all tensors given are of floating dtype (or complex, where allowed).
 
     Raises:
-        TypeError: if a tensor has another dtype.
+        TypeError: if something that is not a tensor, or a tensor of another dtype, was given.
     """
     kinds = "floating or complex" if allow_complex else "floating"
     for name, tensor in named.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor of {kinds} dtype, got {type(tensor).__name__}.")
         if tensor is None or tensor.is_floating_point() or (allow_complex and tensor.is_complex()):
             continue
         raise TypeError(f"`{name}` must have a {kinds} dtype, got {tensor.dtype}; convert it first, e.g. x.float().")

@@ -45,6 +45,7 @@ class OpSpec:
         bench_sizes: Sizes for the GPU benchmark.
         cpu_bench_sizes: Sizes for the CPU benchmark.
         implementations: What the op offers.
+        twice_differentiable: Whether the chunked path has second derivatives.
         tolerance: Looser limits than `TOLERANCE` by (tensor name, dtype); state the reason beside the entry.
     """
 
@@ -55,6 +56,7 @@ class OpSpec:
     bench_sizes: tuple[BenchSize, ...] = ()
     cpu_bench_sizes: tuple[BenchSize, ...] = ()
     implementations: tuple[str, ...] = ("reference", "chunked", "triton")
+    twice_differentiable: bool = True
     tolerance: Mapping[tuple[str, torch.dtype], float] = field(default_factory=dict)
 
     @property

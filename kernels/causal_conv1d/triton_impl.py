@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..batching import fold, unfold
-from ..dispatch import BackendError
+from ..transforms import FirstDerivative, fold, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, on_device
 
 
@@ -157,14 +156,14 @@ def causal_conv1d_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
     """See `causal_conv1d_reference`."""
-    return _forward(x, weight, bias, seq_idx, left, length, silu)
+    return _Convolution.apply(x, weight, bias, seq_idx, left, length, silu)
 
 
 @torch.library.custom_op("ssm::causal_conv1d_triton_fwd", mutates_args=())
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
-    x, weight = last_contiguous(x), weight.contiguous()
+    x, weight, bias = last_contiguous(x), weight.contiguous(), None if bias is None else bias.contiguous()
     batch, x_length, channels = x.shape
     y = x.new_empty(batch, length, channels)
     blocks = _blocks(length, channels)
@@ -189,8 +188,8 @@ def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, the last one in any case."""
-    dx, weight, dy = x.new_empty(x.shape), weight.contiguous(), dy.contiguous()
-    x = last_contiguous(x)
+    dx, dy = x.new_empty(x.shape), dy.contiguous()
+    x, weight, bias = last_contiguous(x), weight.contiguous(), None if bias is None else bias.contiguous()
     batch, x_length, channels = x.shape
     k = weight.shape[1]
     blocks = _blocks(x_length, channels)
@@ -215,23 +214,37 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, seq_idx, ctx.left, _, ctx.silu = inputs
-    ctx.save_for_backward(x, weight, bias, seq_idx)
+class _Convolution(torch.autograd.Function):
+    """The forward op with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
+    ) -> Tensor:
+        return _forward(x, weight, bias, seq_idx, left, length, silu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, seq_idx, ctx.left, _, ctx.silu = inputs
+        ctx.save_for_backward(x, weight, bias, seq_idx)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, seq_idx = ctx.saved_tensors
+        dx, dweight, dbias = _ConvolutionGradient.apply(x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
+        return dx, dweight, None if bias is None else dbias, None, None, None, None
 
 
-def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, seq_idx = ctx.saved_tensors
-    dx, dweight, dbias = _backward(x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
-    return dx, dweight, None if bias is None else dbias, None, None, None, None
+class _ConvolutionGradient(FirstDerivative):
+    name = "causal_conv1d"
 
-
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise BackendError("causal_conv1d has no second derivative in Triton; call it with backend='chunked'.")
-
-
-_forward.register_autograd(_gradient, setup_context=_save)
-_backward.register_autograd(_no_second_derivative)
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(x, weight, bias, seq_idx, dy, left, silu)
 
 
 def _each(tensor: Tensor | None, mapped: int | None, count: int) -> list[Tensor | None]:

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..batching import fold, unfold
-from ..dispatch import BackendError
+from ..transforms import FirstDerivative, fold, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device
 
 
@@ -119,7 +118,7 @@ def gated_norm_triton(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
     """See `gated_norm`; x, z (r, d), weight (d,) in the dtype to compute in."""
-    return _forward(x, z, weight, eps, group_size, norm_before_gate)
+    return _GatedNorm.apply(x, z, weight, eps, group_size, norm_before_gate)
 
 
 @torch.library.custom_op("ssm::gated_norm_triton_fwd", mutates_args=())
@@ -170,21 +169,35 @@ def _(
     return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, z, weight, *ctx.options = inputs
-    ctx.save_for_backward(x, z, weight)
+class _GatedNorm(torch.autograd.Function):
+    """The forward op with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_first: bool) -> Tensor:
+        return _forward(x, z, weight, eps, group_size, norm_first)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, z, weight, ctx.eps, ctx.group_size, ctx.norm_first = inputs
+        ctx.save_for_backward(x, z, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, weight = ctx.saved_tensors
+        dx, dz, dweight = _GatedNormGradient.apply(x, z, weight, dy, ctx.eps, ctx.group_size, ctx.norm_first)
+        return dx, dz, dweight, None, None, None
 
 
-def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(*ctx.saved_tensors, dy, *ctx.options), None, None, None
+class _GatedNormGradient(FirstDerivative):
+    name = "gated_norm"
 
-
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise BackendError("gated_norm has no second derivative in Triton; call it with backend='chunked'.")
-
-
-_forward.register_autograd(_gradient, setup_context=_save)
-_backward.register_autograd(_no_second_derivative)
+    @staticmethod
+    def forward(
+        x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, eps: float, group_size: int, norm_first: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(x, z, weight, dy, eps, group_size, norm_first)
 
 
 @_forward.register_vmap

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batching import fold, unfold
+from ..transforms import fold, unfold
 
 # From this many numbers per position on, a CPU works longer on one position than Python needs to dispatch it.
 _SERIAL_NUMBERS = 8192
@@ -33,7 +33,7 @@ def linear_scan_chunked(
     """See `linear_scan`; a is (b, l, d), (b, l, 1) or (1, 1, d), b (b, l, d)."""
     if initial_state is not None:
         initial_state = initial_state.to(state_dtype)
-    states, final = _scan(a.to(state_dtype), b.to(state_dtype), initial_state, reverse)
+    states, final = _Scan.apply(a.to(state_dtype), b.to(state_dtype), initial_state, reverse)
     return states.to(b.dtype), final
 
 
@@ -80,30 +80,6 @@ def _(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool) -> tupl
     return torch.empty_like(b, memory_format=torch.contiguous_format), b.new_empty(b.shape[0], b.shape[2])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, _, initial_state, ctx.reverse = inputs
-    ctx.save_for_backward(a, output[0], initial_state)
-
-
-def _backward(ctx: Any, dstates: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    a, states, initial_state = ctx.saved_tensors
-    batch, length, channels = states.shape
-    zero = states.new_zeros(batch, 1, channels) if initial_state is None else initial_state[:, None]
-    one = a.new_ones(a.shape[0], 1, a.shape[2])
-    wide = a.expand(-1, length, -1)
-    if ctx.reverse:
-        following, before, first = torch.cat([one, wide[:, :-1]], 1), torch.cat([states[:, 1:], zero], 1), length - 1
-    else:
-        following, before, first = torch.cat([wide[:, 1:], one], 1), torch.cat([zero, states[:, :-1]], 1), 0
-    g, _ = _scan(following.conj().resolve_conj(), dstates, dfinal, not ctx.reverse)
-    da = (g * before.conj()).sum_to_size(a.shape)
-    dstate = None if initial_state is None else wide[:, first].conj() * g[:, first]
-    return da, g, dstate, None
-
-
-_scan.register_autograd(_backward, setup_context=_save)
-
-
 @_scan.register_vmap
 def _(
     info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool
@@ -116,3 +92,35 @@ def _(
         a = fold(a, None, count)  # type: ignore[assignment]
     states, final = _scan(a, fold(b, in_dims[1], count), fold(initial_state, in_dims[2], count), reverse)
     return (unfold(states, count), unfold(final, count)), (0, 0)
+
+
+class _Scan(torch.autograd.Function):
+    """The custom op with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+        return _scan(a, b, initial_state, reverse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, _, initial_state, ctx.reverse = inputs
+        ctx.save_for_backward(a, output[0], initial_state)
+
+    @staticmethod
+    def backward(ctx: Any, dstates: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        a, states, initial_state = ctx.saved_tensors
+        batch, length, channels = states.shape
+        zero = states.new_zeros(batch, 1, channels) if initial_state is None else initial_state[:, None]
+        one = a.new_ones(a.shape[0], 1, a.shape[2])
+        wide = a.expand(-1, length, -1)
+        if ctx.reverse:
+            following, before = torch.cat([one, wide[:, :-1]], 1), torch.cat([states[:, 1:], zero], 1)
+        else:
+            following, before = torch.cat([wide[:, 1:], one], 1), torch.cat([zero, states[:, :-1]], 1)
+        g, _ = _Scan.apply(following.conj().resolve_conj(), dstates, dfinal, not ctx.reverse)
+        da = (g * before.conj()).sum_to_size(a.shape)
+        first = length - 1 if ctx.reverse else 0
+        dstate = None if initial_state is None else wide[:, first].conj() * g[:, first]
+        return da, g, dstate, None

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..batching import fold, unfold
-from ..dispatch import BackendError
+from ..transforms import FirstDerivative, fold, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length
 
 
@@ -235,14 +234,14 @@ def linear_scan_triton(
     """See `linear_scan`; a is (b, l, d), (b, l, 1) or (1, 1, d), b (b, l, d)."""
     if initial_state is not None:
         initial_state = initial_state.to(state_dtype)
-    return _forward(a, b, initial_state, reverse, 0)
+    return _Scan.apply(a, b, initial_state, reverse)
 
 
 @torch.library.custom_op("ssm::linear_scan_triton_fwd", mutates_args=())
 def _forward(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool, parts: int) -> tuple[Tensor, Tensor]:
     """`parts` is the number of parts to cut the sequence into, 0 to choose."""
     a, b = last_contiguous(a), last_contiguous(b)
-    batch, length, channels = b.shape
+    _, length, channels = b.shape
     states, final = _empty_outputs(b)
     initial = None if initial_state is None else initial_state.contiguous()
     grid, part_length, blocks = _grid(b, parts)
@@ -280,12 +279,9 @@ def _backward(
     strides = _broadcast_strides(a, states)
     db, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
     decay = "full" if a.shape == states.shape else "channel" if a.shape[2] == channels else "position"
-    buffer = {
-        "full": states.shape,
-        "position": (batch, grid[0] // batch, length),
-        "channel": (1, batch * grid[1], channels),
-    }
-    da = states.new_empty(buffer[decay], dtype=a.dtype if decay == "full" else dfinal.dtype)
+    per_block, per_part = (batch, grid[0] // batch, length), (1, batch * grid[1], channels)
+    buffer = {"full": states.shape, "position": per_block, "channel": per_part}[decay]
+    da = states.new_empty(buffer, dtype=a.dtype if decay == "full" else dfinal.dtype)
     with on_device(states):
         products, ends = _part_ends(a, dstates, strides, not reverse, True, grid, part_length, blocks, dfinal.dtype)
         _linear_scan_bwd_kernel[grid](
@@ -305,23 +301,35 @@ def _(
     return a.new_empty(a.shape), states.new_empty(states.shape), dfinal.new_empty(dfinal.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, _, initial_state, ctx.reverse, ctx.parts = inputs
-    ctx.save_for_backward(a, output[0], initial_state)
+class _Scan(torch.autograd.Function):
+    """The forward op with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+        return _forward(a, b, initial_state, reverse, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        a, _, initial_state, ctx.reverse = inputs
+        ctx.save_for_backward(a, output[0], initial_state)
+
+    @staticmethod
+    def backward(ctx: Any, dstates: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        a, states, initial_state = ctx.saved_tensors
+        da, db, dinitial = _ScanGradient.apply(a, states, initial_state, dstates, dfinal, ctx.reverse)
+        return da, db, None if initial_state is None else dinitial, None
 
 
-def _gradient(ctx: Any, dstates: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-    a, states, initial_state = ctx.saved_tensors
-    da, db, dinitial = _backward(a, states, initial_state, dstates, dfinal, ctx.reverse, ctx.parts)
-    return da, db, None if initial_state is None else dinitial, None, None
+class _ScanGradient(FirstDerivative):
+    name = "linear_scan"
 
-
-def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise BackendError("linear_scan has no second derivative in Triton; call it with backend='chunked'.")
-
-
-_forward.register_autograd(_gradient, setup_context=_save)
-_backward.register_autograd(_no_second_derivative)
+    @staticmethod
+    def forward(
+        a: Tensor, states: Tensor, initial_state: Tensor | None, dstates: Tensor, dfinal: Tensor, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(a, states, initial_state, dstates, dfinal, reverse, 0)
 
 
 def _fold_decay(a: Tensor, mapped: int | None, count: int, batch: int, length: int) -> Tensor:
@@ -360,7 +368,7 @@ def _(
     parts: int,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
     count = info.batch_size
-    batch, length, channels = states.shape if in_dims[1] is None else states.select(in_dims[1], 0).shape
+    batch, length, _ = states.shape if in_dims[1] is None else states.select(in_dims[1], 0).shape
     shape = a.shape if in_dims[0] is None else a.select(in_dims[0], 0).shape
     # Each mapped instance has its own gradient of `a`, also where all share one `a`.
     wide = a.expand(count, *shape) if in_dims[0] is None else a.movedim(in_dims[0], 0)

@@ -1,0 +1,56 @@
+"""Shape contracts and their messages."""
+
+import pytest
+import torch
+from omnissm.kernels.checks import check_devices, check_floating, check_shapes
+
+
+def test_returns_the_size_of_each_letter():
+    sizes = check_shapes(x=(torch.zeros(2, 3, 4), "b l d"), state=(None, "b d"), w=(torch.zeros(4, 7), "d k"))
+    assert sizes == {"b": 2, "l": 3, "d": 4, "k": 7}
+
+
+def test_message_names_tensor_dimension_and_origin():
+    with pytest.raises(ValueError, match=r"`b` has l=9, expected 10 \(from `a`\); `b` is \(b, l, d\), got shape \(2, 9"):
+        check_shapes(a=(torch.zeros(2, 10, 3), "b l d"), b=(torch.zeros(2, 9, 3), "b l d"))
+
+
+def test_number_of_dimensions():
+    with pytest.raises(ValueError, match=r"`x` must have 3 dimensions, \(b, l, d\); got shape \(2, 3\)"):
+        check_shapes(x=(torch.zeros(2, 3), "b l d"))
+
+
+def test_digits_are_fixed_sizes():
+    check_shapes(x=(torch.zeros(2, 4), "b 4"))
+    with pytest.raises(ValueError, match=r"`x` has 4=5, expected 4 \(always\)"):
+        check_shapes(x=(torch.zeros(2, 5), "b 4"))
+
+
+def test_question_mark_allows_one():
+    b = torch.zeros(2, 3, 4)
+    assert check_shapes(b=(b, "b l d"), a=(torch.zeros(2, 3, 1), "b l d?"))["d"] == 4
+    with pytest.raises(ValueError, match="`a` has d=2, expected 4"):
+        check_shapes(b=(b, "b l d"), a=(torch.zeros(2, 3, 2), "b l d?"))
+
+
+def test_dots_allow_leading_dimensions():
+    assert check_shapes(x=(torch.zeros(2, 3, 4), "... d"), w=(torch.zeros(4), "d")) == {"d": 4}
+    with pytest.raises(ValueError, match="`x` must have at least 1 dimensions"):
+        check_shapes(x=(torch.zeros(()), "... d"))
+
+
+def test_no_tensor():
+    with pytest.raises(TypeError, match=r"`x` must be a torch.Tensor of shape \(b, l\), got list"):
+        check_shapes(x=([1, 2], "b l"))
+
+
+def test_devices_and_dtypes():
+    x, meta = torch.zeros(2), torch.zeros(2, device="meta")
+    assert check_devices(x=x, absent=None) == x.device
+    with pytest.raises(ValueError, match="`y` is on device 'meta', expected 'cpu'"):
+        check_devices(x=x, y=meta)
+    with pytest.raises(TypeError, match="`x` must have a floating dtype, got torch.int64"):
+        check_floating(x=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="complex64"):
+        check_floating(x=torch.zeros(2, dtype=torch.complex64))
+    check_floating(x=torch.zeros(2, dtype=torch.complex64), allow_complex=True)
