@@ -99,15 +99,16 @@ def spans(s: int, rows: int, columns: int) -> tuple[int, int, int, int]:
 
 
 def diagonal(t: Tensor, s: int, first: int, last: int) -> Tensor:
-    """View of the cells (i, s - i) for rows first .. last, (b, rows, d, n)."""
-    batch, row, column, channel, state = t.stride()
+    """View of the cells (i, s - i) for rows first .. last of (b, i, j, ...), (b, row, ...)."""
+    batch, row, column, *inner = t.stride()
     return t.as_strided(
         (t.shape[0], max(0, last - first + 1), *t.shape[3:]),
-        (batch, row - column, channel, state),
+        (batch, row - column, *inner),
         t.storage_offset() + first * row + (s - first) * column,
     )
 
 
 def sliceable(t: Tensor) -> Tensor:
     """`t`, or a contiguous copy where a step down the diagonal would go backwards in memory."""
-    return t if t.stride(1) >= t.stride(2) else t.contiguous()
+    # Not contiguous(): with a dimension of size 1 it may return `t` with the same strides.
+    return t if t.stride(1) >= t.stride(2) else t.clone(memory_format=torch.contiguous_format)

@@ -183,25 +183,21 @@ def _chunked(
 ) -> Tensor:
     """The elementwise functions of small tensors, left to autograd, around the scan itself."""
     batch = x.shape[0]
-    gap = None if time_gap is None else per_batch(time_gap, batch, repeat=True)[:, None, :, None]
-    y = selective_scan2d_chunked(
-        Terms(
-            u1=x if held else dt1 * x,
-            u2=x if held else dt2 * x,
-            r1=dt1 if gap is None else dt1 * gap,
-            r2=dt2,
-            s1=dt1 if held else None,
-            s2=dt2 if held else None,
-            B1=B1,
-            B2=B2,
-            C1=C1,
-            C2=C2,
-            alpha1=A1_log.exp(),
-            alpha4=A4_log.exp(),
-            c2=kappa * theta2.tanh() if coupling in ("full", "variate_to_time") else None,
-            c3=kappa * theta3.tanh() if coupling in ("full", "time_to_variate") else None,
-        )
+    terms = Terms(
+        x=x,
+        dt1=dt1,
+        dt2=dt2,
+        r1=None if time_gap is None else dt1 * per_batch(time_gap, batch, repeat=True)[:, None, :, None],
+        B1=B1,
+        B2=B2,
+        C1=C1,
+        C2=C2,
+        alpha1=A1_log.exp(),
+        alpha4=A4_log.exp(),
+        c2=kappa * theta2.tanh() if coupling in ("full", "variate_to_time") else None,
+        c3=kappa * theta3.tanh() if coupling in ("full", "time_to_variate") else None,
     )
+    y = selective_scan2d_chunked(terms, held=held)
     return torch.addcmul(y, per_batch(D, batch)[:, None, None], x)
 
 

@@ -82,6 +82,7 @@ STATE_SPEC = OpSpec(
         {"b": 2, "i": i, "j": j, "d": 3, "n": n, "broadcast": n == 4} for (i, j), n in zip(GRIDS, (1, 4, 16, 4, 1, 2))
     ),
     implementations=("reference", "chunked"),
+    twice_differentiable=False,
 )
 
 SPEC = OpSpec(
@@ -98,4 +99,5 @@ SPEC = OpSpec(
         BenchSize({"b": 8, "i": 21, "j": 96, "d": 32, "n": 4, "g": 4}),
     ),
     implementations=("reference", "chunked"),
+    twice_differentiable=False,
 )
