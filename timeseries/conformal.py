@@ -1,8 +1,8 @@
 """Split-conformal intervals on top of any point forecaster.
 
 With n absolute residuals of origins that were not trained on, forecast +- the ceil((n + 1) (1 - alpha))-th smallest of
-them covers a new target with probability at least 1 - alpha if old and new residuals are exchangeable (Vovk et al. 2005;
-Lei et al. 2018). Time series are exchangeable only roughly: check the coverage with a backtest.
+them covers a new target with probability at least 1 - alpha if old and new residuals are exchangeable (Vovk et al.
+2005; Lei et al. 2018). Time series are exchangeable only roughly: check the coverage with a backtest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def conformal_radius(residuals: Any, coverage: float, variates: Sequence[str] | 
     needed = math.ceil(round(1 / (1 - coverage), 6))
     if count.min() < needed:
         variate, step = np.unravel_index(int(count.argmin()), count.shape)
-        name = variates[variate] if variates is not None else f"number {variate}"
+        name = variates[int(variate)] if variates is not None else f"number {variate}"
         raise ValueError(
             f"a conformal interval of coverage {coverage:g} needs at least {needed} validation residuals, variate "
             f"{name} has {count.min()} at horizon {step + 1}; pass a longer validation part or a smaller coverage"

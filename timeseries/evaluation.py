@@ -60,7 +60,7 @@ class _Arrays:
         """Seasonal error of the training part, (series, 1, 1, variate)."""
         if name not in self.ds.coords:
             raise ValueError(
-                f"mase, rmsse and msis need the coordinate {name!r} (series, variate) of the forecast, the error of the "
+                f"mase, rmsse and msis need the coordinate {name!r} (series, variate), the error of the "
                 "seasonal naive on the training part; forecasts of this package carry it"
             )
         return self.ds[name].transpose("series", "variate").to_numpy()[:, None, None, :]
@@ -124,8 +124,8 @@ def evaluate(
 
     Args:
         forecast: Forecast Dataset, e.g. of `backtest`.
-        metrics: Names among `METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's scaler, where the
-            forecast names one; the same with `_units` in those of the data; the interval metrics take the widest.
+        metrics: Names among `METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's scaler, where
+            the forecast names one; the same with `_units` in those of the data; the interval metrics take the widest.
         by: Dimensions to keep among series, cutoff, horizon and variate; () gives one number over all windows.
 
     Returns:
@@ -146,8 +146,8 @@ def evaluate(
     keep = [dim for dim in DIMS if dim in by]
     axis = tuple(k for k, dim in enumerate(DIMS) if dim not in keep)
     arrays = _Arrays(forecast)
-    variables = {name: (keep, np.asarray(METRICS[name](arrays, axis), np.float64)) for name in metrics}
-    coords = {dim: forecast[dim].to_numpy() for dim in keep}
+    variables: dict[str, Any] = {name: (keep, np.asarray(METRICS[name](arrays, axis), np.float64)) for name in metrics}
+    coords: dict[str, Any] = {dim: forecast[dim].to_numpy() for dim in keep}
     if "variate" in keep and "units" in forecast.coords:
         coords["units"] = ("variate", forecast["units"].to_numpy())
     return xr.Dataset(variables, coords, {"model": str(forecast.attrs.get("model", "forecast"))})

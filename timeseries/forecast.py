@@ -61,8 +61,7 @@ def backtest(
     Returns:
         A forecast with targets, of the same kind as `data`.
     """
-    options = {"intervals": intervals, "progress": progress}
-    return load(model).backtest(data, start, stride, refit, horizon, **options)
+    return load(model).backtest(data, start, stride, refit, horizon, intervals=intervals, progress=progress)
 
 
 def load(model: Forecaster | str | Path) -> Forecaster:
@@ -83,3 +82,28 @@ def load(model: Forecaster | str | Path) -> Forecaster:
             return Forecaster.load(folder)
     with tempfile.TemporaryDirectory() as scratch:
         return Forecaster.load(export_checkpoint(best_checkpoint(path), Path(scratch) / "model"))
+
+
+def run_data(run: str | Path) -> tuple[xr.Dataset, int]:
+    """Series of the data module that a run was trained on, and the first step of its test part.
+
+    Args:
+        run: Folder of a run; its `config.yaml` names the data module.
+
+    Raises:
+        ValueError: if `run` is no such folder.
+    """
+    from importlib import import_module
+
+    import yaml
+
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{str(run)!r} is not a run's folder (no config.yaml), so its data are unknown; give --data FILE"
+        )
+    section = yaml.safe_load(path.read_text())["data"]
+    module, _, name = section["class_path"].rpartition(".")
+    data = getattr(import_module(module), name)(**section.get("init_args", {}))
+    data.setup()
+    return data.read(), data.parts["test"].targets.start if "test" in data.parts else 0

@@ -145,19 +145,46 @@ class Forecaster:
         )
         memory.setup()
         validate = separate is not None or "val" in memory.parts
-        rates = {"lr": lr, "weight_decay": weight_decay, "schedule": schedule}
-        stops = {"max_epochs": max_epochs, "early_stopping": early_stopping, "ema": ema}
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            task = create_task(self.model, self.model_args, memory, loss=self.loss, quantiles=self.quantiles, **rates)
+            task = create_task(
+                self.model,
+                self.model_args,
+                memory,
+                loss=self.loss,
+                quantiles=self.quantiles,
+                lr=lr,
+                weight_decay=weight_decay,
+                schedule=schedule,
+            )
             rows: list[dict[str, float]] = []
-            if hasattr(task.net, "fit_windows"):
-                task.net.fit_windows(memory.windows("train"))
+            solve = getattr(task.net, "fit_windows", None)
+            if callable(solve):
+                solve(memory.windows("train"))
             elif task.trainable:
-                rows = train(memory, task, **stops, validate=validate, progress=progress, trainer=self.trainer)
+                rows = train(
+                    memory,
+                    task,
+                    max_epochs=max_epochs,
+                    early_stopping=early_stopping,
+                    ema=ema,
+                    validate=validate,
+                    progress=progress,
+                    trainer=self.trainer,
+                )
         self.net, self.loss, self.history = task.net.cpu().eval(), task.loss, pd.DataFrame(rows)
         self.state, self._source = memory.state(), source
-        self._fit_options = {"val": val, "batch_size": batch_size, "coverages": coverages, **rates, **stops}
+        self._fit_options = {
+            "val": 0.2 if separate is not None else val,
+            "max_epochs": max_epochs,
+            "early_stopping": early_stopping,
+            "batch_size": batch_size,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "schedule": schedule,
+            "ema": ema,
+            "coverages": coverages,
+        }
         self.intervals = None
         if validate and coverages and not self.quantiles:
             self._calibrate(memory.windows("val"), coverages)
@@ -285,11 +312,8 @@ class Forecaster:
         """A forecaster of the same options, trained on `ds`."""
         if not self._fit_options:
             raise ValueError("a loaded forecaster has no training options to refit with; use refit=False or call fit")
-        options = dict(self._fit_options)
-        if isinstance(options["val"], xr.Dataset):
-            options["val"] = 0.2
         settings = {key: getattr(self, key) for key in _SETTINGS}
-        return Forecaster(**settings, **self.trainer).fit(ds, **options, progress=False)
+        return Forecaster(**settings, **self.trainer).fit(ds, **self._fit_options, progress=False)
 
     def _input(self, data: Any) -> Source:
         self._network()
@@ -421,7 +445,7 @@ def backtest_origins(ds: xr.Dataset, lookback: int, horizon: int, start: Cut | N
     origins = range(max(first, lookback) - 1, length - horizon, stride)
     if first < 0 or not origins:
         raise ValueError(
-            f"no cutoff has {lookback} steps before and {horizon} behind it from start {start} on, in a series of {length} "
-            "steps; start earlier, or use a shorter horizon or a longer series"
+            f"no cutoff has {lookback} steps before and {horizon} behind it from start {start} on, in a series of "
+            f"{length} steps; start earlier, or use a shorter horizon or a longer series"
         )
     return origins

@@ -7,7 +7,7 @@ variate). Forecasts are the Datasets of `Forecaster.predict` and `Forecaster.bac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ __all__ = [
     "plot_forecast",
     "plot_missing",
     "plot_residuals",
+    "save",
 ]
 
 INK = "#1f2933"
@@ -37,7 +38,7 @@ MUTED = "#7b8794"
 GRID = "#e4e7eb"
 BLUE = "#2467b3"
 PALETTE = (BLUE, "#e07a2f", "#2a9d8f", "#8a5fb0", "#c8553d", "#7b8794", "#b58a17", "#4c6a92")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 150,
     "font.size": 10,
@@ -195,7 +196,7 @@ def plot_forecast(
     """
     name = _choose(forecast, "series", series)
     one = forecast.sel(series=name).isel(cutoff=cutoff)
-    when = one["cutoff"].values
+    when: Any = one["cutoff"].values
     steps = steps or 3 * forecast.sizes["horizon"]
     past = None
     if history is not None:
@@ -281,7 +282,8 @@ def plot_backtest(
                 )
             panel.plot(times, piece["target"].values, color=INK, linewidth=1.1, label=f"{hide}observed")
             panel.plot(times, piece["mean"].values, color=BLUE, linewidth=1.4, label=f"{hide}forecast")
-            panel.axvline(piece["cutoff"].values, color=GRID, linewidth=0.9, zorder=0)
+            begin: Any = piece["cutoff"].values
+            panel.axvline(begin, color=GRID, linewidth=0.9, zorder=0)
         panel.grid(visible=False, axis="x")
         _time_axis(panel, one["valid_time"].values)
 
@@ -404,8 +406,8 @@ def plot_calibration(forecasts: xr.Dataset | Mapping[str, xr.Dataset], *, ax: Ax
 
 def _observed(forecast: xr.Dataset) -> Any:
     """Mask of known targets."""
-    finite = np.isfinite(forecast["target"])
-    return (finite & forecast["observed"] if "observed" in forecast else finite).values
+    finite = np.isfinite(forecast["target"].values)
+    return finite & forecast["observed"].values if "observed" in forecast else finite
 
 
 def plot_residuals(
@@ -506,7 +508,7 @@ def plot_dt_ranges(model: nn.Module, *, ax: Axes | None = None) -> Axes:
     ranges = getattr(model, "dt_ranges", None)
     if not callable(ranges):
         raise ValueError(f"{type(model).__name__} has no learned time steps; plot them for a chimera model")
-    heads: dict[str, Sequence[float]] = {k: np.sort(np.ravel(np.asarray(v.detach()))) for k, v in ranges().items()}
+    heads: dict[str, Any] = {k: np.sort(np.ravel(np.asarray(v.detach()))) for k, v in ranges().items()}
     with _style() as plt:
         ax = _axes(plt, ax, (6.4, 0.9 + 0.75 * len(heads)))
         rng = np.random.default_rng(0)
@@ -523,3 +525,16 @@ def plot_dt_ranges(model: nn.Module, *, ax: Axes | None = None) -> Axes:
         ax.grid(visible=False, axis="y")
         ax.set_title("Learned time scales")
         return ax
+
+
+def save(axes: Any, path: str) -> str:
+    """Write the figure of these Axes, whole or not at all, and close it; returns the path."""
+    import matplotlib.pyplot as plt
+
+    from .files import atomic_path
+
+    figure = np.ravel(axes)[0].figure
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    plt.close(figure)
+    return path

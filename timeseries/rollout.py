@@ -42,7 +42,7 @@ def progress_bar(total: int, label: str, enabled: bool = True) -> Iterator[Calla
         task = bar.add_task(label, total=total)
 
         def advance(steps: int = 1, text: str | None = None) -> None:
-            bar.update(task, advance=steps, **({"description": text} if text else {}))
+            bar.update(task, advance=steps, description=text)
 
         yield advance
 
@@ -126,8 +126,7 @@ def prepare(data: xr.Dataset, state: dict[str, Any]) -> xr.Dataset:
     missing = [name for name in wanted if name not in names]
     if missing:
         raise ValueError(
-            f"the model was trained on the variate {missing[0]!r}, which the data lacks (it has {', '.join(names[:8])}); "
-            "supply it"
+            f"the model was trained on the variate {missing[0]!r}, which the data lacks; it has {', '.join(names[:8])}"
         )
     if names != wanted:
         ds = canonical(ds.sel(variate=wanted))
@@ -135,8 +134,9 @@ def prepare(data: xr.Dataset, state: dict[str, Any]) -> xr.Dataset:
     if freq is not None:
         found = infer_freq(ds["time"].to_numpy()) if found is None else found
         if found is None or normalize_freq(found) != normalize_freq(freq):
+            got = "irregular times" if found is None else repr(found)
             raise ValueError(
-                f"the model was trained on data of freq {freq!r}, got {'irregular times' if found is None else repr(found)}; "
+                f"the model was trained on data of freq {freq!r}, got {got}; "
                 f"bring the series to it with regularize(ds, {freq!r}) or by resampling"
             )
         ds.attrs["freq"] = normalize_freq(freq)

@@ -120,8 +120,9 @@ class Forecasting(SSMTask):
 
     def on_fit_start(self) -> None:
         """Solve a closed-form model on the training windows."""
-        if hasattr(self.net, "fit_windows"):
-            self.net.fit_windows(self.trainer.datamodule.windows("train"))  # type: ignore[attr-defined]
+        solve = getattr(self.net, "fit_windows", None)
+        if callable(solve):
+            solve(self.trainer.datamodule.windows("train"))  # type: ignore[attr-defined]
 
     @functools.cached_property
     def trainable(self) -> bool:
