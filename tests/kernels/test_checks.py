@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from omnissm.kernels.checks import check_devices, check_floating, check_shapes
 
 
@@ -11,7 +12,9 @@ def test_returns_the_size_of_each_letter():
 
 
 def test_message_names_tensor_dimension_and_origin():
-    with pytest.raises(ValueError, match=r"`b` has l=9, expected 10 \(from `a`\); `b` is \(b, l, d\), got shape \(2, 9"):
+    with pytest.raises(
+        ValueError, match=r"`b` has l=9, expected 10 \(from `a`\); `b` is \(b, l, d\), got shape \(2, 9"
+    ):
         check_shapes(a=(torch.zeros(2, 10, 3), "b l d"), b=(torch.zeros(2, 9, 3), "b l d"))
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from omnissm.kernels import BackendError, available_backends, dispatch, linear_scan, use_backend
 from omnissm.kernels.dispatch import choose
 
@@ -46,7 +47,9 @@ def test_use_backend_ends_with_an_exception():
 
 
 def test_unknown_names(monkeypatch):
-    with pytest.raises(ValueError, match="op: unknown backend 'cuda'; expected one of auto, reference, chunked, triton"):
+    with pytest.raises(
+        ValueError, match="op: unknown backend 'cuda'; expected one of auto, reference, chunked, triton"
+    ):
         choose("cuda", CPU, op="op")
     with pytest.raises(ValueError, match="use_backend: unknown backend 'tritn'"), use_backend("tritn"):
         pass
@@ -58,7 +61,9 @@ def test_unknown_names(monkeypatch):
 def test_explicit_request_is_refused_with_the_reason():
     with pytest.raises(BackendError, match=r"backend='triton' is not possible here: op has no triton implementation"):
         choose("triton", CPU, op="op", implementations=("reference", "chunked"))
-    with pytest.raises(BackendError, match=r"\(from use_backend\) is not possible here: too odd. Use backend='auto' or"):
+    with pytest.raises(
+        BackendError, match=r"\(from use_backend\) is not possible here: too odd. Use backend='auto' or"
+    ):
         with use_backend("triton"):
             choose("auto", CPU, op="op", obstacle="too odd")
 

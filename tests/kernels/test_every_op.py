@@ -3,11 +3,12 @@
 from importlib import import_module
 from pathlib import Path
 
-import omnissm.kernels
 import pytest
 import torch
-from omnissm.kernels.testing import OpSpec, check_op, run_with_gradients
 from torch.utils.checkpoint import checkpoint
+
+import omnissm.kernels
+from omnissm.kernels.testing import OpSpec, check_op, run_with_gradients
 
 FOLDER = Path(omnissm.kernels.__file__).parent
 SPECS: list[OpSpec] = [

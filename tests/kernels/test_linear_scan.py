@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from omnissm.kernels import BackendError, linear_scan
 from omnissm.kernels.linear_scan.spec import SPEC
 from omnissm.kernels.testing import check_op, run_with_gradients

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from omnissm.kernels.testing import OpSpec, check_op, relative_error
 
 
@@ -31,9 +32,7 @@ def test_right_op_passes():
     assert max(errors.values()) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("wrong", "where"), [("value", "y"), ("gradient", "dx"), ("no gradient", "dx"), ("nan", "y")]
-)
+@pytest.mark.parametrize(("wrong", "where"), [("value", "y"), ("gradient", "dx"), ("no gradient", "dx"), ("nan", "y")])
 def test_wrong_op_fails(wrong, where):
     with pytest.raises(AssertionError, match=rf"scale: `{where}` of backend 'chunked' is off by"):
         check_op(SPEC, {"n": 5}, "chunked", torch.float32, "cpu", wrong=wrong)
