@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -71,8 +72,10 @@ def infer_freq(times: np.ndarray) -> str | int | None:
     if np.issubdtype(times.dtype, np.integer):
         steps = np.diff(times)
         return int(steps[0]) if steps[0] > 0 and (steps == steps[0]).all() else None
-    freq = pd.infer_freq(pd.DatetimeIndex(times))
-    return None if freq is None else normalize_freq(freq)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas 4 will return an offset, and pandas 3 says so each time
+        freq = pd.infer_freq(pd.DatetimeIndex(times))
+    return None if freq is None else normalize_freq(getattr(freq, "freqstr", freq))
 
 
 def base_step(times: np.ndarray) -> float:

@@ -108,17 +108,10 @@ class Scaler:
         """Undo `transform`, with the same meaning of the arguments."""
         center, scale = self._numbers(values, series, axis)
         out = values * scale + center
-        if self.kind == "log1p":
-            tensor = isinstance(out, Tensor)
-            out = out.abs().expm1().copysign(out) if tensor else np.copysign(np.expm1(np.abs(out)), out)
-        return _like(values, out)
+        return _like(values, _odd("expm1", out) if self.kind == "log1p" else out)
 
     def _curve(self, values: Array) -> Array:
-        if self.kind != "log1p":
-            return values
-        if isinstance(values, Tensor):
-            return values.abs().log1p().copysign(values)
-        return np.copysign(np.log1p(np.abs(values)), values)
+        return _odd("log1p", values) if self.kind == "log1p" else values
 
     def _numbers(self, values: Any, series: Any, axis: int) -> tuple[Any, Any]:
         """Center and scale in the layout of `values`, numpy float64 or a tensor like it."""
@@ -195,6 +188,16 @@ class Scaler:
 def create_scaler(kind: str = "standard", *, shared: bool = False) -> Scaler:
     """A scaler by name: "standard", "robust", "minmax", "log1p" or "none"; see `Scaler`."""
     return Scaler(kind, shared=shared)
+
+
+def _odd(name: str, values: Any) -> Any:
+    """log1p or expm1 continued to negative numbers as an odd function; its gradient at 0 is 1."""
+    if isinstance(values, Tensor):
+        function = getattr(torch, name)
+        below = values < 0
+        size = function(torch.where(below, -values, values))  # abs() has gradient 0 at 0
+        return torch.where(below, -size, size)
+    return np.copysign(getattr(np, name)(np.abs(values)), values)
 
 
 def _like(values: Array, out: Any) -> Array:

@@ -89,7 +89,7 @@ def _check_layout(ds: xr.Dataset) -> None:
                 )
             repeated = pd.Index(names).duplicated()
             if repeated.any():
-                raise ValueError(f"Coordinate '{dim}' holds {names[repeated][0]!r} twice; names must differ.")
+                raise ValueError(f"Coordinate '{dim}' holds {str(names[repeated][0])!r} twice; names must differ.")
 
 
 def _check_finite(array: xr.DataArray) -> None:
@@ -237,11 +237,10 @@ def regularize(
                 "or 'mean'."
             )
         report["duplicates"] = len(repeated)
-        ds = (
-            ds.groupby("time").mean(skipna=True, keep_attrs=True)
-            if duplicates == "mean"
-            else ds.drop_isel(time=repeated)
-        )
+        if duplicates == "mean":
+            ds = ds.groupby("time").mean(skipna=True, keep_attrs=True)
+        else:
+            ds = ds.isel(time=np.setdiff1d(np.arange(len(times)), repeated))
         times = ds["time"].to_numpy()
     check_times(times)
     grid = _grid(times, freq)

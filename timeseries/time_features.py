@@ -15,9 +15,9 @@ PREFIX = "time:"  # marks the columns that come from here among the covariates
 _FEATURES = {
     "minute_of_hour": lambda t: t.minute / 59,
     "hour_of_day": lambda t: t.hour / 23,
-    "day_of_week": lambda t: t.dayofweek / 6,
+    "day_of_week": lambda t: t.day_of_week / 6,
     "day_of_month": lambda t: (t.day - 1) / 30,
-    "day_of_year": lambda t: (t.dayofyear - 1) / 365,
+    "day_of_year": lambda t: (t.day_of_year - 1) / 365,
     "month": lambda t: (t.month - 1) / 11,
 }
 _BY_UNIT = {
