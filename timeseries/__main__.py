@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import xarray as xr
-
+from typing import Any, Literal
 
 Ids = Literal["variates", "series"]
+Kind = Literal[
+    "auto",
+    "forecast",
+    "backtest",
+    "error_by_horizon",
+    "error_map",
+    "calibration",
+    "residuals",
+    "missing",
+    "time_scales",
+]
 
 
 def forecast(
@@ -50,13 +56,14 @@ def forecast(
       omnissm timeseries forecast --checkpoint runs/NAME --data weather.nc --out forecast.nc
     """
     from .forecast import load
+    from .verbs import read, read_file, write
 
     _check_out(out, (".nc", ".zarr", ".csv", ".parquet"))
     model = load(checkpoint)
-    ds, _ = _read(checkpoint, data, time, ids, id_column, values, freq)
-    known = _read_file(future, time, ids, id_column, values, freq) if future else None
+    ds, _ = read(checkpoint, data, time, ids, id_column, values, freq)
+    known = read_file(future, time, ids, id_column, values, freq) if future else None
     result = model.predict(ds, known, horizon, intervals=intervals)
-    _write(result, out, ids)
+    write(result, out, ids)
 
 
 def backtest(
@@ -99,16 +106,17 @@ def backtest(
       omnissm timeseries backtest --checkpoint runs/NAME --data weather.nc --start 2013-11-01 --stride 24 --out bt.nc
     """
     from .forecast import load
+    from .verbs import print_errors, read, write
 
     _check_out(out, (".nc", ".zarr", ".csv", ".parquet"))
     model = load(checkpoint)
-    ds, test = _read(checkpoint, data, time, ids, id_column, values, freq)
+    ds, test = read(checkpoint, data, time, ids, id_column, values, freq)
     result = model.backtest(
         ds, start if start is not None else test, stride, refit or False, horizon, intervals=intervals
     )
-    _write(result, out, ids)
+    write(result, out, ids)
     if out != "-":
-        _print_errors(result)
+        print_errors(result)
 
 
 def evaluate(
@@ -132,14 +140,15 @@ def evaluate(
     Example:
       omnissm timeseries evaluate --forecast backtest.nc --metrics [mae,mase,coverage] --by [variate]
     """
-    from .evaluation import evaluate as compute
     from .files import write_series
+    from .forecast import evaluate as compute
     from .tables import print_table, write_table
+    from .verbs import error_frame, read_forecast
 
     if out is not None:
         _check_out(out, (".csv", ".md", ".nc"))
-    result = compute(_read_forecast(forecast), metrics, by)
-    frame = _frame(result)
+    result = compute(read_forecast(forecast), metrics, by)
+    frame = error_frame(result)
     if out == "-":
         frame.to_csv(sys.stdout, index=False)
         return
@@ -176,10 +185,11 @@ def describe(
     """
     from .describe import describe_series
     from .tables import print_facts, print_table, write_table
+    from .verbs import read_file
 
     if out is not None:
         _check_out(out, (".csv", ".md"))
-    facts, frame = describe_series(_read_file(data, time, ids, id_column, values, freq))
+    facts, frame = describe_series(read_file(data, time, ids, id_column, values, freq))
     if out == "-":
         frame.to_csv(sys.stdout, index=False)
         return
@@ -191,9 +201,7 @@ def describe(
 
 def plot(
     data: Path,
-    kind: Literal[
-        "auto", "forecast", "backtest", "error_by_horizon", "error_map", "calibration", "residuals", "missing"
-    ] = "auto",
+    kind: Kind = "auto",
     out: str = "plot.png",
     history: Path | None = None,
     series: str | None = None,
@@ -205,7 +213,7 @@ def plot(
     """Draw a forecast, a backtest, its errors, or what is missing in a file.
 
     Args:
-        data: A forecast or backtest (.nc, .zarr), or for "missing" any series.
+        data: A forecast or backtest (.nc, .zarr); for "missing" any series; for "time_scales" a trained Chimera.
         kind: What to draw. "auto" draws a forecast (one cutoff), a backtest (several) or, of series, what is missing.
         out: Picture: .png, .pdf or .svg.
         history: Series to draw before a forecast.
@@ -223,17 +231,23 @@ def plot(
       omnissm timeseries plot --data backtest.nc --kind error_map --out errors.png
     """
     from . import plots
+    from .verbs import read_file
 
     _check_out(out, (".png", ".pdf", ".svg"), stdout=False)
-    ds = _read_file(data, time, None, "unique_id", None, freq)
+    if kind == "time_scales":
+        from .forecast import load
+
+        sys.stdout.write(f"{plots.save(plots.plot_dt_ranges(load(data).net), out)}\n")
+        return
+    ds = read_file(data, time, freq=freq)
+    forecasts = "cutoff" in ds.dims
     if kind == "auto":
-        kind = "missing" if "cutoff" not in ds.dims else "forecast" if ds.sizes["cutoff"] == 1 else "backtest"
-    if (kind == "missing") == ("cutoff" in ds.dims):
-        raise ValueError(
-            f"{str(data)!r} holds {'forecasts' if 'cutoff' in ds.dims else 'series'}, which have no {kind} plot"
-        )
+        kind = "missing" if not forecasts else "forecast" if ds.sizes["cutoff"] == 1 else "backtest"
+    if (kind == "missing") == forecasts:
+        what = "forecasts" if forecasts else "series"
+        raise ValueError(f"{str(data)!r} holds {what}, of which there is no plot {kind!r}; see plot --help")
     if kind == "forecast":
-        past = _read_file(history, time, None, "unique_id", None, freq) if history else None
+        past = read_file(history, time, freq=freq) if history else None
         axes: Any = plots.plot_forecast(ds, past, series=series, variate=variate)
     elif kind == "backtest":
         axes = plots.plot_backtest(ds, series=series, variate=variate)
@@ -255,81 +269,6 @@ def _check_out(out: str, suffixes: Sequence[str], *, stdout: bool = True) -> Non
     if (out == "-" and stdout) or Path(out).suffix in suffixes:
         return
     raise ValueError(f"out is {out!r}, expected a name ending in {', '.join(suffixes)}{', or -' if stdout else ''}")
-
-
-def _read_file(
-    path: Path, time: str | None, ids: Ids | None, id_column: str, values: Sequence[str] | None, freq: str | None
-) -> xr.Dataset:
-    from .files import read_series
-
-    step = int(freq) if freq is not None and freq.isdigit() else freq
-    columns = values[0] if ids and values and len(values) == 1 else values
-    return read_series(path, time=time, ids=ids, id_column=id_column, values=columns, freq=step)
-
-
-def _read(
-    checkpoint: Path,
-    data: Path | None,
-    time: str | None,
-    ids: Ids | None,
-    id_column: str,
-    values: Sequence[str] | None,
-    freq: str | None,
-) -> tuple[xr.Dataset, int | None]:
-    """The series of a file, or of the run's own data module with the first step of its test part."""
-    if data is not None:
-        return _read_file(data, time, ids, id_column, values, freq), None
-    from .forecast import run_data
-
-    return run_data(checkpoint)
-
-
-def _read_forecast(path: Path) -> xr.Dataset:
-    """A forecast file."""
-    ds = _read_file(path, None, None, "unique_id", None, None)
-    if "cutoff" not in ds.dims:
-        raise ValueError(f"{str(path)!r} holds no forecast (no dimension 'cutoff'); give a file of backtest")
-    return ds
-
-
-def _write(result: xr.Dataset, out: str, ids: Ids | None) -> None:
-    """Write a forecast by the suffix of `out`, and say where it is."""
-    from .files import atomic_path, write_series
-    from .inputs import forecast_to_long
-
-    if out == "-":
-        forecast_to_long(result, ids).to_csv(sys.stdout, index=False)
-        return
-    if Path(out).suffix in (".nc", ".zarr"):
-        write_series(result, out)
-    else:
-        frame = forecast_to_long(result, ids)
-        with atomic_path(out) as temporary:
-            frame.to_csv(temporary, index=False) if out.endswith(".csv") else frame.to_parquet(temporary, index=False)
-    sys.stdout.write(f"{out}\n")
-
-
-def _print_errors(result: xr.Dataset) -> None:
-    """Errors per variate and overall, for the terminal."""
-    import pandas as pd
-
-    from .evaluation import evaluate as compute
-    from .tables import print_table
-
-    names = ["mse", "mae", "mae_units"]
-    each, whole = _frame(compute(result, names, ("variate",))), _frame(compute(result, names, ()))
-    cutoffs, series = result.sizes["cutoff"], result.sizes["series"]
-    title = f"{result.attrs['model']}: {cutoffs} cutoffs x {series} series x {result.sizes['horizon']} steps"
-    print_table(pd.concat([each, whole.assign(variate="all", mae_units=float("nan"))]), title)
-
-
-def _frame(result: xr.Dataset) -> pd.DataFrame:
-    """A result of `evaluate` as a table, one column per metric."""
-    import pandas as pd
-
-    if not result.dims:
-        return pd.DataFrame([{name: float(result[name]) for name in result.data_vars}])
-    return result.drop_vars("units", errors="ignore").to_dataframe().reset_index()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import xarray as xr
 from . import metrics as m
 from .scaling import Scaler
 
-__all__ = ["METRICS", "evaluate"]
+__all__ = ["METRICS", "compute_errors"]
 
 DIMS = ("series", "cutoff", "horizon", "variate")
 
@@ -117,23 +117,10 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def evaluate(
+def compute_errors(
     forecast: xr.Dataset, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
 ) -> xr.Dataset:
-    """Errors of a forecast that carries its targets.
-
-    Args:
-        forecast: Forecast Dataset, e.g. of `backtest`.
-        metrics: Names among `METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's scaler, where
-            the forecast names one; the same with `_units` in those of the data; the interval metrics take the widest.
-        by: Dimensions to keep among series, cutoff, horizon and variate; () gives one number over all windows.
-
-    Returns:
-        Dataset with one float64 variable per metric over the dimensions `by`, NaN where nothing was observed.
-
-    Raises:
-        ValueError: for unknown metrics or dimensions, and where the forecast lacks what a metric needs.
-    """
+    """As `omnissm.timeseries.evaluate`, which documents it."""
     if not isinstance(forecast, xr.Dataset) or "mean" not in forecast:
         raise ValueError("expected a forecast Dataset with a variable 'mean', as predict and backtest return it")
     if "target" not in forecast:

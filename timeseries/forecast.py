@@ -1,7 +1,8 @@
-"""The verbs as functions: forecast what follows a series, and backtest over its past."""
+"""The verbs as functions: forecast what follows a series, backtest over its past, evaluate the result."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from .forecaster import Forecaster
     from .splits import Cut
 
-__all__ = ["backtest", "forecast", "load"]
+__all__ = ["backtest", "evaluate", "forecast", "load"]
 
 
 def forecast(
@@ -62,6 +63,28 @@ def backtest(
         A forecast with targets, of the same kind as `data`.
     """
     return load(model).backtest(data, start, stride, refit, horizon, intervals=intervals, progress=progress)
+
+
+def evaluate(
+    forecast: xr.Dataset, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
+) -> xr.Dataset:
+    """Errors of a forecast that carries its targets.
+
+    Args:
+        forecast: Forecast Dataset, e.g. of `backtest`.
+        metrics: Names among `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's scaler, where
+            the forecast names one; the same with `_units` in those of the data; the interval metrics take the widest.
+        by: Dimensions to keep among series, cutoff, horizon and variate; () gives one number over all windows.
+
+    Returns:
+        Dataset with one float64 variable per metric over the dimensions `by`, NaN where nothing was observed.
+
+    Raises:
+        ValueError: for unknown metrics or dimensions, and where the forecast lacks what a metric needs.
+    """
+    from .evaluation import compute_errors
+
+    return compute_errors(forecast, metrics, by)
 
 
 def load(model: Forecaster | str | Path) -> Forecaster:

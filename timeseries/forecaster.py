@@ -360,7 +360,7 @@ class Forecaster:
         self, forecast: Any, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
     ) -> xr.Dataset:
         """Errors of a forecast Dataset; see `omnissm.timeseries.evaluate`."""
-        from .evaluation import evaluate
+        from .forecast import evaluate
 
         return evaluate(forecast, metrics, by)
 

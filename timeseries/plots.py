@@ -307,7 +307,7 @@ def _named(forecasts: xr.Dataset | Mapping[str, xr.Dataset]) -> dict[str, xr.Dat
 
 
 def _errors(forecast: xr.Dataset, metric: str, by: tuple[str, ...]) -> xr.DataArray:
-    from .evaluation import evaluate
+    from .forecast import evaluate
 
     return evaluate(forecast, metrics=(metric,), by=by)[metric]
 
