@@ -48,6 +48,10 @@ class ResumePoint(Callback):
         self.folder = Path(folder)
         self.seed = seed
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the epoch from its first batch: the trainer takes the counts of the one before for a finished epoch."""
+        trainer.fit_loop.restarting = False
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, then seed."""
         if not trainer.fast_dev_run:

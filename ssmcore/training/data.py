@@ -37,10 +37,13 @@ class SSMData(pl.LightningDataModule):
             **options: Further `DataLoader` options, such as `collate_fn`.
         """
         sampler = EpochSampler(dataset, shuffle=shuffle, seed=self.seed)
+        if self.trainer is not None:
+            sampler.set_epoch(self.trainer.current_epoch)  # the trainer tells later epochs, too late for workers
         return DataLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
+            generator=sampler.generator,  # else each new iterator draws from the global state, which seeds dropout
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             **options,
@@ -69,12 +72,22 @@ class EpochSampler(DistributedSampler):
         world_size = world_size if world_size is not None else torch.distributed.get_world_size() if active else 1
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
 
+        self.generator = torch.Generator()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order, and the seeds of worker processes, of an epoch."""
+        super().set_epoch(epoch)
+        self.generator.manual_seed(self._mixed_seed())
+
+    def _mixed_seed(self) -> int:
+        return 1_000_003 * self.seed + self.epoch
+
     def __iter__(self) -> Iterator[int]:
         total = len(self.dataset)  # type: ignore[arg-type]
         if not self.shuffle:
             return iter(range(self.rank, total, self.num_replicas))
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        order = torch.randperm(total, generator=generator).tolist()
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self._mixed_seed())).tolist()
         order += order[: -total % self.num_replicas]
         return iter(order[self.rank :: self.num_replicas])
 
