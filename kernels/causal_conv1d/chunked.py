@@ -1,6 +1,6 @@
 """The convolution in plain PyTorch: k shifted multiply-adds, which torch.compile fuses into one pass.
 
-On a CPU, where nothing is packed, torch's own depthwise convolution is faster, above all backward.
+In eager mode on a CPU, where nothing is packed, torch's own depthwise convolution is faster, above all backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def causal_conv1d_chunked(
     k, extra = weight.shape[1], x.shape[1] - length
     right = k - 1 - left - extra
     wide = x.to(weight.dtype)
-    if seq_idx is None and x.device.type == "cpu":
+    if seq_idx is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
         y = F.conv1d(F.pad(wide.mT, (left, right)), weight[:, None], bias, groups=weight.shape[0]).mT.contiguous()
     else:
         y = torch.zeros((), dtype=weight.dtype, device=x.device) if bias is None else bias
