@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak to callers of its interface
     verbose = any(word in ("-v", "--verbose") for word in words)
     words = [word for word in words if word not in ("-v", "--verbose")]
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")
@@ -69,10 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing stdout complains once more
         return 1
     except Exception as error:
-        if verbose or not is_bad_input(error):
-            logging.getLogger("omnissm").debug("full report", exc_info=error)
-            if not is_bad_input(error):
-                raise
+        if not is_bad_input(error):
+            raise
+        logging.getLogger("omnissm").debug("full report", exc_info=error)
         sys.stderr.write(f"omnissm: error: {one_line(error)}\n")
         return 2
 

@@ -34,7 +34,7 @@ from .messages import explain, shorten
 from .runs import Run
 from .task import SSMTask
 
-LINKS = ("n_variates", "lookback", "horizon", "num_classes", "vocab_size")
+LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size")
 
 _CHECKPOINT = {
     "checkpoint.mode": "min",
@@ -89,7 +89,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*exists and is not empty. Previous log files")
     warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse.*")
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         for name in ("pytorch_lightning", "lightning_fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -16,15 +16,15 @@ class Line(SSMTask):
         self,
         n_variates: int = 1,
         width: int = 4,
+        dropout: float = 0.2,
         poison_step: int = -1,
-        kill_step: int = -1,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.poison_step = poison_step
-        self.net = nn.Sequential(nn.Linear(n_variates, width), nn.Dropout(0.2), nn.Linear(width, 1))
+        self.net = nn.Sequential(nn.Linear(n_variates, width), nn.Dropout(dropout), nn.Linear(width, 1))
         self.args = {"n_variates": n_variates, "width": width}
 
     def model_config(self) -> dict:
