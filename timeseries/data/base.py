@@ -111,6 +111,12 @@ class ForecastingData(SSMData):
         return len(self.variates)
 
     @property
+    def covariates(self) -> dict[str, int]:
+        """Numbers of "past", "future" and "static" covariates in a batch."""
+        sizes = self.dataset.sizes
+        return {kind: sizes.get(f"{kind}_feature", 0) for kind in ("past", "future", "static")}
+
+    @property
     def freq(self) -> str | int | None:
         """Frequency of the series; None when irregular."""
         freq = self.dataset.attrs.get("freq")
