@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import BackendError
+
 
 def scan2d_chunked(a1: Tensor, a2: Tensor, a3: Tensor, a4: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
     """All states (b, i, j, d, n) from coefficients of the same shape, all of one dtype."""
@@ -83,7 +85,7 @@ def refuse_second_derivative(op: str) -> Any:
     """An autograd formula that says which backend has second derivatives."""
 
     def refuse(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{op} has no second derivative in backend='chunked'; use backend='reference' for it.")
+        raise BackendError(f"{op} has no second derivative in backend='chunked'; use backend='reference' for it.")
 
     return refuse
 

@@ -1,59 +1,69 @@
-"""Chimera2D: selective two-dimensional state-space model over a grid of variates (i) and time steps (j).
+"""Chimera: selective 2-D state-space model over a grid of variates (i) and time (j).
 
-    r -> z_trend, z_seasonal, g = linear(r);    z = silu(causal_conv_j(z))
-    y = out_proj((SSM2D_trend(z_trend) + SSM2D_seasonal(z_seasonal)) * silu(g))
+    z_t, z_s, g = in_proj(x);    z <- silu(causal depthwise convolution of z along j)
+    y_h = scan2d(z_h) + flip(scan2d(flip(z_h)))      for the trend and the seasonal head h, flipped along i
+    output = out_proj((y_t + y_s) * silu(g))
 
-where SSM2D is `selective_scan2d` run in both directions along the variates, and the heads differ in the range of their
-time steps. Behrouz, Santacatterina & Zabih (2024), "Chimera", the model section.
+The heads differ in the range of their time steps: small steps keep a long memory, large ones forget fast.
+Behrouz, Santacatterina & Zabih (2024), "Chimera: Effectively Modeling Multivariate Time Series with 2-Dimensional State
+Space Models". Equations of the scan: docs/ops/scan2d.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import causal_conv1d, linear_scan, selective_scan2d
-from ..init import dt_bias_init
+from ...kernels import Backend, causal_conv1d, selective_scan2d
+from ..init import a_log_init, dt_bias_init, no_weight_decay
 
-Head = Literal["trend", "seasonal"]
 Coupling = Literal["full", "none", "time_to_variate", "variate_to_time"]
 SeasonalInput = Literal["parallel", "residual", "moving_average"]
-
-MOVING_AVERAGE = 25  # tokens
+HEADS = ("trend", "seasonal")
 
 
 class Chimera2D(nn.Module):
-    """Grid mixer (b, i, j, d_model) -> the same shape, causal in j; the residual and the norm belong to the caller.
+    """Grid mixer (b, i, j, d) -> (b, i, j, d), causal in j; neither residual nor norm inside.
+
+    Every switch below takes one idea of the model out. Unknown values are refused.
 
     Args:
-        d_model: Width.
-        d_state: States per channel of each of the two kinds.
-        d_conv: Width of the causal depthwise convolution along j, 1 to 8; 0 turns it off.
-        heads: "trend" (time steps start in `dt_trend`), "seasonal" (`dt_seasonal`), or both.
-        coupling: How the state along time and the state along variates feed each other: "full", "none",
-            "time_to_variate" or "variate_to_time".
-        bidirectional: Scan the variates in both directions, each with its own parameters.
-        gate: Multiply by silu of a third branch.
-        selective: Let steps, input and output maps depend on the input; False learns constants.
-        mix_variates: False removes the state along variates: each variate is scanned alone by a 1-D model.
-        seasonal_input: What the seasonal head reads: "parallel" its own projection, "residual" that minus the output of
-            the trend head, "moving_average" that minus its causal mean over 25 tokens, which the trend head reads.
-        dropout: Dropout on the output.
-        dt_rank: Rank of the input-dependent part of the steps; None is max(1, d_model // 16).
-        dt_trend: Range in which the time steps of the trend head start, log-uniform.
-        dt_seasonal: The same of the seasonal head.
-        dt_variate: Range in which the steps along variates start.
-        kappa: Largest coupling relative to the decay, in [0, 1); below 1 all states stay bounded.
-        input_discretization: "euler" or "zoh", see `selective_scan2d`.
-        device, dtype: Of the parameters; those of the recurrence are always float32.
+        d_model: Width d of the stream and of every head.
+        d_state: States n per channel and kind.
+        d_conv: Width of the causal convolution along j; 0 leaves it out (the SiLU stays).
+        heads: "trend", "seasonal" or both.
+        coupling: How the state along time (h1) and the state along variates (h2) feed each other: "full", "none",
+            "time_to_variate" (h1 into h2 only) or "variate_to_time".
+        bidirectional: Scan the variates in both directions, each with its own parameters. Time is never reversed.
+        gate: Multiply the output by silu(g).
+        selective: Input, output and step parameters depend on the input; False: constants (steps per channel).
+        mix_variates: False takes h2 away, so that every variate is on its own; `coupling`, `bidirectional` and
+            `variate_dt` then mean nothing.
+        seasonal_input: What the seasonal head sees: its own projection ("parallel"), that minus the output of the trend
+            head ("residual"), or that minus its moving average ("moving_average"; the trend head then sees the moving
+            average of its own projection).
+        moving_average: Width of that average in tokens; it looks back only.
+        dt_rank: Rank of the map from input to steps; None: max(1, d_model // 16).
+        trend_dt: Range of the initial steps along time of the trend head.
+        seasonal_dt: The same for the seasonal head.
+        variate_dt: Range of the initial steps along variates, both heads.
+        kappa: Largest coupling relative to the decay; below 1 every cell is a contraction.
+        input_discretization: "euler" or "zoh", see `omnissm.kernels.selective_scan2d`.
+        dropout: Dropout of the output.
+        backend: Backend of the scan.
+        device: Where to create the parameters.
+        dtype: Floating dtype of the parameters.
 
     Raises:
-        ValueError: for an unknown option.
+        ValueError: if an option has an unknown value or a size is out of range; the message names the choices.
     """
+
+    causal: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -61,195 +71,215 @@ class Chimera2D(nn.Module):
         *,
         d_state: int = 8,
         d_conv: int = 3,
-        heads: Sequence[Head] = ("trend", "seasonal"),
+        heads: Sequence[str] = HEADS,
         coupling: Coupling = "full",
         bidirectional: bool = True,
         gate: bool = True,
         selective: bool = True,
         mix_variates: bool = True,
         seasonal_input: SeasonalInput = "parallel",
-        dropout: float = 0.0,
+        moving_average: int = 25,
         dt_rank: int | None = None,
-        dt_trend: tuple[float, float] = (1e-3, 1e-1),
-        dt_seasonal: tuple[float, float] = (1e-1, 1.0),
-        dt_variate: tuple[float, float] = (1e-1, 1.0),
+        trend_dt: Sequence[float] = (1e-3, 1e-1),
+        seasonal_dt: Sequence[float] = (1e-1, 1.0),
+        variate_dt: Sequence[float] = (1e-1, 1.0),
         kappa: float = 0.9,
         input_discretization: Literal["euler", "zoh"] = "euler",
+        dropout: float = 0.0,
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check("coupling", coupling, get_args(Coupling))
-        _check("seasonal_input", seasonal_input, get_args(SeasonalInput))
-        _check("input_discretization", input_discretization, ("euler", "zoh"))
-        for head in heads:
-            _check("heads", head, get_args(Head))
-        if not heads or len(set(heads)) != len(heads):
-            raise ValueError(f"heads must name 'trend', 'seasonal' or both once, got {list(heads)}.")
-        if seasonal_input != "parallel" and tuple(heads) != ("trend", "seasonal"):
-            raise ValueError(
-                f"seasonal_input={seasonal_input!r} needs heads=('trend', 'seasonal'), got {tuple(heads)}."
-            )
+        _check_choice("coupling", coupling, get_args(Coupling))
+        _check_choice("seasonal_input", seasonal_input, get_args(SeasonalInput))
+        _check_choice("input_discretization", input_discretization, ("euler", "zoh"))
+        heads = tuple(heads)
+        if not heads or len(set(heads)) < len(heads) or not set(heads) <= set(HEADS):
+            raise ValueError(f"`heads` must name one or both of {', '.join(map(repr, HEADS))}, got {heads!r}.")
+        if seasonal_input != "parallel" and set(heads) != set(HEADS):
+            raise ValueError(f"seasonal_input={seasonal_input!r} needs both heads, got heads={heads!r}.")
+        sizes = {"d_model": d_model, "d_state": d_state, "moving_average": moving_average, "dt_rank": dt_rank or 1}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if not 0 <= d_conv <= 8:
-            raise ValueError(f"d_conv must lie in 0 (off) to 8, got {d_conv}.")
-        if not 0 <= kappa < 1:
-            raise ValueError(f"kappa must lie in [0, 1) for bounded states, got {kappa}.")
-        self.d_model, self.d_state, self.heads = d_model, d_state, tuple(heads)
-        self.coupling, self.kappa, self.input_discretization = coupling, kappa, input_discretization
+            raise ValueError(f"`d_conv` must lie in 0 (no convolution) to 8, got {d_conv}.")
+        if not 0 <= kappa <= 1:
+            raise ValueError(f"`kappa` must lie in [0, 1] for bounded states, got {kappa}.")
+        ranges = {"trend": trend_dt, "seasonal": seasonal_dt, "variate": variate_dt}
+        for name, bounds in ranges.items():
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+                raise ValueError(
+                    f"`{name}_dt` must be (shortest, longest) step, 0 < shortest <= longest, got {bounds}."
+                )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.d_state, self.d_conv, self.heads, self.gate = d_model, d_state, d_conv, heads, gate
         self.selective, self.mix_variates, self.seasonal_input = selective, mix_variates, seasonal_input
-        self.n_directions = 2 if bidirectional and mix_variates else 1
+        self.moving_average, self.kappa = moving_average, kappa
+        self.input_discretization, self.backend = input_discretization, backend
+        self.coupling: Coupling = coupling if mix_variates else "none"
         self.dt_rank = dt_rank or max(1, d_model // 16)
-        n_heads, groups = len(heads), len(heads) * self.n_directions
-        axes = 2 if mix_variates else 1  # steps and maps along time, and along variates
-        factory = {"device": device, "dtype": dtype}
-        exact = {"device": device, "dtype": torch.float32}
+        self.directions = 2 if bidirectional and mix_variates else 1
+        self.kinds = 2 if mix_variates else 1  # of states
+        groups = len(heads) * self.directions  # one scan each, heads outermost
 
-        self.gate = gate
-        self.in_proj = nn.Linear(d_model, (n_heads + gate) * d_model, bias=False, **factory)
+        self.in_proj = nn.Linear(d_model, (len(heads) + gate) * d_model, bias=False, **factory)
         if d_conv:
-            bound = d_conv**-0.5
-            self.conv_weight = nn.Parameter(torch.empty(n_heads * d_model, d_conv, **factory).uniform_(-bound, bound))
-            self.conv_bias = nn.Parameter(torch.zeros(n_heads * d_model, **factory))
-        else:
-            self.conv_weight = self.conv_bias = None
-        self.maps = 2 * axes * d_state  # B and C per axis
-        if selective:
-            width, bound = self.maps + axes * self.dt_rank, d_model**-0.5
-            self.x_proj = nn.Parameter(torch.empty(groups, d_model, width, **factory).uniform_(-bound, bound))
-            bound = 0.1 * self.dt_rank**-0.5
-            self.dt_proj = nn.Parameter(
-                torch.empty(groups, axes, self.dt_rank, d_model, **factory).uniform_(-bound, bound)
-            )
-        else:
-            self.BC = nn.Parameter(torch.randn(groups, self.maps, **factory) * d_state**-0.5)
-        ranges = {"trend": dt_trend, "seasonal": dt_seasonal}
-        starts = [dt_bias_init(d_model, *ranges[head], **exact) for head in heads for _ in range(self.n_directions)]
-        self.dt1_bias = nn.Parameter(torch.stack(starts))
-        rates = torch.arange(1, d_state + 1, **exact).log().expand(groups, d_model, d_state)
-        self.A1_log = nn.Parameter(rates.clone())
+            self.conv_weight = _uniform(d_conv**-0.5, len(heads) * d_model, d_conv, **factory)
+            self.conv_bias = _uniform(d_conv**-0.5, len(heads) * d_model, **factory)
+        dt1 = [dt_bias_init((self.directions, d_model), *ranges[head], **factory) for head in heads]
+        self.dt1_bias = nn.Parameter(torch.cat(dt1))
+        self.A1_log = nn.Parameter(a_log_init(groups, d_model, d_state, **factory))
         if mix_variates:
-            self.dt2_bias = nn.Parameter(
-                torch.stack([dt_bias_init(d_model, *dt_variate, **exact) for _ in range(groups)])
-            )
-            self.A4_log = nn.Parameter(rates.clone())
-            self.theta2 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **exact))
-            self.theta3 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **exact))
-        self.D = nn.Parameter(torch.ones(groups, d_model, **exact))
+            self.dt2_bias = nn.Parameter(dt_bias_init((groups, d_model), *ranges["variate"], **factory))
+            self.A4_log = nn.Parameter(a_log_init(groups, d_model, d_state, **factory))
+        if self.coupling in ("full", "variate_to_time"):
+            self.theta2 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **factory))
+        if self.coupling in ("full", "time_to_variate"):
+            self.theta3 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **factory))
+        if selective:
+            # From each scan's input to steps (through a bottleneck), B and C of each kind.
+            self.x_proj = _uniform(d_model**-0.5, groups, d_model, self.kinds * (self.dt_rank + 2 * d_state), **factory)
+            self.dt_proj = _uniform(0.1 * self.dt_rank**-0.5, self.kinds, groups, self.dt_rank, d_model, **factory)
+        else:
+            self.B_const = nn.Parameter(torch.ones(self.kinds, groups, d_state, **factory))
+            self.C_const = nn.Parameter(torch.randn(self.kinds, groups, d_state, **factory))
+        self.D = nn.Parameter(torch.ones(groups, d_model, **factory))
         self.out_proj = nn.Linear(d_model, d_model, bias=False, **factory)
         self.dropout = nn.Dropout(dropout)
+        no_weight_decay(*(self.get_parameter(name) for name in self.no_decay_names()))
 
     def no_decay_names(self) -> tuple[str, ...]:
         """Parameters that weight decay must leave alone."""
-        names = ("A1_log", "A4_log", "theta2", "theta3", "dt1_bias", "dt2_bias", "D", "conv_bias")
-        return tuple(name for name in names if getattr(self, name, None) is not None)
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, time_gap: Tensor | None = None) -> Tensor:
-        """Mix over time and variates.
-
-        Args:
-            x: Tokens, (b, i, j, d_model); i variates, j time steps.
-            mask: (b, i, j) bool; where False nothing enters the states, which go on decaying.
-            time_gap: Time since the token before in units of the base step, positive, (b, j); 1 everywhere if None.
-
-        Returns:
-            (b, i, j, d_model).
-        """
-        branches = list(self.in_proj(x).chunk(len(self.heads) + self.gate, dim=-1))
-        gate = branches.pop() if self.gate else None
-        if self.seasonal_input == "moving_average":
-            mean = _moving_average(branches[0])
-            branches = [mean, branches[1] - _moving_average(branches[1])]
-        z = torch.stack(branches)  # (heads, b, i, j, d)
-        if mask is not None:
-            z = torch.where(mask[..., None], z, 0.0)
-        if self.conv_weight is not None:
-            z = self._convolve(z)
-            if mask is not None:
-                z = torch.where(mask[..., None], z, 0.0)
-        if self.seasonal_input == "residual":
-            trend = self._scan(z[:1], slice(0, self.n_directions), time_gap)
-            rest = z[1:] - trend if mask is None else torch.where(mask[..., None], z[1:] - trend, 0.0)
-            y = trend + self._scan(rest, slice(self.n_directions, None), time_gap)
-        else:
-            y = self._scan(z, slice(None), time_gap)
-        y = y.sum(dim=0)
-        if gate is not None:
-            y = y * F.silu(gate)
-        return self.dropout(self.out_proj(y.to(x.dtype)))
+        names = ("A1_log", "A4_log", "theta2", "theta3", "dt1_bias", "dt2_bias", "B_const", "C_const", "conv_bias", "D")
+        return tuple(name for name in names if name in self._parameters)
 
     def dt_ranges(self) -> dict[str, Tensor]:
-        """Time steps of each head without their input-dependent part, (directions * d_model,), detached."""
-        steps = F.softplus(self.dt1_bias.detach()).unflatten(0, (len(self.heads), self.n_directions))
-        return {head: part.flatten() for head, part in zip(self.heads, steps)}
+        """Learned steps along time of each head, all directions and channels, before the input moves them."""
+        steps = F.softplus(self.dt1_bias.detach().float()).unflatten(0, (len(self.heads), self.directions))
+        return {head: steps[index].flatten() for index, head in enumerate(self.heads)}
 
-    def _convolve(self, z: Tensor) -> Tensor:
-        heads, batch, variates, steps, width = z.shape
-        rows = z.permute(1, 2, 3, 0, 4).reshape(batch * variates, steps, heads * width)
-        rows, _ = causal_conv1d(rows, self.conv_weight, self.conv_bias, activation="silu")
-        return rows.view(batch, variates, steps, heads, width).permute(3, 0, 1, 2, 4)
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, time_gap: Tensor | None = None) -> Tensor:
+        """Mix a grid.
 
-    def _scan(self, z: Tensor, groups: slice, time_gap: Tensor | None) -> Tensor:
-        """Scan the heads of `groups`, all directions in one call, and add the directions: (heads, b, i, j, d)."""
-        heads, batch, variates, steps, width = z.shape
-        stacked = torch.stack([z, z.flip(2)], dim=1) if self.n_directions == 2 else z[:, None]
-        stacked = stacked.reshape(-1, batch * variates * steps, width)  # (g, cells, d)
-        maps, dts = self._parameters(stacked, groups)
-        cells = (-1, variates, steps)
-        x, dts = stacked.view(*cells, width), [dt.reshape(*cells, width) for dt in dts]
-        B_C = [part.reshape(*cells, self.d_state) for part in maps.split(self.d_state, dim=-1)]
-        if self.mix_variates:
-            B1, B2, C1, C2 = B_C
-            y = selective_scan2d(
-                x, dts[0], dts[1], self.A1_log[groups], self.A4_log[groups], self.theta2[groups], self.theta3[groups],
-                B1, B2, C1, C2, self.D[groups],
-                kappa=self.kappa, coupling=self.coupling, input_discretization=self.input_discretization,
-                time_gap=time_gap,
-            )  # fmt: skip
+        Args:
+            x: Tokens, (b, i, j, d), finite everywhere.
+            mask: Which tokens hold an observation, (b, i, j) bool. The others enter no state, which evolves freely over
+                them; their outputs are read from the states as everywhere.
+            time_gap: Time since the token before in units of the base step, (b, j), positive; None: 1.
+
+        Returns:
+            (b, i, j, d) in the dtype of `x`, or that of autocast.
+
+        Raises:
+            ValueError: if a shape is wrong.
+        """
+        if x.dim() != 4 or x.shape[-1] != self.d_model:
+            raise ValueError(f"`x` must be (b, i, j, {self.d_model}), got shape {tuple(x.shape)}.")
+        if mask is not None and mask.shape != x.shape[:3]:
+            raise ValueError(f"`mask` must be {tuple(x.shape[:3])} (b, i, j of `x`), got shape {tuple(mask.shape)}.")
+        z = self.in_proj(x)
+        width = len(self.heads) * self.d_model
+        z, gate = z[..., :width], z[..., width:]
+        if mask is not None:
+            z = torch.where(mask[..., None], z, torch.zeros_like(z))
+        if self.seasonal_input == "moving_average":
+            z = self._decomposed(z)
+        z = self._convolved(z).unflatten(-1, (len(self.heads), self.d_model)).movedim(-2, 0)  # (head, b, i, j, d)
+        if self.seasonal_input == "residual":
+            trend, seasonal = self.heads.index("trend"), self.heads.index("seasonal")
+            y = self._scan(z[trend : trend + 1], trend, mask, time_gap)
+            y = y + self._scan(z[seasonal : seasonal + 1] - y, seasonal, mask, time_gap)
         else:
-            y = self._scan_time(x, dts[0], *B_C, groups, time_gap)
-        y = y.view(heads, self.n_directions, batch, variates, steps, width)
-        return y[:, 0] + y[:, 1].flip(2) if self.n_directions == 2 else y[:, 0]
+            y = self._scan(z, 0, mask, time_gap)
+        y = y.sum(0)
+        if self.gate:
+            y = y * F.silu(gate)
+        return self.dropout(self.out_proj(y))
 
-    def _parameters(self, x: Tensor, groups: slice) -> tuple[Tensor, list[Tensor]]:
-        """Maps (g, cells, maps) and steps, one (g, cells, d) per axis."""
-        biases = [self.dt1_bias] + ([self.dt2_bias] if self.mix_variates else [])
-        if not self.selective:
-            maps = self.BC[groups, None].expand(-1, x.shape[1], -1)
-            return maps, [F.softplus(bias[groups, None]).expand(-1, x.shape[1], -1) for bias in biases]
-        maps, low = torch.bmm(x, self.x_proj[groups]).split([self.maps, len(biases) * self.dt_rank], dim=-1)
-        raw = [torch.bmm(part, self.dt_proj[groups, k]) for k, part in enumerate(low.split(self.dt_rank, dim=-1))]
-        return maps, [F.softplus(step.float() + bias[groups, None]) for step, bias in zip(raw, biases)]
+    def _decomposed(self, z: Tensor) -> Tensor:
+        """The moving average along j for the trend head, what is left for the seasonal one."""
+        past = F.pad(z.float().cumsum(2), (0, 0, self.moving_average, 0))
+        columns = z.shape[2]
+        count = torch.arange(1, columns + 1, device=z.device).clamp(max=self.moving_average)[:, None]
+        average = ((past[:, :, self.moving_average :] - past[:, :, :columns]) / count).to(z.dtype)
+        parts = zip(self.heads, z.split(self.d_model, -1), average.split(self.d_model, -1))
+        return torch.cat([mean if head == "trend" else own - mean for head, own, mean in parts], dim=-1)
 
-    def _scan_time(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, groups: slice, time_gap: Tensor | None) -> Tensor:
-        """Each variate alone: h_j = exp(-dt alpha) h_{j-1} + dt B x, y = C h + D x, with d_state states per channel."""
-        rows, variates, steps, width = x.shape
-        alpha = self.A1_log[groups].exp().repeat_interleave(rows // self.A1_log[groups].shape[0], 0)  # (rows, d, n)
-        x, dt, B, C = (part.flatten(0, 1).to(alpha.dtype) for part in (x, dt, B, C))
-        alpha = alpha.repeat_interleave(variates, 0)[:, None]
-        stretched = dt
-        if time_gap is not None:
-            gap = time_gap.repeat(rows // time_gap.shape[0], 1).repeat_interleave(variates, 0)
-            stretched = dt * gap[..., None]
-        if self.input_discretization == "zoh":
-            gain = -torch.expm1(-dt[..., None] * alpha) / alpha
-        else:
-            gain = dt[..., None]
-        a = torch.exp(-stretched[..., None] * alpha)
-        b = gain * B[:, :, None] * x[..., None]
-        h, _ = linear_scan(a.flatten(2), b.expand_as(a).flatten(2))
-        y = (h.view_as(a) * C[:, :, None]).sum(-1)
-        skip = self.D[groups].repeat_interleave(x.shape[0] // self.D[groups].shape[0], 0)[:, None]
-        return (y + skip * x).view(rows, variates, steps, width)
+    def _convolved(self, z: Tensor) -> Tensor:
+        """Depthwise causal convolution along j, then SiLU."""
+        if not self.d_conv:
+            return F.silu(z)
+        y, _ = causal_conv1d(z.flatten(0, 1), self.conv_weight, self.conv_bias, activation="silu")
+        return y.unflatten(0, z.shape[:2])
+
+    def _scan(self, z: Tensor, first: int, mask: Tensor | None, time_gap: Tensor | None) -> Tensor:
+        """Scan the inputs z (head, b, i, j, d) of the heads first, first + 1, ... in all directions, in one call."""
+        heads, batch = z.shape[:2]
+        groups = slice(first * self.directions, (first + heads) * self.directions)
+        z = self._with_directions(z, 2).flatten(0, 1)  # (g, b, i, j, d)
+        u = z
+        if mask is not None:
+            observed = self._with_directions(mask.expand(heads, *mask.shape), 2).flatten(0, 1)
+            u = torch.where(observed[..., None], z, torch.zeros_like(z))
+        (dt1, B1, C1), (dt2, B2, C2) = self._coefficients(z, groups)
+        A1_log = self.A1_log[groups]
+        none = torch.zeros_like(A1_log)
+        y = selective_scan2d(
+            u.flatten(0, 1),
+            dt1,
+            dt2,
+            A1_log,
+            self.A4_log[groups] if self.mix_variates else none,
+            self.theta2[groups] if "theta2" in self._parameters else none,
+            self.theta3[groups] if "theta3" in self._parameters else none,
+            B1,
+            B2,
+            C1,
+            C2,
+            self.D[groups],
+            kappa=self.kappa,
+            coupling=self.coupling,
+            input_discretization=self.input_discretization,
+            time_gap=time_gap,
+            backend=self.backend,
+        )
+        y = y.unflatten(0, (heads, self.directions, batch))
+        return y[:, 0] if self.directions == 1 else y[:, 0] + y[:, 1].flip(2)
+
+    def _with_directions(self, t: Tensor, dim: int) -> Tensor:
+        """(head, ...) -> (head, direction, ...); the second direction has dimension `dim` of `t` reversed."""
+        return t[:, None] if self.directions == 1 else torch.stack([t, t.flip(dim)], dim=1)
+
+    def _coefficients(self, z: Tensor, groups: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(dt, B, C) of both kinds of states, each (g b, i, j, ...), from z (g, b, i, j, d)."""
+        grid = z.shape[:4]
+        found = []
+        biases = (self.dt1_bias, self.dt2_bias) if self.mix_variates else (self.dt1_bias,)
+        if self.selective:
+            projected = torch.bmm(z.flatten(1, 3), self.x_proj[groups])
+            parts = projected.split(self.kinds * [self.dt_rank, self.d_state, self.d_state], dim=-1)
+        for kind, parameter in enumerate(biases):
+            bias = parameter[groups, None].to(torch.promote_types(parameter.dtype, torch.float32))
+            if self.selective:
+                low, B, C = parts[3 * kind : 3 * kind + 3]
+                dt = F.softplus(torch.bmm(low, self.dt_proj[kind, groups]) + bias)
+            else:
+                count = math.prod(grid[1:])
+                dt = F.softplus(bias).expand(-1, count, -1)
+                B, C = (t[kind, groups, None].expand(-1, count, -1) for t in (self.B_const, self.C_const))
+            found.append((dt, B, C))
+        if not self.mix_variates:  # the second state neither takes anything in nor is read
+            dt, B, C = (torch.zeros_like(t) for t in found[0])
+            found.append((dt, B, C))
+        return [tuple(t.unflatten(1, grid[1:]).flatten(0, 1) for t in kind) for kind in found]  # type: ignore[misc]
 
 
-def _moving_average(x: Tensor) -> Tensor:
-    """Causal mean over the newest tokens, fewer at the start: (b, i, j, d)."""
-    total = F.pad(x.cumsum(dim=2), (0, 0, 1, 0))
-    steps = torch.arange(1, x.shape[2] + 1, device=x.device)
-    start = (steps - MOVING_AVERAGE).clamp(min=0)
-    return (total[:, :, 1:] - total[:, :, start]) / (steps - start)[:, None]
+def _uniform(bound: float, *shape: int, **factory: Any) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, **factory).uniform_(-bound, bound))
 
 
-def _check(name: str, value: object, choices: Sequence[str]) -> None:
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(choices)}.")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
