@@ -50,12 +50,14 @@ class MemoryData(ForecastingData):
 
     def windows(self, part: PartName) -> Windows:
         """As in the base class, with the separate validation Dataset where there is one."""
-        if part == "val" and self.validation is not None and "val" not in self._windows:
+        if part != "val" or self.validation is None:
+            return super().windows(part)
+        if "val" not in self._windows:
             state = self.state()
             ds = prepare(self.validation, state)
             targets = range(self.lookback, ds.sizes["time"])
             self._windows["val"] = create_windows(ds, state, targets, self.horizon)[0]
-        return super().windows(part)
+        return self._windows["val"]
 
 
 class BestEpoch(pl.Callback):
@@ -186,6 +188,7 @@ def create_task(
         data.lookback,
         data.horizon,
         data.n_variates,
+        data.covariates,
         loss=loss,  # type: ignore[arg-type]
         quantiles=list(quantiles) or None,
         optimizer=functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay),

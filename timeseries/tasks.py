@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ssmcore.training import SSMTask
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from .metrics import ErrorSums
-from .models import create_model
+from .models import MODELS, create_model, model_options
 from .models.layers import check_quantiles
 from .windows import WindowBatch
 
@@ -64,6 +64,8 @@ class Forecasting(SSMTask):
         lookback: Steps seen; taken from the data module on the command line.
         horizon: Steps forecast; taken from the data module.
         n_variates: Number of variates; taken from the data module.
+        covariates: Numbers of "past", "future" and "static" covariates; taken from the data module. A model that has
+            no `n_past`, `n_future` or `n_static` does without them.
         loss: "mse", "mae", "huber" or "pinball" (implied by quantiles).
         quantiles: Ascending levels in (0, 1) of a probabilistic forecast.
         optimizer: Called with the parameter groups.
@@ -79,6 +81,7 @@ class Forecasting(SSMTask):
         lookback: int = 96,
         horizon: int = 96,
         n_variates: int = 1,
+        covariates: dict[str, int] | None = None,
         loss: Loss = "mse",
         quantiles: list[float] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -92,6 +95,9 @@ class Forecasting(SSMTask):
         self.quantiles = check_quantiles(quantiles)
         self.loss = check_loss(loss, self.quantiles)
         self.args: dict[str, Any] = {"lookback": lookback, "horizon": horizon, "n_variates": n_variates}
+        known = model_options(model) if model in MODELS else []
+        counts = {f"n_{kind}": count for kind, count in (covariates or {}).items()}
+        self.args |= {name: count for name, count in counts.items() if count and name in known}
         self.args |= model_args or {}
         if self.quantiles:
             self.args["quantiles"] = list(self.quantiles)

@@ -10,19 +10,25 @@ from typing import Any
 
 from torch import nn
 
+from .chimera import ChimeraForecaster, chimera_base, chimera_small, chimera_tiny
 from .linear import DLinear, Ridge, RLinear
 from .naive import LastValue, SeasonalNaive, WindowMean
 
 __all__ = [
     "MODELS",
+    "ChimeraForecaster",
     "DLinear",
     "LastValue",
     "RLinear",
     "Ridge",
     "SeasonalNaive",
     "WindowMean",
+    "chimera_base",
+    "chimera_small",
+    "chimera_tiny",
     "create_model",
     "list_models",
+    "model_options",
 ]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -32,6 +38,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "rlinear": RLinear,
     "dlinear": DLinear,
     "ridge": Ridge,
+    "chimera_tiny": chimera_tiny,
+    "chimera_small": chimera_small,
+    "chimera_base": chimera_base,
 }
 
 
@@ -55,7 +64,7 @@ def create_model(name: str, **args: Any) -> nn.Module:
         close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"available: {', '.join(list_models())}"
         raise ValueError(f"unknown model {name!r}; {hint}")
-    known = _options(MODELS[name])
+    known = model_options(name)
     for option in args:
         if known and option not in known:
             close = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
@@ -64,8 +73,9 @@ def create_model(name: str, **args: Any) -> nn.Module:
     return MODELS[name](**args)
 
 
-def _options(entry: Callable[..., nn.Module]) -> list[str]:
-    """Names of all keyword arguments; those of the class for an entry function that passes **overrides on to it."""
+def model_options(name: str) -> list[str]:
+    """Names of all arguments of a model; those of the class for an entry function that passes **overrides on to it."""
+    entry = MODELS[name]
     parameters = inspect.signature(entry).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(names) == len(parameters):

@@ -91,7 +91,9 @@ class ChimeraForecaster(nn.Module):
             if size < 1:
                 raise ValueError(f"expected {name} of at least 1, got {size}")
         if lookback < patch_len:
-            raise ValueError(f"a patch of patch_len={patch_len} steps is longer than the lookback of {lookback}; lower patch_len")
+            raise ValueError(
+                f"a patch of patch_len={patch_len} steps is longer than the lookback of {lookback}; lower patch_len"
+            )
         if not 0 <= linear_skip <= lookback:
             raise ValueError(f"expected linear_skip from 0 to {lookback} (the lookback), got {linear_skip}")
         self.lookback, self.horizon, self.n_variates, self.n_past = lookback, horizon, n_variates, n_past
@@ -145,7 +147,9 @@ class ChimeraForecaster(nn.Module):
 
     def _patches(self, x: Tensor) -> Tensor:
         """(b, i, lookback) -> (b, i, j, patch_len); the last value is repeated for the final patch."""
-        return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self.stride)], dim=-1).unfold(-1, self.patch_len, self.stride)
+        return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self.stride)], dim=-1).unfold(
+            -1, self.patch_len, self.stride
+        )
 
     def _tokens(self, x: Tensor, mask: Tensor, batch: WindowBatch) -> Tensor:
         """Embed patches and covariates: (b, i, j, d)."""
@@ -176,7 +180,7 @@ class ChimeraForecaster(nn.Module):
         return y
 
     def _token_gap(self, gap: Tensor) -> Tensor:
-        """Steps since the preceding entry (b, lookback) -> strides since the preceding token (b, j), 1 for the first."""
+        """Steps since the preceding entry (b, lookback) -> strides since the preceding token (b, j)."""
         times = F.pad(gap, (0, self.stride), value=1.0).cumsum(dim=-1)
         ends = times[:, self.patch_len - 1 :: self.stride]
         return F.pad((ends[:, 1:] - ends[:, :-1]) / self.stride, (1, 0), value=1.0)
