@@ -72,8 +72,9 @@ def evaluate(
 
     Args:
         forecast: Forecast Dataset, e.g. of `backtest`.
-        metrics: Names among `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's scaler, where
-            the forecast names one; the same with `_units` in those of the data; the interval metrics take the widest.
+        metrics: Names among `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's
+            scaler, where the forecast names one; the same with `_units` in those of the data; the interval metrics take
+            the widest interval.
         by: Dimensions to keep among series, cutoff, horizon and variate; () gives one number over all windows.
 
     Returns:

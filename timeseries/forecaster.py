@@ -302,8 +302,9 @@ class Forecaster:
                     group = origins[begin : begin + int(refit)]
                     model = self._refitted(source.dataset.isel(time=slice(0, group[0] + 1)))
                     pieces.append(model._forecast(ds, group, horizon, None, intervals, advance))
+                # scaler and seasonal errors stay those of the first fit: one yardstick for all cutoffs
                 result = xr.concat(
-                    pieces, dim="cutoff", data_vars="minimal", coords="minimal", combine_attrs="override"
+                    pieces, "cutoff", data_vars="minimal", coords="minimal", compat="override", combine_attrs="override"
                 )
                 result.attrs["refit"] = int(refit)
         return like_source(result, source)

@@ -1,0 +1,95 @@
+"""evaluate: equal to the metrics themselves, in scaled and original units, along any dimensions."""
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from omnissm.timeseries import evaluate, metrics
+from omnissm.timeseries.evaluation import METRICS
+from omnissm.timeseries.scaling import Scaler
+
+
+@pytest.fixture
+def forecast():
+    rng = np.random.default_rng(0)
+    shape, dims = (2, 5, 4, 3), ("series", "cutoff", "horizon", "variate")
+    target = 50 + 10 * rng.normal(size=shape)
+    mean = target + rng.normal(size=shape) * np.array([1.0, 5.0, 20.0])
+    target[rng.random(shape) < 0.2] = np.nan
+    quantiles = mean[..., None] + np.array([-8.0, 0.0, 8.0])
+    scaler = Scaler("standard")
+    scaler.series, scaler.variates = ["a", "b"], ["x", "y", "z"]
+    scaler.center, scaler.scale = rng.normal(size=(2, 3)), rng.uniform(1, 9, size=(2, 3))
+    return xr.Dataset(
+        {
+            "target": (dims, target.astype(np.float32)),
+            "mean": (dims, mean.astype(np.float32)),
+            "quantiles": ((*dims, "quantile"), quantiles.astype(np.float32)),
+        },
+        {
+            "series": ["a", "b"],
+            "variate": ["x", "y", "z"],
+            "horizon": [1, 2, 3, 4],
+            "quantile": [0.1, 0.5, 0.9],
+            "cutoff": range(5),
+            "seasonal_mae": (("series", "variate"), rng.uniform(1, 2, (2, 3))),
+            "seasonal_mse": (("series", "variate"), rng.uniform(1, 2, (2, 3))),
+        },
+        {"scaler": json.dumps(scaler.to_dict()), "model": "m"},
+    )
+
+
+def test_every_metric_gives_a_number_per_place(forecast):
+    result = evaluate(forecast, list(METRICS), by=("variate", "horizon"))
+    assert set(result.data_vars) == set(METRICS)
+    for name, values in result.items():
+        assert values.shape == (4, 3), name  # horizon before variate, as in the forecast
+        assert values.dtype == np.float64
+        assert np.isfinite(values).all(), name
+
+
+def test_scaled_and_original_units(forecast):
+    scale = np.array(json.loads(forecast.attrs["scaler"])["scale"])[:, None, None, :]
+    y, f = forecast["target"].values, forecast["mean"].values
+    result = evaluate(forecast, ("mse", "mse_units", "mae", "mae_units"), by=())
+    assert float(result["mse_units"]) == pytest.approx(metrics.mse(y, f), rel=1e-6)
+    assert float(result["mse"]) == pytest.approx(metrics.mse(y / scale, f / scale), rel=1e-5)
+    assert float(result["mae"]) == pytest.approx(metrics.mae(y / scale, f / scale), rel=1e-5)
+    bare = forecast.copy()
+    del bare.attrs["scaler"]
+    assert float(evaluate(bare, ("mse",), ())["mse"]) == pytest.approx(float(result["mse_units"]))
+
+
+def test_order_of_dimensions_does_not_matter(forecast):
+    turned = forecast.transpose("variate", "horizon", "quantile", "cutoff", "series")
+    xr.testing.assert_identical(evaluate(turned, list(METRICS)), evaluate(forecast, list(METRICS)))
+
+
+def test_by_hand_along_one_dimension(forecast):
+    result = evaluate(forecast, ("mae_units", "mase", "coverage"), by=("variate",))
+    y, f = forecast["target"].values[..., 1], forecast["mean"].values[..., 1]
+    keep = np.isfinite(y)
+    scale = np.broadcast_to(forecast["seasonal_mae"].values[:, 1][:, None, None], y.shape)
+    assert float(result["mae_units"].sel(variate="y")) == pytest.approx(np.abs(y - f)[keep].mean(), rel=1e-6)
+    assert float(result["mase"].sel(variate="y")) == pytest.approx((np.abs(y - f) / scale)[keep].mean(), rel=1e-6)
+    assert float(result["coverage"].sel(variate="y")) == pytest.approx((np.abs(y - f) <= 8)[keep].mean(), abs=1e-6)
+
+
+def test_observed_overrules_the_target(forecast):
+    masked = forecast.assign(observed=(forecast["target"].dims, np.zeros(forecast["target"].shape, bool)))
+    assert np.isnan(evaluate(masked, ("mae",), ())["mae"])
+
+
+def test_refusals_name_the_way_out(forecast):
+    with pytest.raises(ValueError, match="unknown metric 'maes'; did you mean ma"):
+        evaluate(forecast, ("maes",))
+    with pytest.raises(ValueError, match="unknown dimension 'varriate'; did you mean variate"):
+        evaluate(forecast, by=("varriate",))
+    with pytest.raises(ValueError, match="no variable 'target'"):
+        evaluate(forecast.drop_vars("target"))
+    with pytest.raises(ValueError, match="needs quantiles"):
+        evaluate(forecast.drop_vars("quantiles"), ("crps",))
+    with pytest.raises(ValueError, match="'seasonal_mae'"):
+        evaluate(forecast.drop_vars("seasonal_mae"), ("mase",))

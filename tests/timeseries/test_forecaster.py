@@ -1,0 +1,277 @@
+"""Forecaster end to end on a small set: fit, predict, backtest, intervals, save and load, and what it refuses."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from omnissm.timeseries import Forecaster, backtest, evaluate, forecast
+from omnissm.timeseries.files import read_series, write_series
+from omnissm.timeseries.inputs import forecast_to_long
+
+LOOKBACK, HORIZON, STEPS = 36, 6, 400
+
+
+def make(steps: int = STEPS, series: int = 2, missing: float = 0.05) -> xr.Dataset:
+    """Hourly sines of two units and scales with noise and gaps."""
+    rng = np.random.default_rng(0)
+    hours = np.arange(steps)[None, :, None]
+    phase = rng.uniform(0, 6, (series, 1, 2))
+    values = np.array([10.0, 500.0]) * (
+        np.sin(hours * 2 * np.pi / 12 + phase) + 0.2 * rng.normal(size=(series, steps, 2))
+    )
+    values += np.array([20.0, 1000.0])
+    values[rng.random(values.shape) < missing] = np.nan
+    coords = {
+        "series": [f"s{k}" for k in range(series)],
+        "time": pd.date_range("2024-01-01", periods=steps, freq="h"),
+        "variate": ["temp", "load"],
+        "units": ("variate", ["degC", "kW"]),
+    }
+    return xr.Dataset({"target": (("series", "time", "variate"), values.astype(np.float32))}, coords, {"freq": "h"})
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def fitted(data):
+    return Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(data, max_epochs=4, lr=0.01, progress=False)
+
+
+def test_fit_learns_and_keeps_the_best_epoch(data, fitted):
+    history = fitted.history
+    assert list(history["epoch"]) == list(range(len(history)))
+    assert {"train_loss", "val_loss", "val_mse", "val_mae", "seconds"} <= set(history)
+    assert history["val_mse"].min() < 0.3  # the variance is 1, the noise 0.08
+    own = fitted.backtest(start=int(0.8 * STEPS), progress=False)
+    assert float(evaluate(own, ("mse",), ())["mse"]) == pytest.approx(history["val_mse"].min(), rel=1e-4)
+
+
+def test_same_seed_same_forecaster(data, fitted):
+    again = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu")
+    again.fit(data, max_epochs=4, lr=0.01, progress=False)
+    xr.testing.assert_identical(again.predict(), fitted.predict())
+
+
+def test_forecast_layout(data, fitted):
+    result = fitted.predict()
+    assert dict(result.sizes) == {"series": 2, "cutoff": 1, "horizon": HORIZON, "variate": 2, "quantile": 7}
+    assert result["cutoff"].values[0] == data["time"].values[-1]
+    steps = (result["valid_time"].values[0] - result["cutoff"].values[0]) / np.timedelta64(1, "h")
+    assert steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert result["units"].values.tolist() == ["degC", "kW"]
+    assert result.attrs["model"] == "rlinear"
+    assert result.attrs["rollout"] == "direct"
+    assert "target" not in result  # nobody knows it yet
+    assert (np.diff(result["quantiles"].values, axis=-1) >= 0).all()
+    np.testing.assert_allclose(result["quantiles"].sel(quantile=0.5), result["mean"], rtol=1e-6)
+    assert abs(float(result["mean"].sel(variate="load").mean()) - 1000) < 300  # original units
+
+
+@pytest.mark.parametrize("name", ["f.nc", "f.zarr"])
+def test_forecast_survives_files(tmp_path, fitted, name):
+    result = fitted.backtest(start=390, progress=False)
+    write_series(result, tmp_path / name)
+    with read_series(tmp_path / name) as back:
+        xr.testing.assert_identical(back.load(), result)
+
+
+def test_save_and_load(tmp_path, data, fitted):
+    loaded = Forecaster.load(fitted.save(tmp_path / "model"))
+    xr.testing.assert_identical(loaded.predict(data), fitted.predict(data))
+    xr.testing.assert_identical(forecast(tmp_path / "model", data), fitted.predict(data))
+    with pytest.raises(ValueError, match="holds no data; pass the series"):
+        loaded.predict()
+
+
+def test_backtest_is_what_predict_would_have_said(data, fitted):
+    result = fitted.backtest(data, start=350, stride=7, progress=False)
+    assert result.sizes["cutoff"] == len(range(349, STEPS - HORIZON, 7))
+    for k in (0, 3):
+        cutoff = result["cutoff"].values[k]
+        alone = fitted.predict(data.sel(time=slice(None, cutoff)))
+        np.testing.assert_allclose(result["mean"][:, k], alone["mean"][:, 0], rtol=1e-4)
+        np.testing.assert_allclose(result["quantiles"][:, k], alone["quantiles"][:, 0], rtol=1e-4)
+        truth = data["target"].sel(time=result["valid_time"][k].values)
+        np.testing.assert_array_equal(result["target"][:, k], truth)
+        np.testing.assert_array_equal(result["observed"][:, k], np.isfinite(truth))
+
+
+def test_backtest_does_not_see_the_future(data, fitted):
+    result = fitted.backtest(data, start=350, stride=7, progress=False)
+    changed = data.copy(deep=True)
+    changed["target"].loc[{"time": slice(result["valid_time"].values[2, 0], None)}] = 7.0
+    other = fitted.backtest(changed, start=350, stride=7, progress=False)
+    np.testing.assert_array_equal(other["mean"][:, :3], result["mean"][:, :3])
+    assert not np.array_equal(other["mean"][:, 4], result["mean"][:, 4])
+
+
+@pytest.mark.parametrize("start", ["2024-01-15 00:00", 336, 336 / STEPS])
+def test_backtest_start_in_three_ways(data, fitted, start):
+    result = fitted.backtest(data, start=start, progress=False)
+    assert result["valid_time"].values[0, 0] == np.datetime64("2024-01-15T00:00")
+
+
+def test_backtest_without_start_begins_after_the_first_lookback(data, fitted):
+    result = backtest(fitted, data, stride=50, progress=False)
+    assert result["cutoff"].values[0] == data["time"].values[LOOKBACK - 1]
+
+
+def test_refit_trains_on_everything_before_the_cutoff(data):
+    model = Forecaster("ridge", LOOKBACK, HORIZON).fit(data.isel(time=slice(0, 300)), coverages=None)
+    result = model.backtest(data, start=380, stride=4, refit=2, progress=False)
+    assert result.attrs["refit"] == 2
+    for k in (0, 2):
+        upto = data.sel(time=slice(None, result["cutoff"].values[k]))
+        anew = Forecaster("ridge", LOOKBACK, HORIZON).fit(upto, coverages=None)
+        np.testing.assert_allclose(result["mean"][:, k], anew.predict()["mean"][:, 0], rtol=1e-4)
+    first = Forecaster("ridge", LOOKBACK, HORIZON).fit(
+        data.sel(time=slice(None, result["cutoff"].values[0])), coverages=None
+    )
+    kept = first.predict(data.sel(time=slice(None, result["cutoff"].values[1])))
+    np.testing.assert_allclose(result["mean"][:, 1], kept["mean"][:, 0], rtol=1e-4)
+
+
+def test_longer_horizons_feed_the_forecast_back(data, fitted):
+    result = fitted.predict(data, horizon=15)
+    assert result.sizes["horizon"] == 15
+    assert "fed back in blocks of 6" in result.attrs["rollout"]
+    assert "quantiles" not in result  # the radii are those of the trained horizon
+    direct = fitted.predict(data)
+    np.testing.assert_allclose(result["mean"][:, :, :HORIZON], direct["mean"], rtol=1e-5)
+    longer = np.concatenate([data["target"].values, direct["mean"].values[:, 0]], axis=1)
+    times = pd.date_range("2024-01-01", periods=longer.shape[1], freq="h")
+    fed = data.drop_dims("time").assign_coords(time=times).assign(target=(("series", "time", "variate"), longer))
+    np.testing.assert_allclose(result["mean"][:, 0, 6:12], fitted.predict(fed)["mean"][:, 0], rtol=1e-3)
+    short = fitted.predict(data, horizon=2)
+    np.testing.assert_allclose(short["mean"], direct["mean"][:, :, :2], rtol=1e-5)
+
+
+def test_conformal_intervals_cover(data):
+    model = Forecaster("ridge", LOOKBACK, HORIZON).fit(data, val=0.4, coverages=(0.5, 0.9))
+    rest = make(800).isel(time=slice(360, None))  # the same signals go on
+    result = model.backtest(rest, start=100, progress=False)
+    inner = result["quantiles"].sel(quantile=[0.25, 0.75])
+    for quantiles, coverage in ((inner, 0.5), (result["quantiles"].sel(quantile=[0.05, 0.95]), 0.9)):
+        inside = (result["target"] >= quantiles[..., 0]) & (result["target"] <= quantiles[..., 1])
+        assert float(inside.where(result["observed"]).mean()) == pytest.approx(coverage, abs=0.06)
+    assert float(evaluate(result, ("coverage",), ())["coverage"]) == pytest.approx(0.9, abs=0.06)
+
+
+def test_calibrate_sets_the_intervals_of_a_loaded_model(tmp_path, data):
+    model = Forecaster("ridge", LOOKBACK, HORIZON).fit(data.isel(time=slice(0, 250)), val=None)
+    assert model.intervals is None
+    with pytest.raises(ValueError, match="intervals were asked for and this forecaster has none"):
+        model.predict(data, intervals=True)
+    loaded = Forecaster.load(model.save(tmp_path / "m")).calibrate(data.isel(time=slice(250, None)), (0.8,))
+    assert loaded.predict(data)["quantile"].values.tolist() == [0.1, 0.5, 0.9]
+    with pytest.raises(ValueError, match="needs at least 1000 validation residuals"):
+        loaded.calibrate(data, (0.999,))
+
+
+def test_quantile_model(data):
+    model = Forecaster("rlinear", LOOKBACK, HORIZON, quantiles=(0.1, 0.5, 0.9), accelerator="cpu")
+    model.fit(data, max_epochs=4, lr=0.01, progress=False)
+    assert model.loss == "pinball"
+    result = model.backtest(start=int(0.8 * STEPS), progress=False)
+    np.testing.assert_array_equal(result["mean"], result["quantiles"].sel(quantile=0.5))
+    assert result.attrs["intervals"] == "quantiles of the model"
+    assert 0.6 < float(evaluate(result, ("coverage",), ())["coverage"]) < 0.95
+    assert model.predict(horizon=9)["quantiles"].shape == (2, 1, 9, 2, 3)
+
+
+def test_validation_set_of_its_own(data):
+    train, val = data.isel(time=slice(0, 320)), data.isel(time=slice(320 - LOOKBACK, None))
+    own = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(train, val, max_epochs=2, progress=False)
+    part = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(data, 80, max_epochs=2, progress=False)
+    np.testing.assert_allclose(own.history["val_mse"], part.history["val_mse"], rtol=1e-5)
+    np.testing.assert_allclose(own.intervals["radius"], part.intervals["radius"], rtol=1e-3)
+
+
+def test_averaged_weights_and_other_schedules(data):
+    options = {"max_epochs": 2, "progress": False, "val": None}
+    plain = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(data, **options)
+    averaged = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(data, ema=0.9, **options)
+    halving = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(data, schedule="halving", **options)
+    weights = [model.net.linear.weight.detach() for model in (plain, averaged, halving)]
+    assert not weights[0].equal(weights[1])
+    assert not weights[0].equal(weights[2])
+    with pytest.raises(ValueError, match="unknown schedule 'linear'"):
+        plain.fit(data, schedule="linear")
+
+
+@pytest.mark.parametrize("name", ["last_value", "seasonal_naive", "window_mean"])
+def test_models_without_parameters(data, name):
+    args = {"season": 12} if name == "seasonal_naive" else {}
+    model = Forecaster(name, LOOKBACK, HORIZON, model_args=args).fit(data)
+    assert model.history.empty
+    result = model.predict()
+    assert np.isfinite(result["mean"]).all()
+    if name == "last_value":
+        last = data["target"].sel(series="s0", variate="temp").dropna("time").values[-1]
+        np.testing.assert_allclose(result["mean"].sel(series="s0", variate="temp"), last, rtol=1e-5)
+
+
+def test_long_frame_in_long_frame_out(data):
+    one = data.isel(series=0)
+    frame = one["target"].to_series().rename("y").reset_index().rename(columns={"time": "ds", "variate": "unique_id"})
+    frame = frame[["unique_id", "ds", "y"]]
+    model = Forecaster("ridge", LOOKBACK, HORIZON).fit(frame, coverages=(0.8,))
+    result = model.predict()
+    assert list(result.columns) == ["unique_id", "ds", "cutoff", "ridge", "ridge-q10", "ridge-q50", "ridge-q90"]
+    assert len(result) == 2 * HORIZON
+    as_dataset = Forecaster("ridge", LOOKBACK, HORIZON).fit(one, coverages=(0.8,)).predict()
+    temp = result[result["unique_id"] == "temp"]
+    np.testing.assert_allclose(temp["ridge"], as_dataset["mean"].sel(variate="temp").values.ravel(), rtol=1e-5)
+    assert list(forecast_to_long(as_dataset)["unique_id"].unique()) == ["0"]
+
+
+def test_data_that_do_not_fit_are_refused_with_the_way_out(data, fitted):
+    with pytest.raises(ValueError, match="trained on the variate 'load', which the data lacks"):
+        fitted.predict(data.sel(variate=["temp"]))
+    with pytest.raises(ValueError, match="trained on data of freq 'h', got 'D'"):
+        fitted.predict(data.assign_coords(time=pd.date_range("2024", periods=STEPS)).assign_attrs(freq="D"))
+    with pytest.raises(ValueError, match="looks back 36 steps, the series has 20"):
+        fitted.predict(data.isel(time=slice(0, 20)))
+    silent = data.copy(deep=True)
+    silent["target"][1, -LOOKBACK:] = np.nan
+    with pytest.raises(ValueError, match="series s1 has no observed value in its last 36 steps"):
+        fitted.predict(silent)
+    with pytest.raises(ValueError, match="no cutoff has 36 steps before and 6 behind"):
+        fitted.backtest(data, start="2024-03-01")
+    with pytest.raises(ValueError, match="Series 's9' was not in the training data"):
+        fitted.predict(data.assign_coords(series=["s0", "s9"]))
+    with pytest.raises(ValueError, match="not trained; call fit"):
+        Forecaster("rlinear", 10, 2).predict(data)
+    with pytest.raises(ValueError, match="did you mean rlinear"):
+        Forecaster("rliner")
+    with pytest.raises(TypeError, match="Expected a pandas or polars frame"):
+        fitted.predict([1, 2, 3])
+
+
+def test_variates_in_another_order_are_found_by_name(data, fitted):
+    turned = fitted.predict(data.sel(variate=["load", "temp"]))
+    xr.testing.assert_identical(turned, fitted.predict(data))
+
+
+def test_training_on_too_little_is_refused():
+    with pytest.raises(ValueError, match="lookback"):
+        Forecaster("rlinear", LOOKBACK, HORIZON).fit(make(30))
+    bad = make(100)
+    bad["target"][0, 50, 0] = np.inf
+    with pytest.raises(ValueError, match="infinite"):
+        Forecaster("rlinear", LOOKBACK, HORIZON).fit(bad)
+
+
+def test_import_loads_no_lightning():
+    code = (
+        "import sys, omnissm.timeseries as t; t.Forecaster; t.create_model; t.evaluate;"
+        "sys.exit(any(m.startswith(('pytorch_lightning', 'matplotlib')) for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
