@@ -6,9 +6,9 @@ Space Models". The mixer is `omnissm.ssmcore.mixers.Chimera2D`.
 
 | name | d_model | d_state | n_layer | parameters, 7 variates, 96 to 96 |
 | --- | --- | --- | --- | --- |
-| chimera_tiny | 32 | 4 | 1 | TINY |
-| chimera_small | 64 | 8 | 2 | SMALL |
-| chimera_base | 128 | 16 | 3 | BASE |
+| chimera_tiny | 32 | 4 | 1 | 48,032 |
+| chimera_small | 64 | 8 | 2 | 152,608 |
+| chimera_base | 128 | 16 | 3 | 602,720 |
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ssmcore import RMSNorm
-from ...ssmcore.mixers import Chimera2D
+from ...ssmcore import Stack
 from .layers import check_quantiles, instance_statistics, noncrossing
 
 if TYPE_CHECKING:
@@ -108,11 +107,8 @@ class ChimeraForecaster(nn.Module):
         self.static = nn.Linear(n_static, d_model, bias=False) if n_static else None
         self.known_past = nn.Linear(n_future * patch_len, d_model, bias=False) if n_future else None
         self.known_future = nn.Linear(n_future, n_variates, bias=False) if n_future else None
-        self.norms = nn.ModuleList(RMSNorm(d_model) for _ in range(n_layer))
-        self.mixers = nn.ModuleList(
-            Chimera2D(d_model, d_state=d_state, dropout=dropout, **(mixer or {})) for _ in range(n_layer)
-        )
-        self.norm = RMSNorm(d_model)
+        options = {"d_state": d_state, "dropout": dropout} | (mixer or {})
+        self.stack = Stack(d_model, ["chimera2d"] * n_layer, mixer_options=options)
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(self.n_tokens * d_model, horizon * max(1, self.n_quantiles))
         self.skip = nn.Linear(n_variates * linear_skip, n_variates * horizon, bias=False) if linear_skip else None
@@ -133,9 +129,7 @@ class ChimeraForecaster(nn.Module):
         hidden = self._tokens(x, mask, batch)
         token_mask = self._patches(mask).any(dim=-1)
         token_gap = None if batch.time_gap is None else self._token_gap(batch.time_gap)
-        for norm, mixer in zip(self.norms, self.mixers):
-            hidden = hidden + mixer(norm(hidden), mask=token_mask, time_gap=token_gap)
-        hidden = self.norm(hidden[:, : self.n_variates]).flatten(2)
+        hidden = self.stack(hidden, mask=token_mask, time_gap=token_gap)[:, : self.n_variates].flatten(2)
         y = self.head(self.head_dropout(hidden)).unflatten(-1, (self.horizon, -1))  # (b, i, horizon, q or 1)
         linear = self._linear_part(x, batch)
         if linear is not None:  # on the lowest quantile, from which the others are counted upwards
@@ -195,8 +189,8 @@ class ChimeraForecaster(nn.Module):
     def dt_ranges(self) -> dict[str, Tensor]:
         """Learned steps along time of every head, all layers and directions together, before the input moves them."""
         ranges: dict[str, list[Tensor]] = {}
-        for mixer in self.mixers:
-            for name, dt in mixer.dt_ranges().items():
+        for block in self.stack.blocks:
+            for name, dt in block.mixer.dt_ranges().items():
                 ranges.setdefault(name, []).append(dt)
         return {name: torch.cat(parts) for name, parts in ranges.items()}
 
