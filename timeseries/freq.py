@@ -110,7 +110,8 @@ def check_times(times: np.ndarray) -> None:
             f"Duplicate time {stamp(times[row])} at row {row}; use regularize(ds, freq, duplicates='first' or 'mean')."
         )
     raise ValueError(
-        f"Times are not sorted: row {row} is {stamp(times[row])}, after {stamp(times[row - 1])}; use ds.sortby('time')."
+        f"Times are not sorted: row {row} is {stamp(times[row])}, after {stamp(times[row - 1])}; use "
+        "ds.sortby('time') or regularize(ds, freq)."
     )
 
 
