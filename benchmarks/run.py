@@ -1,0 +1,288 @@
+"""Time the ops of `omnissm.kernels` at the sizes of their `spec.py` and write one JSON file per op and device.
+
+    python benchmarks/run.py --op linear_scan [--device cpu|cuda] [--base FILE]
+
+An implementation is checked before it is timed; one that is wrong is reported and not timed. See README.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import omnissm.kernels
+from omnissm.kernels import available_backends
+from omnissm.kernels.testing import BenchSize, OpSpec, check_op, relative_error, run_with_gradients
+
+HERE = Path(__file__).resolve().parent
+KERNELS = Path(omnissm.kernels.__file__).parent
+
+
+def conv1d_of_torch(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    k = weight.shape[1]
+    y = F.conv1d(F.pad(x.mT, (k - 1, 0)), weight[:, None], bias, groups=weight.shape[0])
+    return F.silu(y).mT, x[:, 1 - k :].mT
+
+
+def rms_norm_of_torch(x: Tensor, z: Tensor, weight: Tensor, eps: float, **_: Any) -> Tensor:
+    return F.rms_norm(x * F.silu(z), (x.shape[-1],), weight, eps)
+
+
+# What torch itself offers for the same result.
+PEERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "causal_conv1d": {"torch conv1d": conv1d_of_torch},
+    "gated_norm": {"torch rms_norm": rms_norm_of_torch},
+}
+
+
+def read_specs() -> dict[str, OpSpec]:
+    """The specs of all ops, by name."""
+    found = {}
+    for path in sorted(KERNELS.glob("*/spec.py")):
+        module = import_module(f"omnissm.kernels.{path.parent.name}.spec")
+        found.update({spec.name: spec for spec in vars(module).values() if isinstance(spec, OpSpec)})
+    return found
+
+
+class Timer:
+    """Milliseconds of a function: median, 20th and 80th percentile."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        # Written between runs, so that nothing of the last run is left in the caches of the GPU.
+        self.cache = torch.empty(64 * 2**20, device=device) if device.type == "cuda" else None
+
+    def __call__(self, run: Callable[[], Any]) -> dict[str, float]:
+        for _ in range(3):
+            run()
+        once = self.once(run)
+        times = [self.once(run) for _ in range(max(5, min(200, int(self.seconds / once * 1e3))))]
+        ordered = torch.tensor(times, dtype=torch.float64)
+        low, middle, high = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        return {"median": round(middle, 4), "p20": round(low, 4), "p80": round(high, 4), "runs": len(times)}
+
+    def once(self, run: Callable[[], Any]) -> float:
+        if self.cache is None:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+        self.cache.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def copy_bandwidth(timer: Timer) -> float:
+    """Bytes per second of a copy that is larger than any cache, read and write counted."""
+    source = torch.empty((2**28 if timer.device.type == "cuda" else 2**25), device=timer.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timer(lambda: target.copy_(source))["median"] * 1e3
+
+
+def bench(spec: OpSpec, case: BenchSize, device: torch.device, timer: Timer, bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of one op at one size: one per implementation and peer."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = spec.make_inputs(**case.size, dtype=case.dtype, device=device, generator=generator)
+    unavailable = available_backends(device)
+    runs: dict[str, Callable[..., Any] | str] = {}
+    for name in spec.implementations:
+        if name == "reference" and device.type == "cuda":
+            runs[name] = "a loop in Python, too slow at this size"
+        elif unavailable[name]:
+            runs[name] = str(unavailable[name])
+        else:
+            runs[name] = lambda backend=name, **arguments: spec.op(**arguments, backend=backend)
+    if device.type == "cuda":
+        compiled = torch.compile(lambda **arguments: spec.op(**arguments, backend="chunked"))
+        runs["chunked, torch.compile"] = compiled
+    runs.update(PEERS.get(spec.name, {}))
+
+    with torch.no_grad():
+        found = spec.op(**inputs, backend="chunked")
+    expected = dict(zip(spec.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+    cotangents = {name: torch.randn_like(value) for name, value in expected.items()}
+    floor = byte_floor(inputs, expected)
+    rows = []
+    for name, run in runs.items():
+        row: dict[str, Any] = {"size": dict(case.size), "dtype": str(case.dtype).removeprefix("torch."), "path": name}
+        rows.append(row)
+        if isinstance(run, str):
+            row["skipped"] = run
+            continue
+        if problem := find_error(spec, case, name, run, inputs, expected, device):
+            row["wrong"] = problem
+            continue
+        with torch.no_grad():
+            row["forward_ms"] = timer(lambda run=run: run(**inputs))
+        before = reset_peak(device)
+        run_with_gradients(run, inputs, spec.outputs, cotangents)
+        row["peak_mib"] = None if before is None else round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        row["forward_backward_ms"] = timer(lambda run=run: run_with_gradients(run, inputs, spec.outputs, cotangents))
+        for which, bytes_moved in zip(("forward", "forward_backward"), floor):
+            floor_ms = bytes_moved / bandwidth * 1e3
+            row[f"{which}_floor_ms"] = round(floor_ms, 4)
+            row[f"{which}_share_of_floor"] = round(floor_ms / row[f"{which}_ms"]["median"], 3)
+        if case.required_ms is not None:
+            row["required_ms"] = list(case.required_ms)
+    return rows
+
+
+def byte_floor(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> tuple[int, int]:
+    """Bytes of forward, and of forward and backward, if everything moves once.
+
+    Backward reads the inputs (or as many bytes of saved states) and the gradients of the outputs and writes those of
+    the inputs.
+    """
+    given = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
+    made = sum(value.nbytes for value in outputs.values())
+    return given + made, 3 * given + 2 * made
+
+
+def find_error(
+    spec: OpSpec,
+    case: BenchSize,
+    name: str,
+    run: Callable[..., Any],
+    inputs: dict[str, Any],
+    expected: dict[str, Tensor],
+    device: torch.device,
+) -> str | None:
+    """Why an implementation must not be timed: wrong at a test size, or at this size other than the chunked path."""
+    try:
+        if name in spec.implementations and name != "reference":
+            for size in spec.test_sizes:
+                check_op(spec, size, name, case.dtype, device)
+        with torch.no_grad():
+            found = run(**inputs)
+        for (output, value), got in zip(expected.items(), found if isinstance(found, tuple) else (found,)):
+            error, limit = relative_error(got, value), 2 * spec.limit(output, case.dtype)
+            if not error <= limit:
+                return f"`{output}` differs from the chunked path by {error:.1e}, allowed {limit:.0e}"
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def reset_peak(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def describe(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "device": name,
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device.type == "cuda"
+        else None,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "python": platform.python_version(),
+        "commit": commit or output_of("git", "-C", str(HERE), "rev-parse", "--short=12", "HEAD"),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"CPU {match.group(1)}" if match else f"CPU {platform.machine()}"
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def report(spec: OpSpec, rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
+    for row in rows:
+        line = f"{spec.name:18} {row['size']!s:58} {row['dtype']:9} {row['path']:24}"
+        if "forward_ms" not in row:
+            print(line, "skipped: " + row["skipped"] if "skipped" in row else "WRONG: " + row["wrong"])
+            continue
+        for which in ("forward", "forward_backward"):
+            line += f" {row[f'{which}_ms']['median']:9.3f} ms ({row[f'{which}_share_of_floor']:4.0%} of floor)"
+        if "required_ms" in row and row["path"] in ("triton", "chunked, torch.compile"):
+            got = (row["forward_ms"]["median"], row["forward_backward_ms"]["median"])
+            line += (
+                " reached" if all(g <= r for g, r in zip(got, row["required_ms"])) else f" WANTED {row['required_ms']}"
+            )
+        for old in base:
+            if all(old.get(key) == row[key] for key in ("size", "dtype", "path")) and "forward_ms" in old:
+                ratios = [row[key]["median"] / old[key]["median"] for key in ("forward_ms", "forward_backward_ms")]
+                line += f"  {ratios[0]:.2f}x / {ratios[1]:.2f}x of base"
+        print(line, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    specs = read_specs()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", action="append", choices=sorted(specs), help="op to time (repeatable; default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--base", type=Path, help="earlier result file to compare with")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for DEVICE/OP.json")
+    parser.add_argument("--seconds", type=float, default=0.3, help="time to spend on each number")
+    parser.add_argument("--commit", help="commit to note, where the code is a copy without history")
+    options = parser.parse_args(argv)
+
+    device = torch.device(options.device)
+    timer = Timer(device, options.seconds)
+    about = describe(device, options.commit)
+    bandwidth = copy_bandwidth(timer)
+    about["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
+    print(*(f"{key} {value}" for key, value in about.items() if value is not None), sep=", ")
+    base = json.loads(options.base.read_text())["rows"] if options.base else []
+    wrong = False
+    for name in options.op or sorted(specs):
+        spec = specs[name]
+        rows: list[dict[str, Any]] = []
+        for case in spec.bench_sizes if device.type == "cuda" else spec.cpu_bench_sizes:
+            rows += bench(spec, case, device, timer, bandwidth)
+        report(spec, rows, base)
+        wrong |= any("wrong" in row for row in rows)
+        folder = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+        write_json(options.out / folder / f"{name}.json", {**about, "op": name, "rows": rows})
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
