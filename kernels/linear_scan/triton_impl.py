@@ -63,6 +63,7 @@ def _linear_scan_part_kernel(
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Product of decays and end state from zero of one part. With SHIFT step s takes the decay of step s-1 (1 at 0)."""
     blocks = tl.cdiv(channels, BLOCK_D)
@@ -77,7 +78,7 @@ def _linear_scan_part_kernel(
     b_base = b_ptr + row * b_stride_b + channel[None, :]
     product = tl.full([BLOCK_D], 1.0, ACC)
     carry = tl.zeros([BLOCK_D], ACC)
-    for start in range(begin, end, BLOCK_T):
+    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
         step = start + steps.to(tl.int64)[:, None]
         ok = (step < end) & channel_ok[None, :]
         a_step = step - 1 if SHIFT else step
@@ -117,6 +118,7 @@ def _linear_scan_fwd_kernel(
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     blocks = tl.cdiv(channels, BLOCK_D)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -136,7 +138,7 @@ def _linear_scan_fwd_kernel(
     carry = _carry_into_part(
         products_ptr, ends_ptr, carry, part, row * parts * channels + channel, channels, channel_ok, ACC
     )
-    for start in range(begin, end, BLOCK_T):
+    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
         step = start + steps.to(tl.int64)[:, None]
         ok = (step < end) & channel_ok[None, :]
         position = length - 1 - step if REVERSE else step
@@ -174,6 +176,7 @@ def _linear_scan_bwd_kernel(
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Steps count in the direction of the gradient; REVERSE is that direction."""
     blocks = tl.cdiv(channels, BLOCK_D)
@@ -197,7 +200,7 @@ def _linear_scan_bwd_kernel(
     if HAS_INITIAL:
         initial = tl.load(initial_ptr + of_row, mask=channel_ok, other=0.0).to(ACC)
     da_sum = tl.zeros([BLOCK_D], ACC)
-    for start in range(begin, end, BLOCK_T):
+    for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
         step = start + steps.to(tl.int64)[:, None]
         ok = (step < end) & channel_ok[None, :]
         position = length - 1 - step if REVERSE else step
@@ -399,15 +402,22 @@ def _broadcast_strides(a: Tensor, b: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 != wide else stride for size, wide, stride in zip(a.shape, b.shape, a.stride()))
 
 
+def _tile(length: int, channels: int) -> dict[str, int]:
+    """Tile of time and channels; narrow ones, so that a few programs share a multiprocessor and hide their loads."""
+    if INTERPRETED:
+        block_t, block_d = triton.next_power_of_2(min(length, 64)), triton.next_power_of_2(min(channels, 128))
+        return {"BLOCK_T": block_t, "BLOCK_D": block_d, "STAGES": 1}
+    return {"BLOCK_T": 64, "BLOCK_D": triton.next_power_of_2(min(channels, 32)), "STAGES": 1, "num_warps": 4}
+
+
 def _grid(b: Tensor, parts: int) -> tuple[tuple[int, int], int, dict[str, int]]:
     """Grid (rows x channel blocks, parts), steps of a part, and the tile."""
     batch, length, channels = b.shape
-    block_d = triton.next_power_of_2(min(channels, 128 if INTERPRETED else 32))
-    block_t = triton.next_power_of_2(min(length, 64))
-    programs = triton.cdiv(channels, block_d) * batch
-    parts = parts or parts_of_length(programs, length, b.device, 8 * block_t)
-    part_length = triton.cdiv(triton.cdiv(length, parts), block_t) * block_t
-    return (programs, triton.cdiv(length, part_length)), part_length, {"BLOCK_T": block_t, "BLOCK_D": block_d}
+    tile = _tile(length, channels)
+    programs = triton.cdiv(channels, tile["BLOCK_D"]) * batch
+    parts = parts or parts_of_length(programs, length, b.device, 8 * tile["BLOCK_T"])
+    part_length = triton.cdiv(triton.cdiv(length, parts), tile["BLOCK_T"]) * tile["BLOCK_T"]
+    return (programs, triton.cdiv(length, part_length)), part_length, tile
 
 
 def _part_ends(
