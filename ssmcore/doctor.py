@@ -57,8 +57,6 @@ def devices() -> dict[str, str]:
         about = torch.cuda.get_device_properties(index)
         memory = f"{about.total_memory / 2**30:.0f} GiB"
         found[f"cuda:{index}"] = f"{about.name}, {memory}, compute {about.major}.{about.minor}"
-            f"{about.name}, {about.total_memory / 2**30:.0f} GiB, compute {about.major}.{about.minor}"
-        )
     if torch.cuda.device_count() == 0:
         built = torch.version.cuda or torch.version.hip
         found["cuda"] = f"none visible (torch is built for {built})" if built else "none (torch is built for CPU only)"

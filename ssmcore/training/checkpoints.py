@@ -198,9 +198,7 @@ def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> d
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"Checkpoint {str(path)!r} is damaged or cut off. Use another one of the run.") from error
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"Checkpoint {str(path)!r} holds more than tensors and plain values, or is damaged."
-        ) from error
+        raise ValueError(f"Checkpoint {str(path)!r} is damaged, or holds more than plain values.") from error
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary.")
     return content

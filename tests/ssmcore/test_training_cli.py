@@ -152,7 +152,7 @@ def test_killed_at_any_step_resumes_to_the_same_end(config):
 @pytest.mark.slow
 def test_two_ranks_equal_one_process():
     """Half the batch on each of two processes (gloo) is the whole batch on one, up to rounding."""
-    words = ["-c", "line.yaml", "--model.init_args.dropout", "0", "--trainer.max_steps", "5"]
+    words = ["-c", "line.yaml", "--model.init_args.dropout", "0", "--trainer.max_steps", "6"]
     run(*words, "--run", "one")
     words = [*words, "--run", "two", "--data.init_args.batch_size", "4", "--trainer.devices", "2"]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
@@ -160,9 +160,9 @@ def test_two_ranks_equal_one_process():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     one, two = checkpoint("one"), checkpoint("two")
-    assert one["global_step"] == two["global_step"] == 5
+    assert one["global_step"] == two["global_step"] == 6
     torch.testing.assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=1e-6)
-    assert float(rows("one")["4"]) == pytest.approx(float(rows("two")["4"]), rel=1e-5)
+    assert float(rows("one")["5"]) == pytest.approx(float(rows("two")["5"]), rel=1e-5)
 
 
 def test_init_from_takes_weights_only():

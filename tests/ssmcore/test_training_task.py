@@ -1,0 +1,128 @@
+"""The base task: optimiser and schedule from callables, stops that name the batch, averaged weights."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from omnissm.ssmcore.training import EMA, NonFiniteError, SSMData, SSMTask, WarmupCosine, prepare_trainer
+
+
+class Mean(SSMTask):
+    """Learns the mean of its batches."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.net = nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        return (self.net(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+
+class Batches(SSMData):
+    def __init__(self, x) -> None:
+        super().__init__()
+        self.x = x
+
+    def train_dataloader(self):
+        return self.create_loader(torch.utils.data.TensorDataset(self.x), 4)
+
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+
+def sgd(lr=0.1):
+    return lambda groups: torch.optim.SGD(groups, lr=lr)
+
+
+def trainer(tmp_path, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    options = {"max_epochs": 2, "enable_checkpointing": False, **quiet, **options}
+    return prepare_trainer(pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, **options), tmp_path)
+
+
+def test_schedule_knows_the_planned_steps(tmp_path):
+    task = Mean(optimizer=sgd(), lr_scheduler=WarmupCosine)
+    run = trainer(tmp_path, max_epochs=3, accumulate_grad_batches=2)
+    run.fit(task, Batches(torch.randn(16, 2)))
+    scheduler = task.lr_schedulers()
+    assert scheduler.total_steps == 6  # 3 epochs of 4 batches, two per step
+    assert scheduler.get_last_lr() == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
+def test_plateau_schedule_watches_the_monitored_metric(tmp_path):
+    task = Mean(optimizer=sgd(), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    run = trainer(tmp_path)
+    run.fit(task, Batches(torch.randn(8, 2)))
+    assert run.lr_scheduler_configs[0].monitor == "val/loss"
+
+
+def test_loss_that_is_not_finite_names_its_batch(tmp_path):
+    x = torch.randn(16, 2)
+    x[9] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"loss is (nan|inf) at epoch 0, batch 2 \(step 2\).*learning rate"):
+        trainer(tmp_path, num_sanity_val_steps=0).fit(Mean(optimizer=sgd()), Batches(x))
+    kept = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
+    assert kept["global_step"] == 2
+
+
+class Root(Mean):
+    """Finite loss, infinite gradient at zero."""
+
+    def training_step(self, batch, batch_idx):
+        return (self.net.weight * 0).sum().abs().sqrt()
+
+
+def test_gradient_that_is_not_finite_names_its_parameter(tmp_path):
+    task = Root(optimizer=sgd())
+    before = task.net.weight.detach().clone()
+    with pytest.raises(NonFiniteError, match=r"gradient of `net.weight` is not finite at epoch 0, batch 0"):
+        trainer(tmp_path, limit_val_batches=0).fit(task, Batches(torch.randn(8, 2)))
+    assert torch.equal(task.net.weight, before)
+    trainer(tmp_path, limit_val_batches=0).fit(Root(optimizer=sgd(), check_finite=False), Batches(torch.randn(8, 2)))
+
+
+def test_average_is_what_is_validated_saved_and_left(tmp_path):
+    """Against the recurrence average <- decay * average + (1 - decay) * weights, after every step."""
+    raw, validated = [], []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, task, *_):
+            raw.append(task.net.weight.detach().clone())
+
+        def on_validation_batch_start(self, trainer, task, *_):
+            validated.append(task.net.weight.detach().clone())
+
+    task = Mean(optimizer=sgd(0.3))
+    run = trainer(tmp_path, callbacks=[Watch(), EMA(decay=0.8)], num_sanity_val_steps=0, max_epochs=1)
+    run.fit(task, Batches(torch.randn(16, 2)))
+    average = raw[0]
+    for weight in raw[1:]:
+        average = 0.8 * average + 0.2 * weight
+    torch.testing.assert_close(validated[-1], average)
+    torch.testing.assert_close(task.net.weight.detach(), average)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    torch.testing.assert_close(saved["state_dict"]["net.weight"], average)
+    torch.testing.assert_close(saved["current_model_state"]["net.weight"], raw[-1])
+
+
+def test_checkpoint_says_what_to_build(tmp_path):
+    trainer(tmp_path).fit(Mean(optimizer=sgd()), Batches(torch.randn(8, 2)))
+    about = torch.load(tmp_path / "last.ckpt", weights_only=True)["omnissm"]
+    assert about["config"]["model"] == "torch.nn.modules.linear.Linear"
+    assert about["files"] == {}
+
+
+@pytest.mark.slow
+def test_compile_keeps_names_and_values(tmp_path):
+    x = torch.randn(8, 2)
+    torch.manual_seed(0)
+    plain, compiled = Mean(optimizer=sgd()), Mean(optimizer=sgd(), compile=True)
+    compiled.load_state_dict(plain.state_dict())
+    for task in (plain, compiled):
+        trainer(tmp_path).fit(task, Batches(x))
+    torch.testing.assert_close(plain.state_dict(), compiled.state_dict())
