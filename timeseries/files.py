@@ -225,7 +225,10 @@ def _read_dataset(path: Path, suffix: str, lazy: bool) -> xr.Dataset:
         if not lazy:
             ds.load()
             ds.close()
-        return ds.drop_encoding()
+        ds.encoding = {}
+        for array in ds.variables.values():  # in place: some versions of drop_encoding load the values
+            array.encoding = {}
+        return ds
 
 
 def _read_table(path: Path, suffix: str) -> pd.DataFrame:
