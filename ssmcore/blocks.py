@@ -146,7 +146,8 @@ class Residual(nn.Module):
         return x
 
     def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, arguments: dict[str, Any]) -> Tensor:
-        narrow = norm.weight.dtype  # that of the branch's parameters too, where the model was converted as a whole
+        # The dtype of the branch's parameters too, where the model was converted as a whole.
+        narrow = norm.get_parameter("weight").dtype
         if self.norm_position == "pre":
             return x + branch(norm(x.to(narrow)), **arguments).to(x.dtype)
         return norm(x + branch(x.to(narrow), **arguments).to(x.dtype)).to(x.dtype)
