@@ -87,9 +87,9 @@ class EpochSampler(DistributedSampler):
         total = len(self.dataset)  # type: ignore[arg-type]
         if not self.shuffle:
             return iter(range(self.rank, total, self.num_replicas))
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(self._mixed_seed())).tolist()
-        order += order[: -total % self.num_replicas]
-        return iter(order[self.rank :: self.num_replicas])
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self._mixed_seed()))
+        order = torch.cat([order, order[: -total % self.num_replicas]])[self.rank :: self.num_replicas]
+        return (k for part in order.split(4096) for k in part.tolist())  # a list of 1e7 ints takes 400 MB
 
     def __len__(self) -> int:
         total = len(self.dataset)  # type: ignore[arg-type]
