@@ -198,13 +198,10 @@ def test_learns_a_lag_across_variates():
     losses = {}
     for mixing in (True, False):
         torch.manual_seed(0)
-        embed, mixer, head = (
-            torch.nn.Linear(1, 16),
-            Chimera2D(16, d_state=4, mix_variates=mixing),
-            torch.nn.Linear(16, 1),
-        )
-        optimizer = torch.optim.Adam([p for m in (embed, mixer, head) for p in m.parameters()], lr=1e-2)
-        for _ in range(150):
+        mixer = Chimera2D(16, d_state=4, mix_variates=mixing)
+        model = torch.nn.Sequential(torch.nn.Linear(1, 16), mixer, torch.nn.Linear(16, 1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for _ in range(90):
             source = torch.randn(32, 1, 8, 1)
             target = torch.cat([torch.zeros(32, 1, 2, 1), source[:, :, :-2]], dim=2)
             x = torch.cat([source, torch.zeros_like(source)], dim=1)
@@ -213,5 +210,5 @@ def test_learns_a_lag_across_variates():
             loss.backward()
             optimizer.step()
         losses[mixing] = loss.item()
-    assert losses[True] < 0.3
+    assert losses[True] < 0.2
     assert losses[False] > 0.8
