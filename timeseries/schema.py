@@ -156,6 +156,8 @@ def canonical(ds: xr.Dataset) -> xr.Dataset:
         if (observed & ~stated).any():
             observed = observed & stated
             target = np.where(observed, target, np.float32("nan"))
+        if np.array_equal(observed, stated):
+            observed = stated  # keep the mask that is there, so that parts of a Dataset share it
     variables: dict[str, Any] = {"target": (DIMS, target, ds["target"].attrs), "observed": (DIMS, observed)}
     for name, dim in COVARIATES.items():
         if name in ds:

@@ -110,12 +110,13 @@ class Windows(Dataset[WindowBatch]):
         self._rows = {name: self._scaler_rows(name) for name in ("target", *COVARIATES)}
         self._kept = self._filter(drop_incomplete, min_observed) if drop_incomplete or min_observed > 0 else None
         if len(self) == 0:
-            longest = max(panel.length for panel in self._panels)
+            steps = max(panel.length for panel in self._panels)
+            admissible = max(panel.admissible for panel in self._panels)
+            filtered = " and be observed well enough" if self._kept is not None else ""
             raise ValueError(
-                f"No window fits: a window needs {lookback} past and {horizon} future steps, the longest series "
-                f"has {longest}"
-                + (" (or none is observed well enough)" if self._kept is not None else "")
-                + "; shorten lookback or horizon, or supply more data."
+                f"No window fits: it must have {lookback} past and {horizon} future steps{filtered}; the longest "
+                "series "
+                f"has {steps} steps, of which {admissible} may be targets. Shorten lookback or horizon, or supply more."
             )
 
     def __len__(self) -> int:
@@ -250,6 +251,7 @@ class _Panel:
         span = range(self.length) if targets is None else targets
         if span.step != 1 or span.start < 0 or span.stop > self.length:
             raise ValueError(f"targets must be a range of steps within 0..{self.length}, got {span}.")
+        self.admissible = max(0, span.stop - max(span.start, windows.lookback))
         self.first = max(span.start, windows.lookback) - windows.lookback
         last = span.stop - windows.horizon - windows.lookback  # first input step of the last window
         self.count = max(0, (last - self.first) // windows.stride + 1)

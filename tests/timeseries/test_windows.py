@@ -222,7 +222,7 @@ def test_lazy_windows_equal_those_in_memory(tmp_path):
     [
         (
             {"lookback": 19, "horizon": 2},
-            "No window fits: a window needs 19 past and 2 future steps, the longest series has 20",
+            "19 past and 2 future steps; the longest series has 20 steps, of which 1 may be targets",
         ),
         ({"lookback": 0, "horizon": 2}, "lookback must be at least 1, got 0"),
         ({"lookback": 4, "horizon": 2, "stride": 0}, "stride must be at least 1"),

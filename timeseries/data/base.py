@@ -37,6 +37,7 @@ class ForecastingData(SSMData):
         fill: What stands at missing inputs: "zero" after scaling, or "forward" for the last observed value.
         stride: Steps between training windows; validation and test always use every window.
         min_observed: Share of observed targets that a training window needs.
+        drop_incomplete: Leave out training windows with any missing value.
         calendar: Add calendar features as future-known covariates.
         fourier: Periods in steps, each of which adds a sine and a cosine to these covariates.
         time_zone: Zone whose local time the calendar follows, for times in UTC.
@@ -60,6 +61,7 @@ class ForecastingData(SSMData):
         fill: Fill = "zero",
         stride: int = 1,
         min_observed: float = 0.0,
+        drop_incomplete: bool = False,
         calendar: bool = False,
         fourier: Sequence[float] = (),
         time_zone: str | None = None,
@@ -71,8 +73,9 @@ class ForecastingData(SSMData):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         given = train is not None or val is not None or test is not None
         self.cuts: dict[str, Cut | None] = {"train": train, "val": val, "test": test} if given else self.borders()
-        self.scaler_kind, self.scaler_shared = create_scaler(scaler).kind, scaler_shared
-        self.fill, self.stride, self.min_observed = fill, stride, min_observed
+        self.scaler_shared = scaler_shared
+        self.fill, self.stride = fill, stride
+        self.min_observed, self.drop_incomplete = min_observed, drop_incomplete
         self.calendar, self.fourier, self.time_zone = calendar, tuple(fourier), time_zone
         self.seed, self.num_workers = seed, num_workers
         self.scaler: Scaler = create_scaler(scaler, shared=scaler_shared)
@@ -175,6 +178,7 @@ class ForecastingData(SSMData):
                 scaler=self.scaler,
                 covariate_scalers=self.covariate_scalers,
                 min_observed=self.min_observed if training else 0.0,
+                drop_incomplete=training and self.drop_incomplete,
             )
         return self._windows[part]
 
