@@ -285,7 +285,7 @@ def _help(prog: str, entries: dict[str, str]) -> str:
     elif prog == "omnissm demo":
         lines[0] = "usage: omnissm demo [DOMAIN] ..."
     else:
-        lines += ["", "example:", f"  {prog} fit -c trainer/cpu_smoke -c {prog.split()[1]}/NAME"]
+        lines += ["", "example:", f"  {prog} fit -c {prog.split()[1]}/NAME -c trainer/cpu_smoke"]
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
 from .checkpoints import write_atomic
 from .task import NonFiniteError
@@ -54,19 +56,19 @@ class ResumePoint(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, then seed."""
-        if not trainer.fast_dev_run:
+        if not is_dry(trainer):
             trainer.save_checkpoint(self.folder / "last.ckpt")
         mixed = 1_000_003 * self.seed + 1_009 * trainer.current_epoch + trainer.global_rank
         pl.seed_everything(mixed % 2**32, verbose=False)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end, from which more epochs can be trained."""
-        if not trainer.fast_dev_run:
+        if not is_dry(trainer):
             trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Keep the weights before a loss that is not finite."""
-        if isinstance(exception, NonFiniteError) and not trainer.fast_dev_run:
+        if isinstance(exception, NonFiniteError) and not is_dry(trainer):
             trainer.save_checkpoint(self.folder / "stopped.ckpt", weights_only=True)
 
 
@@ -82,12 +84,29 @@ class EMA(EMAWeightAveraging):
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0) -> None:
         super().__init__(decay=decay, update_every_n_steps=every_n_steps, update_starting_at_step=start_step)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copy the weights when a fit begins.
+
+        Raises:
+            ValueError: if the weights are sharded.
+        """
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
+            raise ValueError("EMA keeps a whole copy of the weights, which sharding avoids; use one or the other.")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*overrides the configure_model")  # ours shards or does nothing
+            super().setup(trainer, pl_module, stage)
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Restore both sets of weights when training goes on; a test needs the average alone, which is loaded."""
         if self._average_model is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def is_dry(trainer: pl.Trainer) -> bool:
+    """Whether the trainer only tries a few batches and must leave no files."""
+    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def prepare_trainer(trainer: pl.Trainer, folder: str | Path, seed: int = 0) -> pl.Trainer:
@@ -98,5 +117,6 @@ def prepare_trainer(trainer: pl.Trainer, folder: str | Path, seed: int = 0) -> p
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    trainer.callbacks.insert(0, ResumePoint(folder, seed))
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.insert(0, ResumePoint(folder, seed))
     return trainer

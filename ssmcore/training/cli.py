@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,9 +25,10 @@ from jsonargparse import Namespace
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
 
-from .callbacks import prepare_trainer
+from .callbacks import is_dry, prepare_trainer
 from .checkpoints import export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
 from .data import SSMData
 from .export import best_checkpoint
@@ -222,11 +224,11 @@ class CLI(LightningCLI):
             )
             if misfit:
                 log.warning("Weights of %s that did not fit are left out: %s", config.init_from, misfit)
-        if not self.trainer.fast_dev_run:
+        if not is_dry(self.trainer):
             self.run.claim(self._config_yaml(), resume=config.resume)
         last = str(self.run.checkpoints / "last.ckpt") if config.resume else None
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=last, weights_only=True, **options)
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        if is_dry(self.trainer) or not self.trainer.is_global_zero:
             return
         if self.trainer.interrupted:
             raise SystemExit(130)
@@ -249,7 +251,7 @@ class CLI(LightningCLI):
     def _evaluate(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None, verb: Callable[..., Any]) -> None:
         path = self._checkpoint(model, ckpt_path)
         results = verb(model, datamodule=datamodule, ckpt_path=path, weights_only=True, verbose=False)
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not is_dry(self.trainer):
             found = {name: float(value) for result in results for name, value in result.items()}
             self.run.write_metrics(found, model, path, self.config[self.verb].seed_everything)
             self._report(found)
@@ -259,7 +261,7 @@ class CLI(LightningCLI):
         path = self._checkpoint(model, ckpt_path)
         outputs = self.trainer.predict(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
         if self.trainer.is_global_zero and outputs:
-            self._say(str(self.run.write_predictions(outputs)))
+            sys.stdout.write(f"{self.run.write_predictions(outputs)}\n")
 
     def _checkpoint(self, model: SSMTask, given: str | None) -> str | None:
         """The checkpoint to read, after comparing it with the model; None for a model with nothing to load."""
@@ -277,11 +279,7 @@ class CLI(LightningCLI):
         load_weights(model.net, state, source=str(path))
         return str(path)
 
-    @rank_zero_only
     def _report(self, found: dict[str, float]) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
         table = Table(title=f"{self.verb}: {self.run.name}", show_header=False)
         for name, value in found.items():
             if not name.startswith("lr-"):
@@ -291,9 +289,3 @@ class CLI(LightningCLI):
         table.add_row("seconds", f"{time.perf_counter() - self.started:.1f}")
         table.add_row("folder", str(self.run.folder))
         Console().print(table)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        import sys
-
-        sys.stdout.write(text + "\n")

@@ -49,6 +49,7 @@ def _close(word: str, names: Sequence[str]) -> list[str]:
 
 
 def _subclasses(base: type) -> Iterator[type]:
+    kind: type
     for kind in base.__subclasses__():
         yield kind
         yield from _subclasses(kind)

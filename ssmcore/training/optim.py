@@ -133,7 +133,7 @@ class WarmupCosine(LRScheduler):
                 group["lr"] = rate
             self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         """Rates of the present step, one per group, without recursion: a resumed run needs no history."""
         total = self.total_steps or 1
         ramp = math.ceil(self.warmup * total)
@@ -171,7 +171,7 @@ class EpochDecay(LRScheduler):
         self.hold = hold
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         """Rates of the present epoch, one per group."""
         share = self.factor ** max(0, self.last_epoch + 1 - self.hold)
         return [rate * share for rate in self.base_lrs]

@@ -15,9 +15,10 @@ import torch
 import yaml
 from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoints import write_atomic
+from .task import SSMTask
 
 _COMPARED = ("model", "data", "seed_everything")
 _FILES = ("config.yaml", "metrics.json", "predictions.safetensors")
@@ -146,7 +147,7 @@ class Run:
         for file in [*(self.folder / name for name in _FILES), *self.folder.glob("metrics*.csv")]:
             file.unlink(missing_ok=True)
 
-    def write_metrics(self, found: dict[str, float], model: nn.Module, checkpoint: str | None, seed: Any) -> None:
+    def write_metrics(self, found: dict[str, float], model: SSMTask, checkpoint: str | None, seed: Any) -> None:
         """Write metrics.json; metrics of the other verb stay if they come from the same checkpoint."""
         path = self.folder / "metrics.json"
         stamp = [checkpoint, Path(checkpoint).stat().st_mtime_ns] if checkpoint else None
@@ -155,7 +156,7 @@ class Run:
             earlier = json.loads(path.read_text())
         if earlier.get("checkpoint") != stamp:
             earlier = {}
-        about = model.model_config() if hasattr(model, "model_config") else {}
+        about = model.model_config()
         content = {
             "metrics": {**earlier.get("metrics", {}), **found},
             "config": self.config,

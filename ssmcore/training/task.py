@@ -46,11 +46,20 @@ class SSMTask(pl.LightningModule):
         self.compile_net = compile
         self.check_finite = check_finite
         self._batch_idx = 0
+        self._sharded = False
 
     def setup(self, stage: str) -> None:
         """Compile the network once, if asked."""
         if self.compile_net and not getattr(self.net, "_compiled_call_impl", None):
             self.net.compile()
+
+    def configure_model(self) -> None:
+        """Shard the network where the strategy spreads weights over processes."""
+        if self.device_mesh is not None and not self._sharded:
+            from .shard import shard
+
+            shard(self.net, self.device_mesh["data_parallel"])
+            self._sharded = True
 
     def configure_optimizers(self) -> Any:
         """Optimiser over `param_groups`, and its schedule with the length of the planned run."""
@@ -72,7 +81,7 @@ class SSMTask(pl.LightningModule):
     def export_files(self) -> dict[str, str]:
         """Further files of the model folder, name to text. By default `data.json`: the data module's `state()`."""
         data = getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
-        state = data.state() if hasattr(data, "state") else {}
+        state = data.state() if data is not None and hasattr(data, "state") else {}
         return {"data.json": json.dumps(state, indent=2) + "\n"} if state else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
