@@ -274,9 +274,9 @@ def from_numpy(
     }
     if values.ndim == 3:
         coords["series"] = [str(k) for k in range(len(values))] if series is None else [str(name) for name in series]
-    ds = xr.Dataset(
-        {"target": (dims, values.astype(np.float32, copy=False))}, coords, {"schema_version": SCHEMA_VERSION}
-    )
+    with np.errstate(over="ignore"):
+        target = values.astype(np.float32, copy=False)
+    ds = xr.Dataset({"target": (dims, target)}, coords, {"schema_version": SCHEMA_VERSION})
     found = infer_freq(times) if freq is None and sorted_unique(times) else freq
     if found is not None:
         ds.attrs["freq"] = normalize_freq(found)
@@ -322,7 +322,7 @@ def plain_times(index: pd.Index) -> np.ndarray:
 
 
 def numbers(column: pd.Series) -> np.ndarray:
-    """A column as float, missing entries NaN.
+    """A column as float32, missing entries NaN; what float32 cannot hold becomes infinite, which `validate` names.
 
     Raises:
         ValueError: naming a column that holds text.
@@ -338,11 +338,14 @@ def numbers(column: pd.Series) -> np.ndarray:
             f"Column {str(column.name)!r} holds {found}, expected numbers; correct it, convert it with "
             "pandas.to_numeric or leave it out."
         )
-    return column.to_numpy(dtype=np.float64, na_value=np.nan)
+    with np.errstate(over="ignore"):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)
 
 
 def require_columns(frame: pd.DataFrame, names: Sequence[str]) -> None:
-    """Raise a ValueError naming the first column that is not there."""
+    """Raise a ValueError naming the first column that is not there, or that is there twice."""
+    if not frame.columns.is_unique:
+        raise ValueError(f"The table has two columns {frame.columns[frame.columns.duplicated()][0]!r}; rename one.")
     for name in names:
         if name not in frame.columns:
             raise ValueError(

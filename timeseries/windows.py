@@ -114,9 +114,9 @@ class Windows(Dataset[WindowBatch]):
             admissible = max(panel.admissible for panel in self._panels)
             filtered = " and be observed well enough" if self._kept is not None else ""
             raise ValueError(
-                f"No window fits: it must have {lookback} past and {horizon} future steps{filtered}; the longest "
-                "series "
-                f"has {steps} steps, of which {admissible} may be targets. Shorten lookback or horizon, or supply more."
+                f"No window fits: it must have {lookback} past and {horizon} future steps{filtered}; the "
+                f"longest series has {steps} steps, of which {admissible} may be targets. Shorten lookback or "
+                "horizon, or supply more data."
             )
 
     def __len__(self) -> int:

@@ -1,5 +1,4 @@
-"""The data module that all forecasting sets share: read, split by time, fit scalers on the training part, cut "
-"windows."""
+"""The data module that all forecasting sets share: read, split by time, scale by the training part, cut windows."""
 
 from __future__ import annotations
 
