@@ -8,6 +8,7 @@ An implementation is checked before it is timed; one that is wrong is reported a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -70,24 +71,42 @@ class Timer:
     def __call__(self, run: Callable[[], Any]) -> dict[str, float]:
         for _ in range(3):
             run()
-        once = self.once(run)
-        times = [self.once(run) for _ in range(max(5, min(200, int(self.seconds / once * 1e3))))]
-        ordered = torch.tensor(times, dtype=torch.float64)
-        low, middle, high = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        once = sum(self.measure(run, 3)) / 3
+        times = torch.tensor(self.measure(run, max(5, min(200, int(self.seconds / once * 1e3)))), dtype=torch.float64)
+        low, middle, high = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
         return {"median": round(middle, 4), "p20": round(low, 4), "p80": round(high, 4), "runs": len(times)}
 
-    def once(self, run: Callable[[], Any]) -> float:
+    def measure(self, run: Callable[[], Any], count: int) -> list[float]:
         if self.cache is None:
-            start = time.perf_counter()
+            times = []
+            for _ in range(count):
+                start = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - start) * 1e3)
+            return times
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for begin, end in events:
+            self.cache.zero_()
+            begin.record()
             run()
-            return (time.perf_counter() - start) * 1e3
-        self.cache.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+            end.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in events]
+
+    def graph(self, run: Callable[[], Any]) -> dict[str, float] | None:
+        """The same for a replayed CUDA graph: the GPU's time without Python's. None where there is no GPU."""
+        if self.cache is None:
+            return None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return self(graph.replay)
 
 
 def copy_bandwidth(timer: Timer) -> float:
@@ -130,16 +149,16 @@ def bench(spec: OpSpec, case: BenchSize, device: torch.device, timer: Timer, ban
         if problem := find_error(spec, case, name, run, inputs, expected, device):
             row["wrong"] = problem
             continue
+        both = functools.partial(run_with_gradients, run, inputs, spec.outputs, cotangents)
         with torch.no_grad():
-            row["forward_ms"] = timer(lambda run=run: run(**inputs))
+            forward = functools.partial(run, **inputs)
+            row["forward_ms"], row["forward_graph_ms"] = timer(forward), timer.graph(forward)
         before = reset_peak(device)
-        run_with_gradients(run, inputs, spec.outputs, cotangents)
+        both()
         row["peak_mib"] = None if before is None else round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-        row["forward_backward_ms"] = timer(lambda run=run: run_with_gradients(run, inputs, spec.outputs, cotangents))
+        row["forward_backward_ms"], row["forward_backward_graph_ms"] = timer(both), timer.graph(both)
         for which, bytes_moved in zip(("forward", "forward_backward"), floor):
-            floor_ms = bytes_moved / bandwidth * 1e3
-            row[f"{which}_floor_ms"] = round(floor_ms, 4)
-            row[f"{which}_share_of_floor"] = round(floor_ms / row[f"{which}_ms"]["median"], 3)
+            row[f"{which}_floor_ms"] = round(bytes_moved / bandwidth * 1e3, 4)
         if case.required_ms is not None:
             row["required_ms"] = list(case.required_ms)
     return rows
@@ -240,7 +259,10 @@ def report(spec: OpSpec, rows: list[dict[str, Any]], base: list[dict[str, Any]])
             print(line, "skipped: " + row["skipped"] if "skipped" in row else "WRONG: " + row["wrong"])
             continue
         for which in ("forward", "forward_backward"):
-            line += f" {row[f'{which}_ms']['median']:9.3f} ms ({row[f'{which}_share_of_floor']:4.0%} of floor)"
+            graph = row[f"{which}_graph_ms"]
+            best = row[f"{which}_ms"]["median"] if graph is None else graph["median"]
+            line += f" {row[f'{which}_ms']['median']:9.3f} ms" + ("" if graph is None else f", graph {best:.3f}")
+            line += f" ({row[f'{which}_floor_ms'] / best:4.0%} of the bandwidth)"
         if "required_ms" in row and row["path"] in ("triton", "chunked, torch.compile"):
             got = (row["forward_ms"]["median"], row["forward_backward_ms"]["median"])
             line += (

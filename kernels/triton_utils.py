@@ -44,5 +44,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, copied only if its last dimension is not of stride 1."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    """The tensor, copied only if its last dimension is not of stride 1 (or offsets in a tile would exceed 31 bits)."""
+    if (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1) and tensor.stride(-2) < 2**23:
+        return tensor
+    return tensor.contiguous()

@@ -1,8 +1,10 @@
 """The convolution in Triton: one tile [time, channels] a program; the k taps re-read the tile from the first cache.
 
-Backward is one kernel. A tile of dx needs dz = dy act'(z) at k positions, each of which needs z at k more: 2k - 1
-shifted reads of x and k of dy, all but one of them from cache, and nothing is written in between. Gradients of weight
-and bias leave each program as one partial sum; the sums are added in a fixed order.
+    z_t = bias + sum_i weight_i x_{t+i-left},    y = act(z)
+    dz = dy act'(z),    dx_s = sum_i weight_i dz_{s+left-i},    dweight_i = sum_t dz_t x_{t+i-left},    dbias = sum dz
+
+Backward is two kernels: dz with the gradients of the parameters, then dx, which is the convolution again with the taps
+in the opposite order. Gradients of the parameters leave each program as one partial sum, added in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,12 +21,24 @@ from ..triton_utils import INTERPRETED, last_contiguous, on_device
 
 
 @triton.jit
-def _tap(x_base, seq_base, position, ok, seq, x_length, x_stride_t, PACKED: tl.constexpr, ACC: tl.constexpr):
-    """x at `position`, zero outside of x and in another sequence than `seq`."""
-    ok = ok & (position >= 0) & (position < x_length)
+def _place(program, length, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Row, first position and channel numbers of a program; channel blocks are neighbours."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    tiles = tl.cdiv(length, BLOCK_T)
+    row = program // blocks // tiles
+    start = program // blocks % tiles * BLOCK_T
+    return row.to(tl.int64), start.to(tl.int64), program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def _tap(tile, offset, first, length, stride, seq_tile, seq, channel_ok, SHIFT: tl.constexpr, PACKED: tl.constexpr):
+    """Positions `first + SHIFT ...` of an input: zero outside of it and in another sequence than `seq`."""
+    t = first + SHIFT + tl.arange(0, seq.shape[0])[:, None]
+    ok = (t >= 0) & (t < length)
     if PACKED:
-        ok = ok & (tl.load(seq_base + position, mask=(position >= 0) & (position < x_length), other=0) == seq)
-    return tl.load(x_base + position * x_stride_t, mask=ok, other=0.0).to(ACC)
+        other = tl.load(seq_tile + SHIFT + tl.arange(0, seq.shape[0])[:, None], mask=ok, other=0)
+        ok = ok & (other == seq)
+    return tl.load(tile + SHIFT * stride + offset, mask=ok & channel_ok[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["length", "x_length"])
@@ -41,6 +55,7 @@ def _causal_conv1d_fwd_kernel(
     x_stride_t,
     K: tl.constexpr,
     LEFT: tl.constexpr,
+    FLIP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
     SILU: tl.constexpr,
@@ -48,28 +63,30 @@ def _causal_conv1d_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    blocks = tl.cdiv(channels, BLOCK_C)
-    tiles = tl.cdiv(length, BLOCK_T)
-    row = (tl.program_id(0) // blocks // tiles).to(tl.int64)
-    tile = (tl.program_id(0) // blocks % tiles).to(tl.int64)
-    channel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """FLIP takes the taps in the opposite order: the gradient of the input, with `x` and `y` exchanged."""
+    row, start, channel = _place(tl.program_id(0), length, channels, BLOCK_T, BLOCK_C)
     channel_ok = channel < channels
-    t = tile * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    ok = (t < length) & channel_ok[None, :]
-    x_base = x_ptr + row * x_stride_b + channel[None, :]
-    seq, seq_base = t, x_base
-    if PACKED:
-        seq_base = seq_ptr + row * x_length
-        seq = tl.load(seq_base + t + (x_length - length), mask=t < length, other=0)
+    steps = tl.arange(0, BLOCK_T)[:, None]
+    offset = steps * x_stride_t + channel[None, :]
+    x_tile = x_ptr + row * x_stride_b + start * x_stride_t
+    seq, seq_tile = steps, x_ptr
+    if PACKED:  # sequence numbers cover the longer one of x and y; both end at the same position
+        total = tl.maximum(length, x_length)
+        seq_row = seq_ptr + row * total + start
+        seq = tl.load(seq_row + (total - length) + steps, mask=steps < length - start, other=0)
+        seq_tile = seq_row + (total - x_length)
     y = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     if HAS_BIAS:
         y += tl.load(bias_ptr + channel, mask=channel_ok, other=0.0)[None, :]
     for i in tl.static_range(K):
-        w = tl.load(weight_ptr + channel * K + i, mask=channel_ok, other=0.0)
-        y += w[None, :] * _tap(x_base, seq_base, t + (i - LEFT), ok, seq, x_length, x_stride_t, PACKED, ACC)
+        w = tl.load(weight_ptr + channel * K + (K - 1 - i if FLIP else i), mask=channel_ok, other=0.0)
+        x = _tap(x_tile, offset, start, x_length, x_stride_t, seq_tile, seq, channel_ok, i - LEFT, PACKED)
+        y += w[None, :] * x.to(ACC)
     if SILU:
         y = y * tl.sigmoid(y)
-    tl.store(y_ptr + (row * length + t) * channels + channel[None, :], y, mask=ok)
+    y_tile = y_ptr + (row * length + start) * channels
+    ok = (steps < length - start) & channel_ok[None, :]
+    tl.store(y_tile + steps * channels + channel[None, :], y, mask=ok)
 
 
 @triton.jit(do_not_specialize=["length", "x_length"])
@@ -79,7 +96,7 @@ def _causal_conv1d_bwd_kernel(
     bias_ptr,
     seq_ptr,
     dy_ptr,
-    dx_ptr,
+    dz_ptr,
     partial_ptr,
     length,
     x_length,
@@ -97,58 +114,41 @@ def _causal_conv1d_bwd_kernel(
     BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One program takes TILES tiles of positions of x. Rows 0 .. K-1 of its partial are dweight, row K is dbias."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    groups = tl.cdiv(x_length, BLOCK_T * TILES)
-    place = tl.program_id(0) // blocks
-    row = (place // groups).to(tl.int64)
-    begin = (place % groups).to(tl.int64) * (BLOCK_T * TILES)
-    channel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """dz of TILES tiles, and their part of the parameters' gradients: rows 0 .. K-1 dweight, row K dbias."""
+    row, begin, channel = _place(tl.program_id(0), length, channels, BLOCK_T * TILES, BLOCK_C)
     channel_ok = channel < channels
+    steps = tl.arange(0, BLOCK_T)[:, None]
     tap = tl.arange(0, BLOCK_K)[:, None]
-    x_base = x_ptr + row * x_stride_b + channel[None, :]
-    dy_base = dy_ptr + row * length * channels + channel[None, :]
-    dx_base = dx_ptr + row * x_length * channels + channel[None, :]
-    seq_base = x_base
-    if PACKED:
-        seq_base = seq_ptr + row * x_length
+    offset = steps * x_stride_t + channel[None, :]
+    dy_offset = steps * channels + channel[None, :]
     bias = tl.zeros([BLOCK_C], ACC)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel, mask=channel_ok, other=0.0)
     partial = tl.zeros([BLOCK_K, BLOCK_C], ACC)
-    for start in range(begin, tl.minimum(begin + BLOCK_T * TILES, x_length), BLOCK_T):
-        s = start + tl.arange(0, BLOCK_T)[:, None]  # position in x; also the index of the output in partial sums
-        s_ok = (s < x_length) & channel_ok[None, :]
-        dx = tl.zeros([BLOCK_T, BLOCK_C], ACC)
-        own = s
+    for start in range(begin, tl.minimum(begin + BLOCK_T * TILES, length), BLOCK_T):
+        ok = (steps < length - start) & channel_ok[None, :]
+        tile = (row * length + start) * channels
+        x_tile = x_ptr + row * x_stride_b + start * x_stride_t
+        seq, seq_tile = steps, x_ptr
         if PACKED:
-            own = tl.load(seq_base + s, mask=s < x_length, other=0)
+            seq_tile = seq_ptr + row * x_length + start
+            seq = tl.load(seq_tile + (x_length - length) + steps, mask=steps < length - start, other=0)
+        dz = tl.load(dy_ptr + tile + dy_offset, mask=ok, other=0.0).to(ACC)
+        if SILU:
+            z = tl.zeros([BLOCK_T, BLOCK_C], ACC) + bias[None, :]
+            for i in tl.static_range(K):
+                w = tl.load(weight_ptr + channel * K + i, mask=channel_ok, other=0.0)
+                x = _tap(x_tile, offset, start, x_length, x_stride_t, seq_tile, seq, channel_ok, i - LEFT, PACKED)
+                z += w[None, :] * x.to(ACC)
+            gate = tl.sigmoid(z)
+            dz = dz * gate * (1.0 + z * (1.0 - gate))
         for i in tl.static_range(K):
-            t = s + (LEFT - i)  # the output that sees x_s through tap i
-            t_inside = (t >= 0) & (t < length)
-            t_ok = t_inside & channel_ok[None, :]
-            dz = tl.load(dy_base + t * channels, mask=t_ok, other=0.0).to(ACC)
-            seq = s
-            if PACKED:
-                seq = tl.load(seq_base + t + (x_length - length), mask=t_inside, other=-1)
-            if SILU:
-                z = tl.zeros([BLOCK_T, BLOCK_C], ACC) + bias[None, :]
-                for j in tl.static_range(K):
-                    w = tl.load(weight_ptr + channel * K + j, mask=channel_ok, other=0.0)
-                    z += w[None, :] * _tap(x_base, seq_base, s + (j - i), t_ok, seq, x_length, x_stride_t, PACKED, ACC)
-                gate = tl.sigmoid(z)
-                dz = dz * gate * (1.0 + z * (1.0 - gate))
-            if i == LEFT:  # t = s: every output is counted once
-                for j in tl.static_range(K):
-                    x = _tap(x_base, seq_base, s + (j - i), t_ok, seq, x_length, x_stride_t, PACKED, ACC)
-                    partial += tl.where(tap == j, tl.sum(dz * x, axis=0)[None, :], 0.0)
-                partial += tl.where(tap == K, tl.sum(dz, axis=0)[None, :], 0.0)
-            w = tl.load(weight_ptr + channel * K + i, mask=channel_ok, other=0.0)
-            if PACKED:
-                dz = tl.where(seq == own, dz, 0.0)
-            dx += w[None, :] * dz
-        tl.store(dx_base + s * channels, dx, mask=s_ok)
-    out = (place.to(tl.int64) * (K + 1) + tap) * channels + channel[None, :]
+            x = _tap(x_tile, offset, start, x_length, x_stride_t, seq_tile, seq, channel_ok, i - LEFT, PACKED)
+            partial += tl.where(tap == i, tl.sum(dz * x.to(ACC), axis=0)[None, :], 0.0)
+        partial += tl.where(tap == K, tl.sum(dz, axis=0)[None, :], 0.0)
+        tl.store(dz_ptr + tile + dy_offset, dz, mask=ok)
+    place = (tl.program_id(0) // tl.cdiv(channels, BLOCK_C)).to(tl.int64)
+    out = (place * (K + 1) + tap) * channels + channel[None, :]
     tl.store(partial_ptr + out, partial, mask=(tap <= K) & channel_ok[None, :])
 
 
@@ -163,17 +163,7 @@ def causal_conv1d_triton(
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
-    x, weight, bias = last_contiguous(x), weight.contiguous(), None if bias is None else bias.contiguous()
-    batch, x_length, channels = x.shape
-    y = x.new_empty(batch, length, channels)
-    blocks = _blocks(length, channels)
-    grid = (batch * triton.cdiv(length, blocks["BLOCK_T"]) * triton.cdiv(channels, blocks["BLOCK_C"]),)
-    with on_device(x):
-        _causal_conv1d_fwd_kernel[grid](
-            x, weight, bias, None if seq_idx is None else seq_idx.contiguous(), y, length, x_length, channels,
-            x.stride(0), x.stride(1), **_options(weight, bias, seq_idx, left, silu), **blocks,
-        )  # fmt: skip
-    return y
+    return _convolve(last_contiguous(x), weight.contiguous(), bias, seq_idx, left, length, silu, flip=False)
 
 
 @_forward.register_fake
@@ -183,35 +173,55 @@ def _(
     return x.new_empty(x.shape[0], length, x.shape[2])
 
 
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    left: int,
+    length: int,
+    silu: bool,
+    flip: bool,
+) -> Tensor:
+    batch, x_length, channels = x.shape
+    y = x.new_empty(batch, length, channels)
+    tile = _tile(length, channels, x.element_size())
+    grid = (batch * triton.cdiv(length, tile["BLOCK_T"]) * triton.cdiv(channels, tile["BLOCK_C"]),)
+    with on_device(x):
+        _causal_conv1d_fwd_kernel[grid](
+            x, weight, _contiguous(bias), _contiguous(seq_idx), y, length, x_length, channels, x.stride(0), x.stride(1),
+            FLIP=flip, **_options(weight, bias, seq_idx, left, silu), **tile,
+        )  # fmt: skip
+    return y
+
+
 @torch.library.custom_op("ssm::causal_conv1d_triton_bwd", mutates_args=())
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, the last one in any case."""
-    dx, dy = x.new_empty(x.shape), dy.contiguous()
-    x, weight, bias = last_contiguous(x), weight.contiguous(), None if bias is None else bias.contiguous()
-    batch, x_length, channels = x.shape
-    k = weight.shape[1]
-    blocks = _blocks(x_length, channels)
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and those of weight and bias in one (k + 1, c)."""
+    x, weight, dy = last_contiguous(x), weight.contiguous(), dy.contiguous()
+    (batch, x_length, channels), length, k = x.shape, dy.shape[1], weight.shape[1]
+    dz = torch.empty_like(dy)
+    tile = _tile(length, channels, x.element_size())
     tiles = 8
-    places = batch * triton.cdiv(x_length, tiles * blocks["BLOCK_T"])
+    places = batch * triton.cdiv(length, tiles * tile["BLOCK_T"])
     partial = weight.new_empty(places, k + 1, channels)
     with on_device(x):
-        _causal_conv1d_bwd_kernel[(places * triton.cdiv(channels, blocks["BLOCK_C"]),)](
-            x, weight, bias, None if seq_idx is None else seq_idx.contiguous(), dy, dx, partial,
-            dy.shape[1], x_length, channels, x.stride(0), x.stride(1),
-            **_options(weight, bias, seq_idx, left, silu), **blocks,
-            BLOCK_K=triton.next_power_of_2(k + 1), TILES=tiles,
+        _causal_conv1d_bwd_kernel[(places * triton.cdiv(channels, tile["BLOCK_C"]),)](
+            x, weight, _contiguous(bias), _contiguous(seq_idx), dy, dz, partial, length, x_length, channels,
+            x.stride(0), x.stride(1), BLOCK_K=triton.next_power_of_2(k + 1), TILES=tiles,
+            **_options(weight, bias, seq_idx, left, silu), **tile,
         )  # fmt: skip
-    total = partial.sum(0)
-    return dx, total[:k].t().contiguous(), total[k].clone()
+    dx = _convolve(dz, weight, None, seq_idx, k - 1 - left, x_length, silu=False, flip=True)
+    return dx, partial.sum(0)
 
 
 @_backward.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape[1] + 1, weight.shape[0])
 
 
 class _Convolution(torch.autograd.Function):
@@ -233,8 +243,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx = ctx.saved_tensors
-        dx, dweight, dbias = _ConvolutionGradient.apply(x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
-        return dx, dweight, None if bias is None else dbias, None, None, None, None
+        dx, dparameters = _ConvolutionGradient.apply(x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
+        return dx, dparameters[:-1].mT, None if bias is None else dparameters[-1], None, None, None, None
 
 
 class _ConvolutionGradient(FirstDerivative):
@@ -243,7 +253,7 @@ class _ConvolutionGradient(FirstDerivative):
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         return _backward(x, weight, bias, seq_idx, dy, left, silu)
 
 
@@ -288,7 +298,7 @@ def _(
     # Gradients of the parameters are separate sums for each mapped instance, hence separate launches.
     arguments = [_each(tensor, dim, info.batch_size) for tensor, dim in zip((x, weight, bias, seq_idx, dy), in_dims)]
     results = [_backward(*one, left, silu) for one in zip(*arguments)]
-    return tuple(torch.stack(parts) for parts in zip(*results)), (0, 0, 0)
+    return tuple(torch.stack(parts) for parts in zip(*results)), (0, 0)
 
 
 def _options(weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, silu: bool) -> dict[str, Any]:
@@ -302,7 +312,12 @@ def _options(weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: 
     }
 
 
-def _blocks(length: int, channels: int) -> dict[str, int]:
-    # 16 bytes per thread and row in 16 bit; 32 positions keep the halo of k - 1 rows below a quarter.
-    block_c = triton.next_power_of_2(min(channels, 128 if INTERPRETED else 64))
-    return {"BLOCK_T": triton.next_power_of_2(min(length, 64 if INTERPRETED else 32)), "BLOCK_C": block_c}
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _tile(length: int, channels: int, element_size: int) -> dict[str, int]:
+    if INTERPRETED:
+        block_t, block_c = triton.next_power_of_2(min(length, 64)), triton.next_power_of_2(min(channels, 128))
+        return {"BLOCK_T": block_t, "BLOCK_C": block_c}
+    return {"BLOCK_T": 32, "BLOCK_C": triton.next_power_of_2(min(channels, 64)), "num_warps": 4}

@@ -69,24 +69,29 @@ def _linear_scan_part_kernel(
     blocks = tl.cdiv(channels, BLOCK_D)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
-    channel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     channel_ok = channel < channels
-    steps = tl.arange(0, BLOCK_T)
     begin = part * part_length
     end = tl.minimum(begin + part_length, length)
-    a_base = a_ptr + row * a_stride_b + channel[None, :] * a_stride_d
-    b_base = b_ptr + row * b_stride_b + channel[None, :]
+    steps = tl.arange(0, BLOCK_T)[:, None]
+    ahead = -steps if REVERSE else steps  # [BLOCK_T, 1] positions from the first one of a tile
+    a_offset = ahead * a_stride_t + channel[None, :] * a_stride_d
+    b_offset = ahead * b_stride_t + channel[None, :]
+    shift = 0
+    if SHIFT:
+        shift = 1 if REVERSE else -1
     product = tl.full([BLOCK_D], 1.0, ACC)
     carry = tl.zeros([BLOCK_D], ACC)
     for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-        step = start + steps.to(tl.int64)[:, None]
-        ok = (step < end) & channel_ok[None, :]
-        a_step = step - 1 if SHIFT else step
-        a_ok = ok & (a_step >= 0)
-        a_position = length - 1 - a_step if REVERSE else a_step
-        position = length - 1 - step if REVERSE else step
-        a = tl.load(a_base + a_position * a_stride_t, mask=a_ok, other=1.0).to(ACC)
-        b = tl.load(b_base + position * b_stride_t, mask=ok, other=0.0).to(ACC)
+        ok = (steps < end - start) & channel_ok[None, :]
+        a_ok = ok
+        if SHIFT:
+            a_ok = ok & (steps > -start)
+        position = length - 1 - start if REVERSE else start
+        a_tile = a_ptr + row * a_stride_b + (position + shift) * a_stride_t
+        a = tl.load(a_tile + a_offset, mask=a_ok, other=1.0).to(ACC)
+        b_tile = b_ptr + row * b_stride_b + position * b_stride_t
+        b = tl.load(b_tile + b_offset, mask=ok, other=0.0).to(ACC)
         a, b = tl.associative_scan((a, b), 0, _compose)
         last_a = _last_row(a, BLOCK_T)
         carry = last_a * carry + _last_row(b, BLOCK_T)
@@ -124,14 +129,15 @@ def _linear_scan_fwd_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
     parts = tl.num_programs(1)
-    channel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     channel_ok = channel < channels
-    steps = tl.arange(0, BLOCK_T)
     begin = part * part_length
     end = tl.minimum(begin + part_length, length)
-    a_base = a_ptr + row * a_stride_b + channel[None, :] * a_stride_d
-    b_base = b_ptr + row * b_stride_b + channel[None, :]
-    states_base = states_ptr + row * length * channels + channel[None, :]
+    steps = tl.arange(0, BLOCK_T)[:, None]
+    ahead = -steps if REVERSE else steps  # [BLOCK_T, 1] positions from the first one of a tile
+    a_offset = ahead * a_stride_t + channel[None, :] * a_stride_d
+    b_offset = ahead * b_stride_t + channel[None, :]
+    h_offset = ahead * channels + channel[None, :]
     carry = tl.zeros([BLOCK_D], ACC)
     if HAS_INITIAL:
         carry = tl.load(initial_ptr + row * channels + channel, mask=channel_ok, other=0.0).to(ACC)
@@ -139,14 +145,15 @@ def _linear_scan_fwd_kernel(
         products_ptr, ends_ptr, carry, part, row * parts * channels + channel, channels, channel_ok, ACC
     )
     for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-        step = start + steps.to(tl.int64)[:, None]
-        ok = (step < end) & channel_ok[None, :]
-        position = length - 1 - step if REVERSE else step
-        a = tl.load(a_base + position * a_stride_t, mask=ok, other=1.0).to(ACC)
-        b = tl.load(b_base + position * b_stride_t, mask=ok, other=0.0).to(ACC)
+        ok = (steps < end - start) & channel_ok[None, :]
+        position = length - 1 - start if REVERSE else start
+        a_tile = a_ptr + row * a_stride_b + position * a_stride_t
+        a = tl.load(a_tile + a_offset, mask=ok, other=1.0).to(ACC)
+        b_tile = b_ptr + row * b_stride_b + position * b_stride_t
+        b = tl.load(b_tile + b_offset, mask=ok, other=0.0).to(ACC)
         a, b = tl.associative_scan((a, b), 0, _compose)
         h = a * carry[None, :] + b  # [BLOCK_T, BLOCK_D]; steps behind the end repeat the last state
-        tl.store(states_base + position * channels, h, mask=ok)
+        tl.store(states_ptr + (row * length + position) * channels + h_offset, h, mask=ok)
         carry = _last_row(h, BLOCK_T)
     if part == parts - 1:
         tl.store(final_ptr + row * channels + channel, carry, mask=channel_ok)
@@ -181,16 +188,18 @@ def _linear_scan_bwd_kernel(
     """Steps count in the direction of the gradient; REVERSE is that direction."""
     blocks = tl.cdiv(channels, BLOCK_D)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    block = (tl.program_id(0) % blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     part = tl.program_id(1).to(tl.int64)
     parts = tl.num_programs(1)
     channel = block * BLOCK_D + tl.arange(0, BLOCK_D)
     channel_ok = channel < channels
-    steps = tl.arange(0, BLOCK_T)
     begin = part * part_length
     end = tl.minimum(begin + part_length, length)
-    a_base = a_ptr + row * a_stride_b + channel[None, :] * a_stride_d
-    base = row * length * channels + channel[None, :]
+    steps = tl.arange(0, BLOCK_T)[:, None]
+    ahead = -steps if REVERSE else steps  # [BLOCK_T, 1] positions from the first one of a tile
+    forward = -1 if REVERSE else 1  # one step in this direction
+    a_offset = ahead * a_stride_t + channel[None, :] * a_stride_d
+    h_offset = ahead * channels + channel[None, :]
     of_row = row * channels + channel
     carry = tl.load(dfinal_ptr + of_row, mask=channel_ok, other=0.0).to(ACC)
     carry = _carry_into_part(
@@ -201,34 +210,37 @@ def _linear_scan_bwd_kernel(
         initial = tl.load(initial_ptr + of_row, mask=channel_ok, other=0.0).to(ACC)
     da_sum = tl.zeros([BLOCK_D], ACC)
     for start in tl.range(begin, end, BLOCK_T, num_stages=STAGES):
-        step = start + steps.to(tl.int64)[:, None]
-        ok = (step < end) & channel_ok[None, :]
-        position = length - 1 - step if REVERSE else step
-        a_position = position + 1 if REVERSE else position - 1  # of the step before, in this direction
-        before = position - 1 if REVERSE else position + 1  # where the forward scan came from
-        a = tl.load(a_base + a_position * a_stride_t, mask=ok & (step > 0), other=1.0).to(ACC)
-        dh = tl.load(dstates_ptr + base + position * channels, mask=ok, other=0.0).to(ACC)
-        inner = step < length - 1
-        h = tl.load(states_ptr + base + before * channels, mask=ok & inner, other=0.0).to(ACC)
-        h = tl.where(inner, h, initial[None, :])
-        a, dh = tl.associative_scan((a, dh), 0, _compose)
-        g = a * carry[None, :] + dh
-        tl.store(db_ptr + base + position * channels, g, mask=ok)
-        da = tl.where(ok, g * h, 0.0)
+        ok = (steps < end - start) & channel_ok[None, :]
+        position = length - 1 - start if REVERSE else start
+        a_tile = a_ptr + row * a_stride_b + (position - forward) * a_stride_t  # decay of the step before
+        a = tl.load(a_tile + a_offset, mask=ok & (steps > -start), other=1.0).to(ACC)
+        tile = (row * length + position) * channels
+        g = tl.load(dstates_ptr + tile + h_offset, mask=ok, other=0.0).to(ACC)
+        inner = steps < length - 1 - start  # the last step's state came from the initial one
+        came_from = states_ptr + tile + forward * channels
+        h = tl.load(came_from + h_offset, mask=ok & inner, other=0.0).to(ACC)
+        if HAS_INITIAL:
+            h = tl.where(inner, h, initial[None, :])
+        a, g = tl.associative_scan((a, g), 0, _compose)
+        g = a * carry[None, :] + g
+        tl.store(db_ptr + tile + h_offset, g, mask=ok)
+        da = g * h
         if DECAY == "full":
-            tl.store(da_ptr + base + position * channels, da, mask=ok)
+            tl.store(da_ptr + tile + h_offset, da, mask=ok)
         elif DECAY == "position":
-            buffer = (row * blocks + block) * length
-            tl.store(da_ptr + buffer + position, tl.sum(da, axis=1)[:, None], mask=step < end)
+            out = da_ptr + (row * blocks + block) * length + position
+            tl.store(out + ahead, tl.sum(tl.where(ok, da, 0.0), axis=1)[:, None], mask=steps < end - start)
         else:
-            da_sum += tl.sum(da, axis=0)
+            da_sum += tl.sum(tl.where(ok, da, 0.0), axis=0)
         carry = _last_row(g, BLOCK_T)
     if DECAY == "channel":
         tl.store(da_ptr + (row * parts + part) * channels + channel, da_sum, mask=channel_ok)
     if part == parts - 1:
-        last = 0 if REVERSE else length - 1
-        a_first = tl.load(a_base + last * a_stride_t, mask=channel_ok[None, :], other=0.0).to(ACC)
-        tl.store(dinitial_ptr + of_row[None, :], a_first * carry[None, :], mask=channel_ok[None, :])
+        first_decay = a_ptr + row * a_stride_b + channel * a_stride_d
+        if not REVERSE:
+            first_decay += (end - 1) * a_stride_t  # `end` is an int64
+        a_first = tl.load(first_decay, mask=channel_ok, other=0.0).to(ACC)
+        tl.store(dinitial_ptr + of_row, a_first * carry, mask=channel_ok)
 
 
 def linear_scan_triton(
