@@ -33,7 +33,7 @@ def best_checkpoint(path: Path) -> Path:
     Raises:
         FileNotFoundError: if there is none.
     """
-    if path.is_file() or path.suffix:
+    if path.is_file() or path.suffix == ".ckpt":
         return path
     for name in ("best.ckpt", "last.ckpt"):
         if (found := path / "checkpoints" / name).is_file():
