@@ -28,7 +28,7 @@ from .reference import per_batch
 CPU_DIAGONAL = 1 << 17
 DEVICE_DIAGONAL = 1 << 22
 # Largest size of one state tensor of a block; the backward pass holds four of them.
-BLOCK = 1 << 25
+BLOCK = 1 << 24
 
 
 class Step(NamedTuple):
@@ -48,7 +48,7 @@ class Step(NamedTuple):
     def width(self) -> int:
         return self.high - self.low + 1
 
-    def grid(self, t: Tensor) -> Tensor:
+    def cells(self, t: Tensor) -> Tensor:
         """View of (b, i, j, d) on this diagonal, (w, 1, b, d)."""
         return diagonal(t, self.s, self.low, self.high).transpose(0, 1)[:, None]
 
@@ -90,22 +90,6 @@ class Terms(NamedTuple):
     alpha4: Tensor
     c2: Tensor | None
     c3: Tensor | None
-
-    @property
-    def dt(self) -> tuple[Tensor, Tensor]:
-        return self.dt1, self.dt2
-
-    @property
-    def r(self) -> tuple[Tensor, Tensor]:
-        return self.dt1 if self.r1 is None else self.r1, self.dt2
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        return self.B1, self.B2
-
-    @property
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        return self.C1, self.C2
 
     @property
     def alpha(self) -> tuple[Tensor, Tensor]:
@@ -161,15 +145,34 @@ def block_index(name: str, batch: slice, channels: slice) -> tuple[Any, ...]:
     return (batch,) if name in PROJECTIONS else (batch, ..., channels)
 
 
+class Cells(NamedTuple):
+    """What one diagonal takes in, copied to contiguous memory: its rows lie far apart and are read many times.
+
+    x, dt, r (w, 1, b, d); B, C (w, n, b, 1). Pairs are for h1 and h2.
+    """
+
+    x: Tensor
+    dt: tuple[Tensor, Tensor]
+    r: tuple[Tensor, Tensor]
+    B: tuple[Tensor, Tensor]
+    C: tuple[Tensor, Tensor]
+
+
+def read_cells(t: Terms, step: Step) -> Cells:
+    """Copy the inputs of one diagonal."""
+    x, dt1, dt2 = (step.cells(tensor).contiguous() for tensor in (t.x, t.dt1, t.dt2))
+    r1 = dt1 if t.r1 is None else step.cells(t.r1).contiguous()
+    B1, B2, C1, C2 = (step.weights(tensor).contiguous() for tensor in (t.B1, t.B2, t.C1, t.C2))
+    return Cells(x, (dt1, dt2), (r1, dt2), (B1, B2), (C1, C2))
+
+
 def advance(
-    t: Terms, step: Step, states: States, before: States | None, rates: tuple[Tensor, Tensor], held: bool
+    t: Terms, step: Step, cells: Cells, states: States, before: States | None, rates: tuple[Tensor, Tensor], held: bool
 ) -> None:
     """Fill the states of one diagonal from those of the one before."""
-    x = step.grid(t.x)
     for k in (0, 1):
-        h, g = states[k], states[2 + k]
-        dt = step.grid(t.dt[k])
-        torch.mul(x if held else dt * x, step.weights(t.inputs[k]), out=h)
+        h, g, dt = states[k], states[2 + k], cells.dt[k]
+        torch.mul(cells.x if held else dt * cells.x, cells.B[k], out=h)
         if held:
             h *= held_weight(dt, t.alpha[k])
         if before is None:
@@ -177,7 +180,7 @@ def advance(
         here = step.here[k]
         own, other = before[k][step.before[k]], before[1 - k][step.before[k]]
         h, g, c = h[here], g[here], t.c[k]
-        torch.mul(step.grid(t.r[k])[here].contiguous(), rates[k], out=g)
+        torch.mul(cells.r[k][here], rates[k], out=g)
         g.expm1_()
         h += own
         h.addcmul_(g, own if c is None else torch.addcmul(own, c, other, value=-1))
@@ -186,6 +189,21 @@ def advance(
 def held_weight(dt: Tensor, alpha: Tensor) -> Tensor:
     """(1 - exp(-dt alpha)) / alpha, the weight of an input that is held for a step dt."""
     return torch.mul(dt, -alpha).expm1_().div_(-alpha)
+
+
+def forward_block(t: Terms, y: Tensor, held: bool) -> None:
+    """Write y = sum over n of C1 h1 + C2 h2 for one block."""
+    widest = min(t.grid)
+    memory = t.x.new_empty(2, 4, widest, *t.alpha1.shape)  # this diagonal and the one before take turns
+    rates = -t.alpha1, -t.alpha4
+    before: States | None = None
+    for step in walk(*t.grid):
+        cells = read_cells(t, step)
+        states = memory[step.s % 2, :, : step.width].unbind(0)
+        advance(t, step, cells, states, before, rates, held)
+        terms = (cells.C[0] * states[0]).addcmul_(cells.C[1], states[1])
+        step.cells(y).copy_(terms.sum(1, keepdim=True))
+        before = states
 
 
 def all_states(t: Terms, held: bool) -> list[States]:
@@ -197,93 +215,92 @@ def all_states(t: Terms, held: bool) -> list[States]:
     start = 0
     for step in walk(rows, columns):
         states = memory[:, start : start + step.width].unbind(0)
-        advance(t, step, states, found[-1] if found else None, rates, held)
+        advance(t, step, read_cells(t, step), states, found[-1] if found else None, rates, held)
         found.append(states)
         start += step.width
     return found
 
 
-def forward_block(t: Terms, y: Tensor, held: bool) -> None:
-    """Write y = sum over n of C1 h1 + C2 h2 for one block."""
-    widest = min(t.grid)
-    memory = t.x.new_empty(2, 4, widest, *t.alpha1.shape)  # this diagonal and the one before take turns
-    rates = -t.alpha1, -t.alpha4
-    before: States | None = None
-    for step in walk(*t.grid):
-        states = memory[step.s % 2, :, : step.width].unbind(0)
-        advance(t, step, states, before, rates, held)
-        terms = (step.weights(t.C1) * states[0]).addcmul_(step.weights(t.C2), states[1])
-        torch.sum(terms, 1, keepdim=True, out=step.grid(y))
-        before = states
-
-
 def backward_block(t: Terms, dy: Tensor, grad: Terms, held: bool) -> None:
-    """Add the gradients of one block to `grad`, views of zeros."""
+    """Gradients of one block: written for x and the steps, added for the rest; `grad` are views of zeros."""
     steps = walk(*t.grid)
     states = all_states(t, held)
     widest = min(t.grid)
     memory = t.x.new_empty(2, 2, widest, *t.alpha1.shape)  # adjoint states of this diagonal and of the one before
     scratch = t.x.new_empty(3, widest, *t.alpha1.shape)
-    adjoint = output_adjoint(t, steps[-1], dy, memory[0])
+    cells, dy_here = read_cells(t, steps[-1]), steps[-1].cells(dy).contiguous()
+    adjoint = output_adjoint(cells, dy_here, memory[0])
     for step in reversed(steps):
-        input_adjoint(t, step, states[step.s], adjoint, dy, grad, held, scratch[0, : step.width])
+        work = scratch[0, : step.width]
+        dx, ddt = input_adjoint(t, step, cells, states[step.s], adjoint, dy_here, grad, held, work)
+        dr = ddt if grad.r1 is None else [torch.zeros_like(ddt[0]), ddt[1]]
         if step.s > 0:
-            origin = output_adjoint(t, steps[step.s - 1], dy, memory[(len(steps) - step.s) % 2])
-            state_adjoint(t, step, states[step.s], states[step.s - 1], adjoint, origin, grad, scratch)
-            adjoint = origin
+            step_before = steps[step.s - 1]
+            cells_before, dy_here = read_cells(t, step_before), step_before.cells(dy).contiguous()
+            origin = output_adjoint(cells_before, dy_here, memory[(len(steps) - step.s) % 2])
+            state_adjoint(t, step, cells, states[step.s], states[step.s - 1], adjoint, origin, dr, grad, scratch)
+            cells, adjoint = cells_before, origin
+        written = [(grad.x, dx), (grad.dt1, ddt[0]), (grad.dt2, ddt[1])]
+        for target, value in written if grad.r1 is None else [*written, (grad.r1, dr[0])]:
+            step.cells(target).copy_(value)
 
 
-def output_adjoint(t: Terms, step: Step, dy: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def output_adjoint(cells: Cells, dy: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     """What the output of a diagonal sends to its own states."""
-    adjoint = memory[0, : step.width], memory[1, : step.width]
+    width = cells.x.shape[0]
+    adjoint = memory[0, :width], memory[1, :width]
     for k in (0, 1):
-        torch.mul(step.weights(t.outputs[k]), step.grid(dy), out=adjoint[k])
+        torch.mul(cells.C[k], dy, out=adjoint[k])
     return adjoint
 
 
 def input_adjoint(
     t: Terms,
     step: Step,
+    cells: Cells,
     states: States,
     adjoint: tuple[Tensor, Tensor],
     dy: Tensor,
     grad: Terms,
     held: bool,
     work: Tensor,
-) -> None:
-    """Gradients of C, B, x and dt (as it enters the input term) on one diagonal."""
-    x, dx = step.grid(t.x), step.grid(grad.x)
-    for k in (0, 1):
-        step.weights(grad.outputs[k]).add_(torch.mul(step.grid(dy), states[k], out=work).sum(3, keepdim=True))
-        dt, B, here, alpha = step.grid(t.dt[k]), step.weights(t.inputs[k]), adjoint[k], t.alpha[k]
-        ddt = step.grid(grad.dt[k])
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of x and of dt (as it enters the input term) on one diagonal; those of B and C are added to `grad`."""
+    x, dx, found = cells.x, torch.zeros_like(cells.x), []
+    for k, dB, dC, dalpha in ((0, grad.B1, grad.C1, grad.alpha1), (1, grad.B2, grad.C2, grad.alpha4)):
+        step.weights(dC).add_(torch.mul(dy, states[k], out=work).sum(3, keepdim=True))
+        dt, B, here, alpha = cells.dt[k], cells.B[k], adjoint[k], t.alpha[k]
         if held:
             weight = held_weight(dt, alpha)
             decay = 1 - alpha * weight
             dweight = torch.mul(here, x, out=work).mul_(B)
-            ddt += (dweight * decay).sum(1, keepdim=True)
-            grad.alpha[k].add_(dweight.mul_(decay.mul_(dt).sub_(weight)).sum(0).div_(alpha))
+            ddt = (dweight * decay).sum(1, keepdim=True)
+            dalpha += dweight.mul_(decay.mul_(dt).sub_(weight)).sum(0).div_(alpha)
             here = weight.mul_(here)
         du = torch.mul(here, B, out=work).sum(1, keepdim=True)
         if held:
             dx += du
         else:
             dx.addcmul_(du, dt)
-            ddt.addcmul_(du, x)
-        step.weights(grad.inputs[k]).add_(torch.mul(here, x if held else dt * x, out=work).sum(3, keepdim=True))
+            ddt = du * x
+        step.weights(dB).add_(torch.mul(here, x if held else dt * x, out=work).sum(3, keepdim=True))
+        found.append(ddt)
+    return dx, found
 
 
 def state_adjoint(
     t: Terms,
     step: Step,
+    cells: Cells,
     states: States,
     before: States,
     adjoint: tuple[Tensor, Tensor],
     origin: tuple[Tensor, Tensor],
+    dr: list[Tensor],
     grad: Terms,
     scratch: Tensor,
 ) -> None:
-    """Hand the adjoint states of a diagonal on to the one before; gradients of the decays and couplings."""
+    """Hand the adjoint states of a diagonal on to the one before; add the gradients of the decays and couplings."""
     for k in (0, 1):
         here, read = step.here[k], step.before[k]
         own, other, c, dc = before[k][read], before[1 - k][read], t.c[k], grad.c[k]
@@ -298,8 +315,8 @@ def state_adjoint(
             kept *= torch.addcmul(own, c, other, value=-1, out=work)
             dc -= coupled.mul_(other).sum(0)
         # dg/dr = -alpha (1 + g), and the 1 + g is already in `kept`.
-        step.grid(grad.r[k])[here].sub_(torch.mul(kept, t.alpha[k], out=work).sum(1, keepdim=True))
-        grad.alpha[k].sub_(kept.mul_(step.grid(t.r[k])[here]).sum(0))
+        dr[k][here] -= torch.mul(kept, t.alpha[k], out=work).sum(1, keepdim=True)
+        grad.alpha[k].sub_(kept.mul_(cells.r[k][here]).sum(0))
 
 
 @torch.library.custom_op("ssm::selective_scan2d_fwd", mutates_args=())
