@@ -84,6 +84,7 @@ class Forecaster:
         self.intervals: dict[str, Any] | None = None
         self._source: Source | None = None
         self._fit_options: dict[str, Any] = {}
+        self._args: dict[str, Any] = {}  # all arguments of the network
 
     def fit(
         self,
@@ -173,7 +174,7 @@ class Forecaster:
                     trainer=self.trainer,
                 )
         self.net, self.loss, self.history = task.net.cpu().eval(), task.loss, pd.DataFrame(rows)
-        self.state, self._source = memory.state(), source
+        self.state, self._source, self._args = memory.state(), source, dict(task.args)
         self._fit_options = {
             "val": 0.2 if separate is not None else val,
             "max_epochs": max_epochs,
@@ -372,10 +373,8 @@ class Forecaster:
             ValueError: if `path` holds something else than a model folder.
         """
         net = self._network()
-        options = {"lookback": self.lookback, "horizon": self.horizon, "n_variates": len(self.state["variates"])}
-        args = {**options, **self.model_args, **({"quantiles": list(self.quantiles)} if self.quantiles else {})}
         task = {"loss": self.loss, "quantiles": list(self.quantiles), "seed": self.seed, "ids": self.ids}
-        config = {"model": f"timeseries/{self.model}", "args": args, "task": task}
+        config = {"model": f"timeseries/{self.model}", "args": self._args, "task": task}
         data = json.dumps({**self.state, "intervals": self.intervals}, indent=1) + "\n"
         return save_model_folder(path, net.state_dict(), config, {"data.json": data})
 
@@ -400,7 +399,7 @@ class Forecaster:
         args, task = dict(folder.config["args"]), folder.config.get("task", {})
         net = create_model(model, **args)
         load_weights(net, folder.state, source=str(path))
-        own = {k: v for k, v in args.items() if k not in ("lookback", "horizon", "n_variates", "quantiles")}
+        own = {k: v for k, v in args.items() if k not in _FROM_DATA}
         forecaster = cls(
             model,
             args["lookback"],
@@ -416,10 +415,11 @@ class Forecaster:
             ids=task.get("ids", "variates"),
         )
         forecaster.net, forecaster.intervals = net.eval(), state.pop("intervals", None)
-        forecaster.state = state
+        forecaster.state, forecaster._args = state, args
         return forecaster
 
 
+_FROM_DATA = ("lookback", "horizon", "n_variates", "quantiles", "n_past", "n_future", "n_static")
 _SETTINGS = (
     "model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args", "calendar",
     "fourier", "ids",

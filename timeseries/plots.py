@@ -7,7 +7,7 @@ variate). Forecasts are the Datasets of `Forecaster.predict` and `Forecaster.bac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,6 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
     "font.size": 10,
     "axes.titlesize": 10.5,
-    "axes.titleweight": "semibold",
     "axes.titlelocation": "left",
     "axes.titlecolor": INK,
     "axes.labelcolor": INK,
@@ -92,6 +91,14 @@ def _panels(plt: Any, count: int, *, width: float = 5.2, height: float = 2.1, co
     return list(axes.flat[:count])
 
 
+def _label_lowest(axes: Sequence[Axes], columns: int) -> None:
+    """Time labels only where no panel stands below."""
+    for panel in axes[: max(0, len(axes) - columns)]:
+        panel.tick_params(labelbottom=False)
+        panel.xaxis.get_offset_text().set_visible(False)
+        panel.set_xlabel("")
+
+
 def _axes(plt: Any, ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
@@ -137,7 +144,8 @@ def _fan(ax: Axes, times: Any, quantiles: xr.DataArray, color: str) -> None:
 
 def _legend(ax: Axes, count: int) -> None:
     """One row above the panels of the figure, for several panels; inside the axes for one."""
-    handles, labels = ax.get_legend_handles_labels()
+    entries = sorted(zip(*ax.get_legend_handles_labels()), key=lambda entry: "interval" in entry[1])  # lines first
+    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
     if count > 1 and ax.figure is not None:
         ax.figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
     else:
@@ -165,7 +173,8 @@ def _each_variate(
         for panel, name in zip(axes, names):
             draw(panel, name)
             panel.set_title(_label(forecast, name))
-        axes[0].figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="semibold", color=INK)
+        axes[0].figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+        _label_lowest(axes, 2)
         _legend(axes[0], len(axes))
         return np.array(axes)
 
@@ -264,23 +273,21 @@ def plot_backtest(
     one = one.isel(cutoff=slice(None, None, -1)).isel(cutoff=slice(None, None, every)).isel(cutoff=slice(last))
     one = one.isel(cutoff=slice(None, None, -1))
 
+    # what came, once for each time and in order, also where forecasts overlap or leave gaps
+    stamps, first = np.unique(one["valid_time"].values.ravel(), return_index=True)
+
     def draw(panel: Axes, label: str) -> None:
+        chosen = one.sel(variate=label)
+        panel.plot(stamps, chosen["target"].values.ravel()[first], color=INK, linewidth=1.1, label="observed")
         for k in range(one.sizes["cutoff"]):
-            piece = one.isel(cutoff=k).sel(variate=label)
+            piece = chosen.isel(cutoff=k)
             times = piece["valid_time"].values
             hide = "_" if k else ""
             if "quantiles" in piece:
-                outer = piece["quantiles"].isel(quantile=[0, -1])
-                panel.fill_between(
-                    times,
-                    outer[..., 0].values,
-                    outer[..., 1].values,
-                    color=BLUE,
-                    alpha=0.16,
-                    linewidth=0,
-                    label=f"{hide}{float(outer['quantile'][1] - outer['quantile'][0]):.0%} interval",
-                )
-            panel.plot(times, piece["target"].values, color=INK, linewidth=1.1, label=f"{hide}observed")
+                low, high = piece["quantile"].values[[0, -1]]
+                lower, upper = piece["quantiles"].values[:, 0], piece["quantiles"].values[:, -1]
+                text = f"{hide}{high - low:.0%} interval"
+                panel.fill_between(times, lower, upper, color=BLUE, alpha=0.16, linewidth=0, label=text)
             panel.plot(times, piece["mean"].values, color=BLUE, linewidth=1.4, label=f"{hide}forecast")
             begin: Any = piece["cutoff"].values
             panel.axvline(begin, color=GRID, linewidth=0.9, zorder=0)
@@ -332,11 +339,23 @@ def plot_error_by_horizon(
         ax.set_xlabel("steps ahead")
         ax.set_ylabel(_metric_label(metric))
         ax.set_ylim(bottom=0)
-        ax.set_xlim(1, max(f.sizes["horizon"] for f in named.values()))
+        longest = max(f.sizes["horizon"] for f in named.values())
+        ax.set_xlim(1, max(2, longest))
+        _horizon_ticks(ax, longest)
         ax.set_title("Error by horizon")
         if len(named) > 1:
             ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
         return ax
+
+
+def _horizon_ticks(ax: Axes, horizon: int) -> None:
+    """Quarters of the horizon where they are whole, else round numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    if horizon % 4 == 0:
+        ax.set_xticks([1, *range(horizon // 4, horizon + 1, horizon // 4)] if horizon > 4 else range(1, horizon + 1))
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def _metric_label(metric: str) -> str:
@@ -360,6 +379,7 @@ def plot_error_map(forecast: xr.Dataset, *, metric: str = "mae", ax: Axes | None
         ax = _axes(plt, ax, (7.2, 1.3 + 0.36 * rows))
         image = ax.imshow(errors, aspect="auto", cmap="YlGnBu", vmin=0, extent=(0.5, columns + 0.5, rows - 0.5, -0.5))
         ax.set_yticks(range(rows), [str(v) for v in errors["variate"].values])
+        _horizon_ticks(ax, columns)
         ax.set_xlabel("steps ahead")
         ax.grid(visible=False)
         ax.tick_params(length=0)
@@ -433,7 +453,9 @@ def plot_residuals(
     correlation = [_autocorrelation(residual, lag) for lag in range(1, lags + 1)]
     with _style() as plt:
         left, right = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")[1] if ax is None else ax
-        left.hist(residual[np.isfinite(residual)], bins=40, color=BLUE, alpha=0.75, edgecolor="white", linewidth=0.4)
+        known = residual[np.isfinite(residual)]
+        bins = min(40, 2 + int(2 * len(known) ** 0.5))
+        left.hist(known, bins=bins, color=BLUE, alpha=0.75, edgecolor="white", linewidth=0.4)
         left.axvline(np.nanmean(residual), color=INK, linewidth=1.2)
         left.set(xlabel=f"target - forecast, {_label(forecast, label)}", ylabel="count")
         left.grid(visible=False, axis="x")
@@ -474,14 +496,16 @@ def plot_missing(ds: xr.Dataset, *, series: str | None = None, bins: int = 400, 
     share = np.stack([missing[:, a:b].mean(axis=1) for a, b in pairwise(edges)], axis=1)
     times = ds["time"].values
     with _style() as plt:
+        from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.dates import date2num
 
         rows = len(missing)
+        shades = LinearSegmentedColormap.from_list("missing", ["white", PALETTE[1], "#8c3b12"])
         ax = _axes(plt, ax, (7.6, 1.3 + 0.34 * rows))
         dated = np.issubdtype(times.dtype, np.datetime64)
         first, last = date2num(times[[0, -1]]) if dated else times[[0, -1]]
         extent = (float(first), float(last), rows - 0.5, -0.5)
-        ax.imshow(share, aspect="auto", cmap="Oranges", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+        ax.imshow(share, aspect="auto", cmap=shades, vmin=0, vmax=1, extent=extent, interpolation="nearest")
         names = [str(v) for v in ds["variate"].values] if "variate" in ds.coords else [""]
         ax.set_yticks(range(rows), [f"{n}  {100 * m:.1f} %" for n, m in zip(names, missing.mean(axis=1))])
         if dated:

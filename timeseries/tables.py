@@ -22,7 +22,9 @@ def _text(value: Any) -> str:
 
 def print_table(frame: pd.DataFrame, title: str = "") -> None:
     """A frame on standard output, numbers to four digits."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    if title:
+        sys.stdout.write(f"{title}\n")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for column, kind in frame.dtypes.items():
         table.add_column(str(column), justify="right" if pd.api.types.is_numeric_dtype(kind) else "left")
     for row in frame.itertuples(index=False):
