@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .optim import WarmupCosine as WarmupCosine
     from .optim import create_optimizer as create_optimizer
     from .optim import param_groups as param_groups
+    from .runs import read_metrics as read_metrics
     from .task import NonFiniteError as NonFiniteError
     from .task import SSMTask as SSMTask
 
@@ -52,6 +53,7 @@ _HOME = {
     "param_groups": "optim",
     "prepare_trainer": "callbacks",
     "read_checkpoint": "checkpoints",
+    "read_metrics": "runs",
     "read_model_folder": "checkpoints",
     "read_weights": "checkpoints",
     "run_cli": "cli",

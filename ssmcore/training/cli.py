@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 import time
 import warnings
@@ -34,7 +35,7 @@ from .data import SSMData
 from .export import best_checkpoint
 from .messages import explain, shorten
 from .runs import Run
-from .task import SSMTask
+from .task import NonFiniteError, SSMTask
 
 LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size")
 
@@ -84,9 +85,12 @@ def lightning_verb(verb: str, domain: str) -> Callable[[Sequence[str]], int]:
 
 def quiet() -> None:
     """Silence messages of the trainer that say nothing about the user's run, unless debug logs are on."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak to callers of its interface
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*configure_optimizers. returned .None.")  # nothing to train: as asked
+    warnings.filterwarnings("ignore", message=".training_step. returned .None.")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*exists and is not empty. Previous log files")
@@ -103,6 +107,12 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raise instead of printing the usage."""
         raise ValueError(explain(message, self)) from ex
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Help with one line of usage instead of all options twice."""
+        _, _, rest = super().format_help(*args, **kwargs).partition("\n\n")
+        name = self.prog.replace("[options] ", "")
+        return f"usage: {name} -c NAME_OR_FILE [-c ...] [--run NAME] [--OPTION VALUE ...]\n\n{rest}"
 
 
 class CLI(LightningCLI):
@@ -147,8 +157,8 @@ class CLI(LightningCLI):
         own = set(inspect.signature(getattr(pl.Trainer, self.verb)).parameters)
         return {self.verb: skip & own}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options of the run, the checkpoint callback, and the links from data module to task."""
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of the run, first in the help."""
         about = "name of the run's folder below runs/, or a path with a slash (default: the configuration's name)"
         parser.add_argument("--run", type=str | None, default=None, help=about)
         if self.verb == "fit":
@@ -158,6 +168,10 @@ class CLI(LightningCLI):
                 "--init_from", type=str | None, default=None, help="model folder or .ckpt, weights only"
             )
             parser.add_argument("--init_strict", type=bool, default=True, help="refuse weights that do not fit")
+        super().add_default_arguments_to_parser(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The checkpoint callback, and the links from data module to task."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(_CHECKPOINT)
         for name in LINKS:
@@ -169,6 +183,7 @@ class CLI(LightningCLI):
                 raise ValueError(f"{type(data).__name__} has no `{name}`, which the task needs; it must set it.")
             return getattr(data, name, None)
 
+        read.__name__ = f"attribute_{name}"
         return read
 
     def _task_parameters(self) -> set[str]:
@@ -212,11 +227,12 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(
             callbacks=callbacks, default_root_dir=options.default_root_dir or str(self.run.folder), **kwargs
         )
-        seed = config.seed_everything
-        return prepare_trainer(trainer, self.run.checkpoints, seed if isinstance(seed, int) else 0)
+        seed = int(config.seed_everything or 0)
+        self.datamodule.run_seed = seed
+        return prepare_trainer(trainer, self.run.checkpoints, seed)
 
     def fit(self, model: SSMTask, datamodule: SSMData, **options: Any) -> None:
-        """Train; then write the best weights as a model folder."""
+        """Train, keep the best weights, and write them as a model folder."""
         config = self.config_init[self.verb]
         if config.init_from:
             misfit = load_weights(
@@ -226,12 +242,17 @@ class CLI(LightningCLI):
                 log.warning("Weights of %s that did not fit are left out: %s", config.init_from, misfit)
         if not is_dry(self.trainer):
             self.run.claim(self._config_yaml(), resume=config.resume)
-        last = str(self.run.checkpoints / "last.ckpt") if config.resume else None
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=last, weights_only=True, **options)
+        last = self.run.checkpoints / "last.ckpt"
+        start = str(last) if config.resume and last.is_file() else None  # killed before it was written: from the start
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True, **options)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} They are in {self.run.checkpoints / 'stopped.ckpt'}.") from error
+        except SystemExit as stop:  # the trainer's answer to an interrupt
+            sys.stderr.write(f"Interrupted. Go on with: --run {self.run.name} --resume\n")
+            raise SystemExit(130) from stop
         if is_dry(self.trainer) or not self.trainer.is_global_zero:
             return
-        if self.trainer.interrupted:
-            raise SystemExit(130)
         best = best_checkpoint(self.run.folder)
         export_checkpoint(best, self.run.folder / "model")
         found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
@@ -241,11 +262,11 @@ class CLI(LightningCLI):
         self._report(found)
 
     def validate(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
-        """Metrics on the validation part, also into metrics.json."""
+        """Metrics of a trained model on the validation part, also written to metrics.json."""
         self._evaluate(model, datamodule, ckpt_path, self.trainer.validate)
 
     def test(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
-        """Metrics on the test part, also into metrics.json."""
+        """Metrics of a trained model on the test part, also written to metrics.json."""
         self._evaluate(model, datamodule, ckpt_path, self.trainer.test)
 
     def _evaluate(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None, verb: Callable[..., Any]) -> None:
@@ -257,7 +278,7 @@ class CLI(LightningCLI):
             self._report(found)
 
     def predict(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
-        """Outputs of `predict_step`, joined along the batch, into predictions.safetensors."""
+        """Outputs of a trained model on the test part in the model's units, written to predictions.safetensors."""
         path = self._checkpoint(model, ckpt_path)
         outputs = self.trainer.predict(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
         if self.trainer.is_global_zero and outputs:
@@ -276,7 +297,11 @@ class CLI(LightningCLI):
         else:
             path = best_checkpoint(path)
         state = network_state(read_checkpoint(path))
-        load_weights(model.net, state, source=str(path))
+        try:
+            load_weights(model.net, state, source=str(path))
+        except ValueError as error:
+            own = f"--run {self.run.name} without -c takes the run's own configuration."
+            raise ValueError(f"{error} {own}") from error
         return str(path)
 
     def _report(self, found: dict[str, float]) -> None:

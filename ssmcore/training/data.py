@@ -15,9 +15,14 @@ class SSMData(pl.LightningDataModule):
 
     A task's constructor argument of one of these names is filled from the data module: `n_variates`, `lookback`,
     `horizon`, `num_classes`, `vocab_size`. A data module without the attribute is refused by name.
+
+    Attributes:
+        seed: The data's own seed.
+        run_seed: The run's; the command line sets it to --seed_everything. Both decide the order of training samples.
     """
 
     seed: int = 0
+    run_seed: int = 0
 
     def state(self) -> dict[str, Any]:
         """What a saved model needs to read new data (scaler, names, frequency), JSON-able; after `setup`."""
@@ -26,7 +31,7 @@ class SSMData(pl.LightningDataModule):
     def create_loader(
         self, dataset: Dataset, batch_size: int, *, shuffle: bool = False, num_workers: int = 0, **options: Any
     ) -> DataLoader:
-        """Loader whose shuffled order is a function of (seed, epoch), whatever the number of workers.
+        """Loader whose shuffled order is a function of seeds and epoch, whatever the number of workers.
 
         Args:
             dataset: Map-style data set; where it has `__getitems__`, a batch is one call of it.
@@ -36,7 +41,7 @@ class SSMData(pl.LightningDataModule):
             num_workers: Worker processes.
             **options: Further `DataLoader` options, such as `collate_fn`.
         """
-        sampler = EpochSampler(dataset, shuffle=shuffle, seed=self.seed)
+        sampler = EpochSampler(dataset, shuffle=shuffle, seed=self.seed + 7_919 * self.run_seed)
         if self.trainer is not None:
             sampler.set_epoch(self.trainer.current_epoch)  # the trainer tells later epochs, too late for workers
         return DataLoader(

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import yaml
 from pytorch_lightning.utilities import rank_zero_only
@@ -105,8 +106,8 @@ class Run:
             raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them.")
         stored = self.folder / "config.yaml"
         if resume:
-            if not (self.checkpoints / "last.ckpt").is_file() or not stored.is_file():
-                raise FileNotFoundError(f"Nothing to resume: {self.checkpoints / 'last.ckpt'} does not exist.")
+            if not stored.is_file():
+                raise FileNotFoundError(f"Nothing to resume: {stored} does not exist.")
             self._compare(read_yaml(stored), yaml.safe_load(config))
         elif not overwrite and (stored.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))):
             raise ValueError(
@@ -183,6 +184,23 @@ class Run:
         path = self.folder / "predictions.safetensors"
         write_atomic(path, save({name: torch.cat(parts) for name, parts in joined.items()}))
         return path
+
+
+def read_metrics(folder: str | Path) -> pd.DataFrame:
+    """All rows of a run's metrics.csv, in order; steps that a resumed run has repeated count once.
+
+    Raises:
+        FileNotFoundError: if the run has no metrics.csv.
+    """
+    folder = Path(folder)
+    parts = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
+    parts += [folder / "metrics.csv"] * ((folder / "metrics.csv").exists() or not parts)
+    table = pd.read_csv(parts[0])
+    for path in parts[1:]:
+        part = pd.read_csv(path)
+        if len(part):
+            table = pd.concat([table[table["step"] < part["step"].min()], part], ignore_index=True)
+    return table
 
 
 def folder_of(name: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from omnissm.ssmcore.training.cli import CLI
+from omnissm.ssmcore.training.cli import CLI, quiet
 
 ROOT = Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted(path for path in ROOT.glob("*/*.yaml") if path.parent.name != "trainer")
@@ -46,7 +46,8 @@ def parse(words: list[str], domain: str) -> Parsed:
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
-    """Runs go to a temporary folder; `data` there is the folder of real data sets, where there is one."""
+    """No noise. Runs go to a temporary folder; `data` there is the folder of real data sets, where there is one."""
+    quiet()
     monkeypatch.chdir(tmp_path)
     shared = Path(os.environ.get("OMNISSM_DATA", ROOT.parents[1] / "shared" / "data"))
     if shared.is_dir():

@@ -1,6 +1,5 @@
 """Runs from the command line: folders, resuming, killing, refusing."""
 
-import csv
 import json
 import os
 import resource
@@ -13,7 +12,7 @@ import torch
 import yaml
 
 from omnissm.__main__ import main
-from omnissm.ssmcore.training import read_model_folder
+from omnissm.ssmcore.training import read_metrics, read_model_folder
 from omnissm.ssmcore.training.cli import run_cli
 
 HERE = Path(__file__).parent
@@ -68,12 +67,10 @@ def assert_same_end(one, other):
 
 
 def rows(name):
-    """Validation losses by step over all parts of metrics.csv, later parts first to be believed."""
-    found = {}
-    for path in [*sorted(Path(f"runs/{name}").glob("metrics.*.csv")), Path(f"runs/{name}/metrics.csv")]:
-        with path.open() as file:
-            found.update({row["step"]: row["val/loss"] for row in csv.DictReader(file) if row["val/loss"]})
-    return found
+    """Validation losses by step."""
+    table = read_metrics(f"runs/{name}").dropna(subset="val/loss")
+    assert table["step"].is_unique
+    return dict(zip(table["step"], table["val/loss"]))
 
 
 def test_fit_writes_a_run_and_its_config_runs_again(capsys):
@@ -111,20 +108,32 @@ def test_refused_start_leaves_the_old_run_alone():
     torch.testing.assert_close(checkpoint("line")["state_dict"], before, rtol=0, atol=0)
 
 
-def test_resume_from_the_end_trains_on_as_one_run():
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_resume_from_the_end_trains_on_as_one_run(workers):
     run("-c", "ema.yaml", "--run", "whole")
-    run("-c", "ema.yaml", "--run", "parts", "--trainer.max_epochs", 1)
-    run("-c", "ema.yaml", "--run", "parts", "--trainer.max_epochs", 2, "--resume")
-    run("-c", "ema.yaml", "--run", "parts", "--resume")
+    words = ["-c", "ema.yaml", "--run", "parts", "--data.init_args.num_workers", workers]
+    run(*words, "--trainer.max_epochs", 1)
+    run(*words, "--trainer.max_epochs", 2, "--resume")
+    run(*words, "--resume")
     assert_same_end("whole", "parts")
     assert rows("whole") == rows("parts")
+
+
+def test_resume_of_a_finished_run_changes_nothing():
+    run("-c", "line.yaml")
+    before, metrics = checkpoint("line")["state_dict"], rows("line")
+    run("-c", "line.yaml", "--resume")
+    torch.testing.assert_close(checkpoint("line")["state_dict"], before, rtol=0, atol=0)
+    assert rows("line") == metrics
+    with pytest.raises(FileNotFoundError, match=r"metrics.csv"):
+        read_metrics("runs/other")
 
 
 def test_resume_refuses_another_configuration():
     run("-c", "line.yaml", "--trainer.max_epochs", 1)
     with pytest.raises(ValueError, match=r"data.init_args.batch_size is 4, was 8.*--init_from"):
         run("-c", "line.yaml", "--resume", "--data.init_args.batch_size", 4)
-    with pytest.raises(FileNotFoundError, match=r"Nothing to resume: runs/other/checkpoints/last.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"Nothing to resume: runs/other/config.yaml"):
         run("-c", "line.yaml", "--resume", "--run", "other")
 
 
@@ -136,6 +145,30 @@ def test_killed_run_resumes_to_the_same_end():
     run("--run", "killed", "--resume")  # reads the run's own config.yaml
     assert_same_end("whole", "killed")
     assert rows("whole") == rows("killed")
+
+
+def test_killed_before_the_first_checkpoint_starts_anew():
+    run("-c", "line.yaml", "--run", "whole")
+    Path("runs/early").mkdir()
+    text = Path("runs/whole/config.yaml").read_text()
+    Path("runs/early/config.yaml").write_text(text.replace("run: whole", "run: early"))
+    run("--run", "early", "--resume")
+    assert_same_end("whole", "early")
+
+
+def test_deterministic_runs_are_equal():
+    for name in ("a", "b"):
+        run("-c", "line.yaml", "--run", name, "--trainer.deterministic", "true")
+    assert_same_end("a", "b")
+    assert rows("a") == rows("b")
+
+
+def test_seed_of_the_run_changes_weights_and_order():
+    run("-c", "line.yaml", "--run", "a", "--model.init_args.dropout", 0)
+    run("-c", "line.yaml", "--run", "b", "--model.init_args.dropout", 0, "--seed_everything", 1)
+    first, second = checkpoint("a"), checkpoint("b")
+    assert not torch.equal(first["state_dict"]["net.0.weight"], second["state_dict"]["net.0.weight"])
+    assert rows("a") != rows("b")
 
 
 @pytest.mark.slow
@@ -162,7 +195,7 @@ def test_two_ranks_equal_one_process():
     one, two = checkpoint("one"), checkpoint("two")
     assert one["global_step"] == two["global_step"] == 6
     torch.testing.assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=1e-6)
-    assert float(rows("one")["5"]) == pytest.approx(float(rows("two")["5"]), rel=1e-5)
+    assert float(rows("one")[5]) == pytest.approx(float(rows("two")[5]), rel=1e-5)
 
 
 def test_init_from_takes_weights_only():
@@ -183,7 +216,7 @@ def test_test_and_validate_write_metrics(capsys):
     run("--run", "line", verb="validate")
     found = json.loads(Path("runs/line/metrics.json").read_text())
     assert set(found["metrics"]) == {"test/loss", "val/loss"}
-    assert found["metrics"]["val/loss"] == pytest.approx(min(float(loss) for loss in rows("line").values()))
+    assert found["metrics"]["val/loss"] == pytest.approx(min(rows("line").values()))
     assert found["parameters"] == 3 * 4 + 4 + 4 + 1
     assert (found["config"], found["model"], found["seed"]) == ("line", "tests/line", 0)
     assert set(found["versions"]) == {"omnissm", "torch", "pytorch_lightning", "python"}
@@ -204,8 +237,18 @@ def test_test_without_a_fit():
 
 def test_test_refuses_a_checkpoint_of_another_model():
     run("-c", "line.yaml")
-    with pytest.raises(ValueError, match=r"best.ckpt do not fit the model"):
+    with pytest.raises(ValueError, match=r"best.ckpt do not fit the model.*--run line without -c"):
         run("-c", "line.yaml", "--model.init_args.width", 5, verb="test")
+
+
+def test_export_of_a_run(capsys):
+    run("-c", "line.yaml")
+    assert main(["timeseries", "export", "--checkpoint", "runs/line", "--out", "model"]) == 0
+    assert capsys.readouterr().out.endswith("model\n")
+    own = read_model_folder("runs/line/model").state
+    torch.testing.assert_close(read_model_folder("model").state, own, rtol=0, atol=0)
+    assert main(["timeseries", "export", "--checkpoint", "runs/other", "--out", "model"]) == 2
+    assert "Run `fit` first" in capsys.readouterr().err
 
 
 def test_predict_writes_one_file():
@@ -217,7 +260,9 @@ def test_predict_writes_one_file():
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_weights():
-    with pytest.raises(ValueError, match=r"loss is nan at epoch 1, batch 2 \(step 8\)"):
+    with pytest.raises(
+        ValueError, match=r"loss is nan at epoch 1, batch 2 \(step 8\).*runs/line/checkpoints/stopped.ckpt"
+    ):
         run("-c", "line.yaml", "--model.init_args.poison_step", 8)
     kept = checkpoint("line", "stopped")
     assert kept["global_step"] == 8
@@ -243,6 +288,16 @@ def test_bad_words_are_one_line(words, message):
         run("-c", "line.yaml", *words)
     assert "\n" not in str(caught.value)
     assert not Path("runs").exists()
+
+
+def test_help_is_short_at_the_top_and_has_defaults_and_an_example(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: omnissm ssmcore fit -c NAME_OR_FILE [-c ...] [--run NAME] [--OPTION VALUE ...]\n\n")
+    assert shown.index("--run RUN") < shown.index("--resume") < shown.index("--trainer.max_epochs")
+    assert "default: best" in shown
+    assert "example: omnissm ssmcore fit -c ssmcore/NAME --run first" in shown
 
 
 def test_misspelt_section_of_a_file():

@@ -5,6 +5,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from omnissm.ssmcore.mixers import Chimera2D
 from omnissm.ssmcore.training import EMA, NonFiniteError, SSMData, SSMTask, WarmupCosine, prepare_trainer
 
 
@@ -115,6 +116,28 @@ def test_checkpoint_says_what_to_build(tmp_path):
     about = torch.load(tmp_path / "last.ckpt", weights_only=True)["omnissm"]
     assert about["config"]["model"] == "torch.nn.modules.linear.Linear"
     assert about["files"] == {}
+
+
+class Grid(SSMTask):
+    """A mixer over one grid per sample."""
+
+    def __init__(self) -> None:
+        super().__init__(sgd())
+        self.net = Chimera2D(4, d_state=2)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).float().square().mean()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_recurrence_stays_float32(tmp_path, precision):
+    task = Grid()
+    before = {name: p.detach().clone() for name, p in task.net.named_parameters()}
+    trainer(tmp_path, max_steps=1, precision=precision, limit_val_batches=0).fit(task, Batches(torch.randn(4, 2, 5, 4)))
+    for name in task.net.no_decay_names():
+        parameter = task.net.get_parameter(name)
+        assert parameter.dtype == torch.float32
+    assert any(not torch.equal(p, before[name]) for name, p in task.net.named_parameters())
 
 
 @pytest.mark.slow

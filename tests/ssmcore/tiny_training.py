@@ -66,11 +66,12 @@ class Zero(nn.Module):
 class Points(SSMData):
     """48 noisy points per part."""
 
-    def __init__(self, n_variates: int = 3, batch_size: int = 8, seed: int = 0) -> None:
+    def __init__(self, n_variates: int = 3, batch_size: int = 8, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
         self.n_variates = n_variates
         self.batch_size = batch_size
         self.seed = seed
+        self.num_workers = num_workers
 
     def state(self) -> dict:
         return {"n_variates": self.n_variates}
@@ -79,7 +80,9 @@ class Points(SSMData):
         generator = torch.Generator().manual_seed(part)
         x = torch.randn(48, self.n_variates, generator=generator)
         y = x.sum(dim=1) + 0.1 * torch.randn(48, generator=generator)
-        return self.create_loader(torch.utils.data.TensorDataset(x, y), self.batch_size, shuffle=shuffle)
+        return self.create_loader(
+            torch.utils.data.TensorDataset(x, y), self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+        )
 
     def train_dataloader(self):
         return self.loader(0, shuffle=True)
