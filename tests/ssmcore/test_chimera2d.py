@@ -1,5 +1,7 @@
 """Chimera2D: its switches, and the models it must reduce to."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from omnissm.kernels import linear_scan, use_backend
 from omnissm.ssmcore import Chimera2D
 from omnissm.ssmcore.testing import GRID_CHECKS, grid_input
+from omnissm.ssmcore.training.optim import param_groups
 
 SWITCHES = [
     {},
@@ -146,6 +149,33 @@ def test_marks_and_names():
     for name, parameter in mixer.named_parameters():
         assert getattr(parameter, "_no_weight_decay", False) == (name in names)
     assert "theta2" not in build(coupling="none").no_decay_names()
+
+
+def test_optimiser_groups_after_a_copy():
+    mixer = copy.deepcopy(build())  # a copy has lost the marks, not the declarations
+    decayed, kept = param_groups(mixer, 0.1)
+    names = {id(parameter): name for name, parameter in mixer.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "in_proj.weight", "out_proj.weight", "conv_weight", "x_proj", "dt_proj",
+    }  # fmt: skip
+    assert {names[id(p)] for p in kept["params"]} == set(mixer.no_decay_names())
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+
+
+def test_compiles_whole():
+    mixer = build()
+    x = grid_input(mixer)
+    mask, gap = torch.rand(x.shape[:3]) > 0.2, 1 + torch.rand(x.shape[0], x.shape[2])
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, mask=mask, time_gap=gap), mixer(x, mask=mask, time_gap=gap))
+
+
+def test_trains_under_autocast():
+    mixer = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = mixer(grid_input(mixer)).float().square().mean()
+    gradients = torch.autograd.grad(loss, list(mixer.parameters()))
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
 
 
 def test_parameter_count():
