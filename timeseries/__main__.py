@@ -111,9 +111,9 @@ def backtest(
     _check_out(out, (".nc", ".zarr", ".csv", ".parquet"))
     model = load(checkpoint)
     ds, test = read(checkpoint, data, time, ids, id_column, values, freq)
-    result = model.backtest(
-        ds, start if start is not None else test, stride, refit or False, horizon, intervals=intervals
-    )
+    if test is not None:
+        ds, start = ds.isel(time=slice(0, test.stop)), test.start if start is None else start
+    result = model.backtest(ds, start, stride, refit or False, horizon, intervals=intervals)
     write(result, out, ids)
     if out != "-":
         print_errors(result)
@@ -196,7 +196,8 @@ def describe(
     if out is not None:
         write_table(frame, out)
     print_facts(facts, str(data))
-    print_table(frame.assign(missing=[f"{100 * share:.2f} %" for share in frame["missing"]]))
+    shown = frame.assign(missing=[f"{100 * share:.2f} %" for share in frame["missing"]])
+    print_table(shown if facts["series"] > 1 else shown.drop(columns="series"))
 
 
 def plot(

@@ -108,8 +108,8 @@ def load(model: Forecaster | str | Path) -> Forecaster:
         return Forecaster.load(export_checkpoint(best_checkpoint(path), Path(scratch) / "model"))
 
 
-def run_data(run: str | Path) -> tuple[xr.Dataset, int]:
-    """Series of the data module that a run was trained on, and the first step of its test part.
+def run_data(run: str | Path) -> tuple[xr.Dataset, range | None]:
+    """Series of the data module that a run was trained on, and the steps of its test part, if it has one.
 
     Args:
         run: Folder of a run; its `config.yaml` names the data module.
@@ -130,4 +130,4 @@ def run_data(run: str | Path) -> tuple[xr.Dataset, int]:
     module, _, name = section["class_path"].rpartition(".")
     data = getattr(import_module(module), name)(**section.get("init_args", {}))
     data.setup()
-    return data.read(), data.parts["test"].targets.start if "test" in data.parts else 0
+    return data.read(), data.parts["test"].targets if "test" in data.parts else None

@@ -64,12 +64,13 @@ def like_source(forecast: xr.Dataset, source: Source) -> Any:
     return forecast_to_long(forecast, source.ids) if source.kind == "long" else forecast
 
 
-def forecast_to_long(forecast: xr.Dataset, ids: str | None = None) -> pd.DataFrame:
+def forecast_to_long(forecast: xr.Dataset, ids: str = "variates") -> pd.DataFrame:
     """One row per series, variate, cutoff and step: unique_id, [variate,] ds, cutoff, MODEL, MODEL-q10, ..., [y].
 
     Args:
         forecast: Forecast Dataset.
-        ids: "variates" or "series": which of the two names is `unique_id`. None keeps both, as unique_id and variate.
+        ids: With one series of one variate, whose name is `unique_id`: that of the "variates" or of the "series".
+            Otherwise it is what there are several of; of both, the series, beside a column variate.
     """
     model = str(forecast.attrs.get("model", "forecast"))
     table = {model: forecast["mean"]}
@@ -84,9 +85,10 @@ def forecast_to_long(forecast: xr.Dataset, ids: str | None = None) -> pd.DataFra
         .to_dataframe(dim_order=["series", "variate", "cutoff", "horizon"])
     )
     frame = stacked.reset_index().rename(columns={"valid_time": "ds"})
-    if ids == "variates" and forecast.sizes["series"] == 1:
+    single, lone = forecast.sizes["series"] == 1, forecast.sizes["variate"] == 1
+    if single and (ids == "variates" or not lone):
         frame = frame.drop(columns="series").rename(columns={"variate": "unique_id"})
-    elif ids == "series" and forecast.sizes["variate"] == 1:
+    elif lone:
         frame = frame.drop(columns="variate").rename(columns={"series": "unique_id"})
     else:
         frame = frame.rename(columns={"series": "unique_id"})

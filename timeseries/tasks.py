@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import functools
+import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ssmcore.training import SSMTask
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
+from .conformal import conformal_radius
 from .metrics import ErrorSums
 from .models import MODELS, create_model, model_options
 from .models.layers import check_quantiles
 from .windows import WindowBatch
+
+log = logging.getLogger(__name__)
 
 Loss = Literal["mse", "mae", "huber", "pinball"]
 
@@ -51,12 +58,16 @@ def point_forecast(y: Tensor, quantiles: Sequence[float]) -> Tensor:
     return y[..., min(range(len(quantiles)), key=lambda k: abs(quantiles[k] - 0.5))]
 
 
+MAX_RESIDUALS = 20_000_000  # validation residuals kept for the intervals, 80 MB
+
+
 class Forecasting(SSMTask):
     """Train and test a forecaster on windows; everything in scaled units.
 
     Logs `train/loss`, and for validation and test `loss`, `mse` and `mae` (e.g. `val/mse`), each one sum over all
     windows, steps and variates divided by one count of observed targets. A model with `fit_windows` is solved in closed
-    form when the fit starts and then not trained.
+    form when the fit starts and then not trained. Each validation of a point model also sets the split-conformal
+    intervals that a saved model carries.
 
     Args:
         model: Name of a model, see `omnissm.timeseries.list_models`.
@@ -70,6 +81,7 @@ class Forecasting(SSMTask):
         quantiles: Ascending levels in (0, 1) of a probabilistic forecast.
         optimizer: Called with the parameter groups.
         lr_scheduler: Called with the optimiser.
+        coverages: Coverages of the intervals of a point model; [] makes none.
         compile: Compile the model.
         check_finite: Stop at a loss or gradient that is not finite.
     """
@@ -86,6 +98,7 @@ class Forecasting(SSMTask):
         quantiles: list[float] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        coverages: Sequence[float] = (0.5, 0.8, 0.95),
         compile: bool = False,
         check_finite: bool = True,
     ) -> None:
@@ -104,6 +117,9 @@ class Forecasting(SSMTask):
         self.net = create_model(model, **self.args)
         self.errors = {"val": ErrorSums(), "test": ErrorSums()}
         self.losses = {"val": [0.0, 0.0], "test": [0.0, 0.0]}  # sum and count
+        self.coverages = [] if self.quantiles else list(coverages)
+        self.intervals: dict[str, Any] | None = None
+        self._residuals: list[npt.NDArray[Any]] = []
 
     def forward(self, batch: WindowBatch) -> Tensor:
         """(b, i, horizon), or (b, i, horizon, q) with quantiles."""
@@ -113,6 +129,14 @@ class Forecasting(SSMTask):
         """Name and arguments that rebuild the network."""
         task = {"loss": self.loss, "quantiles": list(self.quantiles)}
         return {"model": f"timeseries/{self.model}", "args": dict(self.args), "task": task}
+
+    def export_files(self) -> dict[str, str]:
+        """`data.json` of the data module with the intervals of the last validation."""
+        files = super().export_files()
+        if "data.json" in files and self.intervals:
+            state = json.loads(files["data.json"]) | {"intervals": self.intervals}
+            files["data.json"] = json.dumps(state, indent=1) + "\n"
+        return files
 
     def loss_sum(self, y: Tensor, batch: WindowBatch) -> tuple[Tensor, Tensor]:
         """Sum of the loss over observed targets, and their count."""
@@ -160,6 +184,7 @@ class Forecasting(SSMTask):
     def on_validation_epoch_end(self) -> None:
         """Log the errors of all validation windows."""
         self._report("val")
+        self._calibrate()
 
     def on_test_epoch_end(self) -> None:
         """Log the errors of all test windows."""
@@ -171,6 +196,22 @@ class Forecasting(SSMTask):
         self.losses[part][0] += float(total)
         self.losses[part][1] += float(count)
         self.errors[part].update(batch.y, point_forecast(y, self.quantiles), batch.y_mask)
+        if part == "val" and self.coverages and sum(r.size for r in self._residuals) < MAX_RESIDUALS:
+            self._residuals.append(torch.where(batch.y_mask, batch.y - y, torch.nan).float().cpu().numpy())
+
+    def _calibrate(self) -> None:
+        """Intervals from the residuals of this validation, for the coverages that have enough of them."""
+        residuals, self._residuals = self._residuals, []
+        found: dict[str, Any] = {"coverages": [], "radius": []}
+        for coverage in self.coverages if residuals else ():
+            try:
+                radius = conformal_radius(np.concatenate(residuals), coverage)
+            except ValueError as error:
+                log.info("no interval: %s", error)
+                continue
+            found["coverages"].append(float(coverage))
+            found["radius"].append(radius.tolist())
+        self.intervals = found if found["coverages"] else None
 
     def _report(self, part: str) -> None:
         sums = self.errors[part]

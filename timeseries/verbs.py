@@ -42,8 +42,8 @@ def read(
     id_column: str,
     values: Sequence[str] | None,
     freq: str | None,
-) -> tuple[xr.Dataset, int | None]:
-    """The series of a file, or of the run's own data module with the first step of its test part."""
+) -> tuple[xr.Dataset, range | None]:
+    """The series of a file, or of the run's own data module with the steps of its test part."""
     if data is not None:
         return read_file(data, time, ids, id_column, values, freq), None
     return run_data(checkpoint)
@@ -60,12 +60,12 @@ def read_forecast(path: Path) -> xr.Dataset:
 def write(result: xr.Dataset, out: str, ids: Ids | None) -> None:
     """Write a forecast by the suffix of `out`, and say where it is."""
     if out == "-":
-        forecast_to_long(result, ids).to_csv(sys.stdout, index=False)
+        forecast_to_long(result, ids or "variates").to_csv(sys.stdout, index=False)
         return
     if Path(out).suffix in (".nc", ".zarr"):
         write_series(result, out)
     else:
-        frame = forecast_to_long(result, ids)
+        frame = forecast_to_long(result, ids or "variates")
         with atomic_path(out) as temporary:
             frame.to_csv(temporary, index=False) if out.endswith(".csv") else frame.to_parquet(temporary, index=False)
     sys.stdout.write(f"{out}\n")

@@ -229,7 +229,10 @@ def test_long_frame_in_long_frame_out(data):
     as_dataset = Forecaster("ridge", LOOKBACK, HORIZON).fit(one, coverages=(0.8,)).predict()
     temp = result[result["unique_id"] == "temp"]
     np.testing.assert_allclose(temp["ridge"], as_dataset["mean"].sel(variate="temp").values.ravel(), rtol=1e-5)
-    assert list(forecast_to_long(as_dataset)["unique_id"].unique()) == ["0"]
+    assert list(forecast_to_long(as_dataset)["unique_id"].unique()) == ["temp", "load"]
+    both = forecast_to_long(Forecaster("ridge", LOOKBACK, HORIZON).fit(data, coverages=None).predict())
+    assert list(both.columns) == ["unique_id", "variate", "ds", "cutoff", "ridge"]
+    assert list(both["unique_id"].unique()) == ["s0", "s1"]
 
 
 def test_data_that_do_not_fit_are_refused_with_the_way_out(data, fitted):

@@ -121,3 +121,16 @@ def test_config_rebuilds_the_network(series):
     rebuilt.load_state_dict(task.net.state_dict())
     batch = Windows(series, 24, 6).get_batch(range(3))
     torch.testing.assert_close(rebuilt(batch), task(batch))
+
+
+def test_validation_sets_the_intervals_that_a_model_folder_carries(series):
+    from omnissm.timeseries.conformal import conformal_radius
+
+    windows = Windows(series, 24, 6)
+    task = Forecasting("rlinear", lookback=24, horizon=6, n_variates=2, coverages=[0.8, 0.999])
+    trainer().validate(task, create_loader(windows, 50), verbose=False)
+    batch = windows.get_batch(range(len(windows)))
+    with torch.no_grad():
+        residuals = torch.where(batch.y_mask, batch.y - task(batch), torch.nan)
+    assert task.intervals["coverages"] == [0.8]  # too few residuals for the other
+    np.testing.assert_allclose(task.intervals["radius"][0], conformal_radius(residuals, 0.8), rtol=1e-5)
