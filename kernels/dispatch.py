@@ -136,12 +136,10 @@ def _check_name(backend: str, where: str) -> None:
         raise ValueError(f"{where}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}.")
 
 
-@torch.compiler.assume_constant_result
 def _environment_backend() -> str:
     return os.environ.get("SSM_BACKEND", "") or "auto"
 
 
-@torch.compiler.assume_constant_result
 def triton_obstacle(device_type: str) -> str | None:
     """Why Triton cannot run on tensors of this device type in this process, or None if it can."""
     return _triton_obstacle(device_type)
@@ -173,6 +171,12 @@ def _triton_obstacle(device_type: str) -> str | None:
     if torch.version.hip is None and capability < (8, 0):
         return f"Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     return None
+
+
+# torch.compile takes what these return as constants. This is the mark that torch.compiler.assume_constant_result sets;
+# calling that function would import torch._dynamo and Triton, more than a second.
+for _function in (_environment_backend, triton_obstacle):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,23 @@ def fold(tensor: Tensor | None, mapped: int | None, count: int) -> Tensor | None
 def unfold(tensor: Tensor, count: int) -> Tensor:
     """Undo `fold`: (count * b, ...) -> (count, b, ...)."""
     return tensor.unflatten(0, (count, -1))
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the op `ssm::NAME`, which torch.compile and torch.export keep as it is.
+
+    What `torch.library.custom_op` does, without its checks at every call, which cost more than a small kernel. The
+    function is annotated, changes no argument and returns no view of one; fake tensors and a batching rule are
+    registered with `torch.library.register_fake` and `register_vmap`.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(f"ssm::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"ssm::{name}", "default", function)
+        return getattr(torch.ops.ssm, name).default
+
+    return register
 
 
 class FirstDerivative(torch.autograd.Function):

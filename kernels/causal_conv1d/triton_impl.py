@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, fold, unfold
+from ..transforms import FirstDerivative, fold, operator, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, on_device
 
 
@@ -156,17 +156,18 @@ def causal_conv1d_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
     """See `causal_conv1d_reference`."""
-    return _Convolution.apply(x, weight, bias, seq_idx, left, length, silu)
+    convolve = _Convolution.apply if torch.is_grad_enabled() else _Convolution.forward
+    return convolve(x, weight, bias, seq_idx, left, length, silu)
 
 
-@torch.library.custom_op("ssm::causal_conv1d_triton_fwd", mutates_args=())
+@operator("causal_conv1d_triton_fwd")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
     return _convolve(last_contiguous(x), weight.contiguous(), bias, seq_idx, left, length, silu, flip=False)
 
 
-@_forward.register_fake
+@torch.library.register_fake("ssm::causal_conv1d_triton_fwd")
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
@@ -185,7 +186,7 @@ def _convolve(
 ) -> Tensor:
     batch, x_length, channels = x.shape
     y = x.new_empty(batch, length, channels)
-    tile = _tile(length, channels, x.element_size())
+    tile = _tile(length, channels, x.element_size(), False)
     grid = (batch * triton.cdiv(length, tile["BLOCK_T"]) * triton.cdiv(channels, tile["BLOCK_C"]),)
     with on_device(x):
         _causal_conv1d_fwd_kernel[grid](
@@ -195,7 +196,7 @@ def _convolve(
     return y
 
 
-@torch.library.custom_op("ssm::causal_conv1d_triton_bwd", mutates_args=())
+@operator("causal_conv1d_triton_bwd")
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ def _backward(
     x, weight, dy = last_contiguous(x), weight.contiguous(), dy.contiguous()
     (batch, x_length, channels), length, k = x.shape, dy.shape[1], weight.shape[1]
     dz = torch.empty_like(dy)
-    tile = _tile(length, channels, x.element_size())
+    tile = _tile(length, channels, x.element_size(), True)
     tiles = 8
     places = batch * triton.cdiv(length, tiles * tile["BLOCK_T"])
     partial = weight.new_empty(places, k + 1, channels)
@@ -217,7 +218,7 @@ def _backward(
     return dx, partial.sum(0)
 
 
-@_backward.register_fake
+@torch.library.register_fake("ssm::causal_conv1d_triton_bwd")
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -243,7 +244,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx = ctx.saved_tensors
-        dx, dparameters = _ConvolutionGradient.apply(x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
+        gradient = _ConvolutionGradient.apply if torch.is_grad_enabled() else _ConvolutionGradient.forward
+        dx, dparameters = gradient(x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
         return dx, dparameters[:-1].mT, None if bias is None else dparameters[-1], None, None, None, None
 
 
@@ -263,7 +265,7 @@ def _each(tensor: Tensor | None, mapped: int | None, count: int) -> list[Tensor 
     return list(tensor.unbind(mapped))
 
 
-@_forward.register_vmap
+@torch.library.register_vmap("ssm::causal_conv1d_triton_fwd")
 def _(
     info: Any,
     in_dims: tuple[Any, ...],
@@ -283,7 +285,7 @@ def _(
     return torch.stack([_forward(*one, left, length, silu) for one in zip(*arguments)]), 0
 
 
-@_backward.register_vmap
+@torch.library.register_vmap("ssm::causal_conv1d_triton_bwd")
 def _(
     info: Any,
     in_dims: tuple[Any, ...],
@@ -316,7 +318,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _tile(length: int, channels: int, element_size: int) -> dict[str, int]:
+def _tile(length: int, channels: int, element_size: int, backward: bool) -> dict[str, int]:
     if INTERPRETED:
         block_t, block_c = triton.next_power_of_2(min(length, 64)), triton.next_power_of_2(min(channels, 128))
         return {"BLOCK_T": block_t, "BLOCK_C": block_c}

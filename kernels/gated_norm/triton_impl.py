@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, fold, unfold
+from ..transforms import FirstDerivative, fold, operator, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device
+
+# Programs per multiprocessor in the backward pass; each leaves one row of partial sums.
+_PROGRAMS = 8
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -118,51 +121,51 @@ def gated_norm_triton(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
     """See `gated_norm`; x, z (r, d), weight (d,) in the dtype to compute in."""
-    return _GatedNorm.apply(x, z, weight, eps, group_size, norm_before_gate)
+    norm = _GatedNorm.apply if torch.is_grad_enabled() else _GatedNorm.forward
+    return norm(x, z, weight, eps, group_size, norm_before_gate)
 
 
-@torch.library.custom_op("ssm::gated_norm_triton_fwd", mutates_args=())
+@operator("gated_norm_triton_fwd")
 def _forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_first: bool) -> Tensor:
     x, z, weight = last_contiguous(x), last_contiguous(z), weight.contiguous()
     rows, channels = x.shape
     y = x.new_empty(x.shape)
-    blocks = _blocks(rows, group_size)
+    tile = _tile(rows, group_size, x.element_size(), False)
     with on_device(x):
-        _gated_norm_fwd_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]), channels // group_size)](
+        _gated_norm_fwd_kernel[(triton.cdiv(rows, tile["BLOCK_R"]), channels // group_size)](
             x, z, weight, y, rows, channels, group_size, x.stride(0), z.stride(0), eps,
-            NORM_FIRST=norm_first, ACC=_acc(weight), **blocks,
+            NORM_FIRST=norm_first, ACC=_acc(weight), **tile,
         )  # fmt: skip
     return y
 
 
-@_forward.register_fake
+@torch.library.register_fake("ssm::gated_norm_triton_fwd")
 def _(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_first: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("ssm::gated_norm_triton_bwd", mutates_args=())
+@operator("gated_norm_triton_bwd")
 def _backward(
     x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, eps: float, group_size: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, z, weight, dy = last_contiguous(x), last_contiguous(z), weight.contiguous(), dy.contiguous()
     rows, channels = x.shape
     dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
-    blocks = _blocks(rows, group_size)
+    tile = _tile(rows, group_size, x.element_size(), True)
     groups = channels // group_size
-    # A few programs per multiprocessor hide the loads; each leaves one row of partial sums.
-    wanted = triton.cdiv(8 * multiprocessors(x.device), groups)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, wanted), blocks["BLOCK_R"]) * blocks["BLOCK_R"]
+    wanted = triton.cdiv(_PROGRAMS * multiprocessors(x.device), groups)
+    rows_per_program = triton.cdiv(triton.cdiv(rows, wanted), tile["BLOCK_R"]) * tile["BLOCK_R"]
     programs = triton.cdiv(rows, rows_per_program)
     partial = weight.new_empty(programs, channels)
     with on_device(x):
         _gated_norm_bwd_kernel[(programs, groups)](
             x, z, weight, dy, dx, dz, partial, rows, rows_per_program, channels, group_size,
-            x.stride(0), z.stride(0), eps, NORM_FIRST=norm_first, ACC=_acc(weight), **blocks,
+            x.stride(0), z.stride(0), eps, NORM_FIRST=norm_first, ACC=_acc(weight), **tile,
         )  # fmt: skip
     return dx, dz, partial.sum(0)
 
 
-@_backward.register_fake
+@torch.library.register_fake("ssm::gated_norm_triton_bwd")
 def _(
     x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, eps: float, group_size: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +189,8 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight = ctx.saved_tensors
-        dx, dz, dweight = _GatedNormGradient.apply(x, z, weight, dy, ctx.eps, ctx.group_size, ctx.norm_first)
+        gradient = _GatedNormGradient.apply if torch.is_grad_enabled() else _GatedNormGradient.forward
+        dx, dz, dweight = gradient(x, z, weight, dy, ctx.eps, ctx.group_size, ctx.norm_first)
         return dx, dz, dweight, None, None, None
 
 
@@ -200,7 +204,7 @@ class _GatedNormGradient(FirstDerivative):
         return _backward(x, z, weight, dy, eps, group_size, norm_first)
 
 
-@_forward.register_vmap
+@torch.library.register_vmap("ssm::gated_norm_triton_fwd")
 def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, z: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, int]:
     count = info.batch_size
     if in_dims[2] is None:
@@ -210,7 +214,7 @@ def _(info: Any, in_dims: tuple[Any, ...], x: Tensor, z: Tensor, weight: Tensor,
     return torch.stack([_forward(*one, *options) for one in arguments]), 0
 
 
-@_backward.register_vmap
+@torch.library.register_vmap("ssm::gated_norm_triton_bwd")
 def _(
     info: Any, in_dims: tuple[Any, ...], x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, *options: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -228,7 +232,7 @@ def _acc(weight: Tensor) -> Any:
     return tl.float64 if weight.dtype == torch.float64 else tl.float32
 
 
-def _blocks(rows: int, group_size: int) -> dict[str, int]:
+def _tile(rows: int, group_size: int, element_size: int, backward: bool) -> dict[str, int]:
     block_n = triton.next_power_of_2(group_size)
     block_r = max(1, min(triton.next_power_of_2(rows), (16384 if INTERPRETED else 2048) // block_n))
     return {"BLOCK_R": block_r, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 2048 else 8 if block_n <= 8192 else 16}

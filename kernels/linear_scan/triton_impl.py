@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, fold, unfold
+from ..transforms import FirstDerivative, fold, operator, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length
 
 
@@ -249,34 +249,35 @@ def linear_scan_triton(
     """See `linear_scan`; a is (b, l, d), (b, l, 1) or (1, 1, d), b (b, l, d)."""
     if initial_state is not None:
         initial_state = initial_state.to(state_dtype)
-    return _Scan.apply(a, b, initial_state, reverse)
+    scan = _Scan.apply if torch.is_grad_enabled() else _Scan.forward
+    return scan(a, b, initial_state, reverse)
 
 
-@torch.library.custom_op("ssm::linear_scan_triton_fwd", mutates_args=())
+@operator("linear_scan_triton_fwd")
 def _forward(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool, parts: int) -> tuple[Tensor, Tensor]:
     """`parts` is the number of parts to cut the sequence into, 0 to choose."""
     a, b = last_contiguous(a), last_contiguous(b)
     _, length, channels = b.shape
     states, final = _empty_outputs(b)
     initial = None if initial_state is None else initial_state.contiguous()
-    grid, part_length, blocks = _grid(b, parts)
+    grid, part_length, tile = _grid(b, parts, False)
     strides = _broadcast_strides(a, b)
     with on_device(b):
-        products, ends = _part_ends(a, b, strides, reverse, False, grid, part_length, blocks, final.dtype)
+        products, ends = _part_ends(a, b, strides, reverse, False, grid, part_length, tile, final.dtype)
         _linear_scan_fwd_kernel[grid](
             a, b, initial, products, ends, states, final, length, channels, part_length,
             *strides, b.stride(0), b.stride(1),
-            REVERSE=reverse, HAS_INITIAL=initial is not None, ACC=_acc(final.dtype), **blocks,
+            REVERSE=reverse, HAS_INITIAL=initial is not None, ACC=_acc(final.dtype), **tile,
         )  # fmt: skip
     return states, final
 
 
-@_forward.register_fake
+@torch.library.register_fake("ssm::linear_scan_triton_fwd")
 def _(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool, parts: int) -> tuple[Tensor, Tensor]:
     return _empty_outputs(b)
 
 
-@torch.library.custom_op("ssm::linear_scan_triton_bwd", mutates_args=())
+@operator("linear_scan_triton_bwd")
 def _backward(
     a: Tensor,
     states: Tensor,
@@ -290,7 +291,7 @@ def _backward(
     a, states, dstates, dfinal = last_contiguous(a), states.contiguous(), dstates.contiguous(), dfinal.contiguous()
     batch, length, channels = states.shape
     initial = None if initial_state is None else initial_state.contiguous()
-    grid, part_length, blocks = _grid(states, parts)
+    grid, part_length, tile = _grid(states, parts, True)
     strides = _broadcast_strides(a, states)
     db, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
     decay = "full" if a.shape == states.shape else "channel" if a.shape[2] == channels else "position"
@@ -298,18 +299,18 @@ def _backward(
     buffer = {"full": states.shape, "position": per_block, "channel": per_part}[decay]
     da = states.new_empty(buffer, dtype=a.dtype if decay == "full" else dfinal.dtype)
     with on_device(states):
-        products, ends = _part_ends(a, dstates, strides, not reverse, True, grid, part_length, blocks, dfinal.dtype)
+        products, ends = _part_ends(a, dstates, strides, not reverse, True, grid, part_length, tile, dfinal.dtype)
         _linear_scan_bwd_kernel[grid](
             a, states, initial, dstates, dfinal, products, ends, da, db, dinitial, length, channels, part_length,
             *strides, REVERSE=not reverse, HAS_INITIAL=initial is not None, DECAY=decay, ACC=_acc(dfinal.dtype),
-            **blocks,
+            **tile,
         )  # fmt: skip
     if decay != "full":
         da = da.sum(1).to(a.dtype).view(a.shape)
     return da, db, dinitial
 
 
-@_backward.register_fake
+@torch.library.register_fake("ssm::linear_scan_triton_bwd")
 def _(
     a: Tensor, states: Tensor, initial_state: Tensor | None, dstates: Tensor, dfinal: Tensor, reverse: bool, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -333,7 +334,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dstates: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         a, states, initial_state = ctx.saved_tensors
-        da, db, dinitial = _ScanGradient.apply(a, states, initial_state, dstates, dfinal, ctx.reverse)
+        gradient = _ScanGradient.apply if torch.is_grad_enabled() else _ScanGradient.forward
+        da, db, dinitial = gradient(a, states, initial_state, dstates, dfinal, ctx.reverse)
         return da, db, None if initial_state is None else dinitial, None
 
 
@@ -354,7 +356,7 @@ def _fold_decay(a: Tensor, mapped: int | None, count: int, batch: int, length: i
     return fold(a.movedim(mapped, 0).expand(count, batch, length, -1), 0, count)  # type: ignore[return-value]
 
 
-@_forward.register_vmap
+@torch.library.register_vmap("ssm::linear_scan_triton_fwd")
 def _(
     info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool, parts: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -370,7 +372,7 @@ def _(
     return (unfold(states, count), unfold(final, count)), (0, 0)
 
 
-@_backward.register_vmap
+@torch.library.register_vmap("ssm::linear_scan_triton_bwd")
 def _(
     info: Any,
     in_dims: tuple[Any, ...],
@@ -414,18 +416,18 @@ def _broadcast_strides(a: Tensor, b: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 != wide else stride for size, wide, stride in zip(a.shape, b.shape, a.stride()))
 
 
-def _tile(length: int, channels: int) -> dict[str, int]:
-    """Tile of time and channels; narrow ones, so that a few programs share a multiprocessor and hide their loads."""
+def _tile(length: int, channels: int, element_size: int, backward: bool) -> dict[str, int]:
+    """Tile of time and channels: narrow, so that several programs share a multiprocessor and hide their loads."""
     if INTERPRETED:
         block_t, block_d = triton.next_power_of_2(min(length, 64)), triton.next_power_of_2(min(channels, 128))
         return {"BLOCK_T": block_t, "BLOCK_D": block_d, "STAGES": 1}
     return {"BLOCK_T": 64, "BLOCK_D": triton.next_power_of_2(min(channels, 32)), "STAGES": 1, "num_warps": 4}
 
 
-def _grid(b: Tensor, parts: int) -> tuple[tuple[int, int], int, dict[str, int]]:
+def _grid(b: Tensor, parts: int, backward: bool) -> tuple[tuple[int, int], int, dict[str, int]]:
     """Grid (rows x channel blocks, parts), steps of a part, and the tile."""
     batch, length, channels = b.shape
-    tile = _tile(length, channels)
+    tile = _tile(length, channels, b.element_size(), backward)
     programs = triton.cdiv(channels, tile["BLOCK_D"]) * batch
     parts = parts or parts_of_length(programs, length, b.device, 8 * tile["BLOCK_T"])
     part_length = triton.cdiv(triton.cdiv(length, parts), tile["BLOCK_T"]) * tile["BLOCK_T"]
@@ -440,16 +442,17 @@ def _part_ends(
     shift: bool,
     grid: tuple[int, int],
     part_length: int,
-    blocks: dict[str, int],
+    tile: dict[str, int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Product of decays and end state from zero of every part, (b, parts, d) each; not computed for a single part."""
     batch, length, channels = b.shape
+    if grid[1] == 1:
+        return b, b  # not read
     products = b.new_empty(batch, grid[1], channels, dtype=dtype)
     ends = torch.empty_like(products)
-    if grid[1] > 1:
-        _linear_scan_part_kernel[grid](
-            a, b, products, ends, length, channels, part_length, *strides, b.stride(0), b.stride(1),
-            REVERSE=reverse, SHIFT=shift, ACC=_acc(dtype), **blocks,
-        )  # fmt: skip
+    _linear_scan_part_kernel[grid](
+        a, b, products, ends, length, channels, part_length, *strides, b.stride(0), b.stride(1),
+        REVERSE=reverse, SHIFT=shift, ACC=_acc(dtype), **tile,
+    )  # fmt: skip
     return products, ends
