@@ -29,7 +29,8 @@ def as_dataset(data: Any, ids: Literal["variates", "series"] = "variates") -> So
 
     Args:
         data: Dataset in the schema; DataArray with dimensions time and variate; frame with columns unique_id, ds, y;
-            wide frame indexed by time; or the path of a file.
+            wide frame indexed by time; or the path of a
+            .nc or .zarr file.
         ids: What the `unique_id`s are: variates of one system, or separate series.
 
     Raises:
@@ -40,6 +41,11 @@ def as_dataset(data: Any, ids: Literal["variates", "series"] = "variates") -> So
     if isinstance(data, (str, Path)):
         from .files import read_series
 
+        if Path(data).suffix in (".csv", ".parquet"):
+            raise ValueError(
+                f"{str(data)!r} is a table, whose columns must be named; pass read_series(path, time=...) of "
+                "omnissm.timeseries.files"
+            )
         ds = read_series(data)
     elif isinstance(data, xr.DataArray):
         ds = data.to_dataset(name="target")

@@ -519,7 +519,7 @@ def plot_missing(ds: xr.Dataset, *, series: str | None = None, bins: int = 400, 
         return ax
 
 
-def plot_dt_ranges(model: nn.Module, *, ax: Axes | None = None) -> Axes:
+def plot_dt_ranges(model: nn.Module | None, *, ax: Axes | None = None) -> Axes:
     """Learned time steps of the heads of a 2-D state-space model: small steps remember long.
 
     Args:

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 
 from omnissm.timeseries import Forecaster, backtest, evaluate, forecast
@@ -278,3 +279,54 @@ def test_import_loads_no_lightning():
         "sys.exit(any(m.startswith(('pytorch_lightning', 'matplotlib')) for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("features", [{"calendar": True}, {"fourier": (12,)}])
+def test_calendar_and_fourier_features_reach_past_and_horizon(tmp_path, data, features):
+    """A model that reads the clock: saved, rolled on, and equal to the same features given by hand."""
+    model = Forecaster(
+        "chimera_tiny",
+        LOOKBACK,
+        HORIZON,
+        model_args={"d_model": 8, "patch_len": 6, "stride": 6},
+        accelerator="cpu",
+        **features,
+    )
+    model.fit(data, max_epochs=1, batch_size=128, progress=False, coverages=None)
+    with torch.no_grad():
+        model.net.known_future.weight.add_(0.5)  # one epoch hardly moves it from zero
+    result = model.predict(horizon=14)
+    assert np.isfinite(result["mean"]).all()
+    loaded = Forecaster.load(model.save(tmp_path / "m"))
+    xr.testing.assert_identical(loaded.predict(data, horizon=14), result)
+    shifted = data.assign_coords(time=data["time"] + np.timedelta64(5, "h"))
+    assert not np.allclose(loaded.predict(shifted)["mean"], result["mean"][:, :, :HORIZON])  # another hour of the day
+
+
+def test_future_covariates_are_required_and_used(data):
+    rng = np.random.default_rng(3)
+    times = pd.date_range("2024-01-01", periods=STEPS + HORIZON, freq="h")
+    driver = rng.normal(size=(len(times), 1)).astype(np.float32)
+    values = driver[:STEPS] * [2.0, -1.0] + 0.01 * rng.normal(size=(STEPS, 2))
+    known = xr.DataArray(driver, {"time": times, "future_feature": ["driver"]}, ("time", "future_feature"))
+    ds = xr.Dataset(
+        {"target": (("time", "variate"), values.astype(np.float32)), "future": known.isel(time=slice(0, STEPS))},
+        {"time": times[:STEPS], "variate": ["a", "b"]},
+        {"freq": "h"},
+    )
+    args = {"d_model": 8, "patch_len": 6, "stride": 6, "instance_norm": False}
+    model = Forecaster("chimera_tiny", 12, HORIZON, model_args=args, accelerator="cpu")
+    model.fit(ds, max_epochs=30, lr=0.02, batch_size=64, progress=False, coverages=None)
+    forecast = model.predict(future=known)["mean"].isel(series=0, cutoff=0)
+    np.testing.assert_allclose(forecast, driver[STEPS:] * [2.0, -1.0], atol=0.5)
+    with pytest.raises(ValueError, match="Future-known covariates are missing at 6 times"):
+        model.predict()
+
+
+def test_past_covariates_cannot_be_rolled_on(data):
+    past = xr.DataArray(np.zeros((2, STEPS, 1), np.float32), dims=("series", "time", "past_feature"))
+    ds = data.assign(past=past.assign_coords(past_feature=["p"]))
+    model = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(ds, max_epochs=1, progress=False)
+    assert np.isfinite(model.predict()["mean"]).all()
+    with pytest.raises(ValueError, match="reads past-only covariates, so it cannot be rolled on to 9"):
+        model.predict(horizon=9)
