@@ -7,8 +7,7 @@ variate). Forecasts are the Datasets of `Forecaster.predict` and `Forecaster.bac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ import numpy as np
 import xarray as xr
 
 from . import metrics
+from .plot_style import BLUE, GRID, INK, MUTED, PALETTE, choose, each_variate, fan, label_of, new_axes, style, time_axis
+from .plot_style import save as save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,151 +33,6 @@ __all__ = [
     "plot_residuals",
     "save",
 ]
-
-INK = "#1f2933"
-MUTED = "#7b8794"
-GRID = "#e4e7eb"
-BLUE = "#2467b3"
-PALETTE = (BLUE, "#e07a2f", "#2a9d8f", "#8a5fb0", "#c8553d", "#7b8794", "#b58a17", "#4c6a92")
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "lines.solid_capstyle": "round",
-}
-
-
-@contextmanager
-def _style() -> Iterator[Any]:
-    """pyplot under the house style.
-
-    Raises:
-        ImportError: if matplotlib is missing.
-    """
-    try:
-        import matplotlib as mpl
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib; run: pip install "omnissm[plot]"') from error
-    with mpl.rc_context(STYLE):
-        yield plt
-
-
-def _panels(plt: Any, count: int, *, width: float = 5.2, height: float = 2.1, columns: int = 2) -> list[Axes]:
-    """Axes of a figure with one panel per variate, the unused ones removed."""
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    _, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows + 0.4), layout="constrained", squeeze=False
-    )
-    for extra in axes.flat[count:]:
-        extra.remove()
-    return list(axes.flat[:count])
-
-
-def _label_lowest(axes: Sequence[Axes], columns: int) -> None:
-    """Time labels only where no panel stands below."""
-    for panel in axes[: max(0, len(axes) - columns)]:
-        panel.tick_params(labelbottom=False)
-        panel.xaxis.get_offset_text().set_visible(False)
-        panel.set_xlabel("")
-
-
-def _axes(plt: Any, ax: Axes | None, size: tuple[float, float] = (6.4, 3.6)) -> Axes:
-    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
-
-
-def _choose(ds: xr.Dataset | xr.DataArray, dim: str, label: Any) -> str:
-    """The given label of a dimension, or its first; unknown ones are refused."""
-    labels = [str(v) for v in ds[dim].values]
-    if label is None:
-        return labels[0]
-    if str(label) not in labels:
-        raise ValueError(f"no {dim} named {label!r}; available: {', '.join(labels)}")
-    return str(label)
-
-
-def _label(ds: xr.Dataset, variate: str) -> str:
-    """Name and unit, e.g. "temp (degF)"."""
-    units = str(ds["units"].sel(variate=variate).item()) if "units" in ds.coords else ""
-    return f"{variate} ({units})" if units else variate
-
-
-def _time_axis(ax: Axes, times: Any) -> None:
-    """Short date labels for datetimes, plain numbers otherwise."""
-    if np.issubdtype(np.asarray(times).dtype, np.datetime64):
-        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-
-        locator = AutoDateLocator(minticks=3, maxticks=7)
-        ax.xaxis.set_major_locator(locator)
-        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    else:
-        ax.set_xlabel("time step")
-    ax.margins(x=0.01)
-
-
-def _fan(ax: Axes, times: Any, quantiles: xr.DataArray, color: str) -> None:
-    """Nested central intervals, the widest lightest; labelled with their coverage."""
-    levels = [float(q) for q in quantiles["quantile"].values]
-    pairs = [(low, high) for low, high in zip(levels, reversed(levels)) if low < high - 1e-9]
-    for depth, (low, high) in enumerate(pairs):
-        lower, upper = (quantiles.sel(quantile=q).values for q in (low, high))
-        alpha = 0.14 + 0.16 * depth / max(1, len(pairs) - 1)
-        ax.fill_between(times, lower, upper, color=color, alpha=alpha, linewidth=0, label=f"{high - low:.0%} interval")
-
-
-def _legend(ax: Axes, count: int) -> None:
-    """One row above the panels of the figure, for several panels; inside the axes for one."""
-    entries = sorted(zip(*ax.get_legend_handles_labels()), key=lambda entry: "interval" in entry[1])  # lines first
-    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
-    if count > 1 and ax.figure is not None:
-        ax.figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
-    else:
-        ax.legend(handles, labels, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=len(labels))
-
-
-def _each_variate(
-    forecast: xr.Dataset,
-    variate: str | None,
-    ax: Axes | None,
-    title: str,
-    draw: Callable[[Axes, str], None],
-) -> Any:
-    """Draw one variate on `ax`, or every variate on a panel of its own."""
-    with _style() as plt:
-        if ax is not None or variate is not None or forecast.sizes["variate"] == 1:
-            ax = _axes(plt, ax, (7.2, 3.2))
-            name = _choose(forecast, "variate", variate)
-            draw(ax, name)
-            ax.set_title(f"{_label(forecast, name)}, {title}" if title else _label(forecast, name))
-            _legend(ax, 1)
-            return ax
-        names = [str(v) for v in forecast["variate"].values]
-        axes = _panels(plt, len(names))
-        for panel, name in zip(axes, names):
-            draw(panel, name)
-            panel.set_title(_label(forecast, name))
-        axes[0].figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-        _label_lowest(axes, 2)
-        _legend(axes[0], len(axes))
-        return np.array(axes)
 
 
 def plot_forecast(
@@ -203,21 +59,21 @@ def plot_forecast(
     Returns:
         The Axes, or an array of them.
     """
-    name = _choose(forecast, "series", series)
+    name = choose(forecast, "series", series)
     one = forecast.sel(series=name).isel(cutoff=cutoff)
     when: Any = one["cutoff"].values
     steps = steps or 3 * forecast.sizes["horizon"]
     past = None
     if history is not None:
         past = history["target"]
-        past = past.sel(series=_choose(history, "series", name)) if "series" in past.dims else past
+        past = past.sel(series=choose(history, "series", name)) if "series" in past.dims else past
         past = past.sel(time=slice(None, when)).isel(time=slice(-steps, None))
     times = one["valid_time"].values
 
     def draw(panel: Axes, label: str) -> None:
         mean = one["mean"].sel(variate=label).values
         if "quantiles" in one:
-            _fan(panel, times, one["quantiles"].sel(variate=label), BLUE)
+            fan(panel, times, one["quantiles"].sel(variate=label), BLUE)
         if past is not None:
             values = past.sel(variate=label).values if "variate" in past.dims else past.values
             panel.plot(past["time"].values, values, color=INK, linewidth=1.3, label="observed")
@@ -228,11 +84,11 @@ def plot_forecast(
             )
         panel.plot(times, mean, color=BLUE, linewidth=1.8, label="forecast")
         panel.axvline(when, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
-        _time_axis(panel, times)
+        time_axis(panel, times)
 
     where = name if forecast.sizes["series"] > 1 or name not in ("", "0") else ""
     title = f"{where + ', ' if where else ''}{forecast.sizes['horizon']} steps from {_when(when)}"
-    return _each_variate(forecast, variate, ax, title, draw)
+    return each_variate(forecast, variate, ax, title, draw)
 
 
 def _when(time: Any) -> str:
@@ -267,7 +123,7 @@ def plot_backtest(
     Returns:
         The Axes, or an array of them.
     """
-    name = _choose(forecast, "series", series)
+    name = choose(forecast, "series", series)
     one = forecast.sel(series=name)
     every = every or _spacing(one)
     one = one.isel(cutoff=slice(None, None, -1)).isel(cutoff=slice(None, None, every)).isel(cutoff=slice(last))
@@ -292,9 +148,9 @@ def plot_backtest(
             begin: Any = piece["cutoff"].values
             panel.axvline(begin, color=GRID, linewidth=0.9, zorder=0)
         panel.grid(visible=False, axis="x")
-        _time_axis(panel, one["valid_time"].values)
+        time_axis(panel, one["valid_time"].values)
 
-    return _each_variate(forecast, variate, ax, f"{name}, backtest" if name not in ("", "0") else "backtest", draw)
+    return each_variate(forecast, variate, ax, f"{name}, backtest" if name not in ("", "0") else "backtest", draw)
 
 
 def _spacing(one: xr.Dataset) -> int:
@@ -329,8 +185,8 @@ def plot_error_by_horizon(
         metric: Name of an `evaluate` metric.
         ax: Draw here.
     """
-    with _style() as plt:
-        ax = _axes(plt, ax)
+    with style() as plt:
+        ax = new_axes(plt, ax)
         named = _named(forecasts)
         for k, (name, forecast) in enumerate(named.items()):
             errors = _errors(forecast, metric, ("horizon",))
@@ -373,10 +229,10 @@ def plot_error_map(forecast: xr.Dataset, *, metric: str = "mae", ax: Axes | None
         metric: Name of an `evaluate` metric.
         ax: Draw here.
     """
-    with _style() as plt:
+    with style() as plt:
         errors = _errors(forecast, metric, ("variate", "horizon")).transpose("variate", "horizon")
         rows, columns = errors.shape
-        ax = _axes(plt, ax, (7.2, 1.3 + 0.36 * rows))
+        ax = new_axes(plt, ax, (7.2, 1.3 + 0.36 * rows))
         image = ax.imshow(errors, aspect="auto", cmap="YlGnBu", vmin=0, extent=(0.5, columns + 0.5, rows - 0.5, -0.5))
         ax.set_yticks(range(rows), [str(v) for v in errors["variate"].values])
         _horizon_ticks(ax, columns)
@@ -404,8 +260,8 @@ def plot_calibration(forecasts: xr.Dataset | Mapping[str, xr.Dataset], *, ax: Ax
     Raises:
         ValueError: if a forecast has no quantiles.
     """
-    with _style() as plt:
-        ax = _axes(plt, ax, (4.4, 4.2))
+    with style() as plt:
+        ax = new_axes(plt, ax, (4.4, 4.2))
         ax.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
         named = _named(forecasts)
         for k, (name, forecast) in enumerate(named.items()):
@@ -445,19 +301,19 @@ def plot_residuals(
     Returns:
         Array of two Axes.
     """
-    name, label = _choose(forecast, "series", series), _choose(forecast, "variate", variate)
+    name, label = choose(forecast, "series", series), choose(forecast, "variate", variate)
     one = forecast.sel(series=name, variate=label).isel(horizon=0)
     residual = np.asarray(one["target"] - one["mean"], np.float64)
     residual[~_observed(forecast.sel(series=[name], variate=[label]).isel(horizon=[0])).reshape(-1)] = np.nan
     lags = min(lags, len(residual) // 2)
     correlation = [_autocorrelation(residual, lag) for lag in range(1, lags + 1)]
-    with _style() as plt:
+    with style() as plt:
         left, right = plt.subplots(1, 2, figsize=(8.4, 3.0), layout="constrained")[1] if ax is None else ax
         known = residual[np.isfinite(residual)]
         bins = min(40, 2 + int(2 * len(known) ** 0.5))
         left.hist(known, bins=bins, color=BLUE, alpha=0.75, edgecolor="white", linewidth=0.4)
         left.axvline(np.nanmean(residual), color=INK, linewidth=1.2)
-        left.set(xlabel=f"target - forecast, {_label(forecast, label)}", ylabel="count")
+        left.set(xlabel=f"target - forecast, {label_of(forecast, label)}", ylabel="count")
         left.grid(visible=False, axis="x")
         left.set_title("One-step residuals")
         bound = 1.96 / math.sqrt(max(1, int(np.isfinite(residual).sum())))
@@ -488,20 +344,20 @@ def plot_missing(ds: xr.Dataset, *, series: str | None = None, bins: int = 400, 
     """
     target = ds["target"]
     if "series" in target.dims:
-        target = target.sel(series=_choose(ds, "series", series))
+        target = target.sel(series=choose(ds, "series", series))
     if "variate" not in target.dims:
         target = target.expand_dims("variate", axis=-1)
     missing = ~np.isfinite(target.transpose("variate", "time").values)
     edges = np.linspace(0, missing.shape[1], min(bins, missing.shape[1]) + 1).astype(int)
     share = np.stack([missing[:, a:b].mean(axis=1) for a, b in pairwise(edges)], axis=1)
     times = ds["time"].values
-    with _style() as plt:
+    with style() as plt:
         from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.dates import date2num
 
         rows = len(missing)
         shades = LinearSegmentedColormap.from_list("missing", ["white", PALETTE[1], "#8c3b12"])
-        ax = _axes(plt, ax, (7.6, 1.3 + 0.34 * rows))
+        ax = new_axes(plt, ax, (7.6, 1.3 + 0.34 * rows))
         dated = np.issubdtype(times.dtype, np.datetime64)
         first, last = date2num(times[[0, -1]]) if dated else times[[0, -1]]
         extent = (float(first), float(last), rows - 0.5, -0.5)
@@ -510,7 +366,7 @@ def plot_missing(ds: xr.Dataset, *, series: str | None = None, bins: int = 400, 
         ax.set_yticks(range(rows), [f"{n}  {100 * m:.1f} %" for n, m in zip(names, missing.mean(axis=1))])
         if dated:
             ax.xaxis_date()
-        _time_axis(ax, times)
+        time_axis(ax, times)
         ax.grid(visible=False)
         ax.tick_params(axis="y", length=0)
         for row in range(1, rows):
@@ -533,8 +389,8 @@ def plot_dt_ranges(model: nn.Module | None, *, ax: Axes | None = None) -> Axes:
     if not callable(ranges):
         raise ValueError(f"{type(model).__name__} has no learned time steps; plot them for a chimera model")
     heads: dict[str, Any] = {k: np.sort(np.ravel(np.asarray(v.detach()))) for k, v in ranges().items()}
-    with _style() as plt:
-        ax = _axes(plt, ax, (6.4, 0.9 + 0.75 * len(heads)))
+    with style() as plt:
+        ax = new_axes(plt, ax, (6.4, 0.9 + 0.75 * len(heads)))
         rng = np.random.default_rng(0)
         for k, steps in enumerate(heads.values()):
             color = PALETTE[k % len(PALETTE)]
@@ -549,16 +405,3 @@ def plot_dt_ranges(model: nn.Module | None, *, ax: Axes | None = None) -> Axes:
         ax.grid(visible=False, axis="y")
         ax.set_title("Learned time scales")
         return ax
-
-
-def save(axes: Any, path: str) -> str:
-    """Write the figure of these Axes, whole or not at all, and close it; returns the path."""
-    import matplotlib.pyplot as plt
-
-    from .files import atomic_path
-
-    figure = np.ravel(axes)[0].figure
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-    plt.close(figure)
-    return path
