@@ -138,7 +138,7 @@ def evaluate(
         ValueError: for unknown names, and if the file lacks what a metric needs.
 
     Example:
-      omnissm timeseries evaluate --forecast backtest.nc --metrics [mae,mase,coverage] --by [variate]
+      omnissm timeseries evaluate --forecast backtest.nc --metrics '[mae,mase,coverage]' --by '[variate]'
     """
     from .files import write_series
     from .forecast import evaluate as compute
