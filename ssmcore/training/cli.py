@@ -33,7 +33,7 @@ from .callbacks import is_dry, prepare_trainer
 from .checkpoints import export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
 from .data import SSMData
 from .export import best_checkpoint
-from .messages import explain, shorten
+from .messages import explain
 from .runs import Run
 from .task import NonFiniteError, SSMTask
 
@@ -72,9 +72,12 @@ def run_cli(argv: Sequence[str], verb: str, domain: str) -> int:
     try:
         CLI(argv, verb, domain)
     except ValueError as error:
-        if not str(error).startswith("Call to compute_fn"):
+        cause: BaseException = error
+        while cause.__cause__ is not None and str(cause).startswith(("Call to compute_fn", "Does not validate")):
+            cause = cause.__cause__
+        if cause is error:
             raise
-        raise ValueError(shorten(str(error))) from error
+        raise cause from None  # what the task or data module said, without the parser's frame around it
     return 0
 
 

@@ -57,7 +57,6 @@ def _subclasses(base: type) -> Iterator[type]:
 
 def shorten(text: str) -> str:
     """Drop what a parser adds about alternatives that were not meant: None beside a class, and the whole value."""
-    text = re.sub(r"^Call to compute_fn of link .* failed: ", "", " ".join(text.split()))
     text = re.sub(r"- Expected a path but \S+ either not accessible or invalid - ", "", text)
     union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: - "
     while found := re.search(union, text):

@@ -278,8 +278,9 @@ def test_loss_that_is_not_finite_stops_and_keeps_weights():
         (["--trainer.max_epochs", "few"], r"expected one of int, null; got few"),
         (["--data", "tiny_training.Pints"], r"no attribute 'Pints'. Did you mean 'Points'"),
         (["--model", "Lin"], r"got Lin. Did you mean 'Line'"),
-        (["--data", "tiny_training.Shapeless"], r"Shapeless has no `n_variates`, which the task needs"),
+        (["--data", "tiny_training.Shapeless"], r"^Shapeless has no `n_variates`, which the task needs"),
         (["--trainer.callbacks+=lightning.pytorch.callbacks.Timer"], r"Write pytorch_lightning instead"),
+        (["--model.init_args.width", "0"], r"^width must be 1 or more, got 0.$"),
         (["--resume", "--overwrite"], r"give one of them"),
     ],
 )

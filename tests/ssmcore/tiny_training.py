@@ -22,6 +22,8 @@ class Line(SSMTask):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
+        if width < 1:
+            raise ValueError(f"width must be 1 or more, got {width}.")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.poison_step = poison_step
         self.net = nn.Sequential(nn.Linear(n_variates, width), nn.Dropout(dropout), nn.Linear(width, 1))
