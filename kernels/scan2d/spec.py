@@ -81,6 +81,8 @@ STATE_SPEC = OpSpec(
     test_sizes=tuple(
         {"b": 2, "i": i, "j": j, "d": 3, "n": n, "broadcast": n == 4} for (i, j), n in zip(GRIDS, (1, 4, 16, 4, 1, 2))
     ),
+    bench_sizes=(BenchSize({"b": 128, "i": 7, "j": 12, "d": 64, "n": 8}),),
+    cpu_bench_sizes=(BenchSize({"b": 32, "i": 7, "j": 12, "d": 32, "n": 4}),),
     implementations=("reference", "chunked"),
     twice_differentiable=False,
 )
@@ -96,7 +98,7 @@ SPEC = OpSpec(
     bench_sizes=(BenchSize({"b": 128, "i": 7, "j": 12, "d": 64, "n": 8, "g": 4}),),
     cpu_bench_sizes=(
         BenchSize({"b": 128, "i": 7, "j": 12, "d": 32, "n": 4, "g": 4}),
-        BenchSize({"b": 8, "i": 21, "j": 96, "d": 32, "n": 4, "g": 4}),
+        BenchSize({"b": 8, "i": 7, "j": 96, "d": 32, "n": 4, "g": 4}),
     ),
     implementations=("reference", "chunked"),
     twice_differentiable=False,
