@@ -330,3 +330,40 @@ def test_past_covariates_cannot_be_rolled_on(data):
     assert np.isfinite(model.predict()["mean"]).all()
     with pytest.raises(ValueError, match="reads past-only covariates, so it cannot be rolled on to 9"):
         model.predict(horizon=9)
+
+
+@pytest.mark.parametrize("scaler", ["standard", "robust", "minmax", "log1p", "none"])
+def test_units_come_back_from_every_scaler(data, scaler):
+    model = Forecaster("last_value", LOOKBACK, HORIZON, scaler=scaler).fit(data, coverages=(0.8,))
+    result = model.predict()
+    for name in ("temp", "load"):
+        for series in ("s0", "s1"):
+            last = data["target"].sel(series=series, variate=name).dropna("time").values[-1]
+            np.testing.assert_allclose(result["mean"].sel(series=series, variate=name), last, rtol=1e-4)
+    width = (result["quantiles"].sel(quantile=0.9) - result["quantiles"].sel(quantile=0.1)).mean(
+        ("series", "cutoff", "horizon")
+    )
+    assert float(width.sel(variate="load")) > 10 * float(width.sel(variate="temp"))  # 50 times the amplitude
+
+
+def test_irregular_times(data):
+    odd = data.isel(time=np.delete(np.arange(STEPS), [50, 51, 52, 390])).drop_attrs()
+    args = {"d_model": 8, "patch_len": 6, "stride": 6}
+    model = Forecaster("chimera_tiny", LOOKBACK, HORIZON, model_args=args, accelerator="cpu")
+    model.fit(odd, max_epochs=1, batch_size=128, progress=False, coverages=None)
+    result = model.predict(horizon=9)
+    assert np.isfinite(result["mean"]).all()
+    assert "freq" not in result.attrs
+    assert (np.diff(result["valid_time"].values[0]) == np.timedelta64(1, "h")).all()  # the usual step goes on
+
+
+def test_integer_times_and_one_variate():
+    steps = np.arange(100, 300, 2)
+    values = np.sin(steps / 5).astype(np.float32)[:, None]
+    ds = xr.Dataset({"target": (("time", "variate"), values)}, {"time": steps, "variate": ["v"]}, {"freq": 2})
+    model = Forecaster("ridge", 12, 1).fit(ds, coverages=None)
+    result = model.predict(horizon=5)
+    assert result["cutoff"].values.tolist() == [298]
+    assert result["valid_time"].values.tolist() == [[300, 302, 304, 306, 308]]
+    np.testing.assert_allclose(result["mean"].values.ravel(), np.sin(result["valid_time"].values[0] / 5), atol=0.05)
+    assert model.backtest(ds, start=90, progress=False)["valid_time"].values[0].tolist() == [280]
