@@ -29,7 +29,7 @@ lint: $(VENV)/.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(VENV)/.stamp
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf build dist .venv .links *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -25,16 +25,17 @@ def make_inputs(
     packed: bool = False,
     activation: str | None = "silu",
 ) -> dict[str, Any]:
-    """Normal inputs, weights of the usual initial size."""
+    """Normal inputs, weights of the usual initial size; parameters are float32 beside 16-bit inputs."""
     like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    wide = like | {"dtype": torch.promote_types(dtype, torch.float32)}
     inputs: dict[str, Any] = {
         "x": torch.randn(b, l, c, **like),
-        "weight": torch.randn(c, k, **like) * k**-0.5,
+        "weight": torch.randn(c, k, **wide) * k**-0.5,
         "symmetric": symmetric,
         "activation": activation,
     }
     if bias:
-        inputs["bias"] = torch.randn(c, **like)
+        inputs["bias"] = torch.randn(c, **wide)
     if state:
         inputs["initial_state"] = torch.randn(b, c, k - 1, **like)
     if packed:

@@ -322,4 +322,9 @@ def _tile(length: int, channels: int, element_size: int, backward: bool) -> dict
     if INTERPRETED:
         block_t, block_c = triton.next_power_of_2(min(length, 64)), triton.next_power_of_2(min(channels, 128))
         return {"BLOCK_T": block_t, "BLOCK_C": block_c}
-    return {"BLOCK_T": 32, "BLOCK_C": triton.next_power_of_2(min(channels, 64)), "num_warps": 4}
+    # The fastest of 14 shapes on an H100 for 2304 channels, k = 4; more warps on the same tile were slower throughout.
+    if element_size <= 2:
+        block_t, block_c, num_warps = (16, 64, 2) if backward else (32, 128, 4)
+    else:
+        block_t, block_c, num_warps = (4, 256, 2) if backward else (32, 64, 4)
+    return {"BLOCK_T": block_t, "BLOCK_C": triton.next_power_of_2(min(channels, block_c)), "num_warps": num_warps}

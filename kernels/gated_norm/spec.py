@@ -21,12 +21,13 @@ def make_inputs(
     group_size: int | None = None,
     norm_before_gate: bool = False,
 ) -> dict[str, Any]:
-    """Normal inputs and gates, weights around 1."""
+    """Normal inputs and gates, weights around 1, in float32 beside 16-bit inputs."""
     like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    wide = like | {"dtype": torch.promote_types(dtype, torch.float32)}
     return {
         "x": torch.randn(r, d, **like),
         "z": torch.randn(r, d, **like),
-        "weight": 1 + 0.1 * torch.randn(d, **like),
+        "weight": 1 + 0.1 * torch.randn(d, **wide),
         "eps": eps,
         "group_size": group_size,
         "norm_before_gate": norm_before_gate,

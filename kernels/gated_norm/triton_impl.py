@@ -20,7 +20,7 @@ from ..transforms import FirstDerivative, fold, operator, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device
 
 # Programs per multiprocessor in the backward pass; each leaves one row of partial sums.
-_PROGRAMS = 8
+_PROGRAMS = 2
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -130,7 +130,7 @@ def _forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, 
     x, z, weight = last_contiguous(x), last_contiguous(z), weight.contiguous()
     rows, channels = x.shape
     y = x.new_empty(x.shape)
-    tile = _tile(rows, group_size, x.element_size(), False)
+    tile = _tile(rows, group_size)
     with on_device(x):
         _gated_norm_fwd_kernel[(triton.cdiv(rows, tile["BLOCK_R"]), channels // group_size)](
             x, z, weight, y, rows, channels, group_size, x.stride(0), z.stride(0), eps,
@@ -151,7 +151,7 @@ def _backward(
     x, z, weight, dy = last_contiguous(x), last_contiguous(z), weight.contiguous(), dy.contiguous()
     rows, channels = x.shape
     dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
-    tile = _tile(rows, group_size, x.element_size(), True)
+    tile = _tile(rows, group_size)
     groups = channels // group_size
     wanted = triton.cdiv(_PROGRAMS * multiprocessors(x.device), groups)
     rows_per_program = triton.cdiv(triton.cdiv(rows, wanted), tile["BLOCK_R"]) * tile["BLOCK_R"]
@@ -232,7 +232,8 @@ def _acc(weight: Tensor) -> Any:
     return tl.float64 if weight.dtype == torch.float64 else tl.float32
 
 
-def _tile(rows: int, group_size: int, element_size: int, backward: bool) -> dict[str, int]:
+def _tile(rows: int, group_size: int) -> dict[str, int]:
+    """Rows and channels of a tile: a whole group, and as many rows as make up 2048 channels."""
     block_n = triton.next_power_of_2(group_size)
     block_r = max(1, min(triton.next_power_of_2(rows), (16384 if INTERPRETED else 2048) // block_n))
-    return {"BLOCK_R": block_r, "BLOCK_N": block_n, "num_warps": 4 if block_n <= 2048 else 8 if block_n <= 8192 else 16}
+    return {"BLOCK_R": block_r, "BLOCK_N": block_n, "num_warps": 8 if block_n <= 8192 else 16}
