@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +60,21 @@ class MemoryData(ForecastingData):
             targets = range(self.lookback, ds.sizes["time"])
             self._windows["val"] = create_windows(ds, state, targets, self.horizon)[0]
         return self._windows["val"]
+
+
+def check_trainer(options: Mapping[str, Any]) -> None:
+    """Refuse what the trainer does not know, before anything is computed.
+
+    Raises:
+        TypeError: naming the option and close ones.
+    """
+    known = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
+    for name in options:
+        if name not in known:
+            own = ["model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args"]
+            close = difflib.get_close_matches(name, [*own, "calendar", "fourier", "ids", *known], n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see help(Forecaster)"
+            raise TypeError(f"neither Forecaster nor the trainer has an option {name!r}; {hint}")
 
 
 class BestEpoch(pl.Callback):

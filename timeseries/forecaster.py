@@ -122,9 +122,11 @@ class Forecaster:
 
         Raises:
             ValueError: for data that violate the schema or are too short, and for options that do not fit together.
+            TypeError: for an option of the constructor that neither this class nor the trainer has.
         """
-        from .fitting import MemoryData, create_task, train
+        from .fitting import MemoryData, check_trainer, create_task, train
 
+        check_trainer(self.trainer)
         source = as_dataset(data, self.ids)
         separate = val if isinstance(val, xr.Dataset) else None
         share = val if isinstance(val, (int, float)) else 0
@@ -292,7 +294,9 @@ class Forecaster:
         """
         source = self._input(data)
         ds = prepare(source.dataset, self.state)
-        origins = backtest_origins(ds, self.lookback, horizon or self.horizon, start, stride)
+        if refit < 0:
+            raise ValueError(f"expected refit as False or a number of cutoffs of at least 1, got {refit}")
+        origins = backtest_origins(ds, self.lookback, self.horizon if horizon is None else horizon, start, stride)
         total = len(origins) * ds.sizes["series"]
         with progress_bar(total, "backtest", progress) as advance:
             if not refit:
@@ -334,7 +338,7 @@ class Forecaster:
         intervals: bool | None,
         advance: Any = None,
     ) -> xr.Dataset:
-        horizon = horizon or self.horizon
+        horizon = self.horizon if horizon is None else horizon
         usable = self.intervals is not None and horizon <= self.horizon
         if intervals and not (usable or self.quantiles):
             reason = "has none" if self.intervals is None else f"has them for {self.horizon} steps, not {horizon}"

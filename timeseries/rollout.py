@@ -217,6 +217,8 @@ def forecast_dataset(
         advance: Called with the number of windows done.
     """
     trained = state["horizon"]
+    if horizon < 1:
+        raise ValueError(f"expected a horizon of at least 1 step, got {horizon}")
     width = -(-horizon // trained) * trained
     series, steps = ds.sizes["series"], ds.sizes["time"]
     extra = max(0, origins[-1] + width + 1 - steps)

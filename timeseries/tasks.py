@@ -181,6 +181,15 @@ class Forecasting(SSMTask):
         """Forecast in scaled units."""
         return self.net(batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums anew, also after a validation that was broken off."""
+        self._reset("val")
+        self._residuals = []
+
+    def on_test_epoch_start(self) -> None:
+        """Start the sums anew."""
+        self._reset("test")
+
     def on_validation_epoch_end(self) -> None:
         """Log the errors of all validation windows."""
         self._report("val")
@@ -189,6 +198,9 @@ class Forecasting(SSMTask):
     def on_test_epoch_end(self) -> None:
         """Log the errors of all test windows."""
         self._report("test")
+
+    def _reset(self, part: str) -> None:
+        self.errors[part], self.losses[part] = ErrorSums(), [0.0, 0.0]
 
     def _add(self, part: str, batch: WindowBatch) -> None:
         y = self.net(batch)
@@ -221,4 +233,3 @@ class Forecasting(SSMTask):
         values = {"loss": total / count if count else float("nan"), **sums.compute()}
         # one value on all processes already
         self.log_dict({f"{part}/{name}": value for name, value in values.items()}, prog_bar=part == "val")
-        self.errors[part], self.losses[part] = ErrorSums(), [0.0, 0.0]

@@ -255,6 +255,12 @@ def test_data_that_do_not_fit_are_refused_with_the_way_out(data, fitted):
         Forecaster("rlinear", 10, 2).predict(data)
     with pytest.raises(ValueError, match="did you mean rlinear"):
         Forecaster("rliner")
+    with pytest.raises(ValueError, match="horizon of at least 1 step, got 0"):
+        fitted.predict(data, horizon=0)
+    with pytest.raises(ValueError, match="number of cutoffs of at least 1, got -2"):
+        fitted.backtest(data, refit=-2)
+    with pytest.raises(TypeError, match="has an option 'scalar'; did you mean scaler"):
+        Forecaster("ridge", scalar="robust").fit(data)
     with pytest.raises(TypeError, match="Expected a pandas or polars frame"):
         fitted.predict([1, 2, 3])
 
