@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ssmcore import Stack
+from ...ssmcore import Chimera2D, Stack
 from .layers import check_quantiles, instance_statistics, noncrossing
 
 if TYPE_CHECKING:
@@ -189,8 +189,8 @@ class ChimeraForecaster(nn.Module):
     def dt_ranges(self) -> dict[str, Tensor]:
         """Learned steps along time of every head, all layers and directions together, before the input moves them."""
         ranges: dict[str, list[Tensor]] = {}
-        for block in self.stack.blocks:
-            for name, dt in block.mixer.dt_ranges().items():
+        for mixer in (part for part in self.stack.modules() if isinstance(part, Chimera2D)):
+            for name, dt in mixer.dt_ranges().items():
                 ranges.setdefault(name, []).append(dt)
         return {name: torch.cat(parts) for name, parts in ranges.items()}
 
