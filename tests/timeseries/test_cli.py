@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,9 @@ import pytest
 import xarray as xr
 
 from omnissm.__main__ import main
-from omnissm.timeseries import Forecaster
+from omnissm.timeseries import Forecaster, evaluate
 from omnissm.timeseries.files import read_series, write_series
+from omnissm.timeseries.forecast import run_data
 
 LOOKBACK, HORIZON, STEPS = 24, 4, 200
 
@@ -193,3 +195,43 @@ def test_damaged_model(folder, tmp_path, capsys):
     (tmp_path / "model" / "data.json").write_text("{")
     line = bad(capsys, "forecast", "--checkpoint", tmp_path / "model", "--data", folder / "series.nc")
     assert "data.json is damaged" in line
+
+
+def test_a_run_from_fit_to_backtest(tmp_path, monkeypatch, capsys):
+    """fit and test through the trainer, then the verbs on the run's folder and its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+    data = {"kind": "sines", "lookback": 24, "horizon": 4, "length": 300, "eval_batch_size": 64}
+    config = {
+        "model": {
+            "class_path": "omnissm.timeseries.tasks.Forecasting",
+            "init_args": {"model": "rlinear", "optimizer": optimizer},
+        },
+        "data": {"class_path": "omnissm.timeseries.data.Synthetic", "init_args": data},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+    }
+    (tmp_path / "small.yaml").write_text(json.dumps(config))
+    assert run("fit", "-c", "small.yaml") == 0
+    assert run("test", "-c", "small.yaml") == 0
+    measured = json.loads((tmp_path / "runs" / "small" / "metrics.json").read_text())
+    assert run("backtest", "--checkpoint", "runs/small", "--out", "bt.nc") == 0  # the data and test part of the run
+    with read_series(tmp_path / "bt.nc") as written:
+        whole = written.load()
+    assert whole.attrs["intervals"] == "split conformal"  # from the validation of the run
+    errors = evaluate(whole, ("mse", "mae"), ())
+    for name in ("mse", "mae"):
+        assert find(measured, f"test/{name}") == pytest.approx(float(errors[name]), rel=1e-4)
+    capsys.readouterr()
+    assert "no config.yaml" in bad(capsys, "backtest", "--checkpoint", "runs/small/checkpoints/best.ckpt")
+    write_series(run_data("runs/small")[0], tmp_path / "data.nc")
+    words = ("--data", "data.nc", "--start", whole["valid_time"].values[0, 0], "--out", "again.nc")
+    assert run("backtest", "--checkpoint", "runs/small/checkpoints/best.ckpt", *words) == 0
+    with read_series(tmp_path / "again.nc") as again:
+        np.testing.assert_allclose(again["mean"], whole["mean"], rtol=1e-5)
+
+
+def find(tree, key):
+    """The value of a key anywhere in nested dictionaries."""
+    if key in tree:
+        return tree[key]
+    return next((found for part in tree.values() if isinstance(part, dict) and (found := find(part, key))), None)
