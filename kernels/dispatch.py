@@ -176,7 +176,7 @@ def _triton_obstacle(device_type: str) -> str | None:
 # torch.compile takes what these return as constants. This is the mark that torch.compiler.assume_constant_result sets;
 # calling that function would import torch._dynamo and Triton, more than a second.
 for _function in (_environment_backend, triton_obstacle):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,34 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return getattr(torch.ops.ssm, name).default
 
     return register
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Call an autograd function that has a `setup_context`, in the cheapest way that is right here.
+
+    `torch.func` and torch.compile need the function itself. In eager mode a twin whose forward also sets up the context
+    costs half as much to call and to differentiate, and without gradients the forward alone is enough.
+    """
+    if not torch.is_grad_enabled():
+        return function.forward(*arguments)
+    if torch.compiler.is_compiling() or _transforming():
+        return function.apply(*arguments)
+    return _eager_twin(function).apply(*arguments)
+
+
+# No public function tells whether torch.func is at work; without this one every call takes the general way.
+_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+@functools.cache
+def _eager_twin(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(f"{function.__name__}Eager", (torch.autograd.Function,), members)
 
 
 class FirstDerivative(torch.autograd.Function):

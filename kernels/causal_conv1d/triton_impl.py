@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, fold, operator, unfold
+from ..transforms import FirstDerivative, apply, fold, operator, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, on_device
 
 
@@ -156,8 +156,7 @@ def causal_conv1d_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
     """See `causal_conv1d_reference`."""
-    convolve = _Convolution.apply if torch.is_grad_enabled() else _Convolution.forward
-    return convolve(x, weight, bias, seq_idx, left, length, silu)
+    return apply(_Convolution, x, weight, bias, seq_idx, left, length, silu)
 
 
 @operator("causal_conv1d_triton_fwd")
@@ -244,8 +243,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx = ctx.saved_tensors
-        gradient = _ConvolutionGradient.apply if torch.is_grad_enabled() else _ConvolutionGradient.forward
-        dx, dparameters = gradient(x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
+        dx, dparameters = apply(_ConvolutionGradient, x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
         return dx, dparameters[:-1].mT, None if bias is None else dparameters[-1], None, None, None, None
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, fold, operator, unfold
+from ..transforms import FirstDerivative, apply, fold, operator, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device
 
 # Programs per multiprocessor in the backward pass; each leaves one row of partial sums.
@@ -121,8 +121,7 @@ def gated_norm_triton(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
     """See `gated_norm`; x, z (r, d), weight (d,) in the dtype to compute in."""
-    norm = _GatedNorm.apply if torch.is_grad_enabled() else _GatedNorm.forward
-    return norm(x, z, weight, eps, group_size, norm_before_gate)
+    return apply(_GatedNorm, x, z, weight, eps, group_size, norm_before_gate)
 
 
 @operator("gated_norm_triton_fwd")
@@ -189,8 +188,7 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight = ctx.saved_tensors
-        gradient = _GatedNormGradient.apply if torch.is_grad_enabled() else _GatedNormGradient.forward
-        dx, dz, dweight = gradient(x, z, weight, dy, ctx.eps, ctx.group_size, ctx.norm_first)
+        dx, dz, dweight = apply(_GatedNormGradient, x, z, weight, dy, ctx.eps, ctx.group_size, ctx.norm_first)
         return dx, dz, dweight, None, None, None
 
 

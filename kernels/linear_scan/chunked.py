@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import fold, unfold
+from ..transforms import apply, fold, unfold
 
 # From this many numbers per position on, a CPU works longer on one position than Python needs to dispatch it.
 _SERIAL_NUMBERS = 8192
@@ -33,7 +33,7 @@ def linear_scan_chunked(
     """See `linear_scan`; a is (b, l, d), (b, l, 1) or (1, 1, d), b (b, l, d)."""
     if initial_state is not None:
         initial_state = initial_state.to(state_dtype)
-    states, final = _Scan.apply(a.to(state_dtype), b.to(state_dtype), initial_state, reverse)
+    states, final = apply(_Scan, a.to(state_dtype), b.to(state_dtype), initial_state, reverse)
     return states.to(b.dtype), final
 
 
@@ -119,7 +119,7 @@ class _Scan(torch.autograd.Function):
             following, before = torch.cat([one, wide[:, :-1]], 1), torch.cat([states[:, 1:], zero], 1)
         else:
             following, before = torch.cat([wide[:, 1:], one], 1), torch.cat([zero, states[:, :-1]], 1)
-        g, _ = _Scan.apply(following.conj().resolve_conj(), dstates, dfinal, not ctx.reverse)
+        g, _ = apply(_Scan, following.conj().resolve_conj(), dstates, dfinal, not ctx.reverse)
         da = (g * before.conj()).sum_to_size(a.shape)
         first = length - 1 if ctx.reverse else 0
         dstate = None if initial_state is None else wide[:, first].conj() * g[:, first]

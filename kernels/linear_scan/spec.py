@@ -51,6 +51,7 @@ SPEC = OpSpec(
         {"b": 2, "l": 64, "d": 16, "state": False},
         {"b": 1, "l": 129, "d": 2},
         {"b": 1, "l": 9, "d": 33},
+        {"b": 3, "l": 1, "d": 4, "decay": "channel"},
         {"b": 3, "l": 40, "d": 7, "decay": "position"},
         {"b": 2, "l": 65, "d": 7, "decay": "channel", "reverse": True},
         {"b": 2, "l": 70, "d": 3, "packed": True},

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, fold, operator, unfold
+from ..transforms import FirstDerivative, apply, fold, operator, unfold
 from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length
 
 
@@ -249,8 +249,7 @@ def linear_scan_triton(
     """See `linear_scan`; a is (b, l, d), (b, l, 1) or (1, 1, d), b (b, l, d)."""
     if initial_state is not None:
         initial_state = initial_state.to(state_dtype)
-    scan = _Scan.apply if torch.is_grad_enabled() else _Scan.forward
-    return scan(a, b, initial_state, reverse)
+    return apply(_Scan, a, b, initial_state, reverse)
 
 
 @operator("linear_scan_triton_fwd")
@@ -334,8 +333,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dstates: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         a, states, initial_state = ctx.saved_tensors
-        gradient = _ScanGradient.apply if torch.is_grad_enabled() else _ScanGradient.forward
-        da, db, dinitial = gradient(a, states, initial_state, dstates, dfinal, ctx.reverse)
+        da, db, dinitial = apply(_ScanGradient, a, states, initial_state, dstates, dfinal, ctx.reverse)
         return da, db, None if initial_state is None else dinitial, None
 
 
