@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from omnissm.timeseries.conformal import conformal_radius, interval_levels
 
 
