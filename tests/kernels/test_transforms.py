@@ -1,0 +1,54 @@
+"""Batching rules and the ways to call an autograd function."""
+
+import torch
+
+from omnissm.kernels.transforms import apply, fold, unfold
+
+
+class Square(torch.autograd.Function):
+    """x^2 with a gradient that counts its calls."""
+
+    generate_vmap_rule = True
+    calls = 0
+
+    @staticmethod
+    def forward(x, factor):
+        return factor * x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.factor = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        Square.calls += 1
+        (x,) = ctx.saved_tensors
+        return 2 * ctx.factor * x * dy, None
+
+
+def test_fold_puts_the_mapped_dimension_into_the_batch():
+    x = torch.arange(24.0).view(2, 3, 4)  # mapped along dim 1: three instances with batch 2
+    folded = fold(x, 1, 3)
+    assert folded.shape == (6, 4)
+    assert torch.equal(unfold(folded, 3), x.movedim(1, 0))
+    shared = fold(x[:, 0], None, 5)
+    assert torch.equal(unfold(shared, 5), x[:, 0].expand(5, 2, 4))
+    assert fold(None, None, 3) is None
+
+
+def test_apply_is_the_same_function_in_every_mode():
+    x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    expected, slope = 2 * x.detach() ** 2, 4 * x.detach()
+    with torch.no_grad():
+        assert torch.equal(apply(Square, x, 2), expected)
+    before = Square.calls
+    assert torch.equal(torch.autograd.grad(apply(Square, x, 2).sum(), x)[0], slope)
+    assert Square.calls == before + 1
+    plain = x.detach()
+    assert torch.equal(torch.func.grad(lambda x: apply(Square, x, 2).sum())(plain), slope)
+    assert torch.equal(torch.func.vmap(torch.func.grad(lambda x: apply(Square, x, 2)))(plain), slope)
+    assert Square.calls > before + 2
+
+    (first,) = torch.autograd.grad(apply(Square, x, 2).sum(), x, create_graph=True)
+    assert torch.equal(torch.autograd.grad(first.sum(), x)[0], torch.full((3,), 4.0))
