@@ -1,11 +1,8 @@
-"""Forecast New York weather with Chimera and compare it with the day before; needs omnissm[demo], two minutes on a CPU."""
-
-import torch
+"""Forecast New York weather with Chimera, beside the day before; needs omnissm[demo] and a minute on a CPU."""
 
 from omnissm.timeseries import Forecaster
 from omnissm.timeseries.data import read_nyc_weather
 
-torch.set_num_threads(1)
 series = read_nyc_weather().isel(time=slice(0, 4000))
 chimera = Forecaster(
     "chimera_tiny",

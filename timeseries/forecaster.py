@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,25 @@ if TYPE_CHECKING:
 
 __all__ = ["Forecaster"]
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_threads(method: Callable[P, R]) -> Callable[P, R]:
+    """Run a method of `Forecaster` on its number of threads, and restore the number before."""
+
+    @functools.wraps(method)
+    def limited(*args: P.args, **kwargs: P.kwargs) -> R:
+        before, wanted = torch.get_num_threads(), args[0].threads  # type: ignore[attr-defined]
+        if wanted:
+            torch.set_num_threads(wanted)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return limited
+
 
 class Forecaster:
     """A model with all it needs to read series and to write forecasts.
@@ -45,6 +65,8 @@ class Forecaster:
         calendar: Give the model calendar features of past and horizon.
         fourier: Periods in steps, for each of which the model gets a sine and a cosine.
         ids: What the `unique_id`s of a long frame are: "variates" of one system, or separate "series".
+        threads: Threads of torch on the CPU while this object computes; these models are fastest on one, above all on a
+            busy machine. None leaves torch's setting.
         trainer: Options of `pytorch_lightning.Trainer`, e.g. accelerator="gpu".
 
     Attributes:
@@ -70,6 +92,7 @@ class Forecaster:
         calendar: bool = False,
         fourier: Sequence[float] = (),
         ids: Literal["variates", "series"] = "variates",
+        threads: int | None = 1,
         **trainer: Any,
     ) -> None:
         if model not in MODELS:
@@ -77,7 +100,7 @@ class Forecaster:
         self.model, self.lookback, self.horizon = model, lookback, horizon
         self.scaler, self.loss, self.quantiles, self.fill = scaler, loss, check_quantiles(quantiles), fill
         self.seed, self.model_args, self.calendar = seed, dict(model_args or {}), calendar
-        self.fourier, self.ids, self.trainer = tuple(fourier), ids, trainer
+        self.fourier, self.ids, self.threads, self.trainer = tuple(fourier), ids, threads, trainer
         self.net: nn.Module | None = None
         self.state: dict[str, Any] = {}
         self.history = pd.DataFrame()
@@ -86,6 +109,7 @@ class Forecaster:
         self._fit_options: dict[str, Any] = {}
         self._args: dict[str, Any] = {}  # all arguments of the network
 
+    @_with_threads
     def fit(
         self,
         data: Any,
@@ -193,6 +217,7 @@ class Forecaster:
             self._calibrate(memory.windows("val"), coverages)
         return self
 
+    @_with_threads
     def calibrate(self, data: Any, coverages: Sequence[float] = (0.5, 0.8, 0.95)) -> Forecaster:
         """Set the split-conformal intervals from the residuals of all windows of `data`, which were not trained on.
 
@@ -228,6 +253,7 @@ class Forecaster:
             raise ValueError("this forecaster is not trained; call fit(data) or Forecaster.load(folder) first")
         return self.net
 
+    @_with_threads
     def predict(
         self,
         data: Any = None,
@@ -263,6 +289,7 @@ class Forecaster:
             )
         return like_source(self._forecast(ds, range(last, last + 1), horizon, future, intervals), source)
 
+    @_with_threads
     def backtest(
         self,
         data: Any = None,
@@ -426,7 +453,7 @@ class Forecaster:
 _FROM_DATA = ("lookback", "horizon", "n_variates", "quantiles", "n_past", "n_future", "n_static")
 _SETTINGS = (
     "model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args", "calendar",
-    "fourier", "ids",
+    "fourier", "ids", "threads",
 )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def _folder(tmp_path, monkeypatch):
 def test_starts_with_a_comment_and_names_a_task_and_data(path):
     assert path.read_text().startswith("# ")
     content = yaml.safe_load(path.read_text())
-    assert {"model", "data"} <= set(content) <= {"model", "data", "trainer", "seed_everything", "checkpoint"}
+    assert {"model", "data"} <= set(content) <= {"model", "data", "trainer", "seed_everything", "threads", "checkpoint"}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
