@@ -315,7 +315,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.op or sorted(specs):
         spec = specs[name]
         rows: list[dict[str, Any]] = []
-        for case in spec.bench_sizes if device.type == "cuda" else spec.cpu_bench_sizes:
+        cases = spec.bench_sizes if device.type == "cuda" else spec.cpu_bench_sizes
+        if not cases:
+            print(f"{name}: spec.py names no sizes for {device.type}, nothing to time")
+            continue
+        for case in cases:
             rows += bench(spec, case, device, timer, bandwidth)
         report(spec, rows, base)
         wrong |= any("wrong" in row for row in rows)

@@ -111,14 +111,15 @@ def test_inference_mode_and_checkpointing(spec, backend, device):
 
 @EVERY
 def test_first_and_second_derivative_by_differences(spec, device):
-    """Finite differences of the chunked path at a tiny size."""
+    """Finite differences of the chunked path, or the reference where there is none, at a tiny size."""
+    backend = "chunked" if "chunked" in spec.implementations else "reference"
     size = {name: value if type(value) is not int or value <= 4 else 3 for name, value in spec.test_sizes[1].items()}
     inputs = inputs_of(spec, device, size, torch.float64)
     names = [name for name, value in inputs.items() if torch.is_tensor(value) and value.is_floating_point()]
     leaves = tuple(inputs[name].requires_grad_() for name in names)
 
     def op(*tensors):
-        return spec.op(**{**inputs, **dict(zip(names, tensors))}, backend="chunked")
+        return spec.op(**{**inputs, **dict(zip(names, tensors))}, backend=backend)
 
     assert torch.autograd.gradcheck(op, leaves)
     if spec.twice_differentiable:
@@ -128,7 +129,9 @@ def test_first_and_second_derivative_by_differences(spec, device):
 @EVERY
 def test_every_tensor_is_checked(spec, device):
     """One more in the last dimension of any single tensor is refused, and the message names a tensor."""
-    inputs = inputs_of(spec, device, spec.test_sizes[2])
+    inputs = inputs_of(spec, device, spec.test_sizes[min(2, len(spec.test_sizes) - 1)])
+    if sum(map(torch.is_tensor, inputs.values())) < 2:
+        pytest.skip(f"{spec.name} has one tensor, whose shape agrees with itself")
     for name, value in inputs.items():
         if not torch.is_tensor(value) or value.dim() == 0:
             continue
