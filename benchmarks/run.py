@@ -263,6 +263,11 @@ def output_of(*command: str) -> str | None:
         return None
 
 
+def folder_of(device: str) -> str:
+    """Name of the device's folder of results."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -323,8 +328,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += bench(spec, case, device, timer, bandwidth)
         report(spec, rows, base)
         wrong |= any("wrong" in row for row in rows)
-        folder = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-        write_json(options.out / folder / f"{name}.json", {**about, "op": name, "rows": rows})
+        write_json(options.out / folder_of(about["device"]) / f"{name}.json", {**about, "op": name, "rows": rows})
     return int(wrong)
 
 
