@@ -260,6 +260,9 @@ class CLI(LightningCLI):
         except SystemExit as stop:  # the trainer's answer to an interrupt
             sys.stderr.write(f"Interrupted. Go on with: --run {self.run.name} --resume\n")
             raise SystemExit(130) from stop
+        except Exception:
+            self.run.leave_nothing()
+            raise
         if is_dry(self.trainer) or not self.trainer.is_global_zero:
             return
         best = best_checkpoint(self.run.folder)

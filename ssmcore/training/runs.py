@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
@@ -125,6 +126,16 @@ class Run:
         else:
             self._clear()
         write_atomic(self.folder / "config.yaml", config)
+
+    @rank_zero_only
+    def leave_nothing(self) -> None:
+        """Remove what a fit has written that failed before its first checkpoint, so that the name is free again."""
+        if any(self.checkpoints.glob("*.ckpt")):
+            return
+        self._clear()
+        (self.folder / "hparams.yaml").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other files of the user's are in it
+            self.folder.rmdir()
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         before, now = ({k: v for part in _COMPARED for k, v in _flat(part, c.get(part))} for c in (old, new))

@@ -291,6 +291,13 @@ def test_bad_words_are_one_line(words, message):
     assert not Path("runs").exists()
 
 
+def test_fit_that_fails_at_its_data_leaves_nothing():
+    with pytest.raises(ValueError, match="expected two columns"):
+        run("-c", "line.yaml", "--data", "tiny_training.Unreadable")
+    assert not Path("runs/line").exists()
+    run("-c", "line.yaml")
+
+
 def test_help_is_short_at_the_top_and_has_defaults_and_an_example(capsys):
     with pytest.raises(SystemExit):
         run("--help")
@@ -318,5 +325,4 @@ def test_full_disk_is_one_line_and_leaves_no_halves(capsys, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
     assert capsys.readouterr().err.strip() == "omnissm: error: File too large: 'runs/line/checkpoints/last.ckpt'"
-    assert not list(Path("runs/line/checkpoints").iterdir())
-    assert not Path("runs/line/model").exists()
+    assert not Path("runs/line").exists()

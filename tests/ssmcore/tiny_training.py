@@ -105,3 +105,10 @@ class Shapeless(Points):
     def __init__(self) -> None:
         super().__init__()
         del self.n_variates
+
+
+class Unreadable(Points):
+    """Points whose file is broken, which only `setup` finds out."""
+
+    def setup(self, stage: str | None = None) -> None:
+        raise ValueError("points.csv cannot be read, expected two columns; give another file.")
