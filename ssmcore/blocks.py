@@ -255,7 +255,7 @@ def create_norm(norm: str, d_model: int, *, eps: float = 1e-5, **factory: Any) -
 
 
 def parse_pattern(pattern: str, letters: Mapping[str, str] = LETTERS) -> list[dict[str, Any]]:
-    """Read a pattern such as "m4T1m4": letter and count, upper case with an MLP.
+    """Read a pattern such as "c2C1": letter and count, upper case with an MLP.
 
     Raises:
         ValueError: if the pattern is malformed or a letter is not in the table.

@@ -185,7 +185,7 @@ class Chimera2D(nn.Module):
         if mask is not None:
             z = torch.where(mask[..., None], z, torch.zeros_like(z))
         if self.seasonal_input == "moving_average":
-            z = self._decomposed(z)
+            z = self._decomposed(z, mask)
         z = self._convolved(z).unflatten(-1, (len(self.heads), self.d_model)).movedim(-2, 0)  # (head, b, i, j, d)
         if self.seasonal_input == "residual":
             trend, seasonal = self.heads.index("trend"), self.heads.index("seasonal")
@@ -198,14 +198,17 @@ class Chimera2D(nn.Module):
             y = y * F.silu(gate)
         return self.dropout(self.out_proj(y))
 
-    def _decomposed(self, z: Tensor) -> Tensor:
-        """The moving average along j for the trend head, what is left for the seasonal one."""
-        past = F.pad(z.float().cumsum(2), (0, 0, self.moving_average, 0))
-        columns = z.shape[2]
-        count = torch.arange(1, columns + 1, device=z.device).clamp(max=self.moving_average)[:, None]
-        average = ((past[:, :, self.moving_average :] - past[:, :, :columns]) / count).to(z.dtype)
+    def _decomposed(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """The moving average of observed tokens along j for the trend head, what is left for the seasonal one."""
+        observed = torch.ones_like(z[..., :1]) if mask is None else mask[..., None].to(z.dtype)
+        total, count = (self._moving_sum(t.float()) for t in (z, observed))
+        average = (total / count.clamp(min=1)).to(z.dtype)
         parts = zip(self.heads, z.split(self.d_model, -1), average.split(self.d_model, -1))
-        return torch.cat([mean if head == "trend" else own - mean for head, own, mean in parts], dim=-1)
+        return observed * torch.cat([mean if head == "trend" else own - mean for head, own, mean in parts], dim=-1)
+
+    def _moving_sum(self, t: Tensor) -> Tensor:
+        past = F.pad(t.cumsum(2), (0, 0, self.moving_average, 0))
+        return past[:, :, self.moving_average :] - past[:, :, : t.shape[2]]
 
     def _convolved(self, z: Tensor) -> Tensor:
         """Depthwise causal convolution along j, then SiLU."""

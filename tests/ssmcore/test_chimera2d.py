@@ -109,10 +109,19 @@ def test_one_direction_looks_up_only():
     assert not dx[:, 2].any()
 
 
+def test_moving_average_leaves_out_what_is_masked():
+    mixer = build(seasonal_input="moving_average", moving_average=3)
+    mask = torch.tensor([True, True, False, False, True, True]).expand(1, 1, 6)
+    z = mask[..., None] * torch.ones(1, 1, 6, 2 * mixer.d_model)
+    trend, seasonal = mixer._decomposed(z, mask).chunk(2, dim=-1)
+    torch.testing.assert_close(trend, z[..., : mixer.d_model])
+    torch.testing.assert_close(seasonal, torch.zeros_like(seasonal))
+
+
 def test_moving_average_splits_the_input():
     mixer = build(seasonal_input="moving_average", moving_average=3)
     z = torch.randn(2, 3, 7, 16)
-    parts = mixer._decomposed(z)
+    parts = mixer._decomposed(z, None)
     trend = torch.stack([z[:, :, max(0, j - 2) : j + 1, :8].mean(2) for j in range(7)], dim=2)
     torch.testing.assert_close(parts[..., :8], trend)
     own = torch.stack([z[:, :, max(0, j - 2) : j + 1, 8:].mean(2) for j in range(7)], dim=2)
