@@ -89,7 +89,10 @@ def evaluate(
 
 
 def load(model: Forecaster | str | Path) -> Forecaster:
-    """A forecaster as it is, from a model folder, or from a run's folder or checkpoint by way of a model folder."""
+    """A forecaster as it is, from a model folder, or from a run's folder or checkpoint by way of a model folder.
+
+    Of a run's folder, `model/` is read unless the run's best checkpoint is newer.
+    """
     import tempfile
 
     from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint
@@ -101,11 +104,19 @@ def load(model: Forecaster | str | Path) -> Forecaster:
     path = Path(model)
     if not path.exists():
         raise FileNotFoundError(f"no model at {str(path)!r}; give a model folder, a run's folder or a .ckpt file")
-    for folder in (path, path / "model"):
-        if (folder / CONFIG).is_file():
-            return Forecaster.load(folder)
+    if (path / CONFIG).is_file():
+        return Forecaster.load(path)
+    config = path / "model" / CONFIG
+    try:
+        checkpoint = best_checkpoint(path)
+    except FileNotFoundError:
+        if config.is_file():  # a run without its checkpoints
+            return Forecaster.load(config.parent)
+        raise
+    if config.is_file() and config.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns:
+        return Forecaster.load(config.parent)
     with tempfile.TemporaryDirectory() as scratch:
-        return Forecaster.load(export_checkpoint(best_checkpoint(path), Path(scratch) / "model"))
+        return Forecaster.load(export_checkpoint(checkpoint, Path(scratch) / "model"))
 
 
 def run_data(run: str | Path) -> tuple[xr.Dataset, range | None]:

@@ -118,8 +118,12 @@ class Run:
 
     @rank_zero_only
     def claim(self, config: str, *, resume: bool) -> None:
-        """Take the folder for a fit: write config.yaml, and keep (resume) or remove what an earlier fit left."""
+        """Take the folder for a fit: write config.yaml, and keep (resume) or remove what an earlier fit left.
+
+        The model folder goes in both cases: it would be older than the next best checkpoint, until the fit ends.
+        """
         if resume:
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
             self._keep_metrics()
             for file in self.checkpoints.glob(".*.ckpt.*"):
                 file.unlink()  # cut off by a kill

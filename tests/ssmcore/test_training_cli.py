@@ -147,6 +147,13 @@ def test_killed_run_resumes_to_the_same_end():
     assert rows("whole") == rows("killed")
 
 
+def test_resumed_and_killed_run_keeps_no_older_model_folder():
+    run("-c", "line.yaml", "--trainer.max_epochs", 1)
+    assert Path("runs/line/model").is_dir()
+    assert start("-c", "line.yaml", "--resume", KILL_AT_STEP="9").returncode == -9
+    assert not Path("runs/line/model").exists()
+
+
 def test_killed_before_the_first_checkpoint_starts_anew():
     run("-c", "line.yaml", "--run", "whole")
     Path("runs/early").mkdir()
