@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -17,11 +18,12 @@ from torch import nn
 
 from ..ssmcore.training.checkpoints import load_weights, read_model_folder, save_model_folder
 from .conformal import conformal_radius
+from .files import SUFFIXES
 from .inputs import Source, as_dataset, like_source
 from .models import MODELS, create_model
 from .models.layers import check_quantiles
 from .rollout import forecast_dataset, prepare, progress_bar, run_windows
-from .splits import Cut
+from .splits import Cut, cut_step, is_date
 
 if TYPE_CHECKING:
     from .windows import Fill, Windows
@@ -113,7 +115,7 @@ class Forecaster:
     def fit(
         self,
         data: Any,
-        val: float | int | xr.Dataset | None = 0.2,
+        val: Any = 0.2,
         *,
         max_epochs: int = 10,
         early_stopping: int | None = 3,
@@ -129,8 +131,9 @@ class Forecaster:
 
         Args:
             data: Dataset in the schema, DataArray, long or wide frame, or path of a file.
-            val: Last part of the data kept for validation, as a share (float) or a number of steps (int), or a Dataset
-                of its own; None trains on everything, without early stopping and intervals.
+            val: Last part of the data kept for validation: a share (float), a number of steps (int) or the date from
+                which on; or data of its own, as in `data`. None trains on everything, without early stopping and
+                intervals.
             max_epochs: Passes over the training windows at most.
             early_stopping: Stop after so many epochs without improvement; None never does.
             batch_size: Windows per step.
@@ -146,14 +149,14 @@ class Forecaster:
 
         Raises:
             ValueError: for data that violate the schema or are too short, and for options that do not fit together.
-            TypeError: for an option of the constructor that neither this class nor the trainer has.
+            TypeError: for an option of the constructor that neither this class nor the trainer has, and for `val` of
+                another kind.
         """
         from .fitting import MemoryData, check_trainer, create_task, train
 
         check_trainer(self.trainer)
         source = as_dataset(data, self.ids)
-        separate = val if isinstance(val, xr.Dataset) else None
-        share = val if isinstance(val, (int, float)) else 0
+        separate, part, refit_part = self._validation(val, source.dataset)
         memory = MemoryData(
             source.dataset,
             separate,
@@ -162,7 +165,7 @@ class Forecaster:
             batch_size=batch_size,
             eval_batch_size=256,
             train=None,
-            val=share,
+            val=part,
             test=0,
             scaler=self.scaler,
             fill=self.fill,
@@ -202,7 +205,7 @@ class Forecaster:
         self.net, self.loss, self.history = task.net.cpu().eval(), task.loss, pd.DataFrame(rows)
         self.state, self._source, self._args = memory.state(), source, dict(task.args)
         self._fit_options = {
-            "val": 0.2 if separate is not None else val,
+            "val": refit_part,
             "max_epochs": max_epochs,
             "early_stopping": early_stopping,
             "batch_size": batch_size,
@@ -216,6 +219,22 @@ class Forecaster:
         if validate and coverages and not self.quantiles:
             self._calibrate(memory.windows("val"), coverages)
         return self
+
+    def _validation(self, val: Any, ds: xr.Dataset) -> tuple[xr.Dataset | None, int | float, int | float | None]:
+        """Validation data of their own, the part of `ds` to keep for validation, and the part that a refit keeps."""
+        if val is None:
+            return None, 0, None
+        if isinstance(val, Real) and not isinstance(val, bool):
+            part = cut_step("val", val, ds["time"].to_numpy())  # type: ignore[arg-type]
+            return None, part, val  # type: ignore[return-value]
+        if is_date(val) and not (isinstance(val, str) and Path(val).suffix in SUFFIXES):
+            part = ds.sizes["time"] - cut_step("val", val, ds["time"].to_numpy())
+            if part == 0:
+                raise ValueError(
+                    f"validation would begin at {val}, behind the data, which end at {ds['time'].values[-1]}"
+                )
+            return None, part, part / ds.sizes["time"]
+        return as_dataset(val, self.ids).dataset, 0, 0.2
 
     @_with_threads
     def calibrate(self, data: Any, coverages: Sequence[float] = (0.5, 0.8, 0.95)) -> Forecaster:
@@ -463,19 +482,12 @@ def backtest_origins(ds: xr.Dataset, lookback: int, horizon: int, start: Cut | N
     Raises:
         ValueError: if there is none, or the arguments are out of range.
     """
-    times, length = ds["time"].to_numpy(), ds.sizes["time"]
+    length = ds.sizes["time"]
     if stride < 1 or horizon < 1:
         raise ValueError(f"expected a stride and a horizon of at least 1 step, got {stride} and {horizon}")
-    if start is None:
-        first = lookback
-    elif isinstance(start, (str, np.datetime64, pd.Timestamp)):
-        if times.dtype.kind != "M":
-            raise ValueError(f"start {start!r} is a date, the series counts integer steps; give a step number")
-        first = int(np.searchsorted(times, pd.Timestamp(start).to_datetime64()))
-    else:
-        first = int(start * length) if isinstance(start, float) and 0 <= start <= 1 else int(start)
+    first = lookback if start is None else cut_step("start", start, ds["time"].to_numpy())
     origins = range(max(first, lookback) - 1, length - horizon, stride)
-    if first < 0 or not origins:
+    if not origins:
         raise ValueError(
             f"no cutoff has {lookback} steps before and {horizon} behind it from start {start} on, in a series of "
             f"{length} steps; start earlier, or use a shorter horizon or a longer series"

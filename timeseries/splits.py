@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import datetime as dt
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ import xarray as xr
 
 from .freq import stamp
 
-Cut = int | float | str | np.datetime64 | pd.Timestamp
+Cut = int | float | str | np.datetime64 | dt.date
 
 ETT_BORDERS = (
     8640,
@@ -85,18 +87,14 @@ def _ends(times: np.ndarray, cuts: dict[str, Cut | None]) -> dict[str, int]:
     for name, cut in cuts.items():
         if cut is None:
             sizes[name], begin = None, None
-        elif isinstance(cut, (str, np.datetime64, pd.Timestamp)):
-            if times.dtype.kind != "M":
-                raise ValueError(
-                    f"{name}={cut!r} is a date, the series counts integer steps; give a count or a fraction."
-                )
-            end = int(np.searchsorted(times, pd.Timestamp(cut).to_datetime64()))
+        elif is_date(cut):
+            end = cut_step(name, cut, times)
             if begin is None:  # the rest lies between the part before and this one, whose size then says nothing
                 raise ValueError(f"{name}={cut!r} is a date behind a part without a size; give that part a date too.")
             sizes[name] = end - begin
             begin = end
         else:
-            sizes[name] = _count(name, cut, length)
+            sizes[name] = cut_step(name, cut, times)
             begin = None if begin is None else begin + sizes[name]  # type: ignore[operator]
     known = sum(size for size in sizes.values() if size is not None)
     if known > length:
@@ -109,13 +107,28 @@ def _ends(times: np.ndarray, cuts: dict[str, Cut | None]) -> dict[str, int]:
     return ends
 
 
-def _count(name: str, cut: int | float, length: int) -> int:
-    if isinstance(cut, float):
-        if not 0.0 <= cut <= 1.0:
-            raise ValueError(
-                f"{name}={cut} is a fraction and must lie in [0, 1]; for a count of steps write an integer."
-            )
-        return int(cut * length + 1e-9)  # 0.29 * 100 is 28.999...
-    if cut < 0:
-        raise ValueError(f"{name}={cut} must not be negative.")
-    return int(cut)
+def is_date(cut: Any) -> bool:
+    """Whether a cut is a point in time rather than a number of steps."""
+    return isinstance(cut, (str, np.datetime64, dt.date))
+
+
+def cut_step(name: str, cut: Cut, times: np.ndarray) -> int:
+    """Steps that a cut counts: those before a date, a fraction of all rounded down, or the number itself.
+
+    Raises:
+        TypeError: for what is neither a date nor a number.
+        ValueError: for a date on integer times, a fraction outside [0, 1] and a negative count.
+    """
+    if is_date(cut):
+        if times.dtype.kind != "M":
+            raise ValueError(f"{name}={cut!r} is a date, the series counts integer steps; give a count or a fraction.")
+        return int(np.searchsorted(times, pd.Timestamp(cut).to_datetime64()))  # type: ignore[arg-type]
+    if isinstance(cut, bool) or not isinstance(cut, Real):
+        raise TypeError(f"{name} is {type(cut).__name__}, expected a count of steps, a fraction of them or a date.")
+    if isinstance(cut, Integral):
+        if cut < 0:
+            raise ValueError(f"{name}={cut} must not be negative.")
+        return int(cut)
+    if not 0.0 <= cut <= 1.0:
+        raise ValueError(f"{name}={cut} is a fraction and must lie in [0, 1]; for a count of steps write an integer.")
+    return int(float(cut) * len(times) + 1e-9)  # 0.29 * 100 is 28.999...

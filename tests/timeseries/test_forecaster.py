@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from datetime import date, datetime
 
 import numpy as np
 import pandas as pd
@@ -113,10 +114,24 @@ def test_backtest_does_not_see_the_future(data, fitted):
     assert not np.array_equal(other["mean"][:, 4], result["mean"][:, 4])
 
 
-@pytest.mark.parametrize("start", ["2024-01-15 00:00", 336, 336 / STEPS])
+@pytest.mark.parametrize(
+    "start", ["2024-01-15 00:00", datetime(2024, 1, 15), date(2024, 1, 15), 336, np.int32(336), 336 / STEPS]
+)
 def test_backtest_start_in_three_ways(data, fitted, start):
     result = fitted.backtest(data, start=start, progress=False)
     assert result["valid_time"].values[0, 0] == np.datetime64("2024-01-15T00:00")
+
+
+def test_backtest_start_counts_as_splits_do(data, fitted):
+    hundred = data.isel(time=slice(0, 100))  # 0.58 * 100 is 57.999...
+    assert fitted.backtest(hundred, start=0.58, progress=False)["valid_time"].values[0, 0] == data["time"].values[58]
+    assert fitted.backtest(data, start=np.float32(0.5), progress=False)["cutoff"].values[0] == data["time"].values[199]
+    with pytest.raises(ValueError, match=r"start=2\.5 is a fraction"):
+        fitted.backtest(data, start=2.5)
+    with pytest.raises(ValueError, match="start=-3 must not be negative"):
+        fitted.backtest(data, start=-3)
+    with pytest.raises(TypeError, match="start is list"):
+        fitted.backtest(data, start=[3])
 
 
 def test_backtest_without_start_begins_after_the_first_lookback(data, fitted):
@@ -193,6 +208,26 @@ def test_validation_set_of_its_own(data):
     part = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(data, 80, max_epochs=2, progress=False)
     np.testing.assert_allclose(own.history["val_mse"], part.history["val_mse"], rtol=1e-5)
     np.testing.assert_allclose(own.intervals["radius"], part.intervals["radius"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("val", [np.int64(80), np.float32(0.2), "2024-01-14 08:00", datetime(2024, 1, 14, 8)])
+def test_validation_part_in_several_ways(data, val):
+    part = Forecaster("ridge", LOOKBACK, HORIZON).fit(data, 80)
+    np.testing.assert_array_equal(Forecaster("ridge", LOOKBACK, HORIZON).fit(data, val).net.weight, part.net.weight)
+
+
+def test_validation_data_of_any_kind(tmp_path, data):
+    one = data.isel(series=0)
+    train, rest = one.isel(time=slice(0, 300)), one.isel(time=slice(264, None))
+    write_series(rest, tmp_path / "rest.nc")
+    expected = Forecaster("ridge", LOOKBACK, HORIZON).fit(train, rest).intervals
+    for val in (rest["target"], rest["target"].to_pandas(), tmp_path / "rest.nc", str(tmp_path / "rest.nc")):
+        assert Forecaster("ridge", LOOKBACK, HORIZON).fit(train, val).intervals == expected
+    for val in ([1, 2], True):
+        with pytest.raises(TypeError, match="Expected a pandas or polars frame"):
+            Forecaster("ridge", LOOKBACK, HORIZON).fit(train, val)
+    with pytest.raises(ValueError, match="validation would begin at 2025-01-01, behind the data"):
+        Forecaster("ridge", LOOKBACK, HORIZON).fit(train, "2025-01-01")
 
 
 def test_averaged_weights_and_other_schedules(data):
