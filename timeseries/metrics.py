@@ -20,6 +20,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from .schema import read_block
+
 Array = npt.NDArray[Any]
 Axis = int | tuple[int, ...] | None
 
@@ -148,11 +150,12 @@ def seasonal_errors(ds: xr.Dataset, season: int) -> dict[str, list[list[float | 
     Returns:
         {"seasonal_mae": ..., "seasonal_mse": ...}, tables of series by variate in target units; None where undefined.
     """
-    target = ds["target"].transpose("series", "time", "variate").to_numpy()
-    tables = {}
-    for name, power in (("seasonal_mae", 1), ("seasonal_mse", 2)):
-        values = seasonal_scale(target, season, axis=1, power=power)
-        tables[name] = [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+    tables: dict[str, list[list[float | None]]] = {"seasonal_mae": [], "seasonal_mse": []}
+    for series in range(ds.sizes.get("series", 1)):  # one at a time, so that a lazily opened file is never held whole
+        values = read_block(ds, "target", series)
+        for table, power in zip(tables.values(), (1, 2)):
+            scales = seasonal_scale(values, season, power=power)
+            table.append([float(scale) if np.isfinite(scale) else None for scale in scales])
     return tables
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from omnissm.timeseries import metrics
 
@@ -168,3 +169,13 @@ def test_error_sums_do_not_depend_on_the_batching():
     mean_of_means = np.mean([metrics.mse(target[p], forecast[p], mask[p]) for p in (slice(0, 1), slice(1, 10))])
     assert abs(mean_of_means - expected) > 1e-3  # which is what the sums are for
     assert math.isnan(metrics.ErrorSums().compute()["mae"])
+
+
+def test_seasonal_errors_know_what_was_observed_and_need_no_series():
+    values = np.array([1.0, 2, 4, 99, 5, 7, 6])[:, None]
+    seen = values != 99
+    ds = xr.Dataset({"target": (("time", "variate"), values), "observed": (("time", "variate"), seen)})
+    expected = {"seasonal_mae": [[1.5]], "seasonal_mse": [[2.5]]}  # steps of 1, 2, 2 and -1
+    assert metrics.seasonal_errors(ds, 1) == expected
+    panel = xr.concat([ds, ds.assign(target=2 * ds["target"])], "series")
+    assert metrics.seasonal_errors(panel, 1) == {"seasonal_mae": [[1.5], [3.0]], "seasonal_mse": [[2.5], [10.0]]}
