@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from .freq import base_step as median_step
 from .freq import to_offset
 
 PREFIX = "time:"  # marks the columns that come from here among the covariates
@@ -25,6 +26,11 @@ _BY_UNIT = {
     **dict.fromkeys(("h", "bh", "cbh"), tuple(_FEATURES)[1:]),
     **dict.fromkeys(("D", "B", "C"), tuple(_FEATURES)[2:]),
     "W": ("day_of_month", "day_of_year", "month"),
+}
+_MONTHS = {
+    **dict.fromkeys(("ME", "MS", "BME", "BMS", "CBME", "CBMS"), 1),
+    **dict.fromkeys(("QE", "QS", "BQE", "BQS"), 3),
+    **dict.fromkeys(("YE", "YS", "BYE", "BYS"), 12),
 }
 
 
@@ -64,14 +70,18 @@ def calendar_features(
 
 
 def fourier_features(
-    times: np.ndarray, periods: Sequence[float], step: float | None = None
+    times: np.ndarray, periods: Sequence[float], freq: str | int | None = None, base_step: float | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """sin and cos of 2 pi t / period, t in steps since 1970 or since integer 0, so that any cut of a series agrees.
+    """sin and cos of 2 pi t / period, t in steps since 1970 or since integer 0.
+
+    With `freq` or `base_step`, any cut of a series agrees. Months, quarters, years and business days are counted, so
+    that a period of 12 months is a year whatever their lengths.
 
     Args:
         times: datetime64 or integer times.
         periods: Periods in steps, positive.
-        step: Length of a step in nanoseconds or integers; the median difference when None.
+        freq: Frequency of the times.
+        base_step: Without `freq`, the length of a step in nanoseconds or integers; the median difference when None.
 
     Returns:
         Features (time, 2 * periods) float32 in [-1, 1], and their names.
@@ -79,21 +89,48 @@ def fourier_features(
     for period in periods:
         if not period > 0:
             raise ValueError(f"Fourier periods must be positive numbers of steps, got {period}.")
-    ticks = times.astype("datetime64[ns]").astype(np.int64) if times.dtype.kind == "M" else times.astype(np.int64)
-    if step is None:
-        step = float(np.median(np.diff(ticks))) if len(ticks) > 1 else 1.0
+    if isinstance(freq, str):
+        count, step = _count(times, freq)
+    else:
+        count = times.astype("datetime64[ns]").astype(np.int64) if times.dtype.kind == "M" else times.astype(np.int64)
+        step = freq or base_step or median_step(times)
     columns, names = [], []
     for period in periods:
-        phase = 2 * np.pi * ((ticks % (period * step)) / (period * step))
+        phase = 2 * np.pi * ((count % (period * step)) / (period * step))
         columns += [np.sin(phase), np.cos(phase)]
         names += [f"sin_{period:g}", f"cos_{period:g}"]
     return np.stack(columns, axis=1).astype(np.float32), names
 
 
+def _count(times: np.ndarray, freq: str) -> tuple[np.ndarray, float]:
+    """Integer position of each time, and how much of it a step of `freq` is."""
+    offset = to_offset(freq)
+    unit = offset.rule_code.split("-")[0]
+    months, stamps = times.astype("datetime64[M]").astype(np.int64), pd.DatetimeIndex(times)
+    if unit in _MONTHS:
+        return months, _MONTHS[unit] * offset.n
+    if unit in ("SMS", "SME"):  # the 1st, or the last day, and another day
+        return 2 * months + np.asarray(stamps.day > 1 if unit == "SMS" else stamps.day > 27), offset.n
+    if unit in ("B", "C", "bh", "cbh"):
+        days = np.busday_count(np.datetime64("1970-01-01"), times.astype("datetime64[D]"))
+        return (days if unit in ("B", "C") else 8 * days + np.asarray(stamps.hour) - 9), offset.n  # 9 to 17 o'clock
+    grid = pd.date_range("1970-01-05", periods=241, freq=offset.base).to_numpy().astype("datetime64[ns]")
+    mean = (grid[-1] - grid[0]).astype(np.int64) / 240  # exact for what has a fixed length
+    return times.astype("datetime64[ns]").astype(np.int64), float(mean) * offset.n
+
+
 def add_time_features(
-    ds: xr.Dataset, *, calendar: bool = True, fourier: Sequence[float] = (), zone: str | None = None
+    ds: xr.Dataset,
+    *,
+    calendar: bool = True,
+    fourier: Sequence[float] = (),
+    zone: str | None = None,
+    base_step: float | None = None,
 ) -> xr.Dataset:
-    """Append calendar and Fourier features to the variable `future` of a canonical Dataset."""
+    """Append calendar and Fourier features to the variable `future` of a canonical Dataset.
+
+    Its attribute `freq` decides which vary, and how steps are counted; without one they are counted in `base_step`.
+    """
     times, freq = ds["time"].to_numpy(), ds.attrs.get("freq")
     columns, names = [], []
     if calendar:
@@ -101,7 +138,7 @@ def add_time_features(
         columns.append(values)
         names += found
     if fourier:
-        values, found = fourier_features(times, fourier)
+        values, found = fourier_features(times, fourier, freq, base_step)
         columns.append(values)
         names += found
     shape = (ds.sizes["series"], ds.sizes["time"], len(names))

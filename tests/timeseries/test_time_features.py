@@ -70,3 +70,21 @@ def test_added_features_are_known_in_advance_and_join_given_ones():
     both = add_time_features(given, calendar=True, fourier=[24])
     assert both["future_feature"].to_numpy()[0] == "x"
     np.testing.assert_array_equal(both["future"].to_numpy()[..., 1:], out["future"].to_numpy())
+
+
+@pytest.mark.parametrize(
+    ("freq", "period"), [("ME", 12), ("2MS", 6), ("QE", 4), ("B", 5), ("bh", 8), ("SME", 24), ("W-TUE", 52), ("h", 24)]
+)
+def test_fourier_counts_steps_of_the_frequency_whatever_the_cut(freq, period):
+    times = pd.date_range("1969-06-01", periods=300, freq=freq).to_numpy()
+    values, _ = fourier_features(times, [period], freq)
+    steps = np.arange(len(times)) + np.arctan2(*values[0]) * period / (2 * np.pi)
+    np.testing.assert_allclose(values[:, 0], np.sin(2 * np.pi * steps / period), atol=1e-4)
+    np.testing.assert_array_equal(fourier_features(times[40:43], [period], freq)[0], values[40:43])
+
+
+def test_fourier_of_irregular_times_counts_the_given_step():
+    times = np.array([0, 1, 2, 3, 10, 20])
+    values, _ = fourier_features(times, [4], base_step=2.0)
+    np.testing.assert_allclose(values[:, 0], np.sin(2 * np.pi * times / 8), atol=1e-6)
+    np.testing.assert_array_equal(fourier_features(times[3:], [4], base_step=2.0)[0], values[3:])
