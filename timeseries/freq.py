@@ -57,6 +57,23 @@ def to_offset(freq: str) -> pd.offsets.BaseOffset:
     return offset
 
 
+def same_freq(one: str | int, other: str | int) -> bool:
+    """Whether two spellings mean the same steps, as "60min" and "h", or "24h" and "D" do."""
+    one, other = normalize_freq(one), normalize_freq(other)
+    if one == other or isinstance(one, int) or isinstance(other, int):
+        return one == other
+    lengths = [fixed_step(freq) for freq in (one, other)]
+    return lengths[0] is not None and lengths[0] == lengths[1]
+
+
+def fixed_step(freq: str) -> int | None:
+    """Nanoseconds of a step of fixed length, a day at most as unit; None for weeks, months and business days."""
+    offset = to_offset(freq)
+    if offset.rule_code == "D":
+        return offset.n * 86_400_000_000_000
+    return int(offset.nanos) if isinstance(offset, pd.offsets.Tick) else None
+
+
 def step_times(start: np.datetime64 | int, periods: int, freq: str | int) -> np.ndarray:
     """`periods` times from `start` on, the first being `start` itself if it lies on `freq`."""
     freq = normalize_freq(freq)

@@ -19,7 +19,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from .conformal import interval_levels
-from .freq import infer_freq, normalize_freq
+from .freq import infer_freq, normalize_freq, same_freq
 from .scaling import Scaler
 from .schema import canonical, extend, validate
 from .time_features import add_time_features
@@ -133,7 +133,7 @@ def prepare(data: xr.Dataset, state: dict[str, Any]) -> xr.Dataset:
     freq, found = state["freq"], ds.attrs.get("freq")
     if freq is not None:
         found = infer_freq(ds["time"].to_numpy()) if found is None else found
-        if found is None or normalize_freq(found) != normalize_freq(freq):
+        if found is None or not same_freq(found, freq):
             got = "irregular times" if found is None else repr(found)
             raise ValueError(
                 f"the model was trained on data of freq {freq!r}, got {got}; "
@@ -159,10 +159,11 @@ def create_windows(
         width: Steps of the target part of a window.
         stride: Steps from window to window.
     """
-    features = state["time_features"]
+    features, base_step = state["time_features"], state.get("base_step")
     scaler, covariate_scalers = _scalers(ds, state)
+    ds = ds.assign_attrs(freq=state["freq"])  # features and gaps as in training, however regular these times are
     if features["calendar"] or features["fourier"]:
-        ds = add_time_features(ds, **features)
+        ds = add_time_features(ds, **features, base_step=base_step)
     windows = Windows(
         ds,
         state["lookback"],
@@ -170,6 +171,7 @@ def create_windows(
         targets=targets,
         stride=stride,
         fill=state["fill"],
+        base_step=base_step,
         scaler=scaler,
         covariate_scalers=covariate_scalers,
     )

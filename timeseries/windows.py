@@ -64,6 +64,9 @@ class Windows(Dataset[WindowBatch]):
         covariate_scalers: Fitted scalers of "past" and "future".
         drop_incomplete: Leave out windows with any missing input or target.
         min_observed: Leave out windows whose share of observed targets is smaller.
+        base_step: What `time_gap` counts in, nanoseconds or integers; pass that of the training data, so that a model
+            reads the same elapsed time everywhere. None takes the median step of each Dataset, and no gaps where times
+            are regular.
         lazy: Read every window from an opened file instead of holding the array; for files larger than memory.
 
     Raises:
@@ -83,6 +86,7 @@ class Windows(Dataset[WindowBatch]):
         covariate_scalers: dict[str, Scaler] | None = None,
         drop_incomplete: bool = False,
         min_observed: float = 0.0,
+        base_step: float | None = None,
         lazy: bool = False,
     ) -> None:
         for name, number in (("lookback", lookback), ("horizon", horizon), ("stride", stride)):
@@ -97,7 +101,7 @@ class Windows(Dataset[WindowBatch]):
             raise ValueError("Expected at least one Dataset, got an empty list.")
         ranges = [targets] * len(datasets) if targets is None or isinstance(targets, range) else list(targets)
         self.lookback, self.horizon, self.stride, self.fill, self.scaler = lookback, horizon, stride, fill, scaler
-        self.covariate_scalers = covariate_scalers or {}
+        self.covariate_scalers, self.base_step = covariate_scalers or {}, base_step
         self._panels = [_Panel(ds, span, self, lazy) for ds, span in zip(datasets, ranges, strict=True)]
         self.variates = self._panels[0].variates
         for panel in self._panels[1:]:
@@ -247,7 +251,7 @@ class _Panel:
         self.variables = [name for name in ("target", *COVARIATES) if name in ds]
         self.arrays = None if lazy else {name: self.source[name].to_numpy() for name in self.variables}
         self.static = self._static()
-        self.gaps = self._gaps(ds.attrs.get("freq"))
+        self.gaps = self._gaps(ds.attrs.get("freq"), windows.base_step)
         span = range(self.length) if targets is None else targets
         if span.step != 1 or span.start < 0 or span.stop > self.length:
             raise ValueError(f"targets must be a range of steps within 0..{self.length}, got {span}.")
@@ -281,14 +285,14 @@ class _Panel:
         ordered = array.transpose(*(dim for dim in ("series", "variate") if dim in array.dims), "static_feature")
         return np.nan_to_num(np.broadcast_to(ordered.to_numpy().astype(np.float32)[*kept], shape))
 
-    def _gaps(self, freq: str | int | None) -> np.ndarray | None:
-        """Elapsed time since the preceding step in base steps; None when times are regular."""
-        if freq is not None or self.length < 2:
-            return None
+    def _gaps(self, freq: str | int | None, unit: float | None) -> np.ndarray | None:
+        """Elapsed time since the preceding step in base steps; None when no base is given and times are regular."""
         steps = np.diff(self.times).astype(np.float64)
-        if (steps == steps[0]).all():
-            return None
-        return np.concatenate([[1.0], steps / base_step(self.times)]).astype(np.float32)
+        if unit is None:
+            if freq is not None or self.length < 2 or (steps == steps[0]).all():
+                return None
+            unit = base_step(self.times)
+        return np.concatenate([[1.0], steps / unit]).astype(np.float32)
 
 
 def forward_fill(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

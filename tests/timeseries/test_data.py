@@ -10,6 +10,8 @@ from omnissm.timeseries.data import ETT, NetCDF, NYCWeather, Synthetic, Table
 from omnissm.timeseries.data.nyc_weather import read_nyc_weather
 from omnissm.timeseries.data.synthetic import KINDS, create_synthetic
 from omnissm.timeseries.files import write_series
+from omnissm.timeseries.frames import from_numpy
+from omnissm.timeseries.rollout import create_windows, prepare
 from omnissm.timeseries.scaling import Scaler
 from omnissm.timeseries.schema import canonical, validate
 from omnissm.timeseries.windows import WindowBatch, Windows
@@ -245,6 +247,7 @@ def test_files_in_memory_and_lazily_give_the_same_batches(tmp_path, suffix):
     eager, lazy = (NetCDF(path, lazy=lazy, lookback=24, horizon=12, min_observed=0.5) for lazy in (False, True))
     assert eager.n_variates == lazy.n_variates == 4
     assert eager.state() == lazy.state()
+    assert None not in eager.state()["seasonal_errors"]["seasonal_mae"][1]
     for a, b in zip(eager.windows("train").get_batch([3, 9, 200]), lazy.windows("train").get_batch([3, 9, 200])):
         assert a is b is None or torch.equal(a, b)
     with pytest.raises(ValueError, match="lazy=True cannot add"):
@@ -283,3 +286,41 @@ def test_windows_come_without_lightning():
         "import sys, omnissm.timeseries.windows, omnissm.timeseries.files; sys.exit('pytorch_lightning' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _stored_without_freq(tmp_path) -> str:
+    ds = create_synthetic(length=200)
+    del ds.attrs["freq"]
+    return str(write_series(ds, tmp_path / "plain.nc"))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_file_without_freq_has_the_one_its_times_follow(tmp_path, lazy):
+    data = NetCDF(_stored_without_freq(tmp_path), lazy=lazy, lookback=24, horizon=12)
+    assert (data.freq, data.season, data.state()["base_step"]) == ("h", 24, None)
+    assert data.windows("train")[0].time_gap is None
+
+
+def test_features_of_new_data_follow_the_frequency_of_the_training_data(tmp_path):
+    data = NetCDF(_stored_without_freq(tmp_path), lookback=24, horizon=12, calendar=True)
+    state = data.state()
+    for freq, model in (("60min", "h"), (None, "h"), ("h", None)):
+        ds = prepare(data.read().assign_attrs(freq=freq), {**state, "freq": model})
+        future = create_windows(ds, {**state, "freq": model}, range(200), 12)[0][0].future
+        assert len(future) == (6 if model is None else 5)
+
+
+def test_elapsed_time_is_counted_in_the_step_of_the_training_data_everywhere():
+    class Irregular(Synthetic):
+        def read(self) -> xr.Dataset:
+            times = np.datetime64("2020-01-01", "ns") + np.cumsum([1, 1, 1, 2] * 80).astype("timedelta64[h]")
+            return from_numpy(np.random.default_rng(0).normal(size=(320, 1)), times=times, variates=["a"])
+
+    data = Irregular(lookback=8, horizon=4, fourier=[6])
+    state = json.loads(json.dumps(data.state()))
+    assert (state["freq"], state["base_step"]) == (None, 3600e9)
+    assert data.windows("train")[0].time_gap.tolist() == [1, 1, 1, 2, 1, 1, 1, 2]
+    slow = from_numpy(np.zeros((20, 1)), start="2021-01-01", freq="6h", variates=["a"])
+    batch = create_windows(prepare(slow, state), state, range(20), 4)[0][0]
+    assert batch.time_gap.tolist() == [1] + [6] * 7
+    assert torch.allclose(batch.future, batch.future[:, :1], atol=1e-5)  # a period is 6 h, so is each step here

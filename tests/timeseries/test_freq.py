@@ -7,6 +7,7 @@ from omnissm.timeseries.freq import (
     check_times,
     infer_freq,
     normalize_freq,
+    same_freq,
     season_length,
     stamp,
     step_times,
@@ -102,3 +103,10 @@ def test_stamp_is_short_and_exact():
     assert stamp(np.datetime64("2013-02-03T04:00")) == "2013-02-03 04:00"
     assert stamp(np.datetime64("2013-02-03T04:00:07")) == "2013-02-03 04:00:07"
     assert stamp(np.int64(7)) == "7"
+
+
+def test_spellings_of_the_same_steps():
+    for one, other in (("60min", "h"), ("H", "h"), ("24h", "D"), (2, 2), ("ME", "M")):
+        assert same_freq(one, other)
+    for one, other in (("30min", "h"), ("ME", "MS"), ("W-SUN", "W-MON"), (1, 2), (1, "h")):
+        assert not same_freq(one, other)

@@ -201,6 +201,11 @@ def test_time_gap_counts_base_steps_between_irregular_times():
     assert Windows(counting(), 4, 1)[0].time_gap is None
 
 
+def test_time_gap_counts_a_given_step_even_between_regular_times():
+    regular = from_numpy(np.zeros((7, 1)), start="2020-01-01", freq="6h")
+    assert Windows(regular, 4, 1, base_step=3600e9)[0].time_gap.tolist() == [1, 6, 6, 6]
+
+
 def test_lazy_windows_equal_those_in_memory(tmp_path):
     ds = canonical(counting(2, 50, 3))
     holes = np.random.default_rng(0).random(ds["target"].shape) < 0.2

@@ -11,7 +11,7 @@ import xarray as xr
 from torch.utils.data import DataLoader
 
 from ...ssmcore.training import SSMData
-from ..freq import normalize_freq, season_length
+from ..freq import base_step, infer_freq, normalize_freq, season_length
 from ..metrics import seasonal_errors
 from ..scaling import Scaler, create_scaler
 from ..schema import COVARIATES, SCHEMA_VERSION, canonical, validate
@@ -88,18 +88,22 @@ class ForecastingData(SSMData):
 
     @abstractmethod
     def read(self) -> xr.Dataset:
-        """The whole data set in the schema, with attribute `freq`."""
+        """The whole data set in the schema; without attribute `freq` it has the one that its times follow exactly."""
 
     @cached_property
     def dataset(self) -> xr.Dataset:
         """The whole data set in canonical form, with the time features asked for; read at first use."""
         ds = self.read()
         validate(ds)
+        if ds.attrs.get("freq") is None and (freq := infer_freq(ds["time"].to_numpy())) is not None:
+            ds = ds.assign_attrs(freq=freq)
         if self.lazy:
             return ds
         ds = canonical(ds)
         if self.calendar or self.fourier:
-            ds = add_time_features(ds, calendar=self.calendar, fourier=self.fourier, zone=self.time_zone)
+            ds = add_time_features(
+                ds, calendar=self.calendar, fourier=self.fourier, zone=self.time_zone, base_step=_base_step(ds)
+            )
         return ds
 
     @property
@@ -123,6 +127,11 @@ class ForecastingData(SSMData):
         """Frequency of the series; None when irregular."""
         freq = self.dataset.attrs.get("freq")
         return None if freq is None else normalize_freq(freq)
+
+    @property
+    def base_step(self) -> float | None:
+        """Median step of irregular times, nanoseconds or integers, that gaps and Fourier periods are counted in."""
+        return _base_step(self.dataset)
 
     @property
     def season(self) -> int:
@@ -174,6 +183,7 @@ class ForecastingData(SSMData):
                 stride=self.stride if training else 1,
                 fill=self.fill,
                 lazy=self.lazy,
+                base_step=self.base_step,
                 scaler=self.scaler,
                 covariate_scalers=self.covariate_scalers,
                 min_observed=self.min_observed if training else 0.0,
@@ -212,6 +222,7 @@ class ForecastingData(SSMData):
             "variates": self.variates,
             "series": self.scaler.series,
             "freq": self.freq,
+            "base_step": self.base_step,
             "season": self.season,
             "fill": self.fill,
             "seasonal_errors": seasonal_errors(self._fitted(), self.season),
@@ -219,3 +230,7 @@ class ForecastingData(SSMData):
             "covariate_scalers": {name: scaler.to_dict() for name, scaler in self.covariate_scalers.items()},
             "time_features": {"calendar": self.calendar, "fourier": list(self.fourier), "zone": self.time_zone},
         }
+
+
+def _base_step(ds: xr.Dataset) -> float | None:
+    return base_step(ds["time"].to_numpy()) if ds.attrs.get("freq") is None else None
