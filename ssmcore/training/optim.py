@@ -6,6 +6,7 @@ time constants and scales rather than complexity. Source: Gu & Dao (2023), secti
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ OptimizerCallable = Callable[[Iterable], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 OWN_LR = 1e-3
+log = logging.getLogger(__name__)
 _NO_DECAY = re.compile(r"(A\d*_log|D|dt\d*_bias|theta\d*|[BCz]_bias|init_states|mimo_.*|.*bias)$")
 
 
@@ -129,9 +131,28 @@ class WarmupCosine(LRScheduler):
         """Fix the plan's length where the constructor has left it open, and apply it to the present step."""
         if self.total_steps is None:
             self.total_steps = total_steps
-            for group, rate in zip(self.optimizer.param_groups, self.get_lr()):
-                group["lr"] = rate
-            self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            self._apply()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved step; where this run is planned for another length than the saved one, by its plan."""
+        planned = self.total_steps
+        super().load_state_dict(state_dict)
+        saved = self.total_steps
+        if planned is not None and planned != saved:
+            self.total_steps = planned
+            self._apply()
+            log.warning(
+                "The learning rate was planned for %s steps and now for %d: at step %d it moves to the new plan.",
+                saved,
+                planned,
+                self.last_epoch,
+            )
+
+    def _apply(self) -> None:
+        """Set the rates of the present step."""
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr()):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def get_lr(self) -> list[Any]:
         """Rates of the present step, one per group, without recursion: a resumed run needs no history."""

@@ -22,7 +22,8 @@ from torch import Tensor
 from .checkpoints import write_atomic
 from .task import SSMTask
 
-_COMPARED = ("model", "data", "seed_everything")
+_TRAINER = ("accumulate_grad_batches", "callbacks", "gradient_clip_algorithm", "gradient_clip_val", "precision")
+_COMPARED = ("model", "data", "seed_everything", *(f"trainer.{option}" for option in _TRAINER))
 _FILES = ("config.yaml", "metrics.json", "predictions.safetensors")
 
 
@@ -96,7 +97,8 @@ class Run:
 
         Args:
             config: Text of config.yaml.
-            resume: Go on with what is there; its configuration must be the same in model, data and seed.
+            resume: Go on with what is there; its configuration must be the same in model, data, seed, and the
+                trainer's callbacks, clipping, accumulation and precision.
             overwrite: Replace what is there.
 
         Raises:
@@ -142,7 +144,7 @@ class Run:
             self.folder.rmdir()
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        before, now = ({k: v for part in _COMPARED for k, v in _flat(part, c.get(part))} for c in (old, new))
+        before, now = ({k: v for part in _COMPARED for k, v in _flat(part, _at(c, part))} for c in (old, new))
         keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if keys:
             shown = "; ".join(f"{key} is {now.get(key)!r}, was {before.get(key)!r}" for key in keys[:3])
@@ -221,6 +223,13 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
 def folder_of(name: str) -> Path:
     """Folder of a run's name: below runs/, or the path itself where it has a slash."""
     return Path(name) if "/" in name else Path("runs") / name
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _flat(key: str, value: Any) -> list[tuple[str, Any]]:

@@ -33,12 +33,15 @@ STOPPING = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", 
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path, monkeypatch):
-    """Every test in a folder of its own with line.yaml and ema.yaml, the tiny task importable."""
+    """Every test in a folder of its own with line.yaml, ema.yaml and cosine.yaml, the tiny task importable."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(HERE))
+    cosine = {"class_path": "omnissm.ssmcore.training.WarmupCosine", "init_args": {"warmup": 0.2}}
     averaged = {**CONFIG, "trainer": {**CONFIG["trainer"], "callbacks": [EMA, STOPPING]}}
     Path("line.yaml").write_text(yaml.safe_dump(CONFIG))
     Path("ema.yaml").write_text(yaml.safe_dump(averaged))
+    planned = {**averaged["model"], "init_args": {**averaged["model"]["init_args"], "lr_scheduler": cosine}}
+    Path("cosine.yaml").write_text(yaml.safe_dump({**averaged, "model": planned}))
 
 
 def run(*words, verb="fit"):
@@ -119,6 +122,18 @@ def test_resume_from_the_end_trains_on_as_one_run(workers):
     assert rows("whole") == rows("parts")
 
 
+def test_resume_for_more_epochs_plans_the_schedule_anew(caplog):
+    for name in ("whole", "parts"):
+        run("-c", "cosine.yaml", "--run", name, "--trainer.max_epochs", 3 if name == "whole" else 1)
+    assert checkpoint("parts")["optimizer_states"][0]["param_groups"][0]["lr"] == 0
+    run("-c", "cosine.yaml", "--run", "parts", "--resume")
+    assert "planned for 6 steps and now for 18: at step 6" in caplog.text
+    tables = [read_metrics(f"runs/{name}").set_index("step") for name in ("whole", "parts")]
+    whole, parts = (table["lr-AdamW/pg1"].dropna() for table in tables)
+    assert whole.iloc[-1] > 0
+    assert dict(parts[parts.index >= 6]) == pytest.approx(dict(whole[whole.index >= 6]))
+
+
 def test_resume_of_a_finished_run_changes_nothing():
     run("-c", "line.yaml")
     before, metrics = checkpoint("line")["state_dict"], rows("line")
@@ -133,13 +148,21 @@ def test_resume_refuses_another_configuration():
     run("-c", "line.yaml", "--trainer.max_epochs", 1)
     with pytest.raises(ValueError, match=r"data.init_args.batch_size is 4, was 8.*--init_from"):
         run("-c", "line.yaml", "--resume", "--data.init_args.batch_size", 4)
+    with pytest.raises(ValueError, match=r"seed_everything is 1, was 0"):
+        run("-c", "line.yaml", "--resume", "--seed_everything", 1)
+    with pytest.raises(ValueError, match=r"trainer.gradient_clip_val is 0.5, was None"):
+        run("-c", "line.yaml", "--resume", "--trainer.gradient_clip_val", 0.5)
+    with pytest.raises(ValueError, match=r"trainer.accumulate_grad_batches is 2, was 1"):
+        run("-c", "line.yaml", "--resume", "--trainer.accumulate_grad_batches", 2)
+    with pytest.raises(ValueError, match=r"trainer.callbacks is \[.*EMA.*\], was None"):
+        run("-c", "ema.yaml", "--run", "line", "--resume")
     with pytest.raises(FileNotFoundError, match=r"Nothing to resume: runs/other/config.yaml"):
         run("-c", "line.yaml", "--resume", "--run", "other")
 
 
 def test_killed_run_resumes_to_the_same_end():
-    run("-c", "ema.yaml", "--run", "whole")
-    killed = start("-c", "ema.yaml", "--run", "killed", KILL_AT_STEP="9")
+    run("-c", "cosine.yaml", "--run", "whole")
+    killed = start("-c", "cosine.yaml", "--run", "killed", KILL_AT_STEP="9")
     assert killed.returncode == -9
     assert checkpoint("killed")["global_step"] == 6
     run("--run", "killed", "--resume")  # reads the run's own config.yaml
@@ -179,7 +202,7 @@ def test_seed_of_the_run_changes_weights_and_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["line.yaml", "ema.yaml"])
+@pytest.mark.parametrize("config", ["line.yaml", "cosine.yaml"])
 def test_killed_at_any_step_resumes_to_the_same_end(config):
     run("-c", config, "--run", "whole")
     for step in (0, 5, 6, 17):

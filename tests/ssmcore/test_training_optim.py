@@ -133,6 +133,25 @@ def test_schedule_continues_from_its_state(create):
     assert rates(scheduler, optimizer, 5) == pytest.approx(whole[4:])
 
 
+def test_warmup_cosine_of_another_length_goes_on_by_the_new_plan(caplog):
+    optimizer = one_parameter()
+    scheduler = WarmupCosine(optimizer)
+    scheduler.set_total_steps(20)
+    whole = rates(scheduler, optimizer, 20)
+    optimizer = one_parameter()
+    scheduler = WarmupCosine(optimizer)
+    scheduler.set_total_steps(8)
+    rates(scheduler, optimizer, 8)  # down to zero
+    longer = one_parameter()
+    resumed = WarmupCosine(longer)
+    resumed.set_total_steps(20)
+    longer.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(scheduler.state_dict())
+    assert resumed.get_last_lr() == pytest.approx([whole[8]])
+    assert rates(resumed, longer, 12) == pytest.approx(whole[8:])
+    assert "planned for 8 steps and now for 20: at step 8" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("create", "message"),
     [
