@@ -83,11 +83,6 @@ def run_cli(argv: Sequence[str], verb: str, domain: str) -> int:
     return 0
 
 
-def lightning_verb(verb: str, domain: str) -> Callable[[Sequence[str]], int]:
-    """The verb as a function of its command-line words."""
-    return lambda argv: run_cli(argv, verb, domain)
-
-
 def quiet() -> None:
     """Silence messages of the trainer that say nothing about the user's run, unless debug logs are on."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they speak to callers of its interface

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -69,7 +70,10 @@ class Run:
 
     @staticmethod
     def add_config(argv: Sequence[str], verb: str) -> list[str]:
-        """Arguments with `-c FOLDER/config.yaml` in front, where only a run or a checkpoint of one is named."""
+        """Arguments with `-c FOLDER/config.yaml` in front, where only a run or a checkpoint of one is named.
+
+        With a checkpoint also `--run FOLDER`: the folder may have moved since its configuration has named it.
+        """
         words = list(argv)
         if any(word.partition("=")[0] in ("-c", "--config", "-h", "--help") for word in words):
             return words
@@ -84,7 +88,8 @@ class Run:
         known = folder is not None and (folder / "config.yaml").is_file()
         if folder is None or not known or (verb == "fit" and "--resume" not in words):
             return words
-        return ["-c", str(folder / "config.yaml"), *words]
+        named = [] if "--run" in values else ["--run", os.path.join(os.curdir, folder)]  # a path, so with a slash
+        return ["-c", str(folder / "config.yaml"), *named, *words]
 
     @property
     def checkpoints(self) -> Path:

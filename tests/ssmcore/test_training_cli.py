@@ -254,6 +254,15 @@ def test_test_and_validate_write_metrics(capsys):
     assert "test/loss" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", ["moved", "moved/checkpoints/best.ckpt"])
+def test_metrics_go_into_the_folder_of_the_checkpoint(path):
+    run("-c", "line.yaml", "--trainer.max_epochs", 1)
+    Path("runs/line").rename("moved")
+    run("--ckpt_path", path, verb="test")
+    assert "test/loss" in json.loads(Path("moved/metrics.json").read_text())["metrics"]
+    assert not list(Path("runs").iterdir())
+
+
 def test_test_without_a_fit():
     with pytest.raises(FileNotFoundError, match=r"runs/line.*Run `fit` first.*--ckpt_path"):
         run("-c", "line.yaml", verb="test")
