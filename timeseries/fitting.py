@@ -81,7 +81,7 @@ class BestEpoch(pl.Callback):
     """Keep a history and the weights with the least validation loss; stop when it no longer falls.
 
     Args:
-        patience: Stop after so many epochs without improvement; None never does.
+        patience: Stop at a validation so many epochs after the best one, if it is no better; None never does.
         advance: Called after each step, and with a text after each epoch.
     """
 
@@ -89,8 +89,8 @@ class BestEpoch(pl.Callback):
         self.patience, self.advance = patience, advance
         self.rows: list[dict[str, float]] = []
         self.weights: dict[str, torch.Tensor] = {}
-        self._candidate: dict[str, torch.Tensor] = {}
-        self._least, self._waited, self._begin = float("inf"), 0, 0.0
+        self._candidate: dict[str, torch.Tensor] | None = None  # of this epoch's validation
+        self._least, self._best_epoch, self._begin = float("inf"), -1, 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -105,21 +105,24 @@ class BestEpoch(pl.Callback):
         self._candidate = {key: t.detach().cpu().clone() for key, t in pl_module.state_dict().items()}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the epoch; validation has run by now."""
-        logged = {key.replace("/", "_"): float(value) for key, value in trainer.callback_metrics.items()}
+        """Note the epoch; its validation has run by now, if it has one. Earlier ones stay in the trainer's metrics."""
+        candidate, self._candidate = self._candidate, None
+        logged = {
+            key.replace("/", "_"): float(value)
+            for key, value in trainer.callback_metrics.items()
+            if candidate is not None or not key.startswith("val/")
+        }
         row = {"epoch": trainer.current_epoch, **logged, "seconds": time.perf_counter() - self._begin}
         self.rows.append(row)
         loss = row.get("val_loss")
-        if loss is None:
+        if loss is None or candidate is None:
             self.advance(0, f"epoch {trainer.current_epoch + 1}")
             return
         self.advance(0, f"epoch {trainer.current_epoch + 1}: validation loss {loss:.4f}")
         if loss < self._least:
-            self._least, self._waited = loss, 0
-            self.weights = self._candidate
-            return
-        self._waited += 1
-        if self.patience is not None and self._waited >= self.patience:
+            self._least, self._best_epoch = loss, trainer.current_epoch
+            self.weights = candidate
+        elif self.patience is not None and trainer.current_epoch - self._best_epoch >= self.patience:
             trainer.should_stop = True
 
 
