@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -62,13 +63,24 @@ class SSMTask(pl.LightningModule):
             self._sharded = True
 
     def configure_optimizers(self) -> Any:
-        """Optimiser over `param_groups`, and its schedule with the length of the planned run."""
+        """Optimiser over `param_groups`, and its schedule with the length of the planned run.
+
+        Raises:
+            ValueError: if the schedule needs that length and the run has none.
+        """
         optimizer = create_optimizer(self, self.optimizer)
         if optimizer is None or self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if hasattr(scheduler, "set_total_steps"):
-            scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+            steps = self.trainer.estimated_stepping_batches
+            if math.isfinite(steps):
+                scheduler.set_total_steps(int(steps))
+            elif getattr(scheduler, "total_steps", None) is None:
+                raise ValueError(
+                    f"{type(scheduler).__name__} plans the rate over the whole run, and this run has no end."
+                    " Set trainer.max_epochs or trainer.max_steps, or the schedule's total_steps."
+                )
         plan: dict[str, Any] = {"scheduler": scheduler, "interval": getattr(scheduler, "interval", "epoch")}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             plan["monitor"] = getattr(scheduler, "monitor", "val/loss")

@@ -55,6 +55,15 @@ def test_schedule_knows_the_planned_steps(tmp_path):
     assert scheduler.get_last_lr() == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
+def test_planned_schedule_of_an_endless_run_is_refused(tmp_path):
+    endless = {"max_epochs": -1, "max_time": {"seconds": 0}}
+    with pytest.raises(ValueError, match=r"WarmupCosine plans.*no end. Set trainer.max_epochs or .*total_steps"):
+        trainer(tmp_path, **endless).fit(Mean(lr_scheduler=WarmupCosine), Batches(torch.randn(8, 2)))
+    task = Mean(lr_scheduler=lambda optimizer: WarmupCosine(optimizer, total_steps=7))
+    trainer(tmp_path, **endless).fit(task, Batches(torch.randn(8, 2)))
+    assert task.lr_schedulers().total_steps == 7
+
+
 def test_plateau_schedule_watches_the_monitored_metric(tmp_path):
     task = Mean(optimizer=sgd(), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
     run = trainer(tmp_path)
