@@ -112,6 +112,8 @@ def check_times(times: np.ndarray) -> None:
             f"Coordinate 'time' has dtype {times.dtype}, expected datetime64 or integers; convert it with "
             "pandas.to_datetime(..., utc=True)."
         )
+    if times.dtype.kind == "u" and (times > np.iinfo(np.int64).max).any():
+        raise ValueError(f"Coordinate 'time' holds {times.max()}, beyond int64; subtract an offset.")
     if times.size == 0:
         raise ValueError("The series has no time steps; expected at least one row.")
     if times.dtype.kind == "M" and np.isnat(times).any():

@@ -73,11 +73,13 @@ def _check_layout(ds: xr.Dataset) -> None:
                 f"Variable '{name}' has dtype {ds[name].dtype}, expected numbers; convert text with "
                 "pandas.to_numeric or drop those columns."
             )
-    if "static" in ds and (ds["static"].dtype.kind not in "fiub" or "static_feature" not in ds["static"].dims):
-        raise ValueError(
-            f"Variable 'static' is {ds['static'].dtype} with dimensions {ds['static'].dims}, expected numbers "
-            "over (series or variate, static_feature)."
-        )
+    if "static" in ds:
+        static, kind = set(ds["static"].dims), ds["static"].dtype.kind
+        if kind not in "fiub" or not {"static_feature"} <= static <= {"series", "variate", "static_feature"}:
+            raise ValueError(
+                f"Variable 'static' is {ds['static'].dtype} with dimensions {ds['static'].dims}, expected numbers "
+                "over (series or variate, static_feature)."
+            )
     if "time" not in ds.coords:
         raise ValueError("The Dataset has no coordinate 'time'; assign datetime64 stamps or integer steps to it.")
     for dim in ("series", "variate"):
@@ -142,12 +144,17 @@ def canonical(ds: xr.Dataset) -> xr.Dataset:
 
     `target` and covariates are float32; `target` is NaN exactly where `observed` is False; `observed` is always there,
     costs no memory when nothing is missing, and is read only. Names default to "0", "1", ...; times are in
-    nanoseconds. Arrays that already fit are not copied.
+    nanoseconds or int64. Arrays that already fit are not copied.
     """
     ds = ds if "series" in ds.dims else ds.expand_dims("series").assign_coords(series=["0"])
-    names: dict[str, Any] = {dim: [str(k) for k in range(ds.sizes[dim])] for dim in DIMS[::2] if dim not in ds.coords}
-    if ds["time"].dtype.kind == "M":
-        names["time"] = ds["time"].to_numpy().astype("datetime64[ns]")
+    named = (*DIMS[::2], *COVARIATES.values())
+    names: dict[str, Any] = {
+        dim: [str(k) for k in range(ds.sizes[dim])] for dim in named if dim in ds.dims and dim not in ds.coords
+    }
+    times = ds["time"].to_numpy()
+    wanted = np.dtype("datetime64[ns]" if times.dtype.kind == "M" else np.int64)
+    if times.dtype != wanted:
+        names["time"] = times.astype(wanted)
     ds = ds.assign_coords(names)
     target = _ordered(ds, "target", DIMS, np.float32)
     observed = _observed(target)
@@ -174,6 +181,11 @@ def _ordered(ds: xr.Dataset, name: str, dims: tuple[str, ...], dtype: type) -> n
     """A variable with exactly these dimensions, contiguous; repeated for every series if it has no `series`."""
     array = ds[name] if "series" in ds[name].dims else ds[name].expand_dims(series=ds["series"])
     return np.ascontiguousarray(array.transpose(*dims).to_numpy(), dtype=dtype)
+
+
+def observed_target(ds: xr.Dataset) -> xr.DataArray:
+    """The target with NaN where `observed` says that nothing was."""
+    return ds["target"].where(ds["observed"]) if "observed" in ds else ds["target"]
 
 
 def read_block(ds: xr.Dataset, name: str, series: int, steps: slice = slice(None)) -> np.ndarray:
@@ -205,7 +217,8 @@ def regularize(
     Args:
         ds: Dataset with a `time` coordinate.
         freq: pandas alias or integer step of the grid, which starts at the first time.
-        duplicates: What to do with equal times: refuse, keep the first, or average observed values.
+        duplicates: What to do with equal times: refuse, keep the first, or average observed values; then flags
+            are set where any was, and whole numbers and text that are no series keep the first.
         gaps: "nan" inserts missing rows, "error" refuses gaps.
 
     Returns:
@@ -223,8 +236,7 @@ def regularize(
     ):
         if value not in known:
             raise ValueError(f"{option}={value!r} is unknown; expected one of {known}.")
-    if "observed" in ds:
-        ds = ds.assign(target=ds["target"].where(ds["observed"])).drop_vars("observed")
+    ds = ds.assign(target=observed_target(ds)).drop_vars("observed", errors="ignore")
     times = ds["time"].to_numpy()
     report = {"sorted": 0, "duplicates": 0, "inserted": 0}
     if (times[1:] < times[:-1]).any():
@@ -240,9 +252,10 @@ def regularize(
             )
         report["duplicates"] = len(repeated)
         if duplicates == "mean":
-            ds = ds.groupby("time").mean(skipna=True, keep_attrs=True)
-        else:
-            ds = ds.isel(time=np.setdiff1d(np.arange(len(times)), repeated))
+            merged = _merge(ds)
+        ds = ds.isel(time=np.setdiff1d(np.arange(len(times)), repeated))
+        if duplicates == "mean":
+            ds = ds.assign(merged)
         times = ds["time"].to_numpy()
     check_times(times)
     grid = _grid(times, freq)
@@ -264,6 +277,20 @@ def regularize(
     return ds.assign_attrs(freq=freq), report
 
 
+def _merge(ds: xr.Dataset) -> dict[str, xr.Variable]:
+    """One row for each time: the mean of covariates, targets and other fractions, and of flags whether any is set."""
+    merged = {}
+    for name, array in ds.data_vars.items():
+        if "time" not in array.dims:
+            continue
+        groups = array.groupby("time")
+        if array.dtype == bool:
+            merged[str(name)] = groups.any(keep_attrs=True).transpose(*array.dims).variable
+        elif array.dtype.kind == "f" or name in ("target", *COVARIATES):
+            merged[str(name)] = groups.mean(skipna=True, keep_attrs=True).transpose(*array.dims).variable
+    return merged
+
+
 def _reindex(ds: xr.Dataset, times: np.ndarray) -> xr.Dataset:
     """Missing rows are NaN in numbers and False in flags."""
     flags = {name: False for name, array in ds.variables.items() if array.dtype == bool}
@@ -280,13 +307,16 @@ def _grid(times: np.ndarray, freq: str | int) -> np.ndarray:
     return pd.date_range(times[0], times[-1], freq=freq).to_numpy().astype("datetime64[ns]")
 
 
-def extend(ds: xr.Dataset, steps: int, future: xr.Dataset | xr.DataArray | None = None) -> xr.Dataset:
+def extend(
+    ds: xr.Dataset, steps: int, future: xr.Dataset | xr.DataArray | None = None, *, check: bool = True
+) -> xr.Dataset:
     """Append `steps` times with missing targets, the place where forecasts go.
 
     Args:
         ds: Dataset with attribute `freq`; without it the median step is used.
         steps: Number of steps to append.
         future: Values of the future-known covariates for the appended times, where `ds` has a variable `future`.
+        check: Require these values at all appended times.
 
     Raises:
         ValueError: listing the stamps for which a future-known covariate is missing.
@@ -305,7 +335,8 @@ def extend(ds: xr.Dataset, steps: int, future: xr.Dataset | xr.DataArray | None 
         if future is not None:
             given = future["future"] if isinstance(future, xr.Dataset) else future
             longer["future"] = longer["future"].fillna(given.reindex(time=longer["time"]))
-        check_future(longer, slice(len(times), None))
+        if check:
+            check_future(longer, slice(len(times), None))
     return longer
 
 

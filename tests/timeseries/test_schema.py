@@ -168,3 +168,40 @@ def test_extend_asks_for_future_covariates_and_lists_missing_stamps(ds):
     longer = extend(ds, 2, future)
     assert longer["future"].to_numpy()[-3:, 0].tolist() == [1.0, 2.0, 3.0]
     check_future(longer)
+
+
+def test_canonical_names_features_and_counts_unsigned_times_in_int64(ds):
+    plain = ds.assign(future=(("time", "future_feature"), np.ones((30, 2))))
+    assert canonical(plain)["future_feature"].to_numpy().tolist() == ["0", "1"]
+    counted = canonical(from_numpy(np.ones((4, 1)), times=np.arange(4, dtype=np.uint64)))
+    assert extend(counted, 2)["time"].dtype == np.int64
+    with pytest.raises(ValueError, match="beyond int64"):
+        validate(from_numpy(np.ones((2, 1)), times=np.array([0, 2**63], np.uint64)))
+
+
+def test_regularize_averages_only_what_runs_over_time(ds):
+    flags = xr.DataArray(np.arange(30) == 5, dims="time")
+    whole = ds.assign(
+        label=flags,
+        kind=("time", np.arange(30)),
+        static=(("variate", "static_feature"), np.ones((3, 1))),
+    )
+    twice = xr.concat(
+        [whole, whole.assign(target=ds["target"] + 2, label=~flags).isel(time=[4, 5])], "time", data_vars="minimal"
+    )
+    out, report = regularize(twice, "h", duplicates="mean")
+    validate(out)
+    assert report["duplicates"] == 2
+    assert out["static"].dims == ("variate", "static_feature")
+    assert out["label"].dtype == bool
+    assert np.flatnonzero(out["label"]).tolist() == [4, 5]
+    assert out["kind"].to_numpy().tolist() == list(range(30))
+    assert out["target"].dims == ("time", "variate")
+    np.testing.assert_allclose(
+        out["target"][4:7] - ds["target"][4:7], np.array([[1.0], [1], [0]]) * np.ones(3), atol=1e-6
+    )
+
+
+def test_static_must_not_change_over_time(ds):
+    with pytest.raises(ValueError, match=r"over \(series or variate, static_feature\)"):
+        validate(ds.assign(static=(("time", "static_feature"), np.ones((30, 1)))))

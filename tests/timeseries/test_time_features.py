@@ -70,6 +70,8 @@ def test_added_features_are_known_in_advance_and_join_given_ones():
     both = add_time_features(given, calendar=True, fourier=[24])
     assert both["future_feature"].to_numpy()[0] == "x"
     np.testing.assert_array_equal(both["future"].to_numpy()[..., 1:], out["future"].to_numpy())
+    nameless = canonical(given.drop_vars("future_feature"))
+    assert add_time_features(nameless)["future_feature"].to_numpy()[:2].tolist() == ["0", "time:hour_of_day"]
 
 
 @pytest.mark.parametrize(
