@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 
 from .freq import check_freq, infer_freq, normalize_freq, stamp, step_times
-from .schema import COVARIATES, SCHEMA_VERSION
+from .schema import COVARIATES, SCHEMA_VERSION, observed_target
 
 
 def from_wide(
@@ -48,7 +48,7 @@ def from_wide(
 
 
 def to_wide(ds: xr.Dataset, *, time: str | None = None) -> pd.DataFrame:
-    """One series as a table: one row for each time, one column for each variate.
+    """One series as a table: one row for each time, one column for each variate; NaN where not observed.
 
     Args:
         ds: Dataset in the schema with a single series.
@@ -59,7 +59,7 @@ def to_wide(ds: xr.Dataset, *, time: str | None = None) -> pd.DataFrame:
         raise ValueError(
             f"A wide table holds one series, the data has {series}; select one with ds.isel(series=[k]) or use to_long."
         )
-    target = ds["target"].transpose(..., "time", "variate").to_numpy().reshape(ds.sizes["time"], -1)
+    target = observed_target(ds).transpose(..., "time", "variate").to_numpy().reshape(ds.sizes["time"], -1)
     frame = pd.DataFrame(
         target, index=pd.Index(ds["time"].to_numpy(), name=time or "time"), columns=_labels(ds, "variate")
     )
@@ -202,19 +202,18 @@ def to_long(
             )
         ds = ds.isel(series=0) if "series" in ds.dims else ds
         labels, columns = _labels(ds, "variate"), [value or noted.get("value", "y")]
-        target = ds["target"].transpose("variate", "time").to_numpy()[..., None]
+        target = observed_target(ds).transpose("variate", "time").to_numpy()[..., None]
     else:
         ds = ds if "series" in ds.dims else ds.expand_dims("series").assign_coords(series=["0"])
         labels, columns = _labels(ds, "series"), _labels(ds, "variate")
-        target = ds["target"].transpose("series", "time", "variate").to_numpy()
+        target = observed_target(ds).transpose("series", "time", "variate").to_numpy()
     row_dim = "series" if ids == "series" else "variate"
     present = ds["row"].transpose(row_dim, "time").to_numpy() if "row" in ds else ~np.isnan(target).all(axis=-1)
     which, when = np.nonzero(present)
-    stamps = pd.Series(ds["time"].to_numpy()[when])
-    if noted.get("zone"):
-        stamps = stamps.dt.tz_localize("UTC").dt.tz_convert(noted["zone"])
-    names = np.array([int(label) for label in labels]) if noted.get("integer_ids") else np.array(labels, dtype=object)
-    out: dict[str, Any] = {id_column: names[which], time: stamps}
+    out: dict[str, Any] = {
+        id_column: noted_ids(pd.Series(np.array(labels, dtype=object)[which]), noted),
+        time: noted_times(pd.Series(ds["time"].to_numpy()[when]), noted),
+    }
     out |= {name: target[which, when, column] for column, name in enumerate(columns)}
     for name, dim in COVARIATES.items():
         if name in ds and ids == "series":
@@ -224,6 +223,17 @@ def to_long(
         block = ds["static"].transpose(row_dim, "static_feature").to_numpy()
         out |= {label: block[which, column] for column, label in enumerate(_labels(ds, "static_feature"))}
     return pd.DataFrame(out)
+
+
+def noted_ids(labels: pd.Series, noted: dict[str, Any]) -> pd.Series:
+    """Ids as they were in the long table, whose attribute `long` is `noted`: integers, where text stands for them."""
+    return pd.to_numeric(labels) if noted.get("integer_ids") else labels
+
+
+def noted_times(times: pd.Series, noted: dict[str, Any]) -> pd.Series:
+    """Times, in UTC, as they were in the long table, whose attribute `long` is `noted`: in its zone."""
+    zone = noted.get("zone")
+    return times.dt.tz_localize("UTC").dt.tz_convert(zone) if zone else times
 
 
 def _labels(ds: xr.Dataset, dim: str) -> list[str]:

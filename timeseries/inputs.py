@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,8 +67,14 @@ def as_dataset(data: Any, ids: Literal["variates", "series"] = "variates") -> So
 
 
 def like_source(forecast: xr.Dataset, source: Source) -> Any:
-    """The forecast as a Dataset or, for a long frame, as a long frame."""
-    return forecast_to_long(forecast, source.ids) if source.kind == "long" else forecast
+    """The forecast as a Dataset or, for a long frame, as a long frame with ids and times as they were in it."""
+    if source.kind != "long":
+        return forecast
+    from .frames import noted_ids, noted_times
+
+    frame, noted = forecast_to_long(forecast, source.ids), json.loads(source.dataset.attrs["long"])
+    times = {name: noted_times(frame[name], noted) for name in ("ds", "cutoff")}
+    return frame.assign(unique_id=noted_ids(frame["unique_id"], noted), **times)
 
 
 def forecast_to_long(forecast: xr.Dataset, ids: str = "variates") -> pd.DataFrame:

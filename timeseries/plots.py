@@ -17,6 +17,7 @@ import xarray as xr
 from . import metrics
 from .plot_style import BLUE, GRID, INK, MUTED, PALETTE, choose, each_variate, fan, label_of, new_axes, style, time_axis
 from .plot_style import save as save
+from .schema import observed_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def plot_forecast(
     steps = steps or 3 * forecast.sizes["horizon"]
     past = None
     if history is not None:
-        past = history["target"]
+        past = observed_target(history)
         past = past.sel(series=choose(history, "series", name)) if "series" in past.dims else past
         past = past.sel(time=slice(None, when)).isel(time=slice(-steps, None))
     times = one["valid_time"].values
@@ -342,7 +343,7 @@ def plot_missing(ds: xr.Dataset, *, series: str | None = None, bins: int = 400, 
         bins: Time is cut into at most this many columns.
         ax: Draw here.
     """
-    target = ds["target"]
+    target = observed_target(ds)
     if "series" in target.dims:
         target = target.sel(series=choose(ds, "series", series))
     if "variate" not in target.dims:

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from omnissm.timeseries.files import write_series
 from omnissm.timeseries.frames import from_long, from_numpy, from_wide, to_long, to_pandas, to_wide
 from omnissm.timeseries.schema import validate
 
@@ -148,3 +149,14 @@ def test_bad_tables_say_what_is_wrong():
         with pytest.raises(ValueError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_tables_hold_only_what_was_observed(tmp_path):
+    ds = from_numpy(np.array([[1.0, 2], [3, 4], [5, 6]]), start="2020-01-01", freq="D", variates=["a", "b"])
+    ds = ds.assign(observed=(("time", "variate"), np.array([[True, True], [False, True], [False, True]])))
+    assert to_long(ds)["unique_id"].tolist() == ["a", "b", "b", "b"]
+    np.testing.assert_array_equal(to_wide(ds)["a"], [1, np.nan, np.nan])
+    written = pd.read_csv(write_series(ds, tmp_path / "s.csv", layout="wide"))
+    np.testing.assert_array_equal(written["a"], [1, np.nan, np.nan])
+    panel = to_long(ds.expand_dims(series=["s"]), ids="series")
+    np.testing.assert_array_equal(panel["a"], [1, np.nan, np.nan])

@@ -132,6 +132,8 @@ def test_missing_map_shows_the_share(history):
     ax = plots.plot_missing(history, bins=6)
     np.testing.assert_allclose(np.asarray(ax.images[0].get_array())[1], [0, 1, 0, 0, 0, 0])
     assert [text.get_text() for text in ax.get_yticklabels()] == ["a  0.0 %", "b  16.7 %", "c  0.0 %"]
+    unseen = history.assign(observed=history["target"].notnull() & (history["variate"] != "a"))
+    assert plots.plot_missing(unseen).get_yticklabels()[0].get_text() == "a  100.0 %"
 
 
 def test_time_scales_mark_the_median():
