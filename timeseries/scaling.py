@@ -159,8 +159,8 @@ class Scaler:
         unknown = [name for name in names if name not in self.series]
         if unknown:
             raise ValueError(
-                f"Series {unknown[0]!r} was not in the training data, known are {', '.join(self.series[:8])}; fit "
-                "the scaler with shared=True to scale new series."
+                f"Series {unknown[0]!r} was not in the training data, known are {', '.join(self.series[:8])}; for new "
+                "series train with one scale for all, `scaler_shared: true` in the data section of a configuration."
             )
         return np.array([self.series.index(name) for name in names], dtype=np.int64)
 

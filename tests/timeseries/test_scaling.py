@@ -96,7 +96,7 @@ def test_rows_match_series_by_name(ds):
     scaler = create_scaler().fit(ds)
     assert scaler.rows(ds.isel(series=[1])).tolist() == [1]
     assert scaler.rows(ds.isel(series=[1, 0])).tolist() == [1, 0]
-    with pytest.raises(ValueError, match=r"'west' was not in the training data.*shared=True"):
+    with pytest.raises(ValueError, match=r"'west' was not in the training data.*`scaler_shared: true`"):
         scaler.rows(ds.assign_coords(series=["north", "west"]))
     with pytest.raises(ValueError, match="Select and order them"):
         scaler.rows(ds.isel(variate=[1, 0, 2]))
