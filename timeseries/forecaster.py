@@ -22,7 +22,8 @@ from .files import SUFFIXES
 from .inputs import Source, as_dataset, like_source
 from .models import MODELS, create_model
 from .models.layers import check_quantiles
-from .rollout import forecast_dataset, prepare, progress_bar, run_windows
+from .rollout import forecast_dataset, prepare, progress_bar, run_windows, target_end, yardstick
+from .schema import COVARIATES
 from .splits import Cut, cut_step, is_date
 
 if TYPE_CHECKING:
@@ -255,8 +256,8 @@ class Forecaster:
         if self.quantiles:
             raise ValueError("this model forecasts quantiles; conformal intervals are for models without")
         self._network()
-        ds = prepare(as_dataset(data, self.ids).dataset, self.state)
-        targets = range(self.lookback, ds.sizes["time"])
+        ds = self._prepare(as_dataset(data, self.ids).dataset)
+        targets = range(self.lookback, target_end(ds))
         self._calibrate(create_windows(ds, self.state, targets, self.horizon)[0], coverages)
         return self
 
@@ -266,6 +267,23 @@ class Forecaster:
         residuals = np.concatenate(parts) - forecasts
         radius = [conformal_radius(residuals, c, self.state["variates"]).tolist() for c in coverages]
         self.intervals = {"coverages": [float(c) for c in coverages], "radius": radius}
+
+    def _prepare(self, data: xr.Dataset) -> xr.Dataset:
+        """`prepare` new data, and leave only the covariates that the model reads."""
+        ds = prepare(data, self.state)
+        if not self._reads("future"):
+            ds = ds.isel(time=slice(0, target_end(ds)))
+        for name, dim in COVARIATES.items():
+            if not self._reads(name):
+                ds = ds.drop_dims(dim, errors="ignore")
+            elif name not in ds:
+                names = ", ".join(self.state["covariate_scalers"][name]["variates"])
+                raise ValueError(f"the model reads the {name} covariates {names}; the data lack the variable {name!r}")
+        return ds
+
+    def _reads(self, name: str) -> bool:
+        """Whether the network reads "past" or "future" covariates of the data; those of the calendar are its own."""
+        return bool(self._args.get(f"n_{name}")) and name in self.state["covariate_scalers"]
 
     def _network(self) -> nn.Module:
         if self.net is None:
@@ -284,9 +302,11 @@ class Forecaster:
         """Forecast what follows the end of the data.
 
         Args:
-            data: As in `fit`, at least `lookback` steps; None takes the data of `fit`.
-            future: Future-known covariates of the steps to forecast.
-            horizon: Steps; beyond the trained horizon the model's own forecasts are fed back.
+            data: As in `fit`, at least `lookback` steps; None takes the data of `fit`. All series are forecast from
+                the last time of their common axis; where covariates known in advance run further, from that of the
+                last target.
+            future: Future-known covariates of the steps to forecast, where the data do not hold them already.
+            horizon: Steps; beyond the trained horizon the model's own forecasts are fed back, without quantiles.
             intervals: True demands the conformal intervals, False leaves them out, None adds them if there are any.
 
         Returns:
@@ -294,17 +314,25 @@ class Forecaster:
             with columns unique_id, ds, cutoff, MODEL, MODEL-q10, ...
 
         Raises:
-            ValueError: for data that do not fit the model; the message says which part.
+            ValueError: for data that do not fit the model, and for a series that ended more than a lookback before the
+                others; the message says which part.
         """
         source = self._input(data)
-        ds = prepare(source.dataset, self.state)
-        last = ds.sizes["time"] - 1
-        recent = ds["observed"].isel(time=slice(-self.lookback, None)).any(("time", "variate")).values
+        ds = self._prepare(source.dataset)
+        if future is not None and not self._reads("future"):
+            raise ValueError(
+                f"this {self.model} reads no covariates known in advance; leave out `future`, or train a model that "
+                "reads them on data with the variable 'future'"
+            )
+        if isinstance(future, xr.Dataset) and "future" not in future:
+            raise ValueError(f"`future` has no variable 'future', only {', '.join(map(str, future.data_vars))}; rename")
+        last = target_end(ds) - 1
+        recent = ds["observed"].isel(time=slice(last + 1 - self.lookback, last + 1)).any(("time", "variate")).values
         if not recent.all():
             name = ds["series"].values[int(np.argmin(recent))]
             raise ValueError(
-                f"series {name!s} has no observed value in its last {self.lookback} steps (the lookback); "
-                "cut the data where it ends, or leave the series out"
+                f"series {name!s} has no observed value in the last {self.lookback} steps (the lookback) before the "
+                "common end of the series; forecast it by itself, cut where it ends, or leave it out"
             )
         return like_source(self._forecast(ds, range(last, last + 1), horizon, future, intervals), source)
 
@@ -339,10 +367,11 @@ class Forecaster:
             ValueError: if no cutoff has a full lookback before and a full horizon behind it.
         """
         source = self._input(data)
-        ds = prepare(source.dataset, self.state)
+        ds = self._prepare(source.dataset)
         if refit < 0:
             raise ValueError(f"expected refit as False or a number of cutoffs of at least 1, got {refit}")
-        origins = backtest_origins(ds, self.lookback, self.horizon if horizon is None else horizon, start, stride)
+        steps = self.horizon if horizon is None else horizon
+        origins = backtest_origins(ds.isel(time=slice(0, target_end(ds))), self.lookback, steps, start, stride)
         total = len(origins) * ds.sizes["series"]
         with progress_bar(total, "backtest", progress) as advance:
             if not refit:
@@ -351,14 +380,27 @@ class Forecaster:
                 pieces = []
                 for begin in range(0, len(origins), int(refit)):
                     group = origins[begin : begin + int(refit)]
-                    model = self._refitted(source.dataset.isel(time=slice(0, group[0] + 1)))
+                    model = self._refitted(ds.isel(time=slice(0, group[0] + 1)))
                     pieces.append(model._forecast(ds, group, horizon, None, intervals, advance))
-                # scaler and seasonal errors stay those of the first fit: one yardstick for all cutoffs
-                result = xr.concat(
-                    pieces, "cutoff", data_vars="minimal", coords="minimal", compat="override", combine_attrs="override"
-                )
+                result = self._joined(pieces, ds)
                 result.attrs["refit"] = int(refit)
         return like_source(result, source)
+
+    def _joined(self, pieces: list[xr.Dataset], ds: xr.Dataset) -> xr.Dataset:
+        """Forecasts of several refits as one, measured by the scaler and the seasonal errors of the first fit."""
+        if any("quantiles" not in piece for piece in pieces):  # a short validation part has too few residuals
+            pieces = [piece.drop_dims("quantile", errors="ignore").assign_attrs(intervals="none") for piece in pieces]
+        result = xr.concat(
+            pieces,
+            "cutoff",
+            data_vars="minimal",
+            coords="minimal",
+            compat="override",
+            join="inner",  # quantile levels that all have
+            combine_attrs="override",
+        )
+        coords, scaler = yardstick(ds, self.state)
+        return result.assign_coords(coords).assign_attrs(scaler=scaler)
 
     def _refitted(self, ds: xr.Dataset) -> Forecaster:
         """A forecaster of the same options, trained on `ds`."""
@@ -385,9 +427,10 @@ class Forecaster:
         advance: Any = None,
     ) -> xr.Dataset:
         horizon = self.horizon if horizon is None else horizon
-        usable = self.intervals is not None and horizon <= self.horizon
-        if intervals and not (usable or self.quantiles):
-            reason = "has none" if self.intervals is None else f"has them for {self.horizon} steps, not {horizon}"
+        found = bool(self.quantiles) or self.intervals is not None
+        usable = found and horizon <= self.horizon
+        if intervals and not usable:
+            reason = "has none" if not found else f"has them for {self.horizon} steps, not {horizon}"
             raise ValueError(f"intervals were asked for and this forecaster {reason}; fit with val, or call calibrate")
         attrs = {
             "model": self.model,

@@ -20,14 +20,24 @@ from torch import Tensor, nn
 
 from .conformal import interval_levels
 from .freq import infer_freq, normalize_freq, same_freq
+from .models.layers import middle_quantile
 from .scaling import Scaler
-from .schema import canonical, extend, validate
+from .schema import canonical, check_future, extend, validate
 from .time_features import add_time_features
 from .windows import WindowBatch, Windows
 
 Array = npt.NDArray[Any]
 
-__all__ = ["create_windows", "forecast_dataset", "prepare", "progress_bar", "roll_out", "run_windows"]
+__all__ = [
+    "create_windows",
+    "forecast_dataset",
+    "prepare",
+    "progress_bar",
+    "roll_out",
+    "run_windows",
+    "target_end",
+    "yardstick",
+]
 
 
 @contextmanager
@@ -140,11 +150,19 @@ def prepare(data: xr.Dataset, state: dict[str, Any]) -> xr.Dataset:
                 f"bring the series to it with regularize(ds, {freq!r}) or by resampling"
             )
         ds.attrs["freq"] = normalize_freq(freq)
-    if ds.sizes["time"] < state["lookback"]:
+    if target_end(ds) < state["lookback"]:
         raise ValueError(
-            f"the model looks back {state['lookback']} steps, the series has {ds.sizes['time']}; supply a longer series"
+            f"the model looks back {state['lookback']} steps, the series has {target_end(ds)}; supply a longer series"
         )
     return ds
+
+
+def target_end(ds: xr.Dataset) -> int:
+    """Number of steps up to the last target; steps behind it are there for known-in-advance covariates only."""
+    if "future" not in ds:
+        return ds.sizes["time"]
+    seen = ds["observed"].any(("series", "variate")).to_numpy()
+    return len(seen) - int(seen[::-1].argmax())
 
 
 def create_windows(
@@ -188,7 +206,19 @@ def _scalers(ds: xr.Dataset, state: dict[str, Any]) -> tuple[Scaler, dict[str, S
         pick = {key: [saved[key][row] for row in rows] for key in ("series", "center", "scale")}
         return Scaler.from_dict({**saved, **pick})
 
-    return reorder(state["scaler"]), {name: reorder(saved) for name, saved in state["covariate_scalers"].items()}
+    saved = state["covariate_scalers"].items()
+    return reorder(state["scaler"]), {name: reorder(each) for name, each in saved if name in ds}
+
+
+def yardstick(ds: xr.Dataset, state: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What errors are measured by: coordinates with the seasonal errors of the training part; the scaler as JSON."""
+    series = [str(name) for name in ds["series"].to_numpy()]
+    unknown = np.full(ds.sizes["variate"], np.nan)
+    coords: dict[str, Any] = {}
+    for name, table in (state.get("seasonal_errors") or {}).items():
+        rows = dict(zip(state["series"], np.array(table, float)))
+        coords[name] = (("series", "variate"), np.stack([rows.get(each, unknown) for each in series]))
+    return coords, json.dumps(_scalers(ds, state)[0].to_dict())
 
 
 def forecast_dataset(
@@ -208,12 +238,13 @@ def forecast_dataset(
 
     Args:
         net: Trained network.
-        ds: Prepared data, see `prepare`.
+        ds: Prepared data, see `prepare`, with the covariates that the network reads.
         state: `ForecastingData.state()` of the training data.
         origins: Steps on the time axis of `ds` that are the last ones seen.
         horizon: Steps to forecast.
         future: Future-known covariates behind the end of `ds`.
-        quantiles: Levels of a probabilistic network.
+        quantiles: Levels of a probabilistic network; written up to its own horizon only, since behind it the network
+            sees a median as if it were observed.
         intervals: {"coverages": [...], "radius": (coverage, i, h)} in scaled units, for a point network.
         attrs: Attributes of the result.
         advance: Called with the number of windows done.
@@ -222,16 +253,18 @@ def forecast_dataset(
     if horizon < 1:
         raise ValueError(f"expected a horizon of at least 1 step, got {horizon}")
     width = -(-horizon // trained) * trained
-    series, steps = ds.sizes["series"], ds.sizes["time"]
-    extra = max(0, origins[-1] + width + 1 - steps)
-    longer = canonical(extend(ds, extra, future)) if extra else ds
+    series, steps, end = ds.sizes["series"], ds.sizes["time"], target_end(ds)
+    extra = max(0, origins[-1] + width + 1 - steps)  # whole blocks, though only `horizon` steps are asked for
+    longer = ds if not extra and future is None else canonical(extend(ds, extra, future, check=False))
+    if "future" in longer:
+        check_future(longer, slice(end, origins[-1] + 1 + horizon))
     targets = range(origins[0] + 1, origins[-1] + width + 1)
     windows, scaler = create_windows(longer, state, targets, width, origins.step)
-    middle = min(range(len(quantiles)), key=lambda k: abs(quantiles[k] - 0.5)) if quantiles else None
+    middle = middle_quantile(quantiles) if quantiles else None
     values = run_windows(net, windows, trained, horizon, middle, advance=advance)  # (series * cutoff, i, horizon[, q])
     mean = values if middle is None else values[..., middle]
     levels: tuple[float, ...] = tuple(quantiles)
-    spread = values if quantiles else None
+    spread = values if quantiles and horizon <= trained else None
     if intervals and not quantiles:
         levels, spread = interval_levels(intervals["coverages"]), _with_intervals(mean, intervals)
     rows = np.repeat(np.arange(series), len(origins))
@@ -247,7 +280,7 @@ def forecast_dataset(
     variables: dict[str, Any] = {"mean": (dims, in_units(mean))}
     if spread is not None:
         variables["quantiles"] = ((*dims, "quantile"), in_units(spread))
-    if np.isfinite(known).any():
+    if origins[-1] + horizon < end:  # a look back, whether or not all of it was observed
         variables["target"] = (dims, known)
         variables["observed"] = (dims, np.isfinite(known))
     coords: dict[str, Any] = {
@@ -261,20 +294,15 @@ def forecast_dataset(
         coords["quantile"] = np.array(levels)
     if "units" in ds.coords:
         coords["units"] = ("variate", _names(ds["units"]))
-    for name, table in (state.get("seasonal_errors") or {}).items():
-        known_rows = dict(zip(state["series"], np.array(table, float)))
-        unknown = np.full(ds.sizes["variate"], np.nan)
-        coords[name] = (
-            ("series", "variate"),
-            np.stack([known_rows.get(s, unknown) for s in coords["series"].tolist()]),
-        )
+    seasonal, units = yardstick(ds, state)
+    coords |= seasonal
     about = {
         "lookback": state["lookback"],
         "trained_horizon": trained,
         "rollout": "direct" if horizon <= trained else f"own forecasts fed back in blocks of {trained} steps",
-        "intervals": "quantiles of the model" if quantiles else "split conformal" if spread is not None else "none",
+        "intervals": "none" if spread is None else "quantiles of the model" if quantiles else "split conformal",
         "season": state["season"],
-        "scaler": json.dumps(scaler.to_dict()),
+        "scaler": units,
     }
     if state["freq"] is not None:
         about["freq"] = state["freq"]

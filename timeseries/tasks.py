@@ -19,7 +19,7 @@ from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from .conformal import conformal_radius
 from .metrics import ErrorSums
 from .models import MODELS, create_model, model_options
-from .models.layers import check_quantiles
+from .models.layers import check_quantiles, middle_quantile
 from .windows import WindowBatch
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,7 @@ def check_loss(loss: str, quantiles: Sequence[float] | None) -> str:
 
 def point_forecast(y: Tensor, quantiles: Sequence[float]) -> Tensor:
     """(b, i, horizon) of a point model as it is; of (b, i, horizon, q) the quantile nearest to the median."""
-    if not quantiles:
-        return y
-    return y[..., min(range(len(quantiles)), key=lambda k: abs(quantiles[k] - 0.5))]
+    return y[..., middle_quantile(quantiles)] if quantiles else y
 
 
 MAX_RESIDUALS = 20_000_000  # validation residuals kept for the intervals, 80 MB

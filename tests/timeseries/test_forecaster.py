@@ -199,7 +199,11 @@ def test_quantile_model(data):
     np.testing.assert_array_equal(result["mean"], result["quantiles"].sel(quantile=0.5))
     assert result.attrs["intervals"] == "quantiles of the model"
     assert 0.6 < float(evaluate(result, ("coverage",), ())["coverage"]) < 0.95
-    assert model.predict(horizon=9)["quantiles"].shape == (2, 1, 9, 2, 3)
+    longer = model.predict(horizon=9)  # later blocks see the median as if it were observed
+    assert "quantiles" not in longer
+    assert longer.attrs["intervals"] == "none"
+    with pytest.raises(ValueError, match="has them for 6 steps, not 9"):
+        model.predict(horizon=9, intervals=True)
 
 
 def test_validation_set_of_its_own(data):
@@ -280,7 +284,7 @@ def test_data_that_do_not_fit_are_refused_with_the_way_out(data, fitted):
         fitted.predict(data.isel(time=slice(0, 20)))
     silent = data.copy(deep=True)
     silent["target"][1, -LOOKBACK:] = np.nan
-    with pytest.raises(ValueError, match="series s1 has no observed value in its last 36 steps"):
+    with pytest.raises(ValueError, match="s1 has no observed value in the last 36 steps .* before the common end"):
         fitted.predict(silent)
     with pytest.raises(ValueError, match="no cutoff has 36 steps before and 6 behind"):
         fitted.backtest(data, start="2024-03-01")
@@ -344,7 +348,9 @@ def test_calendar_and_fourier_features_reach_past_and_horizon(tmp_path, data, fe
     assert not np.allclose(loaded.predict(shifted)["mean"], result["mean"][:, :, :HORIZON])  # another hour of the day
 
 
-def test_future_covariates_are_required_and_used(data):
+@pytest.fixture(scope="module")
+def driven():
+    """A series that follows a covariate known in advance, the covariate up to one horizon behind the series."""
     rng = np.random.default_rng(3)
     times = pd.date_range("2024-01-01", periods=STEPS + HORIZON, freq="h")
     driver = rng.normal(size=(len(times), 1)).astype(np.float32)
@@ -358,19 +364,102 @@ def test_future_covariates_are_required_and_used(data):
     args = {"d_model": 8, "patch_len": 6, "stride": 6, "instance_norm": False}
     model = Forecaster("chimera_tiny", 12, HORIZON, model_args=args, accelerator="cpu")
     model.fit(ds, max_epochs=30, lr=0.02, batch_size=64, progress=False, coverages=None)
+    return ds, known, model
+
+
+def run_past(ds, known):
+    """Data whose covariate runs past the last target."""
+    return ds.drop_vars("future").reindex(time=known["time"]).assign(future=known)
+
+
+def test_future_covariates_are_required_and_used(driven):
+    ds, known, model = driven
     forecast = model.predict(future=known)["mean"].isel(series=0, cutoff=0)
-    np.testing.assert_allclose(forecast, driver[STEPS:] * [2.0, -1.0], atol=0.5)
+    np.testing.assert_allclose(forecast, known[STEPS:] * [2.0, -1.0], atol=0.5)
     with pytest.raises(ValueError, match="Future-known covariates are missing at 6 times"):
         model.predict()
+    with pytest.raises(ValueError, match="`future` has no variable 'future', only target"):
+        model.predict(future=ds[["target"]])
+    with pytest.raises(ValueError, match="reads the future covariates driver; the data lack the variable 'future'"):
+        model.predict(ds.drop_vars("future"), future=known)
+
+
+def test_data_whose_future_runs_past_the_last_target(driven):
+    ds, known, model = driven
+    longer = run_past(ds, known)
+    xr.testing.assert_identical(model.predict(longer), model.predict(future=known))
+    half = run_past(ds, known[: STEPS + 3])
+    xr.testing.assert_identical(model.predict(half, future=known), model.predict(future=known))
+    with pytest.raises(ValueError, match="missing at 3 times"):
+        model.predict(half)
+    looked = model.backtest(longer, start=390, progress=False)
+    xr.testing.assert_identical(looked, model.backtest(ds, start=390, progress=False))
+    assert looked["cutoff"].values[-1] == ds["time"].values[-1 - HORIZON]
+    naive = Forecaster("last_value", 12, HORIZON).fit(longer)
+    np.testing.assert_allclose(naive.predict()["mean"][0, 0, 0], ds["target"][-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("horizon", [HORIZON - 2, HORIZON + 2])
+def test_covariates_are_asked_for_wanted_steps_only(driven, horizon):
+    """A model forecasts in whole blocks, of which the last may be needed in part."""
+    ds, known, model = driven
+    short = ds.isel(time=slice(0, STEPS + HORIZON - horizon))
+    result = model.predict(short, known, horizon)
+    truth = known.sel(time=result["valid_time"].values[0])
+    np.testing.assert_allclose(result["mean"][0, 0], truth * [2.0, -1.0], atol=0.5)
+    assert model.backtest(horizon=horizon, start=350, progress=False).sizes["horizon"] == horizon
 
 
 def test_past_covariates_cannot_be_rolled_on(data):
     past = xr.DataArray(np.zeros((2, STEPS, 1), np.float32), dims=("series", "time", "past_feature"))
     ds = data.assign(past=past.assign_coords(past_feature=["p"]))
-    model = Forecaster("rlinear", LOOKBACK, HORIZON, accelerator="cpu").fit(ds, max_epochs=1, progress=False)
+    args = {"d_model": 8, "patch_len": 6, "stride": 6}
+    model = Forecaster("chimera_tiny", LOOKBACK, HORIZON, model_args=args, accelerator="cpu")
+    model.fit(ds, max_epochs=1, batch_size=256, progress=False, coverages=None)
     assert np.isfinite(model.predict()["mean"]).all()
     with pytest.raises(ValueError, match="reads past-only covariates, so it cannot be rolled on to 9"):
         model.predict(horizon=9)
+
+
+def test_covariates_that_a_model_does_not_read_are_not_asked_for(data, driven):
+    ds, known, _ = driven
+    past = xr.DataArray(np.zeros((STEPS, 1), np.float32), dims=("time", "past_feature"))
+    model = Forecaster("last_value", 12, HORIZON).fit(ds.assign(past=past.assign_coords(past_feature=["p"])))
+    assert np.isfinite(model.predict(horizon=15)["mean"]).all()
+    xr.testing.assert_identical(model.predict(ds[["target"]]), model.predict())
+    with pytest.raises(ValueError, match="this last_value reads no covariates known in advance"):
+        model.predict(future=known)
+
+
+def test_refits_share_one_yardstick(data):
+    """Errors of a backtest with refits are in the units of the first fit, as those of one without."""
+    growing = data.assign(target=data["target"] * (1 + data["target"]["time"].dt.dayofyear))
+    model = Forecaster("ridge", LOOKBACK, HORIZON).fit(growing, coverages=None)
+    kept, anew = (model.backtest(start=300, stride=20, refit=n, progress=False) for n in (0, 2))
+    assert anew.attrs["scaler"] == kept.attrs["scaler"]
+    for name in ("seasonal_mae", "seasonal_mse", "target", "observed"):
+        xr.testing.assert_identical(anew[name], kept[name])
+
+
+def test_refit_on_variates_in_another_order_and_more_of_them(data):
+    model = Forecaster("ridge", LOOKBACK, HORIZON).fit(data, coverages=None)
+    more = xr.concat([data["target"], data["target"].isel(variate=[0]).assign_coords(variate=["x"])], "variate")
+    other = more.drop_vars("units", errors="ignore").sel(variate=["load", "x", "temp"]).to_dataset(name="target")
+    options = {"start": 390, "stride": 2, "refit": 2, "progress": False}
+    np.testing.assert_array_equal(
+        model.backtest(other.assign_attrs(freq="h"), **options)["mean"], model.backtest(data, **options)["mean"]
+    )
+
+
+def test_refit_pieces_without_any_target(data):
+    silent = data.copy(deep=True)
+    silent["target"][:, 382:390] = np.nan
+    model = Forecaster("ridge", LOOKBACK, HORIZON).fit(data, coverages=None)
+    result = model.backtest(silent, start=379, stride=4, refit=1, progress=False)
+    assert result["observed"].dtype == bool
+    assert not result["observed"].values[:, 1].any()  # cutoff 382 and its 6 steps
+    assert np.isfinite(evaluate(result, ("mse",), ())["mse"])
+    assert "target" in model.backtest(silent.isel(time=slice(0, 389)), start=383, stride=9, progress=False)
 
 
 @pytest.mark.parametrize("scaler", ["standard", "robust", "minmax", "log1p", "none"])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["InstanceStatistics", "check_quantiles", "instance_statistics", "noncrossing"]
+__all__ = ["InstanceStatistics", "check_quantiles", "instance_statistics", "middle_quantile", "noncrossing"]
 
 
 class InstanceStatistics(NamedTuple):
@@ -56,6 +56,11 @@ def check_quantiles(quantiles: Sequence[float] | None) -> tuple[float, ...]:
     if any(not 0 < q < 1 for q in levels) or list(levels) != sorted(set(levels)):
         raise ValueError(f"expected quantile levels ascending inside (0, 1), got {list(levels)}; e.g. [0.1, 0.5, 0.9]")
     return levels
+
+
+def middle_quantile(levels: Sequence[float]) -> int:
+    """Position of the level nearest to the median, which serves as the point forecast."""
+    return min(range(len(levels)), key=lambda k: abs(levels[k] - 0.5))
 
 
 def noncrossing(raw: Tensor) -> Tensor:
