@@ -28,8 +28,8 @@ class WindowBatch(NamedTuple):
 
     `x` (b, i, lookback) and `y` (b, i, horizon) float32 in scaled units, finite everywhere; `x_mask` and `y_mask` bool
     of the same shapes, True where observed; `past` (b, past_feature, lookback); `future` (b, future_feature,
-    lookback + horizon); `static` (b, i, static_feature); `time_gap` (b, lookback) steps since
-    the preceding entry, 1 when regular; `series` (b,) int64; `origin` (b,) int64, the last input step on the time axis.
+    lookback + horizon); `static` (b, i, static_feature); `time_gap` (b, lookback) base steps since the preceding entry,
+    None for times of one frequency; `series` (b,) int64; `origin` (b,) int64, the last input step on the time axis.
     """
 
     x: Tensor
