@@ -94,6 +94,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*exists and is not empty. Previous log files")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # without validation: said by `fit`
     warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")
     if not logging.getLogger().isEnabledFor(logging.DEBUG):
         for name in ("pytorch_lightning", "lightning_fabric"):
@@ -263,6 +265,8 @@ class CLI(LightningCLI):
         best = best_checkpoint(self.run.folder)
         export_checkpoint(best, self.run.folder / "model")
         found = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if best.name == "last.ckpt" and self.model.monitor not in found:
+            log.warning("Nothing was validated, so no best.ckpt is kept and the model folder holds the last weights.")
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
             found[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)

@@ -1,12 +1,15 @@
-"""The callback that keeps the best epoch of `Forecaster.fit`."""
+"""The callback that keeps the best epoch of `Forecaster.fit`, and fits without a validation part."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from omnissm.__main__ import main
 from omnissm.timeseries.fitting import BestEpoch
+from omnissm.timeseries.forecast import load
 
 
 def follow(patience, losses):
@@ -41,3 +44,22 @@ def test_every_epoch_validated():
     best = follow(2, [3.0, 2.0, 2.5, 1.0, 1.5, 1.0, 0.5])
     assert len(best.rows) == 6  # two epochs after the best without improvement
     assert best.weights["weight"].item() == 3
+
+
+def test_run_without_a_validation_part_keeps_its_last_weights(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"length": 120, "lookback": 12, "horizon": 4, "train": 0.8, "val": 0, "test": 0.2}
+    options = {
+        "model": {"class_path": "Forecasting", "init_args": {"model": "rlinear"}},
+        "data": {"class_path": "Synthetic", "init_args": sizes},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
+    }
+    (tmp_path / "short.yaml").write_text(json.dumps(options))
+    assert main(["timeseries", "fit", "-c", "short.yaml"]) == 0
+    assert "model folder holds the last weights" in caplog.text
+    last = torch.load("runs/short/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(load("runs/short").net.state_dict()["linear.weight"], last["net.linear.weight"])
+    assert main(["timeseries", "test", "--run", "short"]) == 0
+    capsys.readouterr()
+    assert main(["timeseries", "validate", "--run", "short"]) == 2
+    assert "no part 'val'" in capsys.readouterr().err

@@ -195,9 +195,11 @@ class ForecastingData(SSMData):
         """Training windows in a seeded random order."""
         return self._loader("train", self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[WindowBatch]:
-        """Every validation window in order."""
-        return self._loader("val", self.eval_batch_size)
+    def val_dataloader(self) -> DataLoader[WindowBatch] | list[DataLoader[WindowBatch]]:
+        """Every validation window in order; nothing in a fit on data without that part."""
+        self.setup()
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        return [] if fitting and "val" not in self.parts else self._loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[WindowBatch]:
         """Every test window in order."""
