@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import xarray as xr
+from torch.utils.data import DataLoader
 
 from ..ssmcore.training import EpochDecay, WarmupCosine
 from ..ssmcore.training.callbacks import EMA
@@ -22,7 +23,7 @@ from .data import ForecastingData
 from .data.base import PartName
 from .rollout import create_windows, prepare, progress_bar
 from .tasks import Forecasting
-from .windows import Windows
+from .windows import WindowBatch, Windows
 
 __all__ = ["BestEpoch", "MemoryData", "create_task", "train"]
 
@@ -50,6 +51,10 @@ class MemoryData(ForecastingData):
         """The Dataset it was given."""
         return self.source
 
+    def val_dataloader(self) -> DataLoader[WindowBatch] | list[DataLoader[WindowBatch]]:
+        """As in the base class, with the separate validation Dataset where there is one."""
+        return super().val_dataloader() if self.validation is None else self._loader("val", self.eval_batch_size)
+
     def windows(self, part: PartName) -> Windows:
         """As in the base class, with the separate validation Dataset where there is one."""
         if part != "val" or self.validation is None:
@@ -62,14 +67,27 @@ class MemoryData(ForecastingData):
         return self._windows["val"]
 
 
+_FIXED = {  # options of the trainer that `train` sets, and what to use instead
+    "max_epochs": "pass it to fit(max_epochs=...)",
+    "enable_progress_bar": "pass fit(progress=...)",
+    "limit_val_batches": "choose the validation part with fit(val=...)",
+    **dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_model_summary", "num_sanity_val_steps"),
+        "leave it out, or train from the command line",
+    ),
+}
+
+
 def check_trainer(options: Mapping[str, Any]) -> None:
-    """Refuse what the trainer does not know, before anything is computed.
+    """Refuse what the trainer does not know or `train` decides itself, before anything is computed.
 
     Raises:
         TypeError: naming the option and close ones.
     """
     known = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
     for name in options:
+        if name in _FIXED:
+            raise TypeError(f"the trainer option {name!r} is set by Forecaster.fit; {_FIXED[name]}")
         if name not in known:
             own = ["model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args"]
             close = difflib.get_close_matches(name, [*own, "calendar", "fourier", "ids", "threads", *known], n=2)

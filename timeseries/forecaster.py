@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from numbers import Real
@@ -17,7 +18,7 @@ import xarray as xr
 from torch import nn
 
 from ..ssmcore.training.checkpoints import load_weights, read_model_folder, save_model_folder
-from .conformal import conformal_radius
+from .conformal import check_counts, conformal_radius
 from .files import SUFFIXES
 from .inputs import Source, as_dataset, like_source
 from .models import MODELS, create_model
@@ -125,7 +126,7 @@ class Forecaster:
         weight_decay: float = 0.01,
         schedule: Literal["cosine", "halving", "constant"] = "cosine",
         ema: float | None = None,
-        coverages: Sequence[float] | None = (0.5, 0.8, 0.95),
+        coverages: Sequence[float] | Literal["auto"] | None = "auto",
         progress: bool = True,
     ) -> Forecaster:
         """Train on what lies before the validation part, and keep the epoch with the least validation loss.
@@ -142,14 +143,17 @@ class Forecaster:
             weight_decay: Its decay.
             schedule: "cosine" (short warm-up, then down to zero), "halving" (after each epoch) or "constant".
             ema: Decay of an exponential average of the weights, which then replaces them; None uses them as they are.
-            coverages: Coverages of the split-conformal intervals of a point model; None makes none.
+            coverages: Coverages of the split-conformal intervals of a point model, from the residuals on the validation
+                part (by which training has also chosen its epoch; `calibrate` takes data that are quite unseen). "auto"
+                makes those of 0.5, 0.8 and 0.95 for which there are enough residuals, None makes none.
             progress: Show a bar on stderr where that is a terminal.
 
         Returns:
             Itself.
 
         Raises:
-            ValueError: for data that violate the schema or are too short, and for options that do not fit together.
+            ValueError: for data that violate the schema or are too short, for options that do not fit together, and,
+                before any training, for coverages that need more residuals.
             TypeError: for an option of the constructor that neither this class nor the trainer has, and for `val` of
                 another kind.
         """
@@ -176,6 +180,11 @@ class Forecaster:
         )
         memory.setup()
         validate = separate is not None or "val" in memory.parts
+        intervals = validate and coverages and not self.quantiles
+        if intervals and coverages != "auto":
+            seen = [batch.y_mask.sum(dim=0).numpy() for batch in memory.windows("val").batches(1024)]
+            for coverage in coverages or ():
+                check_counts(np.sum(seen, axis=0), coverage, memory.variates)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             task = create_task(
@@ -217,8 +226,8 @@ class Forecaster:
             "coverages": coverages,
         }
         self.intervals = None
-        if validate and coverages and not self.quantiles:
-            self._calibrate(memory.windows("val"), coverages)
+        if intervals:
+            self._calibrate(memory.windows("val"), coverages or ())
         return self
 
     def _validation(self, val: Any, ds: xr.Dataset) -> tuple[xr.Dataset | None, int | float, int | float | None]:
@@ -243,7 +252,7 @@ class Forecaster:
 
         Args:
             data: As in `fit`; at least lookback + horizon steps.
-            coverages: Coverages in (0, 1).
+            coverages: Coverages in (0, 1), one at least.
 
         Returns:
             Itself.
@@ -255,18 +264,30 @@ class Forecaster:
 
         if self.quantiles:
             raise ValueError("this model forecasts quantiles; conformal intervals are for models without")
+        if not coverages:
+            raise ValueError("expected at least one coverage, got none; e.g. calibrate(data, (0.8,))")
         self._network()
         ds = self._prepare(as_dataset(data, self.ids).dataset)
         targets = range(self.lookback, target_end(ds))
         self._calibrate(create_windows(ds, self.state, targets, self.horizon)[0], coverages)
         return self
 
-    def _calibrate(self, windows: Windows, coverages: Sequence[float]) -> None:
+    def _calibrate(self, windows: Windows, coverages: Sequence[float] | Literal["auto"]) -> None:
         forecasts = run_windows(self._network(), windows, self.horizon, self.horizon)
         parts = [np.where(batch.y_mask, batch.y, np.nan) for batch in windows.batches(1024)]
         residuals = np.concatenate(parts) - forecasts
-        radius = [conformal_radius(residuals, c, self.state["variates"]).tolist() for c in coverages]
-        self.intervals = {"coverages": [float(c) for c in coverages], "radius": radius}
+        found: dict[str, Any] = {"coverages": [], "radius": []}
+        for coverage in COVERAGES if coverages == "auto" else coverages:
+            try:
+                radius = conformal_radius(residuals, float(coverage), self.state["variates"])
+            except ValueError as error:
+                if coverages != "auto":
+                    raise
+                warnings.warn(f"left out: {error}", stacklevel=4)  # through the decorator, to the caller of fit
+                continue
+            found["coverages"].append(float(coverage))
+            found["radius"].append(radius.tolist())
+        self.intervals = found if found["coverages"] else None
 
     def _prepare(self, data: xr.Dataset) -> xr.Dataset:
         """`prepare` new data, and leave only the covariates that the model reads."""
@@ -512,6 +533,7 @@ class Forecaster:
         return forecaster
 
 
+COVERAGES = (0.5, 0.8, 0.95)
 _FROM_DATA = ("lookback", "horizon", "n_variates", "quantiles", "n_past", "n_future", "n_static")
 _SETTINGS = (
     "model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args", "calendar",

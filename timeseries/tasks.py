@@ -56,7 +56,7 @@ def point_forecast(y: Tensor, quantiles: Sequence[float]) -> Tensor:
     return y[..., middle_quantile(quantiles)] if quantiles else y
 
 
-MAX_RESIDUALS = 20_000_000  # validation residuals kept for the intervals, 80 MB
+MAX_RESIDUALS = 20_000_000  # validation residuals kept for the intervals, 80 MB; of more, a random share
 
 
 class Forecasting(SSMTask):
@@ -118,6 +118,7 @@ class Forecasting(SSMTask):
         self.coverages = [] if self.quantiles else list(coverages)
         self.intervals: dict[str, Any] | None = None
         self._residuals: list[npt.NDArray[Any]] = []
+        self._kept, self._rng = 1.0, np.random.default_rng(0)  # share of the windows whose residuals are kept
 
     def forward(self, batch: WindowBatch) -> Tensor:
         """(b, i, horizon), or (b, i, horizon, q) with quantiles."""
@@ -182,7 +183,7 @@ class Forecasting(SSMTask):
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew, also after a validation that was broken off."""
         self._reset("val")
-        self._residuals = []
+        self._residuals, self._kept, self._rng = [], 1.0, np.random.default_rng(0)
 
     def on_test_epoch_start(self) -> None:
         """Start the sums anew."""
@@ -206,8 +207,15 @@ class Forecasting(SSMTask):
         self.losses[part][0] += float(total)
         self.losses[part][1] += float(count)
         self.errors[part].update(batch.y, point_forecast(y, self.quantiles), batch.y_mask)
-        if part == "val" and self.coverages and sum(r.size for r in self._residuals) < MAX_RESIDUALS:
-            self._residuals.append(torch.where(batch.y_mask, batch.y - y, torch.nan).float().cpu().numpy())
+        if part == "val" and self.coverages:
+            self._keep(torch.where(batch.y_mask, batch.y - y, torch.nan).float().cpu().numpy())
+
+    def _keep(self, residuals: npt.NDArray[Any]) -> None:
+        """Keep residuals of a batch; beyond the limit, those of every second window at random, whatever its series."""
+        self._residuals.append(residuals[self._rng.random(len(residuals)) < self._kept])
+        while sum(part.size for part in self._residuals) > MAX_RESIDUALS:
+            self._kept /= 2
+            self._residuals = [part[self._rng.random(len(part)) < 0.5] for part in self._residuals]
 
     def _calibrate(self) -> None:
         """Intervals from the residuals of this validation, for the coverages that have enough of them."""

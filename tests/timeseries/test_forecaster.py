@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from datetime import date, datetime
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -191,6 +192,34 @@ def test_calibrate_sets_the_intervals_of_a_loaded_model(tmp_path, data):
         loaded.calibrate(data, (0.999,))
 
 
+def test_coverages_that_lack_residuals(data, monkeypatch):
+    """By default they are left out with a warning; those that were asked for are refused before any training."""
+    short = data.isel(series=[0], time=slice(0, 150))  # 30 validation steps, 25 windows
+    with pytest.warns(UserWarning, match="coverage 0.95 needs at least 20 validation residuals") as caught:
+        model = Forecaster("ridge", 24, 12).fit(short)
+    assert [Path(each.filename).name for each in caught] == ["test_forecaster.py"]
+    assert model.intervals["coverages"] == [0.5, 0.8]
+    with pytest.warns(UserWarning, match="left out"):
+        assert Forecaster("ridge", 24, 12).fit(short, val=12).intervals is None
+    monkeypatch.setattr("omnissm.timeseries.fitting.train", lambda *_, **__: pytest.fail("trained first"))
+    for coverages, message in (((0.95,), "needs at least 20"), ((95,), r"inside \(0, 1\)")):
+        with pytest.raises(ValueError, match=message):
+            Forecaster("rlinear", 24, 12).fit(short, coverages=coverages)
+    with pytest.raises(ValueError, match="at least one coverage, got none"):
+        model.calibrate(short, ())
+
+
+def test_refits_keep_the_intervals_that_all_have(data):
+    one = data.isel(series=[0])
+    model = Forecaster("ridge", 24, 12).fit(one)
+    with pytest.warns(UserWarning, match="left out"):
+        result = model.backtest(start=150, stride=100, refit=1, progress=False)
+    assert result["quantile"].values.tolist() == [0.1, 0.25, 0.5, 0.75, 0.9]
+    assert np.isfinite(result["quantiles"]).all()
+    with pytest.warns(UserWarning, match="left out"):
+        assert "quantiles" not in model.backtest(start=60, stride=100, refit=1, progress=False)
+
+
 def test_quantile_model(data):
     model = Forecaster("rlinear", LOOKBACK, HORIZON, quantiles=(0.1, 0.5, 0.9), accelerator="cpu")
     model.fit(data, max_epochs=4, lr=0.01, progress=False)
@@ -284,7 +313,7 @@ def test_data_that_do_not_fit_are_refused_with_the_way_out(data, fitted):
         fitted.predict(data.isel(time=slice(0, 20)))
     silent = data.copy(deep=True)
     silent["target"][1, -LOOKBACK:] = np.nan
-    with pytest.raises(ValueError, match="s1 has no observed value in the last 36 steps .* before the common end"):
+    with pytest.raises(ValueError, match=r"s1 has no observed value in the last 36 steps .* before the common end"):
         fitted.predict(silent)
     with pytest.raises(ValueError, match="no cutoff has 36 steps before and 6 behind"):
         fitted.backtest(data, start="2024-03-01")
@@ -300,6 +329,9 @@ def test_data_that_do_not_fit_are_refused_with_the_way_out(data, fitted):
         fitted.backtest(data, refit=-2)
     with pytest.raises(TypeError, match="has an option 'scalar'; did you mean scaler"):
         Forecaster("ridge", scalar="robust").fit(data)
+    for option in ({"max_epochs": 1}, {"logger": False}):
+        with pytest.raises(TypeError, match=f"the trainer option '{next(iter(option))}' is set by Forecaster.fit; "):
+            Forecaster("rlinear", LOOKBACK, HORIZON, **option).fit(data)
     with pytest.raises(TypeError, match="Expected a pandas or polars frame"):
         fitted.predict([1, 2, 3])
 

@@ -134,3 +134,17 @@ def test_validation_sets_the_intervals_that_a_model_folder_carries(series):
         residuals = torch.where(batch.y_mask, batch.y - task(batch), torch.nan)
     assert task.intervals["coverages"] == [0.8]  # too few residuals for the other
     np.testing.assert_allclose(task.intervals["radius"][0], conformal_radius(residuals, 0.8), rtol=1e-5)
+
+
+def test_residuals_beyond_the_limit_are_thinned_over_all_series(series, monkeypatch):
+    """Windows come one series after the other, the second with errors ten times as large."""
+    loud = series.assign(target=10 * series["target"])
+    both = xr.concat([series, loud], xr.IndexVariable("series", ["quiet", "loud"]))
+    windows = Windows(both, 24, 6)
+    task = Forecasting("last_value", lookback=24, horizon=6, n_variates=2, coverages=[0.8])
+    radii = []
+    for limit in (10**9, windows.get_batch(range(len(windows))).y.numel() // 3):
+        monkeypatch.setattr("omnissm.timeseries.tasks.MAX_RESIDUALS", limit)
+        trainer().validate(task, create_loader(windows, 16), verbose=False)
+        radii.append(np.mean(task.intervals["radius"]))
+    assert radii[1] == pytest.approx(radii[0], rel=0.2)  # that of the first series is a tenth
