@@ -28,7 +28,7 @@ class _Arrays:
         self.mask = np.isfinite(self.target)
         if "observed" in ds:
             self.mask &= ds["observed"].transpose(*DIMS).to_numpy()
-        self.scaler = Scaler.from_dict(json.loads(ds.attrs["scaler"])) if "scaler" in ds.attrs else None
+        self.scaler = _select(json.loads(ds.attrs["scaler"]), ds) if "scaler" in ds.attrs else None
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """In the units of the model's scaler, where the forecast has one."""
@@ -64,6 +64,16 @@ class _Arrays:
                 "seasonal naive on the training part; forecasts of this package carry it"
             )
         return self.ds[name].transpose("series", "variate").to_numpy()[:, None, None, :]
+
+
+def _select(saved: dict[str, Any], ds: xr.Dataset) -> Scaler:
+    """The scaler of the variates that are left in `ds`, in their order."""
+    names = [str(name) for name in ds["variate"].to_numpy()]
+    if set(names) <= set(saved["variates"]):  # otherwise the scaler says what is wrong
+        columns = [saved["variates"].index(name) for name in names]
+        picked = {key: [[row[k] for k in columns] for row in saved[key]] for key in ("center", "scale")}
+        saved = {**saved, **picked, "variates": names}
+    return Scaler.from_dict(saved)
 
 
 Metric = Callable[[_Arrays, Any], Any]
@@ -118,9 +128,12 @@ METRICS: dict[str, Metric] = {
 
 
 def compute_errors(
-    forecast: xr.Dataset, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
+    forecast: xr.Dataset,
+    metrics: str | Sequence[str] = ("mse", "mae"),
+    by: str | Sequence[str] = ("variate", "horizon"),
 ) -> xr.Dataset:
     """As `omnissm.timeseries.evaluate`, which documents it."""
+    metrics, by = ((given,) if isinstance(given, str) else given for given in (metrics, by))
     if not isinstance(forecast, xr.Dataset) or "mean" not in forecast:
         raise ValueError("expected a forecast Dataset with a variable 'mean', as predict and backtest return it")
     if "target" not in forecast:

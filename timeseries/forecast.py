@@ -66,16 +66,19 @@ def backtest(
 
 
 def evaluate(
-    forecast: xr.Dataset, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
+    forecast: xr.Dataset,
+    metrics: str | Sequence[str] = ("mse", "mae"),
+    by: str | Sequence[str] = ("variate", "horizon"),
 ) -> xr.Dataset:
     """Errors of a forecast that carries its targets.
 
     Args:
         forecast: Forecast Dataset, e.g. of `backtest`.
-        metrics: Names among `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's
+        metrics: One or several of `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's
             scaler, where the forecast names one; the same with `_units` in those of the data; the interval metrics take
             the widest interval.
-        by: Dimensions to keep among series, cutoff, horizon and variate; () gives one number over all windows.
+        by: Dimensions to keep, one or several of series, cutoff, horizon and variate; () gives one number over all
+            windows.
 
     Returns:
         Dataset with one float64 variable per metric over the dimensions `by`, NaN where nothing was observed.

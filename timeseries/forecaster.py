@@ -473,7 +473,10 @@ class Forecaster:
         )
 
     def evaluate(
-        self, forecast: Any, metrics: Sequence[str] = ("mse", "mae"), by: Sequence[str] = ("variate", "horizon")
+        self,
+        forecast: Any,
+        metrics: str | Sequence[str] = ("mse", "mae"),
+        by: str | Sequence[str] = ("variate", "horizon"),
     ) -> xr.Dataset:
         """Errors of a forecast Dataset; see `omnissm.timeseries.evaluate`."""
         from .forecast import evaluate

@@ -93,3 +93,15 @@ def test_refusals_name_the_way_out(forecast):
         evaluate(forecast.drop_vars("quantiles"), ("crps",))
     with pytest.raises(ValueError, match="'seasonal_mae'"):
         evaluate(forecast.drop_vars("seasonal_mae"), ("mase",))
+
+
+@pytest.mark.parametrize("names", [["y"], ["z", "x"]])
+def test_some_variates_of_a_forecast(forecast, names):
+    whole = evaluate(forecast, ("mse", "mase"), ("variate",)).sel(variate=names)
+    xr.testing.assert_allclose(evaluate(forecast.sel(variate=names), ("mse", "mase"), ("variate",)), whole)
+    with pytest.raises(ValueError, match="The data has variates new"):
+        evaluate(forecast.isel(variate=[0]).assign_coords(variate=["new"]), ("mse",))
+
+
+def test_one_metric_and_one_dimension_as_text(forecast):
+    xr.testing.assert_identical(evaluate(forecast, "mse", "variate"), evaluate(forecast, ("mse",), ("variate",)))

@@ -218,6 +218,16 @@ def test_ridge_leaves_out_windows_with_missing_targets():
         model.fit_windows(Fake([make_batch(x, y, y_mask=mask)]))
 
 
+def test_ridge_without_enough_penalty_is_refused():
+    for alpha in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="alpha, the penalty, of at least 0"):
+            build("ridge", alpha=alpha)
+    constant = make_batch(torch.ones(20, VARIATES, LOOKBACK))
+    with pytest.raises(ValueError, match="pass a larger alpha, now 0"):
+        build("ridge", alpha=0.0).fit_windows(Fake([constant]))
+    build("ridge").fit_windows(Fake([constant]))
+
+
 def test_ridge_refuses_too_many_inputs():
     with pytest.raises(ValueError, match='limit is 8192; pass variates="own"'):
         create_model("ridge", lookback=336, horizon=4, n_variates=321, variates="all")

@@ -119,13 +119,14 @@ class Ridge(nn.Module):
         n_variates: Number of variates.
         variates: "own": each variate from its own past with its own map. "shared": from its own past, one map for all.
             "all": each variate from the past of all.
-        alpha: Penalty on the squared weights, relative to the number of windows (scaled units).
+        alpha: Penalty on the squared weights, relative to the number of windows (scaled units); not negative.
         instance_norm: Normalise each window by its own mean and scale first, and undo it on the forecast; the squared
             error is that of the forecast in scaled units.
         steps: Use only this many newest steps of the lookback; None uses all.
 
     Raises:
-        ValueError: if `steps` exceeds the lookback, or the regression would have more than 8192 inputs.
+        ValueError: if `steps` exceeds the lookback, `alpha` is negative, or the regression would have more than 8192
+            inputs.
     """
 
     MAX_INPUTS = 8192  # the Gram matrix then takes 0.5 GB
@@ -147,6 +148,8 @@ class Ridge(nn.Module):
         super().__init__()
         if variates not in ("own", "shared", "all"):
             raise ValueError(f'expected variates "own", "shared" or "all", got {variates!r}')
+        if not alpha >= 0:
+            raise ValueError(f"expected alpha, the penalty, of at least 0, got {alpha}; e.g. 1e-3")
         if steps is not None and not 1 <= steps <= lookback:
             raise ValueError(f"expected steps from 1 to {lookback} (the lookback), got {steps}")
         self.variates, self.alpha, self.instance_norm = variates, alpha, instance_norm
@@ -165,7 +168,8 @@ class Ridge(nn.Module):
         """Solve for the weights on the training windows (scaled units).
 
         Raises:
-            ValueError: if a variate has no window with a fully observed target.
+            ValueError: if a variate has no window with a fully observed target, or the inputs do not determine the
+                weights without a penalty.
         """
         self.fit_batches(windows.batches(batch_size))
 
@@ -197,7 +201,13 @@ class Ridge(nn.Module):
                 "drop the variate or pass more data"
             )
         penalty = torch.diag(torch.cat([torch.ones(inputs), torch.zeros(1)]).double())
-        solution = torch.linalg.solve(gram + self.alpha * count[:, None, None] * penalty, moment)
+        try:
+            solution = torch.linalg.solve(gram + self.alpha * count[:, None, None] * penalty, moment)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                "ridge cannot be solved: a variate is constant or has too few windows; pass a larger alpha, now "
+                f"{self.alpha:g}, e.g. 1e-3"
+            ) from error
         self.weight.copy_(solution[:, :-1].transpose(1, 2))
         self.bias.copy_(solution[:, -1])
 
