@@ -42,9 +42,11 @@ def forecast(
         out: Where the forecast goes: .nc, .zarr, .csv or .parquet, or - for CSV on standard output.
         horizon: Steps to forecast; default as trained. Longer ones feed the model's forecasts back.
         intervals: true demands conformal intervals, false leaves them out; by default as the model has them.
-        future: File with the future-known covariates of the steps to forecast.
+        future: File with the future-known covariates of the steps to forecast, where those of `data` end before: .nc or
+            .zarr with the variable `future`, or a table with a column for each, wide, or long with `ids` series.
         time: Column with the times of a table.
-        ids: A long table's ids are "variates" of one system or separate "series"; left out, the table is wide.
+        ids: A long table's ids are "variates" of one system or separate "series"; left out, the table is wide. A table
+            of series also gives the columns of covariates that the model reads.
         id_column: Column with the ids of a long table.
         values: Columns with the values of a table.
         freq: Frequency of the times, as a pandas alias or an integer.
@@ -56,12 +58,12 @@ def forecast(
       omnissm timeseries forecast --checkpoint runs/NAME --data weather.nc --out forecast.nc
     """
     from .forecast import load
-    from .verbs import read, read_file, write
+    from .verbs import read, read_future, write
 
     _check_out(out, (".nc", ".zarr", ".csv", ".parquet"))
     model = load(checkpoint)
-    ds, _ = read(checkpoint, data, time, ids, id_column, values, freq)
-    known = read_file(future, time, ids, id_column, values, freq) if future else None
+    ds, _ = read(model, checkpoint, data, time, ids, id_column, values, freq)
+    known = read_future(future, model, time, ids, id_column, freq) if future else None
     result = model.predict(ds, known, horizon, intervals=intervals)
     write(result, out, ids)
 
@@ -94,7 +96,8 @@ def backtest(
         out: Where the forecasts and what came go: .nc, .zarr, .csv or .parquet, or - for CSV on standard output.
         intervals: true demands conformal intervals, false leaves them out.
         time: Column with the times of a table.
-        ids: A long table's ids are "variates" of one system or separate "series"; left out, the table is wide.
+        ids: A long table's ids are "variates" of one system or separate "series"; left out, the table is wide. A table
+            of series also gives the columns of covariates that the model reads.
         id_column: Column with the ids of a long table.
         values: Columns with the values of a table.
         freq: Frequency of the times, as a pandas alias or an integer.
@@ -110,7 +113,7 @@ def backtest(
 
     _check_out(out, (".nc", ".zarr", ".csv", ".parquet"))
     model = load(checkpoint)
-    ds, test = read(checkpoint, data, time, ids, id_column, values, freq)
+    ds, test = read(model, checkpoint, data, time, ids, id_column, values, freq)
     if test is not None:
         ds, start = ds.isel(time=slice(0, test.stop)), test.start if start is None else start
     result = model.backtest(ds, start, stride, refit or False, horizon, intervals=intervals)

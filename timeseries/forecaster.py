@@ -292,19 +292,37 @@ class Forecaster:
     def _prepare(self, data: xr.Dataset) -> xr.Dataset:
         """`prepare` new data, and leave only the covariates that the model reads."""
         ds = prepare(data, self.state)
-        if not self._reads("future"):
+        if not self.reads("future"):
             ds = ds.isel(time=slice(0, target_end(ds)))
-        for name, dim in COVARIATES.items():
-            if not self._reads(name):
-                ds = ds.drop_dims(dim, errors="ignore")
+        names: tuple[Literal["past", "future"], ...] = ("past", "future")
+        for name in names:
+            read = self.reads(name)
+            if not read:
+                ds = ds.drop_dims(COVARIATES[name], errors="ignore")
             elif name not in ds:
-                names = ", ".join(self.state["covariate_scalers"][name]["variates"])
-                raise ValueError(f"the model reads the {name} covariates {names}; the data lack the variable {name!r}")
+                raise ValueError(
+                    f"the model reads the {name} covariates {', '.join(read)}; the data lack the variable {name!r}"
+                )
         return ds
 
-    def _reads(self, name: str) -> bool:
-        """Whether the network reads "past" or "future" covariates of the data; those of the calendar are its own."""
-        return bool(self._args.get(f"n_{name}")) and name in self.state["covariate_scalers"]
+    def reads(self, name: Literal["past", "future"]) -> list[str]:
+        """Names of the covariates of the data that the network reads; those of the calendar are its own."""
+        known = self.state["covariate_scalers"].get(name) if self._args.get(f"n_{name}") else None
+        return list(known["variates"]) if known else []
+
+    def needs_future(self) -> list[str]:
+        """Names of the covariates known in advance that the network reads.
+
+        Raises:
+            ValueError: if it reads none.
+        """
+        names = self.reads("future")
+        if not names:
+            raise ValueError(
+                f"this {self.model} reads no covariates known in advance; leave out `future`, or train a model that "
+                "reads them on data with the variable 'future'"
+            )
+        return names
 
     def _network(self) -> nn.Module:
         if self.net is None:
@@ -340,11 +358,8 @@ class Forecaster:
         """
         source = self._input(data)
         ds = self._prepare(source.dataset)
-        if future is not None and not self._reads("future"):
-            raise ValueError(
-                f"this {self.model} reads no covariates known in advance; leave out `future`, or train a model that "
-                "reads them on data with the variable 'future'"
-            )
+        if future is not None:
+            self.needs_future()
         if isinstance(future, xr.Dataset) and "future" not in future:
             raise ValueError(f"`future` has no variable 'future', only {', '.join(map(str, future.data_vars))}; rename")
         last = target_end(ds) - 1

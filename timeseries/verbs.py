@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import xarray as xr
@@ -15,7 +15,10 @@ from .forecast import evaluate, run_data
 from .inputs import forecast_to_long
 from .tables import print_table
 
-__all__ = ["error_frame", "print_errors", "read", "read_file", "read_forecast", "write"]
+if TYPE_CHECKING:
+    from .forecaster import Forecaster
+
+__all__ = ["error_frame", "print_errors", "read", "read_file", "read_forecast", "read_future", "write"]
 
 Ids = Literal["variates", "series"]
 
@@ -27,14 +30,20 @@ def read_file(
     id_column: str = "unique_id",
     values: Sequence[str] | None = None,
     freq: str | None = None,
+    covariates: dict[str, list[str]] | None = None,
 ) -> xr.Dataset:
-    """`read_series` with the words of the command line: an integer frequency as text, one value column in a list."""
+    """`read_series` with the words of the command line: an integer frequency as text, one value column in a list.
+
+    `covariates` names the columns "past" and "future" of a long table of series.
+    """
     step = int(freq) if freq is not None and freq.isdigit() else freq
     columns = values[0] if ids and values and len(values) == 1 else values
-    return read_series(path, time=time, ids=ids, id_column=id_column, values=columns, freq=step)
+    named = covariates or {} if ids == "series" else {}
+    return read_series(path, time=time, ids=ids, id_column=id_column, values=columns, freq=step, **named)  # type: ignore[arg-type]
 
 
 def read(
+    model: Forecaster,
     checkpoint: Path,
     data: Path | None,
     time: str | None,
@@ -43,10 +52,28 @@ def read(
     values: Sequence[str] | None,
     freq: str | None,
 ) -> tuple[xr.Dataset, range | None]:
-    """The series of a file, or of the run's own data module with the steps of its test part."""
+    """The series of a file with the covariates that the model reads, or those of the run's own data module with the
+    steps of its test part.
+    """
     if data is not None:
-        return read_file(data, time, ids, id_column, values, freq), None
+        covariates = {"past": model.reads("past"), "future": model.reads("future")}
+        return read_file(data, time, ids, id_column, values, freq, covariates), None
     return run_data(checkpoint)
+
+
+def read_future(
+    path: Path, model: Forecaster, time: str | None, ids: Ids | None, id_column: str, freq: str | None
+) -> xr.Dataset:
+    """Covariates known in advance as variable `future`, from a file that has it or from the columns of a table.
+
+    Raises:
+        ValueError: if the model reads none, or the table lacks a column.
+    """
+    names = model.needs_future()
+    if path.suffix.lower() in (".nc", ".zarr"):
+        return read_file(path)
+    ds = read_file(path, time, "series" if ids == "series" else None, id_column, names, freq)
+    return ds[["target"]].rename(target="future", variate="future_feature")
 
 
 def read_forecast(path: Path) -> xr.Dataset:

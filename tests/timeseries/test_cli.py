@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import xarray as xr
 
 from omnissm.__main__ import main
 from omnissm.timeseries import Forecaster, evaluate
 from omnissm.timeseries.files import read_series, write_series
 from omnissm.timeseries.forecast import run_data
+from omnissm.timeseries.frames import from_long
 
 LOOKBACK, HORIZON, STEPS = 24, 4, 200
 
@@ -69,6 +71,64 @@ def test_forecast_to_stdout_is_csv_alone(folder, capsys):
     assert list(frame.columns) == ["unique_id", "ds", "cutoff", "ridge"]
     assert frame.groupby("unique_id").size().to_dict() == {"a": 6, "b": 6}
     assert frame["ds"].min() == pd.Timestamp("2024-01-01") + pd.Timedelta(hours=STEPS)
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory):
+    """A model that reads the covariate known in advance `plan`, and its data as files; the covariate runs further."""
+    path = tmp_path_factory.mktemp("driven")
+    rng = np.random.default_rng(1)
+    times = pd.date_range("2024-01-01", periods=STEPS + HORIZON, freq="h")
+    plan = rng.normal(size=len(times)).astype(np.float32)
+    frame = pd.DataFrame({"unique_id": "s", "ds": times, "y": 2 * plan, "plan": plan})
+    frame.head(STEPS).to_csv(path / "long.csv", index=False)
+    frame.assign(y=frame["y"].where(frame.index < STEPS)).to_csv(path / "longer.csv", index=False)
+    rest = frame.tail(HORIZON)
+    rest[["ds", "plan"]].to_csv(path / "wide_plan.csv", index=False)
+    rest[["unique_id", "ds", "plan"]].to_csv(path / "long_plan.csv", index=False)
+    ds = from_long(frame.head(STEPS), ids="series", future=["plan"])
+    known = from_long(frame.assign(y=0.0), ids="series", future=["plan"])[["future"]]
+    write_series(ds, path / "series.nc")
+    write_series(known, path / "plan.nc")
+    args = {"d_model": 8, "patch_len": 6, "stride": 6}
+    model = Forecaster("chimera_tiny", LOOKBACK, HORIZON, model_args=args, accelerator="cpu")
+    model.fit(ds, max_epochs=1, coverages=None, progress=False)
+    with torch.no_grad():
+        model.net.known_future.weight.add_(0.5)
+    model.save(path / "model")
+    model.predict(future=known).to_netcdf(path / "expected.nc", engine="h5netcdf")
+    return path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("long.csv", "wide_plan.csv"), ("long.csv", "long_plan.csv"), ("longer.csv", None), ("series.nc", "plan.nc")],
+)
+def test_forecast_with_covariates_known_in_advance(driven, tmp_path, words):
+    data, plan = words
+    table = () if data == "series.nc" else ("--time", "ds")
+    # a wide table of the covariate beside a long one of the series: the ids are those of the series alone
+    ids = ("--ids", "series") if plan != "wide_plan.csv" and table else ()
+    if plan == "wide_plan.csv":
+        data, table = "series.nc", ("--time", "ds")
+    future = ("--future", driven / plan) if plan else ()
+    out = tmp_path / "f.nc"
+    words = ("--checkpoint", driven / "model", "--data", driven / data, *future, *table, *ids, "--out", out)
+    assert run("forecast", *words) == 0
+    with read_series(out) as written, xr.open_dataset(driven / "expected.nc", engine="h5netcdf") as expected:
+        np.testing.assert_allclose(written["mean"], expected["mean"], rtol=1e-5)
+
+
+def test_covariates_that_do_not_fit(folder, driven, tmp_path, capsys):
+    words = ("--data", folder / "series.nc", "--future", driven / "plan.nc", "--out", tmp_path / "f.nc")
+    assert "this ridge reads no covariates known in adv" in bad(
+        capsys, "forecast", "--checkpoint", folder / "model", *words
+    )
+    words = ("--checkpoint", driven / "model", "--data", driven / "series.nc", "--out", tmp_path / "f.nc")
+    assert "covariates are missing at 4 times" in bad(capsys, "forecast", *words)
+    other = ("--future", folder / "table.csv", "--time", "when")
+    assert "no column 'plan'" in bad(capsys, "forecast", *words, *other)
+    assert "no variable 'future', only target" in bad(capsys, "forecast", *words, "--future", folder / "series.nc")
 
 
 def test_backtest_evaluate_and_plot(folder, tmp_path, capsys):
