@@ -101,19 +101,18 @@ def driven(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("long.csv", "wide_plan.csv"), ("long.csv", "long_plan.csv"), ("longer.csv", None), ("series.nc", "plan.nc")],
+    ("data", "plan", "table"),
+    [
+        ("long.csv", "long_plan.csv", ("--time", "ds", "--ids", "series")),
+        ("longer.csv", None, ("--time", "ds", "--ids", "series")),
+        ("series.nc", "wide_plan.csv", ("--time", "ds")),
+        ("series.nc", "plan.nc", ()),
+    ],
 )
-def test_forecast_with_covariates_known_in_advance(driven, tmp_path, words):
-    data, plan = words
-    table = () if data == "series.nc" else ("--time", "ds")
-    # a wide table of the covariate beside a long one of the series: the ids are those of the series alone
-    ids = ("--ids", "series") if plan != "wide_plan.csv" and table else ()
-    if plan == "wide_plan.csv":
-        data, table = "series.nc", ("--time", "ds")
-    future = ("--future", driven / plan) if plan else ()
+def test_forecast_with_covariates_known_in_advance(driven, tmp_path, data, plan, table):
     out = tmp_path / "f.nc"
-    words = ("--checkpoint", driven / "model", "--data", driven / data, *future, *table, *ids, "--out", out)
+    future = ("--future", driven / plan) if plan else ()
+    words = ("--checkpoint", driven / "model", "--data", driven / data, *future, *table, "--out", out)
     assert run("forecast", *words) == 0
     with read_series(out) as written, xr.open_dataset(driven / "expected.nc", engine="h5netcdf") as expected:
         np.testing.assert_allclose(written["mean"], expected["mean"], rtol=1e-5)
