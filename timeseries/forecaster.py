@@ -63,11 +63,12 @@ class Forecaster:
         loss: "mse", "mae", "huber" or "pinball" (implied by quantiles).
         quantiles: Ascending levels in (0, 1) for a probabilistic model; None gives a point forecast, around which
             `fit` puts split-conformal intervals.
-        fill: What stands at missing inputs: "zero" after scaling or "forward" for the last observed value.
+        fill: What stands at missing inputs: "zero" after scaling or "forward" for the last observed value; no matter to
+            a model that normalises each window, where they stand at its mean, nor to the naive ones.
         seed: Seed of weights and order; the same seed gives the same forecaster.
         model_args: The model's own options.
-        calendar: Give the model calendar features of past and horizon.
-        fourier: Periods in steps, for each of which the model gets a sine and a cosine.
+        calendar: Give the model calendar features of past and horizon; for models that read covariates (Chimera).
+        fourier: Periods in steps, for each of which such a model gets a sine and a cosine.
         ids: What the `unique_id`s of a long frame are: "variates" of one system, or separate "series".
         threads: Threads of torch on the CPU while this object computes; these models are fastest on one, above all on a
             busy machine. None leaves torch's setting.
@@ -132,7 +133,8 @@ class Forecaster:
         """Train on what lies before the validation part, and keep the epoch with the least validation loss.
 
         Args:
-            data: Dataset in the schema, DataArray, long or wide frame, or path of a file.
+            data: Dataset in the schema, DataArray, long or wide frame, or path of a file. A missing covariate counts as
+                its mean.
             val: Last part of the data kept for validation: a share (float), a number of steps (int) or the date from
                 which on; or data of its own, as in `data`. None trains on everything, without early stopping and
                 intervals.
