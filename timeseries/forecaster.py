@@ -133,8 +133,8 @@ class Forecaster:
         """Train on what lies before the validation part, and keep the epoch with the least validation loss.
 
         Args:
-            data: Dataset in the schema, DataArray, long or wide frame, or path of a file. A missing covariate counts as
-                its mean.
+            data: Dataset in the schema, DataArray, long or wide frame, or path of a file. A missing `past`
+                covariate counts as its mean.
             val: Last part of the data kept for validation: a share (float), a number of steps (int) or the date from
                 which on; or data of its own, as in `data`. None trains on everything, without early stopping and
                 intervals.
