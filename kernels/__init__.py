@@ -19,6 +19,7 @@ else:
     from .dispatch import BackendError as BackendError
     from .dispatch import available_backends as available_backends
     from .dispatch import use_backend as use_backend
+    from .fft_conv.op import fft_conv as fft_conv
     from .gated_norm.op import gated_norm as gated_norm
     from .linear_scan.op import linear_scan as linear_scan
     from .scan2d.op import scan2d as scan2d
@@ -29,6 +30,7 @@ else:
         "BackendError",
         "available_backends",
         "causal_conv1d",
+        "fft_conv",
         "gated_norm",
         "linear_scan",
         "scan2d",

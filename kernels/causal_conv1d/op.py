@@ -11,6 +11,7 @@ from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
 from .chunked import causal_conv1d_chunked
 from .reference import causal_conv1d_reference
+from .state import last_inputs, with_inputs_before
 
 
 def causal_conv1d(
@@ -57,7 +58,7 @@ def causal_conv1d(
     check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
     k, length = sizes["k"], sizes["l"]
     if not 1 <= k <= 8:
-        raise ValueError(f"`weight` has k={k}, expected 1 to 8; use a long convolution for wider filters.")
+        raise ValueError(f"`weight` has k={k}, expected 1 to 8; use `fft_conv` for wider filters.")
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}.")
     if symmetric and (k % 2 == 0 or initial_state is not None):
@@ -68,11 +69,10 @@ def causal_conv1d(
     (x,) = cast_for_autocast(x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    state = _final_state(x, initial_state, seq_idx, 0 if symmetric else k - 1)
+    state = last_inputs(x, initial_state, seq_idx, 0 if symmetric else k - 1)
     left = (k - 1) // 2 if symmetric else k - 1
     if initial_state is not None and k > 1:
-        x = torch.cat([initial_state.mT.to(x.dtype), x], dim=1)
-        seq_idx = None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(-1, k - 1), seq_idx], dim=1)
+        x, seq_idx = with_inputs_before(x, initial_state, seq_idx)
         left = 0
     if x.numel() == 0 or length == 0:
         return x[:, x.shape[1] - length :].clone(), state
@@ -86,18 +86,3 @@ def causal_conv1d(
             return causal_conv1d_triton(x, weight, bias, seq_idx, left, length, silu), state
         case _:
             return causal_conv1d_chunked(x, weight, bias, seq_idx, left, length, silu), state
-
-
-def _final_state(x: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None, size: int) -> Tensor:
-    """The last `size` inputs, (b, c, size), zero where they belong to an earlier sequence than the last one."""
-    batch, length, channels = x.shape
-    if size == 0:
-        return x.new_empty(batch, channels, 0)
-    if length >= size and seq_idx is None and not torch.compiler.is_compiling():  # compiled code is for any length
-        return x[:, length - size :].mT.contiguous()
-    before = x.new_zeros(batch, size, channels) if initial_state is None else initial_state.mT.to(x.dtype)
-    state = torch.cat([before, x[:, -size:]], dim=1)[:, -size:]
-    if seq_idx is not None and length > 0:
-        index = torch.cat([seq_idx[:, :1].expand(-1, size), seq_idx[:, -size:]], dim=1)[:, -size:]
-        state = torch.where((index == seq_idx[:, -1:])[..., None], state, torch.zeros_like(state))
-    return state.mT.contiguous()

@@ -1,0 +1,1 @@
+"""Long depthwise convolution along time: the kernel of a time-invariant state-space model, applied by FFT."""
