@@ -24,6 +24,9 @@ else:
     from .linear_scan.op import linear_scan as linear_scan
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d
+    from .ssd.op import ssd as ssd
+    from .ssd.step import ssd_step as ssd_step
+    from .ssd.step import ssd_step_ as ssd_step_
 
     __all__ = [
         "Backend",
@@ -35,5 +38,8 @@ else:
         "linear_scan",
         "scan2d",
         "selective_scan2d",
+        "ssd",
+        "ssd_step",
+        "ssd_step_",
         "use_backend",
     ]

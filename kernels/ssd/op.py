@@ -1,0 +1,109 @@
+"""`ssd`: the recurrence with one scalar decay per head and position, and a matrix as state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_devices, check_floating, check_shapes
+from ..dispatch import Backend, cast_for_autocast, choose
+from .chunked import ssd_chunked
+from .reference import ssd_reference
+
+
+def ssd(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    D: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """State-space duality: a matrix state per head that decays by one scalar per position.
+
+        H_t = exp(log_decay_t) H_{t-1} + weight_t x_t B_t^T      (h, p, n)
+        y_t = H_t C_t + D x_t,      H_{-1} = initial_state (zeros if None)
+
+    Args:
+        x: Input, (b, l, h, p).
+        log_decay: Logarithm of the decay, <= 0, (b, l, h); for Mamba-2 `dt * A`.
+        B: What enters the state, (b, l, g, n); each of the g groups serves h / g consecutive heads.
+        C: What is read from the state, (b, l, g, n).
+        initial_state: State before the first position, (b, h, p, n).
+        weight: Weight of each input, (b, l, h); for Mamba-2 `dt`. None: `x` comes weighted already.
+        D: Skip from `x` to the output, (h,) or (b, l, h).
+        seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
+            state starts from zero with each new sequence; `initial_state` enters the first one of a row.
+        chunk_size: Positions per chunk of the chunked path; None is 64 on a CPU and 128 elsewhere.
+        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+
+    Returns:
+        y, (b, l, h, p) in the dtype of `x`, and the state after the last position, (b, h, p, n), in float32 (float64
+        for float64 inputs). With packing it is the state of a row's last sequence, with l = 0 the initial state.
+
+    Raises:
+        TypeError: if an argument is no floating tensor.
+        ValueError: if shapes or devices disagree, g does not divide h, or chunk_size is below 1.
+        BackendError: if `backend` is named explicitly and cannot run here.
+
+    16-bit inputs are multiplied and summed in float32. Under autocast `x`, `B` and `C` are cast; decays, weights,
+    states and `D` are not. Differentiable in all floating tensors, any number of times.
+    Source: Dao & Gu (2024), "Transformers are SSMs", sections 3 and 6.
+    """
+    check_floating(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D)
+    sizes = check_shapes(
+        x=(x, "b l h p"),
+        log_decay=(log_decay, "b l h"),
+        B=(B, "b l g n"),
+        C=(C, "b l g n"),
+        initial_state=(initial_state, "b h p n"),
+        weight=(weight, "b l h"),
+        D=(D, "h" if D is not None and D.dim() == 1 else "b l h"),
+        seq_idx=(seq_idx, "b l"),
+    )
+    check_devices(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D, seq_idx=seq_idx)
+    batch, length, nheads, headdim = x.shape
+    check_groups(nheads, sizes["g"])
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+
+    x, B, C = cast_for_autocast(x, B, C)
+    dtype = state_dtype(x, log_decay, B, C, initial_state, weight, D)
+    if initial_state is None:
+        state = x.new_zeros(batch, nheads, headdim, sizes["n"], dtype=dtype)
+    else:
+        state = initial_state.to(dtype)
+    if x.numel() == 0 or state.numel() == 0:
+        return torch.zeros_like(x), state.clone()
+    log_decay = log_decay.to(dtype)
+    weight = None if weight is None else weight.to(dtype)
+    D = None if D is None else D.to(dtype).expand(batch, length, nheads)
+    match choose(backend, x, op="ssd", implementations=("reference", "chunked")):
+        case "reference":
+            return ssd_reference(x, log_decay, B, C, state, weight, D, seq_idx)
+        case _:
+            return ssd_chunked(x, log_decay, B, C, state, weight, D, seq_idx, chunk_size)
+
+
+def check_groups(nheads: int, groups: int) -> None:
+    """Check that the groups share the heads evenly.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if groups < 1 or nheads % groups:
+        raise ValueError(f"`B` has g={groups} groups, expected a divisor of the {nheads} heads of `x`.")
+
+
+def state_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or the widest dtype among the tensors if that is wider."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor is not None:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
