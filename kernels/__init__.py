@@ -15,6 +15,8 @@ if __name__ == "kernels":
         _spec.loader.exec_module(sys.modules["kernels"])
 else:
     from .causal_conv1d.op import causal_conv1d as causal_conv1d
+    from .causal_conv1d.step import conv_step as conv_step
+    from .causal_conv1d.step import conv_step_ as conv_step_
     from .dispatch import Backend as Backend
     from .dispatch import BackendError as BackendError
     from .dispatch import available_backends as available_backends
@@ -33,6 +35,8 @@ else:
         "BackendError",
         "available_backends",
         "causal_conv1d",
+        "conv_step",
+        "conv_step_",
         "fft_conv",
         "gated_norm",
         "linear_scan",
