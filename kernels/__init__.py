@@ -21,6 +21,7 @@ else:
     from .dispatch import BackendError as BackendError
     from .dispatch import available_backends as available_backends
     from .dispatch import use_backend as use_backend
+    from .ema_scan.op import ema_scan as ema_scan
     from .fft_conv.op import fft_conv as fft_conv
     from .gated_norm.op import gated_norm as gated_norm
     from .linear_scan.op import linear_scan as linear_scan
@@ -37,6 +38,7 @@ else:
         "causal_conv1d",
         "conv_step",
         "conv_step_",
+        "ema_scan",
         "fft_conv",
         "gated_norm",
         "linear_scan",

@@ -1,0 +1,64 @@
+"""`ema_scan`: an exponential moving average whose weight is given per position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_devices, check_floating, check_shapes
+from ..dispatch import Backend, cast_for_autocast, choose
+from .chunked import ema_scan_chunked
+from .reference import ema_scan_reference
+
+
+def ema_scan(
+    x: Tensor,
+    p: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    seq_idx: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Moving average along dim 1 with one weight per position, shared by the channels.
+
+        m_t = p_t x_t + (1 - p_t) m_{t-1},      m_{-1} = initial_state (zeros if None)
+
+    Args:
+        x: Input, (b, l, d).
+        p: Weight of the new input, in [0, 1], (b, l). 1 forgets what was before, 0 ignores the input, both exactly.
+        initial_state: Mean before the first position, (b, d).
+        seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
+            mean starts from zero with each new sequence; `initial_state` enters the first one of a row.
+        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+
+    Returns:
+        All means, (b, l, d) in the dtype of `x`, and the last one, (b, d), in float32 (float64 for float64 inputs).
+        With l = 0 that is the initial state.
+
+    Raises:
+        TypeError: if an argument is no floating tensor.
+        ValueError: if shapes or devices disagree; the message names tensor and dimension.
+        BackendError: if `backend` is named explicitly and cannot run here.
+
+    16-bit inputs are summed in float32. Under autocast `x` is cast, `p` and the state are not. Differentiable in all
+    floating tensors, any number of times.
+    Source: Hwang, Wang & Gu (2025), "Dynamic chunking for end-to-end hierarchical sequence modeling", section 2.2.
+    """
+    check_floating(x=x, p=p, initial_state=initial_state)
+    check_shapes(x=(x, "b l d"), p=(p, "b l"), initial_state=(initial_state, "b d"), seq_idx=(seq_idx, "b l"))
+    check_devices(x=x, p=p, initial_state=initial_state, seq_idx=seq_idx)
+    (x,) = cast_for_autocast(x)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
+    if initial_state is None:
+        state = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype)
+    else:
+        dtype = torch.promote_types(dtype, initial_state.dtype)
+        state = initial_state.to(dtype)
+    p = p.to(dtype)
+    if x.numel() == 0:
+        return x.clone(), state.clone()
+    match choose(backend, x, op="ema_scan", implementations=("reference", "chunked")):
+        case "reference":
+            return ema_scan_reference(x, p, state, seq_idx)
+        case _:
+            return ema_scan_chunked(x, p, state, seq_idx)
