@@ -27,6 +27,9 @@ else:
     from .linear_scan.op import linear_scan as linear_scan
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d
+    from .selective_scan.op import selective_scan as selective_scan
+    from .selective_scan.step import selective_step as selective_step
+    from .selective_scan.step import selective_step_ as selective_step_
     from .ssd.op import ssd as ssd
     from .ssd.step import ssd_step as ssd_step
     from .ssd.step import ssd_step_ as ssd_step_
@@ -43,7 +46,10 @@ else:
         "gated_norm",
         "linear_scan",
         "scan2d",
+        "selective_scan",
         "selective_scan2d",
+        "selective_step",
+        "selective_step_",
         "ssd",
         "ssd_step",
         "ssd_step_",

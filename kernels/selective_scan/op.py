@@ -1,0 +1,103 @@
+"""`selective_scan`: the selective state-space recurrence of Mamba, with states (d, n)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_devices, check_floating, check_shapes
+from ..dispatch import Backend, cast_for_autocast, choose
+from .chunked import selective_scan_chunked
+from .reference import selective_scan_reference
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    *,
+    seq_idx: Tensor | None = None,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Selective scan (Mamba, S6) along dim 1: every channel has n states and input-dependent steps.
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,      h_{-1} = initial_state (zeros if None)
+        y_t = sum_n C_tn h_tn + D u_t,                 times silu(z_t) if z is given
+
+    Args:
+        u: Input, (b, l, d).
+        dt: Steps after softplus, not negative, (b, l, d).
+        A: Rates, real part negative, (d, n). Real, or complex for one state of each conjugate pair: the sum over n is
+            then 2 Re(C h).
+        B: Input map, (b, l, n), or (b, l, g, n) for g groups of d / g neighbouring channels. Complex only with A.
+        C: Output map, of the shape of `B`. Complex only with A.
+        D: Skip, (d,).
+        z: Gate, (b, l, d).
+        initial_state: State before the first position, (b, d, n).
+        seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
+            state starts from zero with each new sequence; `initial_state` enters the first one of a row.
+        window: Segment length m >= 1 of a second, local scan backwards in time (locally bidirectional). Segments start
+            at multiples of m from the start of a sequence; None or 1 is the plain scan.
+        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+
+    Returns:
+        y, (b, l, d) in the dtype of `u`, and the state after the last position, (b, d, n), in float32 (float64 or
+        complex for such inputs). With l = 0 that is the initial state.
+
+    Raises:
+        TypeError: if an argument is no floating tensor, or B, C or the state is complex and A is not.
+        ValueError: if shapes or devices disagree, d is no multiple of g, or window is below 1.
+        BackendError: if `backend` is named explicitly and cannot run here; there is no Triton implementation.
+
+    16-bit inputs are computed in float32. Under autocast u, B, C and z are cast; dt, A, D and states are not.
+    Differentiable in all floating tensors, twice and more.
+    Source: Gu & Dao (2023), algorithm 2; the window: Zhang et al. (2025), LBMamba.
+    """
+    check_floating(u=u, dt=dt, D=D, z=z)
+    check_floating(A=A, B=B, C=C, initial_state=initial_state, allow_complex=True)
+    maps = "b l g n" if B.dim() == 4 else "b l n"
+    sizes = check_shapes(
+        u=(u, "b l d"),
+        dt=(dt, "b l d"),
+        A=(A, "d n"),
+        B=(B, maps),
+        C=(C, maps),
+        D=(D, "d"),
+        z=(z, "b l d"),
+        initial_state=(initial_state, "b d n"),
+        seq_idx=(seq_idx, "b l"),
+    )
+    check_devices(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, initial_state=initial_state, seq_idx=seq_idx)
+    for name, tensor in (("B", B), ("C", C), ("initial_state", initial_state)):
+        if tensor is not None and tensor.is_complex() and not A.is_complex():
+            raise TypeError(f"`{name}` is complex and `A` is not; make `A` complex too, e.g. A.to(torch.complex64).")
+    groups = sizes.get("g", 1)
+    if groups < 1 or sizes["d"] % groups != 0:
+        raise ValueError(f"`B` has g={groups}, expected a divisor of d={sizes['d']} (from `u`).")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}; None switches it off.")
+    if B.dim() == 3:
+        B, C = B[:, :, None], C[:, :, None]
+
+    (u,) = cast_for_autocast(u)
+    if z is not None:
+        (z,) = cast_for_autocast(z)
+    B, C = (x if x.is_complex() else cast_for_autocast(x)[0] for x in (B, C))
+    dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+    A = A.to(dtype)
+    initial_state = None if initial_state is None else initial_state.to(dtype)
+    if u.numel() == 0 or sizes["n"] == 0:
+        skip = torch.zeros_like(u) if D is None else (u * D).to(u.dtype)
+        final = u.new_zeros(sizes["b"], *A.shape, dtype=dtype) if initial_state is None else initial_state.clone()
+        return skip if z is None else (skip * torch.nn.functional.silu(z)).to(u.dtype), final
+    match choose(backend, u, op="selective_scan", implementations=("reference", "chunked")):
+        case "reference":
+            return selective_scan_reference(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+        case _:
+            return selective_scan_chunked(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
