@@ -25,6 +25,7 @@ else:
     from .fft_conv.op import fft_conv as fft_conv
     from .gated_norm.op import gated_norm as gated_norm
     from .linear_scan.op import linear_scan as linear_scan
+    from .quasiseparable.op import quasiseparable as quasiseparable
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d
     from .selective_scan.op import selective_scan as selective_scan
@@ -45,6 +46,7 @@ else:
         "fft_conv",
         "gated_norm",
         "linear_scan",
+        "quasiseparable",
         "scan2d",
         "selective_scan",
         "selective_scan2d",

@@ -1,0 +1,124 @@
+"""`quasiseparable`: a matrix state from each end of the row, for models that see both sides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_devices, check_floating, check_shapes
+from ..dispatch import Backend, cast_for_autocast, choose
+from ..ssd.op import check_groups, state_dtype
+from .chunked import quasiseparable_chunked
+from .reference import Side, quasiseparable_reference
+
+
+def quasiseparable(
+    x: Tensor,
+    log_decay_f: Tensor,
+    weight_f: Tensor | None,
+    B_f: Tensor,
+    C_f: Tensor,
+    log_decay_b: Tensor,
+    weight_b: Tensor | None,
+    B_b: Tensor,
+    C_b: Tensor,
+    diag: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    shift: bool = True,
+    seq_idx: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Product with a quasiseparable matrix: a recurrence from the left, one from the right, and a diagonal.
+
+        Hf_t = exp(log_decay_f_t) Hf_{t-1} + weight_f_t x_t B_f_t^T         (h, p, n)
+        Hb_t = exp(log_decay_b_t) Hb_{t+1} + weight_b_t x_t B_b_t^T
+        y_t  = Hf_{t-1} C_f_{t-1} + Hb_{t+1} C_b_{t+1} + diag_t x_t         without shift: Hf_t C_f_t + Hb_t C_b_t + ...
+
+    The first term is 0 at the first position of a sequence, the second one at its last.
+
+    Args:
+        x: Input, (b, l, h, p).
+        log_decay_f: Logarithm of the forward decay, <= 0, (b, l, h).
+        weight_f: Weight of each input in the forward recurrence, (b, l, h); ones if None.
+        B_f: What enters the forward state, (b, l, g, n); each of the g groups serves h / g consecutive heads.
+        C_f: What is read from the forward state, (b, l, g, n).
+        log_decay_b: Logarithm of the backward decay, <= 0, (b, l, h).
+        weight_b: Weight of each input in the backward recurrence, (b, l, h); ones if None.
+        B_b: What enters the backward state, (b, l, g, n).
+        C_b: What is read from the backward state, (b, l, g, n).
+        diag: Diagonal of the matrix, (b, l, h).
+        initial_state: Forward state before the first position and backward state after the last, (2, b, h, p, n).
+        shift: Read the states of the neighbours (Hydra). False reads those of the position itself, so that its own
+            input counts in both.
+        seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. Both
+            states start from zero with each new sequence; the initial ones enter a row's first and last sequence.
+        chunk_size: Positions per chunk of the chunked path; None is 64 on a CPU and 128 elsewhere.
+        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+
+    Returns:
+        y, (b, l, h, p) in the dtype of `x`, and the forward state after the last position and the backward one after
+        the first, (2, b, h, p, n), in float32 (float64 for float64 inputs). With l = 0 they are the initial states.
+
+    Raises:
+        TypeError: if an argument is no floating tensor.
+        ValueError: if shapes or devices disagree, g does not divide h, or chunk_size is below 1.
+        BackendError: if `backend` is named explicitly and cannot run here.
+
+    16-bit inputs are multiplied and summed in float32. Under autocast `x`, the B and the C are cast; decays, weights,
+    states and `diag` are not. Differentiable in all floating tensors, also twice.
+    Source: Hwang, Lahoti, Dao & Gu (2024), "Hydra", section 3.
+    """
+    floating = {
+        "x": x,
+        "log_decay_f": log_decay_f,
+        "weight_f": weight_f,
+        "B_f": B_f,
+        "C_f": C_f,
+        "log_decay_b": log_decay_b,
+        "weight_b": weight_b,
+        "B_b": B_b,
+        "C_b": C_b,
+        "diag": diag,
+        "initial_state": initial_state,
+    }
+    check_floating(allow_complex=False, **floating)
+    per_head, per_group = "b l h", "b l g n"
+    sizes = check_shapes(
+        x=(x, "b l h p"),
+        log_decay_f=(log_decay_f, per_head),
+        weight_f=(weight_f, per_head),
+        B_f=(B_f, per_group),
+        C_f=(C_f, per_group),
+        log_decay_b=(log_decay_b, per_head),
+        weight_b=(weight_b, per_head),
+        B_b=(B_b, per_group),
+        C_b=(C_b, per_group),
+        diag=(diag, per_head),
+        initial_state=(initial_state, "2 b h p n"),
+        seq_idx=(seq_idx, "b l"),
+    )
+    check_devices(**floating, seq_idx=seq_idx)
+    batch, _, nheads, headdim = x.shape
+    check_groups(nheads, sizes["g"])
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+
+    x, B_f, C_f, B_b, C_b = cast_for_autocast(x, B_f, C_f, B_b, C_b)
+    dtype = state_dtype(*floating.values())
+    if initial_state is None:
+        state = x.new_zeros(2, batch, nheads, headdim, sizes["n"], dtype=dtype)
+    else:
+        state = initial_state.to(dtype)
+    if x.numel() == 0:
+        return torch.zeros_like(x), state.clone()
+    forward = Side(log_decay_f.to(dtype), None if weight_f is None else weight_f.to(dtype), B_f, C_f)
+    backward = Side(log_decay_b.to(dtype), None if weight_b is None else weight_b.to(dtype), B_b, C_b)
+    wide, diag = x.to(dtype), diag.to(dtype)
+    match choose(backend, x, op="quasiseparable", implementations=("reference", "chunked")):
+        case "reference":
+            y, final = quasiseparable_reference(wide, forward, backward, diag, state, shift, seq_idx)
+        case _:
+            y, final = quasiseparable_chunked(wide, forward, backward, diag, state, shift, seq_idx, chunk_size)
+    return y.to(x.dtype), final
