@@ -92,7 +92,7 @@ def test_takes_one_step(path):
 
 
 def missing_data(error: BaseException | None) -> BaseException | None:
-    """The missing file or package at the root of an error, which the parser may have wrapped; None for another error."""
+    """The missing file or package at the root of an error that the parser may have wrapped, else None."""
     while error is not None and not isinstance(error, (FileNotFoundError, ImportError)):
         error = error.__cause__ or error.__context__
     return error
