@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
@@ -70,6 +70,22 @@ class ResumePoint(Callback):
         """Keep the weights before a loss that is not finite."""
         if isinstance(exception, NonFiniteError) and not is_dry(trainer):
             trainer.save_checkpoint(self.folder / "stopped.ckpt", weights_only=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The trainer's choice of the best checkpoint, which a run keeps when its folder is moved or renamed."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the scores, with the paths of files that now lie in this callback's folder."""
+        old, new = state_dict.get("dirpath"), self.dirpath
+
+        def moved(path: Any) -> Any:
+            return str(Path(new) / Path(path).name) if new and path and Path(path).parent == Path(old or "") else path
+
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        state = {**state_dict, "dirpath": new, **{key: moved(state_dict.get(key, "")) for key in paths}}
+        state["best_k_models"] = {moved(path): score for path, score in state_dict.get("best_k_models", {}).items()}
+        super().load_state_dict(state)
 
 
 class EMA(EMAWeightAveraging):

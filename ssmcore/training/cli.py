@@ -25,13 +25,13 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
 
-from .callbacks import is_dry, prepare_trainer
+from .callbacks import BestCheckpoint, is_dry, prepare_trainer
 from .checkpoints import export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
 from .data import SSMData
 from .export import best_checkpoint
@@ -176,7 +176,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The checkpoint callback, and the links from data module to task."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.set_defaults(_CHECKPOINT)
         for name in LINKS:
             parser.link_arguments("data", f"model.init_args.{name}", self._reader(name), apply_on="instantiate")
@@ -216,7 +216,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Trainer with the run's logger, checkpoints, progress bar on stderr and state to resume from."""
         config = self.config_init[self.verb]
-        checkpoint: ModelCheckpoint = config.checkpoint
+        checkpoint: BestCheckpoint = config.checkpoint
         checkpoint.dirpath = str(self.run.checkpoints.absolute())
         checkpoint.monitor = checkpoint.monitor or self.model.monitor
         options = config.trainer
@@ -268,7 +268,7 @@ class CLI(LightningCLI):
         if best.name == "last.ckpt" and self.model.monitor not in found:
             log.warning("Nothing was validated, so no best.ckpt is kept and the model folder holds the last weights.")
         checkpoint = self.trainer.checkpoint_callback
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_score is not None:
+        if isinstance(checkpoint, BestCheckpoint) and checkpoint.best_model_score is not None:
             found[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
         self._report(found)
 

@@ -134,6 +134,20 @@ def test_resume_for_more_epochs_plans_the_schedule_anew(caplog):
     assert dict(parts[parts.index >= 6]) == pytest.approx(dict(whole[whole.index >= 6]))
 
 
+def test_moved_run_keeps_its_best_checkpoint():
+    run("-c", "line.yaml", "--run", "here")
+    last = checkpoint("here")
+    (scores,) = (state for state in last["callbacks"].values() if "best_model_score" in state)
+    scores["best_model_score"] = torch.tensor(-1.0)  # which no epoch can beat
+    scores["best_k_models"] = dict.fromkeys(scores["best_k_models"], torch.tensor(-1.0))
+    torch.save(last, "runs/here/checkpoints/last.ckpt")
+    best = Path("runs/here/checkpoints/best.ckpt").read_bytes()
+    Path("runs/here").rename("runs/there")
+    run("-c", "line.yaml", "--run", "there", "--resume", "--trainer.max_epochs", 5)
+    assert checkpoint("there")["epoch"] == 5
+    assert Path("runs/there/checkpoints/best.ckpt").read_bytes() == best
+
+
 def test_resume_of_a_finished_run_changes_nothing():
     run("-c", "line.yaml")
     before, metrics = checkpoint("line")["state_dict"], rows("line")
