@@ -36,12 +36,13 @@ KERNELS = Path(omnissm.kernels.__file__).parent
 
 def conv1d_of_torch(x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     k = weight.shape[1]
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = F.conv1d(F.pad(x.mT, (k - 1, 0)), weight[:, None], bias, groups=weight.shape[0])
     return F.silu(y).mT, x[:, 1 - k :].mT
 
 
 def rms_norm_of_torch(x: Tensor, z: Tensor, weight: Tensor, eps: float, **_: Any) -> Tensor:
-    return F.rms_norm(x * F.silu(z), (x.shape[-1],), weight, eps)
+    return F.rms_norm(x * F.silu(z), (x.shape[-1],), weight.to(x.dtype), eps)
 
 
 # What torch itself offers for the same result.
