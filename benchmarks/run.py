@@ -162,8 +162,9 @@ def bench(spec: OpSpec, case: BenchSize, device: torch.device, timer: Timer, ban
         row["forward_backward_ms"], row["forward_backward_graph_ms"] = timer(both), timer.graph(both)
         for which, bytes_moved in zip(("forward", "forward_backward"), floor):
             row[f"{which}_floor_ms"] = round(bytes_moved / bandwidth * 1e3, 4)
-        if case.required_ms is not None:
-            row["required_ms"] = list(case.required_ms)
+        for key in ("required_ms", "stretch_ms"):
+            if (wanted := getattr(case, key)) is not None:
+                row[key] = list(wanted)
     return rows
 
 

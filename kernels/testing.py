@@ -25,11 +25,12 @@ TOLERANCE: dict[torch.dtype, float] = {
 
 @dataclass(frozen=True)
 class BenchSize:
-    """A size that is timed on a GPU, with the milliseconds that must be reached (forward, forward and backward)."""
+    """A size that is timed on a GPU, with the milliseconds (forward, forward and backward) to reach and to aim for."""
 
     size: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
     required_ms: tuple[float, float] | None = None
+    stretch_ms: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

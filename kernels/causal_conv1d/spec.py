@@ -58,7 +58,7 @@ SPEC = OpSpec(
         {"b": 2, "l": 50, "c": 3, "k": 4, "state": True, "packed": True},
     ),
     bench_sizes=(
-        BenchSize({"b": 8, "l": 4096, "c": 2304, "k": 4}, torch.bfloat16, (0.14, 0.48)),
+        BenchSize({"b": 8, "l": 4096, "c": 2304, "k": 4}, torch.bfloat16, (0.14, 0.48), (0.11, 0.33)),
         BenchSize({"b": 8, "l": 4096, "c": 2304, "k": 4}, torch.float32),
     ),
     cpu_bench_sizes=(BenchSize({"b": 2, "l": 1024, "c": 256, "k": 4}),),

@@ -76,10 +76,10 @@ SPEC = OpSpec(
         {"b": 3, "l": 65, "d": 128, "n": 32, "g": 2, "window": 8},
     ),
     bench_sizes=(
-        BenchSize({"b": 8, "l": 2048, "d": 1536, "n": 16}, torch.bfloat16, (0.32, 1.6)),
-        BenchSize({"b": 8, "l": 2048, "d": 1536, "n": 16}, torch.float32, (0.60, 2.2)),
-        BenchSize({"b": 64, "l": 196, "d": 768, "n": 16}, torch.bfloat16, (0.20, 1.0)),
-        BenchSize({"b": 1, "l": 131072, "d": 512, "n": 16}, torch.bfloat16, (1.1, 5.5)),
+        BenchSize({"b": 8, "l": 2048, "d": 1536, "n": 16}, torch.bfloat16, (0.32, 1.6), (0.20, 1.0)),
+        BenchSize({"b": 8, "l": 2048, "d": 1536, "n": 16}, torch.float32, (0.60, 2.2), (0.35, 1.4)),
+        BenchSize({"b": 64, "l": 196, "d": 768, "n": 16}, torch.bfloat16, (0.20, 1.0), (0.08, 0.45)),
+        BenchSize({"b": 1, "l": 131072, "d": 512, "n": 16}, torch.bfloat16, (1.1, 5.5), (0.7, 3.2)),
     ),
     cpu_bench_sizes=(
         BenchSize({"b": 2, "l": 1024, "d": 256, "n": 16}),

@@ -2,6 +2,8 @@
 
 import doctest
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -50,3 +52,8 @@ def test_examples_in_docstrings():
             name = ".".join(("omnissm", *(part for part in parts if part != "__init__")))
             result = doctest.testmod(import_module(name))
             assert result.failed == 0, name
+
+
+def test_table_of_operators_is_that_of_the_result_files():
+    command = [sys.executable, ROOT / "benchmarks" / "table.py", "--check"]
+    assert subprocess.run(command).returncode == 0, "run `python benchmarks/table.py`"
