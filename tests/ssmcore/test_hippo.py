@@ -69,7 +69,7 @@ def test_golden_kernel_of_dense_legs():
 
 @pytest.mark.parametrize(("steps", "limit"), [(1000, 1e-4), (10000, 1e-6)])
 def test_legs_keeps_legendre_coefficients(steps, limit):
-    """The recurrence over the whole past, bilinear with step 1 / (t - 1/2), on a polynomial of degree 5: second order."""
+    """The recurrence over the whole past, bilinear with step 1 / (t - 1/2), on degree 5: second order."""
     A, B = hippo("legs", 6)
     samples = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     f = 1 - 2 * samples + samples**2 + 3 * samples**3 - samples**5
