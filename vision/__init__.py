@@ -1,3 +1,7 @@
-"""State-space backbones for images. No model has been released yet; see CHANGELOG.md."""
+"""State-space backbones for images, registered with timm: `timm.create_model(name)` works after this import."""
 
-__all__: list[str] = []
+from .models import Vim as Vim
+from .registry import create_model as create_model
+from .registry import list_models as list_models
+
+__all__ = ["Vim", "create_model", "list_models"]

@@ -1,0 +1,300 @@
+"""Vim: tokens read by two selective scans from both ends; and LBVim: by one scan that also looks back locally.
+
+    block: x + drop_path(mixer(RMSNorm(x)))
+    Vim:   [u | z] = in_proj(x);  y = S6_f(u) + flip(S6_b(flip(u)));  out_proj(y silu(z) / 2);  class token in the middle
+    LBVim: one S6 with a backward scan inside segments, the sequence read backwards by every second block; mean pooling
+
+S6 is a causal convolution, silu, data-dependent dt, B and C, and the scan. Positions are learned.
+Source: Zhu et al. (2024), "Vision Mamba", algorithm 1; Zhang et al. (2025), "LBMamba", section 3.
+
+    name                    width  depth  parameters
+    vim_tiny_patch16_224      192     24   7,148,008
+    vim_small_patch16_224     384     24  25,796,584
+    vim_base_patch16_224      768     24  97,598,440
+    lbvim_tiny_patch16_224    192     24   6,419,560
+    lbvim_300_patch16_224     300     24  14,897,200
+    lbvim_small_patch16_224   384     24  23,897,320
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ...ssmcore.init import a_log_init, dt_bias_init
+from ..scans import selective_mix, short_conv
+from .settings import token_cfg
+from .token_model import Block, TokenModel, fitted, unwrapped
+
+
+class VimMixer(nn.Module):
+    """Selective scan over a sequence from one or both ends, with one input and one output projection.
+
+    Args:
+        d_model: Width of the stream.
+        d_state: States per inner channel.
+        d_conv: Width of the short causal convolution.
+        expand: Inner width over `d_model`.
+        bidirectional: Scan from both ends, each with its own weights (names with `_b`).
+        window: Segment of the local backward scan; None for none, 0 chooses 4, 8 or 16 by the length.
+        reverse: Read the sequence from its end.
+        divide: Halve the sum of two directions.
+        n_residual: Branches that add to the stream; the output map starts smaller by its square root.
+        dt_min: Shortest initial step.
+        dt_max: Longest one.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+    """
+
+    own_init = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        bidirectional: bool = True,
+        window: int | None = None,
+        reverse: bool = False,
+        divide: bool = True,
+        n_residual: int = 1,
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_inner = expand * d_model
+        self.d_state = d_state
+        self.dt_rank = math.ceil(d_model / 16)
+        self.bidirectional = bidirectional
+        self.local = window is not None
+        self.window = window or 0
+        self.reverse = reverse
+        self.scale = 0.5 if bidirectional and divide else 1.0
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False, **factory)
+        nn.init.trunc_normal_(self.in_proj.weight, std=0.02)
+        for end in ("", "_b") if bidirectional else ("",):
+            conv = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, **factory)
+            x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+            nn.init.trunc_normal_(x_proj.weight, std=0.02)
+            dt_proj = nn.Linear(self.dt_rank, self.d_inner, **factory)
+            nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            with torch.no_grad():
+                dt_proj.bias.copy_(dt_bias_init(self.d_inner, dt_min, dt_max, **factory))
+            self.add_module(f"conv1d{end}", conv)
+            self.add_module(f"x_proj{end}", x_proj)
+            self.add_module(f"dt_proj{end}", dt_proj)
+            A_log = nn.Parameter(a_log_init(self.d_inner, d_state, **factory))
+            self.register_parameter("A_b_log" if end else "A_log", A_log)
+            self.register_parameter(f"D{end}", nn.Parameter(torch.ones(self.d_inner, **factory)))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False, **factory)
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(n_residual)
+
+    def no_decay_names(self) -> tuple[str, ...]:
+        """Parameters that weight decay must leave alone."""
+        return ("A_log", "D", "dt_proj.bias", "A_b_log", "D_b", "dt_proj_b.bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix (b, l, d_model)."""
+        if self.reverse:
+            x = x.flip(1)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        if self.bidirectional:
+            y = self._both_ends(u)
+        else:
+            y = self._one_end(u)
+        y = self.out_proj((y * F.silu(z) * self.scale).to(x.dtype))
+        return y.flip(1) if self.reverse else y
+
+    def _one_end(self, u: Tensor) -> Tensor:
+        u = short_conv(u, self.conv1d.weight, self.conv1d.bias, False)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        window = segment(u, self.window) if self.local else 0
+        dt = F.linear(dt, self.dt_proj.weight)
+        return selective_mix(u, dt, self.dt_proj.bias, self.A_log, B, C, self.D, window)
+
+    def _both_ends(self, u: Tensor) -> Tensor:
+        """One call for both directions, side by side as two groups of channels."""
+        weight = torch.cat([self.conv1d.weight, self.conv1d_b.weight])
+        bias = torch.cat([self.conv1d.bias, self.conv1d_b.bias])
+        u = short_conv(torch.cat([u, u.flip(1)], dim=-1), weight, bias, False)
+        forward, backward = u.chunk(2, dim=-1)
+        dt_f, B_f, C_f = self.x_proj(forward).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt_b, B_b, C_b = self.x_proj_b(backward).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = torch.cat([F.linear(dt_f, self.dt_proj.weight), F.linear(dt_b, self.dt_proj_b.weight)], dim=-1)
+        y = selective_mix(
+            u,
+            dt,
+            torch.cat([self.dt_proj.bias, self.dt_proj_b.bias]),
+            torch.cat([self.A_log, self.A_b_log]),
+            torch.stack([B_f, B_b], dim=2),
+            torch.stack([C_f, C_b], dim=2),
+            torch.cat([self.D, self.D_b]),
+            0,
+        )
+        left, right = y.chunk(2, dim=-1)
+        return left + right.flip(1)
+
+
+def segment(x: Tensor, window: int) -> int:
+    """The window itself, or for 0 the published one: 4, 8 or 16 positions for l <= 128, <= 256, or more."""
+    if window > 0:
+        return window
+    return 4 if x.shape[1] <= 128 else 8 if x.shape[1] <= 256 else 16
+
+
+class Vim(TokenModel):
+    """Vim and LBVim.
+
+    Args:
+        img_size: Height and width of the images, pixels.
+        patch_size: Side of a patch.
+        embed_dim: Width of the stream.
+        depth: Number of blocks.
+        d_state: States per inner channel.
+        lbmamba: Scan from one end with a local backward scan, alternating the end (LBVim).
+        segment: Segment of that scan; 0 is 4, 8 or 16 by the number of tokens. It changes the function: keep it when
+            the image size changes.
+        divide: Halve the sum of the two directions.
+        class_token: "middle", "head", "double" or "none"; None is "middle", and "none" for LBVim.
+        global_pool: "token", "avg" or ""; None follows `class_token`.
+        drop_path_rate: Rate of the last block.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+        **options: Further options of `TokenModel`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        lbmamba: bool = False,
+        segment: int = 0,
+        divide: bool = True,
+        class_token: Any = None,
+        global_pool: Any = None,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        class_token = class_token or ("none" if lbmamba else "middle")
+        if global_pool is None:
+            global_pool = "avg" if class_token == "none" else "token"
+
+        def create_block(k: int, rate: float) -> nn.Module:
+            mixer = VimMixer(
+                embed_dim,
+                d_state=d_state,
+                bidirectional=not lbmamba,
+                window=segment if lbmamba else None,
+                reverse=lbmamba and k % 2 == 1,
+                divide=divide,
+                n_residual=depth,
+                **factory,
+            )
+            return Block(nn.RMSNorm(embed_dim, eps=1e-5, **factory), mixer, drop_path=rate)
+
+        super().__init__(
+            create_block,
+            nn.RMSNorm(embed_dim, eps=1e-5, **factory),
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            class_token=class_token,
+            global_pool=global_pool,
+            drop_path_rate=drop_path_rate,
+            **factory,
+            **options,
+        )
+        fan_in = self.patch_embed.proj.weight[0].numel()
+        nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in**-0.5)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Tensor]:
+    """Weights under our names, from ours or the published ones (`layers.k.mixer.*`, `norm_f`), sizes fitted."""
+    state = {}
+    for name, tensor in unwrapped(state_dict).items():
+        name = re.sub(r"^layers\.", "blocks.", name)
+        state[re.sub(r"^norm_f\.", "norm.", name)] = tensor
+    return fitted(state, model)
+
+
+def _create(name: str, pretrained: bool, **options: Any) -> Vim:
+    return build_model_with_cfg(
+        Vim,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **options,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": token_cfg(paper)
+        for name, paper in {
+            "vim_tiny_patch16_224": "arXiv:2401.09417",
+            "vim_small_patch16_224": "arXiv:2401.09417",
+            "vim_base_patch16_224": "arXiv:2401.09417",
+            "lbvim_tiny_patch16_224": "",
+            "lbvim_300_patch16_224": "",
+            "lbvim_small_patch16_224": "",
+        }.items()
+    }
+)
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """192 wide, 24 blocks."""
+    return _create("vim_tiny_patch16_224", pretrained, **{"embed_dim": 192, **kwargs})
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """384 wide, 24 blocks."""
+    return _create("vim_small_patch16_224", pretrained, **{"embed_dim": 384, **kwargs})
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """768 wide, 24 blocks."""
+    return _create("vim_base_patch16_224", pretrained, **{"embed_dim": 768, **kwargs})
+
+
+@register_model
+def lbvim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """192 wide, 24 blocks, locally bidirectional."""
+    return _create("lbvim_tiny_patch16_224", pretrained, **{"embed_dim": 192, "lbmamba": True, **kwargs})
+
+
+@register_model
+def lbvim_300_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """300 wide, 24 blocks, locally bidirectional."""
+    return _create("lbvim_300_patch16_224", pretrained, **{"embed_dim": 300, "lbmamba": True, **kwargs})
+
+
+@register_model
+def lbvim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """384 wide, 24 blocks, locally bidirectional."""
+    return _create("lbvim_small_patch16_224", pretrained, **{"embed_dim": 384, "lbmamba": True, **kwargs})
