@@ -20,7 +20,7 @@ HIPPO = ("legs", "legt", "fourier", "lagt")
 class NormalForm(NamedTuple):
     """A = V (diag(Lambda) - P P^*) V^* with unitary V; one eigenvalue of each conjugate pair is kept.
 
-    `Lambda` (n / 2,) with falling positive imaginary parts, `P` (rank, n / 2), `B` (n / 2,), `V` (n, n / 2), complex128.
+    `Lambda` (n / 2,) with falling positive imaginary parts, `P` (rank, n / 2), `B` (n / 2,), `V` (n, n / 2); complex.
     A real output is twice the real part of what the kept half gives.
     """
 
