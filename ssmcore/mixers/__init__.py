@@ -9,11 +9,17 @@ from typing import Any
 from torch import nn
 
 from .chimera2d import Chimera2D as Chimera2D
+from .hydra import Hydra as Hydra
+from .mamba2 import DiscreteMamba2 as DiscreteMamba2
+from .mamba2 import Mamba2 as Mamba2
 
-__all__ = ["MIXERS", "Chimera2D", "create_mixer"]
+__all__ = ["MIXERS", "Chimera2D", "DiscreteMamba2", "Hydra", "Mamba2", "create_mixer", "mixer_options"]
 
 MIXERS: dict[str, type[nn.Module]] = {
     "chimera2d": Chimera2D,
+    "discrete_mamba2": DiscreteMamba2,
+    "hydra": Hydra,
+    "mamba2": Mamba2,
 }
 
 
@@ -27,15 +33,40 @@ def create_mixer(name: str, d_model: int, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: if the name is unknown.
-        TypeError: if the class has no such option; the message lists those it has.
+        TypeError: if the class has no such option; the message suggests a close one and lists those it has.
     """
+    _known_options(name, options)
+    return MIXERS[name](d_model, **options)
+
+
+def mixer_options(name: str, **options: Any) -> dict[str, Any]:
+    """All options of a mixer with their values, for a configuration that keeps its meaning when defaults change.
+
+    Args:
+        name: A key of `MIXERS`.
+        **options: Those that differ from the defaults. `device` and `dtype` are left out of the result.
+
+    Raises:
+        ValueError: if the name is unknown.
+        TypeError: if the class has no such option.
+    """
+    defaults = _known_options(name, options)
+    return {key: value for key, value in {**defaults, **options}.items() if key not in ("device", "dtype")}
+
+
+def _known_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of a mixer's options, which the given ones must be among."""
     if name not in MIXERS:
-        close = difflib.get_close_matches(name, MIXERS, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"Unknown mixer {name!r}. {hint}Known: {', '.join(sorted(MIXERS))}.")
-    mixer = MIXERS[name]
-    known = [key for key in inspect.signature(mixer).parameters if key != "d_model"]
+        raise ValueError(f"Unknown mixer {name!r}. {_suggestion(name, MIXERS)}Known: {', '.join(sorted(MIXERS))}.")
+    parameters = inspect.signature(MIXERS[name]).parameters
+    defaults = {key: parameter.default for key, parameter in parameters.items() if key != "d_model"}
     for option in options:
-        if option not in known:
-            raise TypeError(f"Mixer {name!r} has no option {option!r}; it takes {', '.join(known)}.")
-    return mixer(d_model, **options)
+        if option not in defaults:
+            hint = _suggestion(option, defaults)
+            raise TypeError(f"Mixer {name!r} has no option {option!r}. {hint}It takes {', '.join(defaults)}.")
+    return defaults
+
+
+def _suggestion(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}? " if close else ""

@@ -1,22 +1,24 @@
-"""Every mixer by name keeps the contract of its family."""
+"""Mixers by name, and the contract of grid mixers."""
 
 import pytest
 import torch
 from torch import nn
 
 from omnissm.ssmcore import create_mixer
-from omnissm.ssmcore.mixers import MIXERS
+from omnissm.ssmcore.mixers import MIXERS, mixer_options
 from omnissm.ssmcore.protocols import CausalMixer, GridMixer, SequenceMixer
 from omnissm.ssmcore.testing import GRID_CHECKS, check_causal, check_gradients, check_mask
 
+GRID_MIXERS = [name for name, mixer in MIXERS.items() if not hasattr(mixer, "state_type")]
+
 
 @pytest.mark.parametrize("check", GRID_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", GRID_MIXERS)
 def test_contract(name, check, device):
     check(create_mixer(name, 8, device=device))
 
 
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", GRID_MIXERS)
 def test_protocol(name):
     mixer = create_mixer(name, 8)
     assert isinstance(mixer, GridMixer)
@@ -26,8 +28,20 @@ def test_protocol(name):
 def test_unknown_names_and_options():
     with pytest.raises(ValueError, match=r"Unknown mixer 'chimera2'\. Did you mean 'chimera2d'\?"):
         create_mixer("chimera2", 8)
-    with pytest.raises(TypeError, match=r"Mixer 'chimera2d' has no option 'd_sate'; it takes d_state, d_conv, heads"):
+    with pytest.raises(
+        TypeError,
+        match=r"Mixer 'chimera2d' has no option 'd_sate'\. Did you mean 'd_state'\? It takes d_state, d_conv, heads",
+    ):
         create_mixer("chimera2d", 8, d_sate=4)
+
+
+def test_options_with_their_defaults():
+    options = mixer_options("hydra", d_state=16)
+    assert options["d_state"] == 16
+    assert options["d_conv"] == 7
+    assert not {"device", "dtype", "d_model"} & set(options)
+    with pytest.raises(TypeError, match="no option 'rank'"):
+        mixer_options("hydra", rank=2)
 
 
 class Broken(nn.Module):
