@@ -34,10 +34,15 @@ else:
     from .ssd.op import ssd as ssd
     from .ssd.step import ssd_step as ssd_step
     from .ssd.step import ssd_step_ as ssd_step_
+    from .trapezoid_ssd.op import trapezoid_ssd as trapezoid_ssd
+    from .trapezoid_ssd.state import TrapezoidState as TrapezoidState
+    from .trapezoid_ssd.step import trapezoid_step as trapezoid_step
+    from .trapezoid_ssd.step import trapezoid_step_ as trapezoid_step_
 
     __all__ = [
         "Backend",
         "BackendError",
+        "TrapezoidState",
         "available_backends",
         "causal_conv1d",
         "conv_step",
@@ -55,5 +60,8 @@ else:
         "ssd",
         "ssd_step",
         "ssd_step_",
+        "trapezoid_ssd",
+        "trapezoid_step",
+        "trapezoid_step_",
         "use_backend",
     ]

@@ -1,0 +1,224 @@
+"""`trapezoid_ssd`: the recurrence of Mamba-3, with one rank (SISO) or several (MIMO)."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..checks import check_devices, check_floating, check_shapes
+from ..dispatch import Backend, cast_for_autocast, choose
+from ..ssd.op import check_groups, state_dtype
+from .chunked import trapezoid_ssd_chunked
+from .reference import trapezoid_ssd_reference
+from .state import Rotation, TrapezoidState, rotate
+
+
+def trapezoid_ssd(
+    x: Tensor,
+    log_decay: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    theta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: TrapezoidState | None = None,
+    *,
+    B_bias: Tensor | None = None,
+    C_bias: Tensor | None = None,
+    D: Tensor | None = None,
+    x_rank: Tensor | None = None,
+    rotation: Rotation = "interleaved",
+    seq_idx: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, TrapezoidState]:
+    """State-space duality with a trapezoidal input rule and rotating keys and queries.
+
+        phi_t = (phi_{t-1} + pi tanh(theta_t) (gamma_t + beta_t)) mod 2 pi                           (h, s)
+        k_t = rot(B_t + B_bias; phi_t),    q_t = rot(C_t + C_bias; phi_t),    v_t = x_rank x_t
+        H_t = exp(log_decay_t) (H_{t-1} + beta_t v_{t-1} k_{t-1}^T) + gamma_t v_t k_t^T              (h, p, n)
+        y_t = H_t q_t + D v_t                                                                        (r, h, p)
+
+    Sums over k are sums over ranks as well; each rank reads the same state with its own query. Mamba-3 calls it with
+    `log_decay = dt A`, `gamma = lam dt`, `beta = (1 - lam) dt`, so that the angles advance by `pi tanh(theta) dt`.
+
+    Args:
+        x: Input, (b, l, h, p).
+        log_decay: Logarithm of the decay, <= 0, (b, l, h).
+        gamma: Weight of a position's own input, (b, l, h).
+        beta: Weight of the input before it, (b, l, h).
+        theta: Angle rates before tanh, shared by the heads, (b, l, s) with s <= n / 2; s = 0 rotates nothing.
+        B: What enters the state, (b, l, r, g, n); each of the g groups serves h / g consecutive heads.
+        C: What is read from the state, (b, l, r, g, n).
+        initial_state: State before the first position; zeros if None.
+        B_bias: Added to B for each head, (h, r, n).
+        C_bias: Added to C for each head, (h, r, n).
+        D: Skip from `v` to the output, (h,).
+        x_rank: Factors that make the inputs of the ranks from `x`, (h, r, p); None is ones.
+        rotation: Which entries of the last dimension are pairs: "interleaved" (2i, 2i + 1), or "half" (i, i + n // 2).
+            The published Mamba-3 uses the first with one rank and the second with several.
+        seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. State,
+            angles and the input before start from zero with each new sequence; `initial_state` enters the first one
+            of a row.
+        chunk_size: Positions per chunk of the chunked path; None is 64 divided by the rank, at least 16.
+        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+
+    Returns:
+        y, (b, l, r, h, p) in the dtype of `x`, and the state after the last position; `phi`, `ssm` and `k` of it are
+        float32 (float64 for float64 inputs), `v` has the dtype of `x`. With packing it is the state of a row's last
+        sequence, with l = 0 the initial state.
+
+    Raises:
+        TypeError: if an argument is no floating tensor, or `initial_state` no TrapezoidState.
+        ValueError: if shapes or devices disagree, g does not divide h, there are more angles than pairs, `rotation`
+            is unknown, or chunk_size is below 1.
+        BackendError: if `backend` is named explicitly and cannot run here.
+
+    16-bit inputs are multiplied and summed in float32. Under autocast `x`, `B` and `C` are cast; nothing else is.
+    Differentiable in all floating tensors, the state too, any number of times.
+    Source: Lahoti, Li, Chen et al. (2026), "Mamba-3".
+    """
+    given = check_state(initial_state)
+    floating = {
+        "x": x,
+        "log_decay": log_decay,
+        "gamma": gamma,
+        "beta": beta,
+        "theta": theta,
+        "B": B,
+        "C": C,
+        "B_bias": B_bias,
+        "C_bias": C_bias,
+        "D": D,
+        "x_rank": x_rank,
+        **given,
+    }
+    check_floating(allow_complex=False, **floating)
+    sizes = check_shapes(
+        x=(x, "b l h p"),
+        log_decay=(log_decay, "b l h"),
+        gamma=(gamma, "b l h"),
+        beta=(beta, "b l h"),
+        theta=(theta, "b l s"),
+        B=(B, "b l r g n"),
+        C=(C, "b l r g n"),
+        B_bias=(B_bias, "h r n"),
+        C_bias=(C_bias, "h r n"),
+        D=(D, "h"),
+        x_rank=(x_rank, "h r p"),
+        seq_idx=(seq_idx, "b l"),
+        **{name: (part, dims) for (name, part), dims in zip(given.items(), STATE_SHAPES, strict=False)},
+    )
+    check_devices(**floating, seq_idx=seq_idx)
+    half = check_rotation(rotation, sizes)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+
+    x, B, C = cast_for_autocast(x, B, C)
+    dtype = state_dtype(*floating.values())
+    state = zero_state(sizes, x, dtype) if initial_state is None else in_dtype(initial_state, dtype)
+    batch, length, nheads, headdim = x.shape
+    if x.numel() == 0 or B.numel() == 0:
+        skip = torch.zeros(batch, length, sizes["r"], nheads, headdim, dtype=x.dtype, device=x.device)
+        return skip, TrapezoidState(*(part.clone() for part in state))
+    log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
+    parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
+    match choose(backend, x, op="trapezoid_ssd", implementations=("reference", "chunked")):
+        case "reference":
+            return trapezoid_ssd_reference(x, log_decay, gamma, beta, theta, B, C, state, *parameters, seq_idx, half)
+        case _:
+            B_bias, _, _, x_rank = parameters
+            entering = state.ssm
+            if initial_state is not None:
+                entering = _turned_back(state, beta[:, 0], x_rank, half)
+            y, ssm, phi = trapezoid_ssd_chunked(
+                x, log_decay, gamma, beta, theta, B, C, entering, state.phi, *parameters, seq_idx, half,
+                chunk_size or max(16, 64 // sizes["r"]),
+            )  # fmt: skip
+            return y, _last_state(x, B, ssm, phi, B_bias, half)
+
+
+# Dimensions of the parts of a `TrapezoidState`.
+STATE_SHAPES = ("b h s", "b h p n", "b r h n", "b h p")
+
+
+def check_state(state: TrapezoidState | None) -> dict[str, Tensor]:
+    """The parts of a state by name; none if it is None.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if state is None:
+        return {}
+    if not isinstance(state, TrapezoidState):
+        raise TypeError(f"the state must be a TrapezoidState(phi, ssm, k, v), got {type(state).__name__}.")
+    return state._asdict()
+
+
+def check_rotation(rotation: str, sizes: dict[str, int]) -> bool:
+    """Whether pairs are half a state apart; checks the name, the number of pairs and that groups share heads evenly.
+
+    Raises:
+        ValueError: if one of them is wrong.
+    """
+    if rotation not in get_args(Rotation):
+        raise ValueError(f"rotation must be 'interleaved' or 'half', got {rotation!r}.")
+    if sizes["s"] > sizes["n"] // 2:
+        raise ValueError(
+            f"`theta` has s={sizes['s']} angles, expected at most {sizes['n'] // 2}, half of n={sizes['n']} (from `B`)."
+        )
+    check_groups(sizes["h"], sizes["g"])
+    return rotation == "half"
+
+
+def zero_state(sizes: dict[str, int], x: Tensor, dtype: torch.dtype) -> TrapezoidState:
+    """The state before anything was read."""
+    shapes = ([sizes[letter] for letter in dims.split()] for dims in STATE_SHAPES)
+    phi, ssm, k, v = (x.new_zeros(shape, dtype=dtype) for shape in shapes)
+    return TrapezoidState(phi, ssm, k, v.to(x.dtype))
+
+
+def in_dtype(state: TrapezoidState, dtype: torch.dtype) -> TrapezoidState:
+    """The state with all but the last input in `dtype`."""
+    return TrapezoidState(state.phi.to(dtype), state.ssm.to(dtype), state.k.to(dtype), state.v)
+
+
+def default_parameters(
+    sizes: dict[str, int],
+    B_bias: Tensor | None,
+    C_bias: Tensor | None,
+    D: Tensor | None,
+    x_rank: Tensor | None,
+    x: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Biases, D and x_rank in `dtype`, with zeros and ones for absent ones."""
+    nheads, rank = sizes["h"], sizes["r"]
+    bias = x.new_zeros(nheads, rank, sizes["n"], dtype=dtype)
+    return (
+        bias if B_bias is None else B_bias.to(dtype),
+        bias if C_bias is None else C_bias.to(dtype),
+        x.new_zeros(nheads, dtype=dtype) if D is None else D.to(dtype),
+        x.new_ones(nheads, rank, sizes["p"], dtype=dtype) if x_rank is None else x_rank.to(dtype),
+    )
+
+
+def _turned_back(state: TrapezoidState, beta: Tensor, x_rank: Tensor, half: bool) -> Tensor:
+    """The matrix state with the first position's share of the last input, in the frame where the angles are zero."""
+    v = state.v.to(state.ssm.dtype)[:, None] * x_rank.transpose(0, 1)
+    before = (v[..., None] * state.k[..., None, :]).sum(1)
+    angles = state.phi[:, :, None]
+    return rotate(state.ssm + beta[..., None, None] * before, angles.cos(), -angles.sin(), half)
+
+
+def _last_state(x: Tensor, B: Tensor, ssm: Tensor, phi: Tensor, B_bias: Tensor, half: bool) -> TrapezoidState:
+    cos, sin = phi.cos(), phi.sin()
+    keys = B[:, -1].to(phi.dtype).repeat_interleave(x.shape[2] // B.shape[3], dim=2) + B_bias.transpose(0, 1)
+    return TrapezoidState(
+        phi=phi,
+        ssm=rotate(ssm, cos[:, :, None], sin[:, :, None], half),
+        k=rotate(keys, cos[:, None], sin[:, None], half),
+        v=x[:, -1].clone(),
+    )
