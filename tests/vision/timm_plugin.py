@@ -9,10 +9,10 @@ import os
 from fnmatch import fnmatch
 
 import timm
-from timm.models import generate_default_cfgs  # noqa: F401
 
 from omnissm import vision
 
+NAMES = vision.list_models()
 TOKENS = ("hydra_vit_*", "vim_*", "lbvim_*", "chimera_vit_*")
 
 
@@ -20,7 +20,7 @@ def list_models(filter="", module="", pretrained=False, exclude_filters="", **_)
     """timm's function of this name, for our models; OMNISSM_MODELS narrows them."""
     if pretrained or "vit_*" not in exclude_filters and filter and "vit_*" not in filter:
         return []
-    names = [name for name in vision.list_models() if fnmatch(name, os.environ.get("OMNISSM_MODELS", "*"))]
+    names = [name for name in NAMES if fnmatch(name, os.environ.get("OMNISSM_MODELS", "*"))]
     if "vit_*" in (filter or ()):
         return [name for name in names if any(fnmatch(name, pattern) for pattern in TOKENS)]
     if "vit_*" in (exclude_filters or ()):
