@@ -174,7 +174,8 @@ class MixingMatrix(NamedTuple):
         return y
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """How the rows of one call are read; made by `lay_out`, rows already aligned to the left if it was asked to."""
 
     index: Tensor | None = None  # (b, l), number of the sequence in its row, never decreasing; None: one per row

@@ -172,7 +172,8 @@ class Hydra(nn.Module):
     ) -> MixingMatrix:
         """The quasiseparable operator on these inputs, one matrix per head.
 
-            s < t:  C^f_{t-1}.B^f_s exp(sum_{s<j<=t-1} dt^f_j A) dt^f_s;    s > t: the mirror image;    s = t: fc_D(x) + D
+            s < t:  C^f_{t-1}.B^f_s exp(sum_{s<j<=t-1} dt^f_j A) dt^f_s;    s > t: the mirror image
+            s = t:  fc_D(x)_t + D
 
         Args:
             x: (b, l, d).

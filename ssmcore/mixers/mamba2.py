@@ -65,7 +65,7 @@ class _Projected(NamedTuple):
 
     plain: Tensor | None  # gated branch outside the recurrence
     z: Tensor  # gate before the SiLU, (b, l, d_ssm)
-    xBC: Tensor  # (b, l, d_ssm + 2 g n)
+    conv_in: Tensor  # [x, B, C], (b, l, d_ssm + 2 g n)
     dt: Tensor  # (b, l, h)
 
 
@@ -131,7 +131,7 @@ class _SSDMixer(nn.Module, ABC):
         layout = lay_out(x, mask, seq_idx, reset)
         projected = self._project(layout.align(x))
         before = None if state is None else state.conv
-        xBC, conv = convolve(projected.xBC, self.conv1d, before, layout, self.conv_activation)
+        xBC, conv = convolve(projected.conv_in, self.conv1d, before, layout, self.conv_activation)
         y, ssm = self._scan(self._scan_inputs(xBC, projected.dt, layout), None if state is None else state.ssm, layout)
         return layout.restore(self._output(projected, y)), ConvSSMState(conv, ssm)
 
@@ -145,7 +145,7 @@ class _SSDMixer(nn.Module, ABC):
         check_input(x, self.d_model, "b")
         self._check(state, x)
         projected = self._project(x)
-        xBC, conv = convolve_step(projected.xBC, self.conv1d, state.conv, self.conv_activation)
+        xBC, conv = convolve_step(projected.conv_in, self.conv1d, state.conv, self.conv_activation)
         scan = self._scan_inputs(xBC, projected.dt)
         skip = self._head_skip()
         y, ssm = ssd_step(scan.x, scan.log_decay, scan.B, scan.C, state.ssm, weight=scan.weight, D=skip)
@@ -190,7 +190,7 @@ class _SSDMixer(nn.Module, ABC):
             self._check(state, x)
         projected = self._project(x)
         before = None if state is None else state.conv
-        xBC, _ = convolve(projected.xBC, self.conv1d, before, Layout(), self.conv_activation)
+        xBC, _ = convolve(projected.conv_in, self.conv1d, before, Layout(), self.conv_activation)
         scan = self._scan_inputs(xBC, projected.dt)
         y, _ = self._scan(scan, None if state is None else state.ssm, Layout())
         with torch.autocast(x.device.type, enabled=False):
@@ -219,7 +219,7 @@ class _SSDMixer(nn.Module, ABC):
             return plain
         return effective_matrix(
             plain,
-            projected.xBC[..., chosen],
+            projected.conv_in[..., chosen],
             F.silu(wide(self._gate(projected.z))[..., chosen]),
             self.conv1d,
             chosen,
