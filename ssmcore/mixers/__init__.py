@@ -8,18 +8,32 @@ from typing import Any
 
 from torch import nn
 
+from .attention import Attention as Attention
 from .chimera2d import Chimera2D as Chimera2D
 from .hydra import Hydra as Hydra
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
+from .s4 import S4D as S4D
 
-__all__ = ["MIXERS", "Chimera2D", "DiscreteMamba2", "Hydra", "Mamba2", "create_mixer", "mixer_options"]
+__all__ = [
+    "MIXERS",
+    "S4D",
+    "Attention",
+    "Chimera2D",
+    "DiscreteMamba2",
+    "Hydra",
+    "Mamba2",
+    "create_mixer",
+    "mixer_options",
+]
 
 MIXERS: dict[str, type[nn.Module]] = {
+    "attention": Attention,
     "chimera2d": Chimera2D,
     "discrete_mamba2": DiscreteMamba2,
     "hydra": Hydra,
     "mamba2": Mamba2,
+    "s4d": S4D,
 }
 
 

@@ -1,0 +1,468 @@
+"""Softmax attention: causal or not, grouped heads, rotary positions, windows, with an exact state.
+
+    [q, k, v, mlp] = in_proj(x);   q, k, v <- causal depthwise convolution (optional);   q, k <- rotation by position
+    y_t = sum_s softmax_s(scale q_t . k_s) v_s          over the keys that position t sees
+    output = out_proj([y, up * silu(gate)])             [up, gate] = mlp (optional)
+
+Vaswani et al. (2017), section 3.2; Ainslie et al. (2023) for grouped heads; Su et al. (2021) for rotary positions;
+Beltagy, Peters & Cohan (2020) for windows. The optional convolution and MLP slice are those of hybrid Mamba models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .common import (
+    Layout,
+    MixerState,
+    MixingMatrix,
+    Mode,
+    bidirectional_only,
+    check_input,
+    check_state,
+    convolve,
+    depthwise_conv,
+    lay_out,
+    linear_flops,
+    mixer_state,
+    total_flops,
+    wide,
+)
+
+Rotation = Literal["half", "interleaved"]
+
+
+@mixer_state
+class AttentionState(MixerState):
+    """Keys and values of the positions before, in slots that grow with the sequence or, with a window, in a ring.
+
+    Position p lies in slot p, with a window of w positions back in slot p mod w. Slots not yet reached hold zeros.
+
+    Attributes:
+        k: Rotated keys, (b, g, t, headdim).
+        v: Values, (b, g, t, headdim).
+        conv: The d_conv - 1 inputs of the convolution before the next position, (b, c, d_conv - 1); no columns without
+            a convolution.
+        length: Positions so far, (b,) int64.
+    """
+
+    k: Tensor
+    v: Tensor
+    conv: Tensor
+    length: Tensor
+
+
+@mixer_state
+class FixedAttentionState(AttentionState):
+    """An `AttentionState` whose number of slots never changes, for compiled decoding; going beyond them is an error."""
+
+    k: Tensor
+    v: Tensor
+    conv: Tensor
+    length: Tensor
+
+
+class Attention(nn.Module):
+    """Multi-head attention.
+
+    Args:
+        d_model: Width d.
+        nheads: Query heads; None: d_model / headdim.
+        headdim: Channels per head; None: d_model / nheads, or 64 where that is not given either (d_model if smaller).
+        kv_heads: Key and value heads, a divisor of nheads; None: nheads.
+        causal: See no later position.
+        window: Positions seen to the left and to the right of a position, besides itself, as a pair (left, right) or
+            one number for both; -1 is no limit. Causal attention sees none to the right, whatever is said here.
+        rotary_dim: Channels of each head that are rotated by position, from the first on; even; 0: none.
+        rotary_base: Longest wave length of the rotation, over 2 pi.
+        rotation: Which channels form a pair: i and i + rotary_dim / 2 ("half"), or 2i and 2i + 1 ("interleaved").
+        d_conv: Width of a causal convolution over queries, keys and values; 0: none.
+        mlp_dim: Width of a gated MLP that shares the projections, even; 0: none.
+        qkv_bias: Bias of the input projection.
+        out_bias: Bias of the output projection.
+        scale: Factor of the scores; None: headdim ** -0.5.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: if a size is out of range or does not divide another.
+    """
+
+    linear_in_x: ClassVar[bool] = True  # given the scores: values enter linearly
+    varlen: ClassVar[bool] = True
+    state_type: ClassVar[type[MixerState]] = AttentionState
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        nheads: int | None = None,
+        headdim: int | None = None,
+        kv_heads: int | None = None,
+        causal: bool = True,
+        window: int | Sequence[int] | None = None,
+        rotary_dim: int = 0,
+        rotary_base: float = 10000.0,
+        rotation: Rotation = "half",
+        d_conv: int = 0,
+        mlp_dim: int = 0,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if headdim is None:
+            headdim = min(64, d_model) if nheads is None else d_model // nheads
+        if nheads is None:
+            nheads = d_model // headdim if headdim > 0 and d_model % headdim == 0 else 0
+        if nheads < 1 or headdim < 1:
+            raise ValueError(
+                f"heads must divide the width: d_model={d_model}, got nheads={nheads}, headdim={headdim}; name both."
+            )
+        kv_heads = kv_heads or nheads
+        if nheads % kv_heads:
+            raise ValueError(f"`kv_heads` must divide nheads={nheads}, got {kv_heads}.")
+        if rotary_dim % 2 or not 0 <= rotary_dim <= headdim:
+            raise ValueError(f"`rotary_dim` must be even and at most headdim={headdim}, got {rotary_dim}.")
+        if rotation not in ("half", "interleaved"):
+            raise ValueError(f"`rotation` must be 'half' or 'interleaved', got {rotation!r}.")
+        if mlp_dim % 2 or mlp_dim < 0:
+            raise ValueError(f"`mlp_dim` must be even and not negative, got {mlp_dim}.")
+        if d_conv and not causal:
+            raise ValueError(f"the convolution looks back only; causal=False takes d_conv=0, got {d_conv}.")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.nheads, self.headdim, self.kv_heads = d_model, nheads, headdim, kv_heads
+        self.causal, self.rotary_dim, self.rotary_base, self.rotation = causal, rotary_dim, rotary_base, rotation
+        self.window = _window(window, causal)
+        self.scale = headdim**-0.5 if scale is None else scale
+        self.d_conv, self.mlp_dim = d_conv, mlp_dim
+        self.qkv_dim = (nheads + 2 * kv_heads) * headdim
+        self.in_proj = nn.Linear(d_model, self.qkv_dim + mlp_dim, bias=qkv_bias, **factory)
+        self.conv1d = depthwise_conv(self.qkv_dim, d_conv, **factory) if d_conv else None
+        self.out_proj = nn.Linear(nheads * headdim + mlp_dim // 2, d_model, bias=out_bias, **factory)
+
+    def no_decay_names(self) -> tuple[str, ...]:
+        """Parameters that weight decay must leave alone."""
+        return tuple(name for name, _ in self.named_parameters() if name.endswith("bias"))
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """Mix whole sequences.
+
+        Args:
+            x: (b, l, d).
+            mask: True at real tokens, (b, l); contiguous in each row.
+            seq_idx: Numbers of packed sequences, (b, l), not decreasing.
+
+        Returns:
+            (b, l, d), zero at padding.
+        """
+        check_input(x, self.d_model)
+        layout = lay_out(x, mask, seq_idx)
+        q, k, v, mlp, _ = self._project(layout.align(x), None, layout)
+        return layout.restore(self._out(self._attend(q, k, v, None, layout), mlp))
+
+    def prefill(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionState]:
+        """Like `forward`, going on from a state.
+
+        Args:
+            x: (b, l, d).
+            state: Of the positions before; None: none.
+            mask: True at real tokens, (b, l).
+            seq_idx: Numbers of packed sequences, (b, l); the state belongs to the first.
+            reset: True where the state is dropped first, (b, l).
+
+        Returns:
+            (b, l, d), and the state after the last real token.
+
+        Raises:
+            TypeError: if attention is not causal or the state of another kind.
+        """
+        self._require_causal()
+        check_input(x, self.d_model)
+        layout = lay_out(x, mask, seq_idx, reset)
+        state = self._state(x, state, layout)
+        q, k, v, mlp, conv = self._project(layout.align(x), state, layout)
+        y = self._attend(q, k, v, state if state.k.shape[2] else None, layout)
+        return layout.restore(self._out(y, mlp)), self._extended(state, k, v, conv, layout)
+
+    def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """One position, (b, d)."""
+        check_input(x, self.d_model, "b")
+        y, state = self.prefill(x[:, None], state)
+        return y[:, 0], state
+
+    def init_state(
+        self,
+        batch: int,
+        *,
+        slots: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
+        """State before the first position.
+
+        Args:
+            batch: Rows.
+            slots: Make room for this many positions at once and never grow; None: grow. A window needs no more than its
+                own size, and never grows.
+            device: Where to create it.
+            dtype: That of the activations.
+        """
+        self._require_causal()
+        like: dict[str, Any] = {"device": device or self.in_proj.weight.device}
+        left, _ = self.window
+        room = slots or 0 if left is None else left
+        kv = torch.zeros(batch, self.kv_heads, room, self.headdim, dtype=dtype or self.in_proj.weight.dtype, **like)
+        conv = kv.new_zeros(batch, self.qkv_dim, self.d_conv - 1) if self.d_conv else kv.new_zeros(batch, 0, 0)
+        length = torch.zeros(batch, dtype=torch.int64, **like)
+        kind = AttentionState if slots is None or left is not None else FixedAttentionState
+        return kind(k=kv, v=kv.clone(), conv=conv, length=length)
+
+    def mixing_matrix(self, x: Tensor, *, state: AttentionState | None = None) -> MixingMatrix:
+        """The attention of every head, (b, h, l, l), acting on the values; keys of a state take part in the softmax."""
+        check_input(x, self.d_model)
+        if state is not None:
+            self._require_causal()
+        layout = Layout()
+        state = None if state is None else self._state(x, state, layout)
+        q, k, v, _, _ = self._project(x, state, layout)
+        keys, values, seen = self._keys(k, v, state, layout)
+        scores = self.scale * wide(q) @ self._spread(wide(keys)).mT
+        scores = scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+        weights = scores.softmax(-1)
+        values, length = self._spread(wide(values)), x.shape[1]
+        matrix, earlier = weights[..., -length:], weights[..., :-length]
+        from_state = None if state is None else (earlier @ values[:, :, :-length]).transpose(1, 2)
+        outputs = wide(self._attend(q, k, v, state, layout).unflatten(2, (self.nheads, self.headdim)))
+        return MixingMatrix(matrix, values[:, :, -length:].transpose(1, 2), outputs, from_state)
+
+    def flops(self, l: int, *, mode: Mode) -> int:  # noqa: E741
+        """Operations of one sequence of length l, or of one position behind l others ("decode").
+
+        Full attention counts 4 l^2 per channel of a head, causal half of it; windows count the positions they see.
+        """
+        left, right = (l if side is None else min(side, l) for side in self.window)
+        linear = linear_flops(self.in_proj, self.out_proj) + 2 * self.d_conv * self.qkv_dim
+        width = 4 * self.nheads * self.headdim
+        if mode == "decode":
+            return linear + width * (left + 1)
+        unlimited = self.window[0] is None
+        seen = l * l // 2 if self.causal and unlimited else l * min(l, left + 1 + right)
+        return total_flops({"linear": l * linear, "attention": width * seen}, mode)
+
+    def state_numel(self, l: int = 0) -> int:  # noqa: E741
+        """Numbers in the state of one sequence after l positions."""
+        if not self.causal:
+            return 0
+        slots = l if self.window[0] is None else self.window[0]
+        return 2 * slots * self.kv_heads * self.headdim + max(self.d_conv - 1, 0) * self.qkv_dim
+
+    def extra_repr(self) -> str:
+        """Shown by repr()."""
+        return f"nheads={self.nheads}, kv_heads={self.kv_heads}, headdim={self.headdim}, window={self.window}"
+
+    def _require_causal(self) -> None:
+        if not self.causal:
+            raise bidirectional_only(self)
+
+    def _state(self, x: Tensor, state: AttentionState | None, layout: Layout) -> AttentionState:
+        if state is None:
+            return self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        batch, slots = x.shape[0], self.window[0]
+        if slots is None:
+            slots = state.k.shape[2] if isinstance(state, AttentionState) and state.k.dim() == 4 else 0
+        kv = (batch, self.kv_heads, slots, self.headdim)
+        conv = (batch, self.qkv_dim, self.d_conv - 1) if self.d_conv else (batch, 0, 0)
+        check_state(state, AttentionState, {"k": kv, "v": kv, "conv": conv, "length": (batch,)}, x.device)
+        length = layout.restart(state.length)
+        return type(state)(k=state.k, v=state.v, conv=state.conv, length=length)
+
+    def _project(
+        self, x: Tensor, state: AttentionState | None, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values (b, heads, l, headdim), the slice of the MLP, and the state of the convolution."""
+        qkv, mlp = self.in_proj(x).split([self.qkv_dim, self.mlp_dim], dim=-1)
+        conv = None
+        if self.conv1d is not None:
+            if state is None:
+                before = qkv.new_zeros(x.shape[0], self.qkv_dim, self.d_conv - 1)
+            else:
+                before = state.conv
+            qkv, conv = convolve(qkv, self.conv1d, before, layout, activation=None)
+        qkv = qkv.unflatten(-1, (-1, self.headdim)).transpose(1, 2)
+        q, k, v = qkv.split([self.nheads, self.kv_heads, self.kv_heads], dim=1)
+        if self.rotary_dim:
+            place = self._places(x, None if state is None else state.length, layout)
+            q, k = self._rotate(q, place), self._rotate(k, place)
+        return q, k, v, mlp, conv
+
+    def _places(self, x: Tensor, before: Tensor | None, layout: Layout) -> Tensor:
+        """Position of every token in its own sequence, (b, l) or (1, l)."""
+        place = torch.arange(x.shape[1], device=x.device)[None]
+        if layout.index is not None:
+            place = place - _sequence_start(layout.index)
+        if before is None:
+            return place
+        if layout.index is None:
+            return place + before[:, None]
+        return place + torch.where(layout.index == layout.index[:, :1], before[:, None], 0)
+
+    def _rotate(self, x: Tensor, place: Tensor) -> Tensor:
+        """Turn pairs of the first `rotary_dim` channels of (b, heads, l, headdim) by angles that grow with position."""
+        half = self.rotary_dim // 2
+        exact = torch.float32 if x.device.type == "mps" else torch.float64
+        frequency = self.rotary_base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+        angle = place[:, None, :, None].to(exact) * frequency
+        cos, sin = angle.cos().to(wide(x).dtype), angle.sin().to(wide(x).dtype)
+        turned, rest = wide(x[..., : self.rotary_dim]), x[..., self.rotary_dim :]
+        if self.rotation == "half":
+            a, b = turned.chunk(2, dim=-1)
+            turned = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        else:
+            a, b = turned.unflatten(-1, (half, 2)).unbind(-1)
+            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+        return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+    def _keys(
+        self, k: Tensor, v: Tensor, state: AttentionState | None, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of the state and of this call, and who sees whom, (b, 1, l, t + l); None: everyone."""
+        length = k.shape[2]
+        left, right = self.window
+        place = torch.arange(length, device=k.device)
+        ahead = place - place[:, None]  # (l, l), key minus query
+        seen: Tensor | None = None
+        if self.causal:
+            seen = ahead <= 0
+        elif right is not None:
+            seen = ahead <= right
+        if left is not None:
+            near = ahead >= -left
+            seen = near if seen is None else seen & near
+        if layout.index is not None:
+            same = layout.index[:, None, :, None] == layout.index[:, None, None, :]
+            seen = same if seen is None else seen & same
+        if layout.mask is not None:
+            # Padding sees itself, so that its softmax is not empty; its output is dropped.
+            real = layout.mask[:, None, None, :] | (ahead == 0)
+            seen = real if seen is None else seen & real
+        if state is None:
+            return k, v, seen
+        slot, batch = torch.arange(state.k.shape[2], device=k.device), k.shape[0]
+        held = slot if left is None else _ring(slot, state.length[:, None], left)
+        valid = (held >= 0) & (held < state.length[:, None])  # (b, t)
+        valid = valid[:, None, None].expand(-1, -1, length, -1)
+        if left is not None:
+            now = state.length[:, None] + place
+            valid = valid & (now[:, None, :, None] - held[:, None, None, :] <= left)
+        if layout.index is not None:
+            valid = valid & (layout.index == layout.index[:, :1])[:, None, :, None]
+        seen = torch.ones_like(ahead, dtype=torch.bool) if seen is None else seen
+        seen = torch.cat([valid, seen.expand(batch, 1, length, length)], dim=-1)
+        return torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2), seen
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:
+        """Outputs of all heads, (b, l, h p)."""
+        plain = state is None and layout.index is None and layout.mask is None and self.window[0] is None
+        if plain and (self.causal or self.window[1] is None):
+            y = self._sdpa(q, k, v, None, is_causal=self.causal)
+        else:
+            y = self._sdpa(q, *self._keys(k, v, state, layout))
+        return y.transpose(1, 2).flatten(2)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, is_causal: bool = False) -> Tensor:
+        grouped = self.kv_heads != self.nheads
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
+        )
+
+    def _spread(self, t: Tensor) -> Tensor:
+        """Repeat key or value heads for their query heads."""
+        return t.repeat_interleave(self.nheads // self.kv_heads, dim=1)
+
+    def _extended(
+        self, state: AttentionState, k: Tensor, v: Tensor, conv: Tensor | None, layout: Layout
+    ) -> AttentionState:
+        """The state after this call: the last sequence of each row, each position in its slot."""
+        batch, length = k.shape[0], k.shape[2]
+        left, _ = self.window
+        count = k.new_full((batch,), length, dtype=torch.int64) if layout.count is None else layout.count
+        start, before = torch.zeros_like(count), state.length
+        if layout.index is not None and length:
+            start = _sequence_start(layout.index)[:, -1]
+            before = torch.where(layout.index[:, -1] == layout.index[:, 0], before, torch.zeros_like(before))
+        total = before + count - start
+        slots = state.k.shape[2]
+        if isinstance(state, FixedAttentionState):
+            full = total > slots
+            if _may_look(k) and bool(full.any()):
+                raise ValueError(
+                    f"`state` has {slots} slots, expected at least {int(total.max())}; make it with more of them."
+                )
+            k = torch.where(full[:, None, None, None], float("nan"), k)  # what else can be seen in compiled code
+        elif left is None:
+            slots = slots + length
+        slot = torch.arange(slots, device=k.device)
+        held = slot.expand(batch, -1) if left is None else _ring(slot, total[:, None], left)
+        new = (held >= before[:, None]) & (held < total[:, None])
+        source = (held - before[:, None] + start[:, None]).clamp(0, max(length - 1, 0))
+
+        def filled(old: Tensor, fresh: Tensor) -> Tensor:
+            kept = F.pad(old, (0, 0, 0, slots - old.shape[2]))
+            if not length:
+                return kept
+            kept = torch.where(((held >= 0) & (held < before[:, None]))[:, None, :, None], kept, torch.zeros_like(kept))
+            moved = fresh.gather(2, source[:, None, :, None].expand(-1, fresh.shape[1], -1, fresh.shape[3]))
+            return torch.where(new[:, None, :, None], moved.to(kept.dtype), kept)
+
+        conv = state.conv if conv is None else conv
+        return type(state)(k=filled(state.k, k), v=filled(state.v, v), conv=conv, length=total)
+
+    def _out(self, y: Tensor, mlp: Tensor) -> Tensor:
+        if self.mlp_dim:
+            up, gate = mlp.chunk(2, dim=-1)
+            y = torch.cat([y, up * F.silu(gate)], dim=-1)
+        return self.out_proj(y)
+
+
+def _window(window: int | Sequence[int] | None, causal: bool) -> tuple[int | None, int | None]:
+    """Positions to the left and to the right, None for no limit."""
+    pair = (window, window) if window is None or isinstance(window, int) else tuple(window)
+    if len(pair) != 2 or any(side is not None and side < -1 for side in pair):
+        raise ValueError(f"`window` must be (left, right), each at least 0 or -1 for no limit, got {window!r}.")
+    left, right = (None if side == -1 else side for side in pair)
+    return left, 0 if causal else right
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether a value may be read on the host: not in compiled code, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _ring(slot: Tensor, length: Tensor, size: int) -> Tensor:
+    """Which position a slot of a ring holds when `length` positions have been written; negative: none."""
+    return length - 1 - (length - 1 - slot) % max(size, 1)
+
+
+def _sequence_start(index: Tensor) -> Tensor:
+    """Place where the sequence of each position begins, (b, l)."""
+    place = torch.arange(index.shape[1], device=index.device)
+    begins = (index != index.roll(1, 1)) & (place > 0)
+    return torch.where(begins, place, 0).cummax(1).values
