@@ -29,6 +29,7 @@ def _table(source: bytes, target: bytes) -> Bytes:
 _COMPLEMENT = _table(IUPAC + IUPAC.lower() + b"Uu", _PARTNERS + _PARTNERS.lower() + b"Aa")
 _UPPER = _table(bytes(range(97, 123)), bytes(range(65, 91)))
 _U_TO_T = _table(b"Uu", b"Tt")
+_UPPER_T = _U_TO_T[_UPPER]
 _IS_IUPAC = np.isin(np.arange(256), np.frombuffer(IUPAC + IUPAC.lower() + b"Uu", np.uint8))
 _IS_ACGT = np.isin(np.arange(256), np.frombuffer(b"ACGTacgt", np.uint8))
 
@@ -57,13 +58,12 @@ def normalise(seq: Sequence, *, u_to_t: bool = True) -> bytes:
         raise ValueError(
             f"expected IUPAC letters ({IUPAC.decode()}, U), got {chr(int(array[where]))!r} at base {where + 1}"
         )
-    array = _UPPER[array]
-    return (_U_TO_T[array] if u_to_t else array).tobytes()
+    return (_UPPER_T if u_to_t else _UPPER)[array].tobytes()
 
 
 def upper(seq: Sequence) -> bytes:
-    """Upper case without a check."""
-    return _UPPER[as_array(seq)].tobytes()
+    """Upper case with T for U, without a check."""
+    return _UPPER_T[as_array(seq)].tobytes()
 
 
 def soft_mask(seq: Sequence) -> npt.NDArray[np.bool_]:

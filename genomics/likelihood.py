@@ -1,0 +1,219 @@
+"""What the verbs ask of a model, whichever it is: log-probabilities, embeddings, boundaries, from lists of sequences.
+
+Any `nn.Module` that maps ids (b, l) to logits (b, l, V) of the next id (causal) or of each id (masked) can be used; one
+with a method `log_prob(tokens, mask) -> (b, l)` is asked directly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from .sequence import Vocabulary, encode, vocabulary
+
+Floats = npt.NDArray[np.float64]
+
+
+@runtime_checkable
+class LogProbModel(Protocol):
+    """A model that scores sequences itself."""
+
+    def log_prob(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(b, l) natural log-probability of each token given the ones before it; the first has no context."""
+        ...
+
+
+class Scorer:
+    """A model ready to score DNA.
+
+    Args:
+        model: Network with attributes `vocabulary` (name or `Vocabulary`; "byte" where it has none), `is_causal`
+            (True), `strands` ("one" or "equivariant"), `max_length` (None) and `bos` (True: sequences begin with that
+            id).
+        device: Where it runs; None leaves it where it is.
+        dtype: Type of its weights; None leaves it.
+        restrict: "acgt" renormalises the probabilities over the four bases; None uses all ids.
+        batch_tokens: Most positions of a batch, padding included; a longer sequence makes a batch of its own.
+
+    Raises:
+        ValueError: for an unknown vocabulary or restriction.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        restrict: str | None = None,
+        batch_tokens: int = 65_536,
+    ) -> None:
+        if restrict not in (None, "acgt"):
+            raise ValueError(f"expected restrict 'acgt' or None, got {restrict!r}")
+        self.model = model.eval()
+        if device is not None:
+            self.model.to(device)
+        if dtype is not None:
+            self.model.to(dtype)
+        first = next((t for t in (*model.parameters(), *model.buffers())), None)
+        self.device = first.device if first is not None else torch.device("cpu")
+        self.vocabulary: Vocabulary = vocabulary(getattr(model, "vocabulary", "byte"))
+        self.is_causal = bool(getattr(model, "is_causal", True))
+        self.strands = str(getattr(model, "strands", "one"))
+        self.max_length: int | None = getattr(model, "max_length", None)
+        self.bos = bool(getattr(model, "bos", True)) and self.is_causal
+        self.restrict, self.batch_tokens = restrict, batch_tokens
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_mask = "mask" in parameters
+        self._own = isinstance(model, LogProbModel)
+
+    @property
+    def name(self) -> str:
+        """Name for output headers."""
+        return str(getattr(self.model, "name", type(self.model).__name__))
+
+    def digest(self) -> str:
+        """SHA-256 of names and values of all weights."""
+        total = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            total.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            )
+        return total.hexdigest()
+
+    def batches(self, sequences: Sequence[bytes]) -> list[list[int]]:
+        """Indices of sequences in batches of at most `batch_tokens` positions, similar lengths together."""
+        order = sorted(range(len(sequences)), key=lambda k: (-len(sequences[k]), k))
+        found: list[list[int]] = []
+        for k in order:
+            width = len(sequences[found[-1][0]]) if found else 0
+            if found and (len(found[-1]) + 1) * (width + 1) <= self.batch_tokens:
+                found[-1].append(k)
+            else:
+                found.append([k])
+        return found
+
+    def tokens(self, sequences: Sequence[bytes], *, bos: bool = False) -> tuple[Tensor, Tensor]:
+        """Ids (b, l) int64 and mask (b, l) bool of sequences, padded on the right, on the model's device."""
+        length = max(len(sequence) for sequence in sequences) + bos
+        ids = np.full((len(sequences), length), self.vocabulary.pad, np.int64)
+        mask = np.zeros((len(sequences), length), bool)
+        for row, sequence in enumerate(sequences):
+            ids[row, :bos] = self.vocabulary.bos
+            ids[row, bos : bos + len(sequence)] = encode(sequence, self.vocabulary)
+            mask[row, : bos + len(sequence)] = True
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(b, l, V) log-probabilities in float32 that the model gives at each position."""
+        out: Any = self.model(tokens, mask=mask) if self._takes_mask else self.model(tokens)
+        out = getattr(out, "logits", out)
+        out = (out[0] if isinstance(out, tuple) else out).float()
+        if self.restrict:
+            bases = torch.as_tensor(self.vocabulary.bases, device=out.device)
+            kept = torch.full_like(out, float("-inf"))
+            kept[..., bases] = out[..., bases]
+            out = kept
+        return out.log_softmax(dim=-1)
+
+    @torch.inference_mode()
+    def log_probs(self, sequences: Sequence[bytes]) -> list[Floats]:
+        """Log-probability of every base given those before it, for one batch of sequences.
+
+        Args:
+            sequences: Upper-case bases; taken as one batch, see `batches`.
+
+        Returns:
+            For each sequence (l,) float64 in nats; NaN where nothing is scored: letters other than A, C, G, T, and the
+            first base of a model that is not told where a sequence begins.
+
+        Raises:
+            ValueError: if the model is not causal.
+        """
+        if not self.is_causal:
+            raise ValueError(f"{self.name} is a masked model, which gives no likelihood of a sequence")
+        skip = 0
+        if self._own and not self.restrict:
+            tokens, mask = self.tokens(sequences)
+            found = self.model.log_prob(tokens, mask)  # type: ignore[operator]
+        else:
+            tokens, mask = self.tokens(sequences, bos=self.bos)
+            found = self.logits(tokens[:, :-1], mask[:, :-1]).gather(-1, tokens[:, 1:, None])[..., 0]
+            skip = 0 if self.bos else 1
+        values = found.double().cpu().numpy()
+        result = []
+        for row, sequence in enumerate(sequences):
+            scores = np.full(len(sequence), np.nan)
+            scores[skip:] = values[row, : len(sequence) - skip]
+            scores[~self.vocabulary.is_base[encode(sequence, self.vocabulary)]] = np.nan
+            result.append(scores)
+        return result
+
+    @torch.inference_mode()
+    def masked_log_probs(self, sequences: Sequence[bytes], places: Sequence[Sequence[int]]) -> list[Floats]:
+        """Log-probabilities of the four bases at places that are masked together.
+
+        Args:
+            sequences: Upper-case bases; one batch.
+            places: For each sequence the 0-based positions to mask.
+
+        Returns:
+            For each sequence (number of places, 4) float64, columns A, C, G, T.
+        """
+        tokens, mask = self.tokens(sequences)
+        for row, where in enumerate(places):
+            tokens[row, torch.as_tensor(where, device=tokens.device)] = self.vocabulary.mask
+        logits = self.logits(tokens, mask)[..., torch.as_tensor(self.vocabulary.bases, device=tokens.device)]
+        return [logits[row, list(where)].double().cpu().numpy() for row, where in enumerate(places)]
+
+    @torch.inference_mode()
+    def embeddings(self, sequences: Sequence[bytes], layer: str | None = None) -> list[npt.NDArray[np.float32]]:
+        """(l, d) float32 embeddings of every base, for one batch; the start id is left out.
+
+        Raises:
+            ValueError: if the model gives none, or none of that name.
+        """
+        embed = getattr(self.model, "embed", None)
+        if embed is None:
+            raise ValueError(f"{self.name} gives no embeddings (it has no method `embed`)")
+        tokens, mask = self.tokens(sequences, bos=self.bos)
+        options = {} if layer is None else {"layer": layer}
+        values = embed(tokens, mask=mask, **options).float().cpu().numpy()
+        return [values[row, self.bos : self.bos + len(sequence)] for row, sequence in enumerate(sequences)]
+
+    @torch.inference_mode()
+    def boundaries(self, sequences: Sequence[bytes]) -> list[list[tuple[npt.NDArray[np.bool_], Floats]]]:
+        """For each sequence and stage of a hierarchical model, boundary bits and probabilities over bases.
+
+        Returns:
+            For each sequence a list of (mask (l,) bool, prob (l,) float64), stage 0 first; of stage s > 0 the positions
+            that are no boundary of stage s - 1 have mask False and probability NaN. The start id is left out.
+
+        Raises:
+            ValueError: if the model has no stages.
+        """
+        trace = getattr(self.model, "boundaries", None)
+        if trace is None:
+            raise ValueError(f"{self.name} has no chunk boundaries (it has no method `boundaries`)")
+        tokens, mask = self.tokens(sequences, bos=self.bos)
+        stages = [(b.mask.cpu().numpy(), b.prob.double().cpu().numpy()) for b in trace(tokens, mask=mask)]
+        result: list[list[tuple[npt.NDArray[np.bool_], Floats]]] = []
+        for row, sequence in enumerate(sequences):
+            width = len(sequence) + self.bos
+            places = np.arange(width)
+            found = []
+            for bits, prob in stages:
+                bits_at, prob_at = np.zeros(width, bool), np.full(width, np.nan)
+                bits_at[places], prob_at[places] = bits[row, : len(places)], prob[row, : len(places)]
+                found.append((bits_at[self.bos :], prob_at[self.bos :]))
+                places = places[bits[row, : len(places)]]
+            result.append(found)
+        return result
