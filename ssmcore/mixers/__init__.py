@@ -13,6 +13,7 @@ from .chimera2d import Chimera2D as Chimera2D
 from .hydra import Hydra as Hydra
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
+from .mamba3 import Mamba3 as Mamba3
 from .s4 import S4D as S4D
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DiscreteMamba2",
     "Hydra",
     "Mamba2",
+    "Mamba3",
     "create_mixer",
     "mixer_options",
 ]
@@ -33,6 +35,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "discrete_mamba2": DiscreteMamba2,
     "hydra": Hydra,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
     "s4d": S4D,
 }
 

@@ -25,10 +25,12 @@ class MixerState:
     """Base of the states of causal mixers: tensors with the batch in front, never changed in place.
 
     Subclasses are decorated with `mixer_state`. Fields named in `recurrent` are float32 (float64 in float64 models)
-    whatever the activations are; the others have the dtype of the activations.
+    whatever the activations are; the others have the dtype of the activations. Those in `periodic` are angles, which
+    mean the same modulo 2 pi.
     """
 
     recurrent: ClassVar[tuple[str, ...]] = ()
+    periodic: ClassVar[tuple[str, ...]] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, for safetensors; `type(state)(**tensors)` is the way back."""
@@ -153,7 +155,8 @@ class MixingMatrix(NamedTuple):
     """A mixer's linear operator on one batch: outputs[t] = sum_s matrix[t, s] inputs[s] (+ from_state + offset).
 
     Attributes:
-        matrix: (b, h, l, l), float32 or float64; batch 1 where it does not depend on the input.
+        matrix: (b, h, l, l), float32 or float64; batch 1 where it does not depend on the input. With several ranks
+            (b, h, l, r, l, r), and the others are (b, l, r, h, p).
         inputs: What it acts on, (b, l, h, p).
         outputs: (b, l, h, p), as the mixer computes them.
         from_state: Part of the outputs that comes from the state handed in, (b, l, h, p), or None.
@@ -168,7 +171,8 @@ class MixingMatrix(NamedTuple):
 
     def apply(self) -> Tensor:
         """The right-hand side: matrix times inputs, plus the parts that are none of it; equals `outputs`."""
-        y = torch.einsum("bhts,bshp->bthp", self.matrix, self.inputs.to(self.matrix.dtype))
+        product = "bhts,bshp->bthp" if self.matrix.dim() == 4 else "bhtisj,bsjhp->btihp"
+        y = torch.einsum(product, self.matrix, self.inputs.to(self.matrix.dtype))
         for part in (self.from_state, self.offset):
             y = y if part is None else y + part
         return y
