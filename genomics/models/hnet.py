@@ -193,7 +193,11 @@ class HNet(nn.Module):
         Returns:
             (b, l, vocab_size); what stands at position t is about the id at t + 1.
         """
-        return self.lm_head(self.hidden(tokens, mask=mask, seq_idx=seq_idx)[0])
+        return self.logits(self.hidden(tokens, mask=mask, seq_idx=seq_idx)[0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head, (..., d_model) to (..., vocab_size)."""
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
 
     def hidden(
         self, tokens: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
@@ -206,12 +210,12 @@ class HNet(nn.Module):
     ) -> tuple[Tensor, Any]:
         """Logits (b, l, vocab_size) and the state after the last real position; any cut gives the same values."""
         y, state, _ = self.backbone.prefill(self.embeddings(tokens), state, mask=mask, seq_idx=seq_idx)
-        return self.lm_head(y), state
+        return self.logits(y), state
 
     def step(self, tokens: Tensor, state: Any, *, dense: bool = False) -> tuple[Tensor, Any]:
         """Logits (b, vocab_size) after one more id per row, (b,); `dense` as in `Hierarchy.step`."""
         y, state, _ = self.backbone.step(self.embeddings(tokens), state, dense=dense)
-        return self.lm_head(y), state
+        return self.logits(y), state
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -363,7 +367,7 @@ def first_to_front(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Values (b, l) where `mask` is True, in order at the front of rows of the largest count, and which are real."""
     counts = mask.sum(1)
     most = int(counts.max())
-    order = (~mask).int().argsort(1, stable=True)[:, :most]
+    order = (~mask).int().argsort(dim=1, stable=True)[:, :most]
     return values.gather(1, order), torch.arange(most, device=mask.device) < counts[:, None]
 
 

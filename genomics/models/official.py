@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...ssmcore.mixers import Attention
 from ...ssmcore.training.checkpoints import load_weights, read_weights
@@ -75,12 +75,26 @@ def load_hnet(
         ValueError: if a file is damaged, a pickle that was not allowed, or does not fit the configuration.
         TypeError: if the configuration has an unknown entry.
     """
-    if not isinstance(config, Mapping):
+    if isinstance(config, Mapping):
+        options = dict(config)
+    else:
         path = Path(config)
         if not path.is_file():
             raise FileNotFoundError(f"configuration {str(path)!r} does not exist.")
-        config = json.loads(path.read_text())
-    model = HNet(**config)
+        options = json.loads(path.read_text())
+    model = HNet(**options)
     state = from_official(read_weights(weights, allow_pickle=allow_pickle))
     load_weights(model, state, source=str(weights))
-    return model if dtype is None else model.to(dtype)
+    return cast_weights(model, dtype)
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def cast_weights(model: _Model, dtype: torch.dtype | None) -> _Model:
+    """Cast the weights in place, recurrence parameters and `residual_proj` to float32 at least; None leaves all."""
+    if dtype is not None:
+        for name, parameter in model.named_parameters():
+            exact = name.rpartition(".")[2] in ("A_log", "dt_bias", "D") or ".residual_proj." in name
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32) if exact else dtype)
+    return model

@@ -5,6 +5,7 @@ Hwang, Wang & Gu (2025), "Dynamic Chunking for End-to-End Hierarchical Sequence 
 
 from .boundaries import Boundaries as Boundaries
 from .boundaries import Chunks as Chunks
+from .boundaries import Layout as Layout
 from .boundaries import chunk as chunk
 from .boundaries import chunk_stats as chunk_stats
 from .boundaries import dechunk as dechunk
@@ -25,6 +26,7 @@ __all__ = [
     "FixedRouter",
     "Hierarchy",
     "HierarchyState",
+    "Layout",
     "RandomRouter",
     "Router",
     "RouterState",
