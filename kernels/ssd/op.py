@@ -39,8 +39,8 @@ def ssd(
         D: Skip from `x` to the output, (h,) or (b, l, h).
         seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
             state starts from zero with each new sequence; `initial_state` enters the first one of a row.
-        chunk_size: Positions per chunk of the chunked path; None is 64 on a CPU and 128 elsewhere.
-        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+        chunk_size: Positions per chunk of the chunked path; None is 64 on a CPU and 128 elsewhere. Triton has its own.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
     Returns:
         y, (b, l, h, p) in the dtype of `x`, and the state after the last position, (b, h, p, n), in float32 (float64
@@ -74,20 +74,46 @@ def ssd(
 
     x, B, C = cast_for_autocast(x, B, C)
     dtype = state_dtype(x, log_decay, B, C, initial_state, weight, D)
-    if initial_state is None:
+    obstacle = ssd_obstacle(headdim, sizes["n"])
+    chosen = choose(backend, x, op="ssd", obstacle=obstacle)
+    state = None if initial_state is None else initial_state.to(dtype)
+    empty = x.numel() == 0 or sizes["n"] == 0
+    if state is None and (empty or chosen != "triton"):
         state = x.new_zeros(batch, nheads, headdim, sizes["n"], dtype=dtype)
-    else:
-        state = initial_state.to(dtype)
-    if x.numel() == 0 or state.numel() == 0:
+    if empty:
+        assert state is not None  # made above
         return torch.zeros_like(x), state.clone()
     log_decay = log_decay.to(dtype)
     weight = None if weight is None else weight.to(dtype)
     D = None if D is None else D.to(dtype).expand(batch, length, nheads)
-    match choose(backend, x, op="ssd", implementations=("reference", "chunked")):
-        case "reference":
-            return ssd_reference(x, log_decay, B, C, state, weight, D, seq_idx)
-        case _:
-            return ssd_chunked(x, log_decay, B, C, state, weight, D, seq_idx, chunk_size)
+    if chosen == "triton":
+        from .triton_impl import ssd_triton
+
+        return ssd_triton(x, log_decay, B, C, state, weight, D, seq_idx)
+    assert state is not None
+    if chosen == "reference":
+        return ssd_reference(x, log_decay, B, C, state, weight, D, seq_idx)
+    return ssd_chunked(x, log_decay, B, C, state, weight, D, seq_idx, chunk_size)
+
+
+# What one program of the Triton kernels holds.
+_LARGEST_HEADDIM, _LARGEST_STATE = 128, 256
+
+
+def ssd_obstacle(headdim: int, state: int) -> str | None:
+    """Why Triton cannot take heads and states of these sizes, None if it can."""
+    if state > _LARGEST_STATE:
+        return f"Triton takes n up to {_LARGEST_STATE}, got n={state}"
+    if heads_per_head(headdim) is None:
+        return f"Triton takes p up to {_LARGEST_HEADDIM}, or with a divisor from 16 to 64, got p={headdim}"
+    return None
+
+
+def heads_per_head(headdim: int) -> int | None:
+    """Into how many narrower heads Triton cuts a head, None if its width has no suitable divisor."""
+    if headdim <= _LARGEST_HEADDIM:
+        return 1
+    return next((headdim // width for width in range(64, 15, -1) if headdim % width == 0), None)
 
 
 def check_groups(nheads: int, groups: int) -> None:

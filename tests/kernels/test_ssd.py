@@ -182,8 +182,10 @@ def test_wrong_arguments(device):
         ssd(**inputs | {"log_decay": inputs["log_decay"][:, :9]})
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         ssd(**inputs, chunk_size=0)
-    with pytest.raises(BackendError, match="ssd has no triton implementation"):
-        ssd(**inputs, backend="triton")
+    with pytest.raises(BackendError, match="Triton takes n up to 256, got n=257"):
+        ssd(**inputs_of(device, n=257), backend="triton")
+    with pytest.raises(BackendError, match="Triton takes p up to 128, or with a divisor from 16 to 64, got p=131"):
+        ssd(**inputs_of(device, p=131), backend="triton")
 
 
 def test_second_derivative_over_chunks(device):

@@ -1,0 +1,456 @@
+"""`ssd` in Triton: launchers, custom ops and the autograd function around the kernels of `triton_kernels.py`.
+
+Forward is one kernel with the state in registers. Where rows and heads give too few programs, rows are cut into parts:
+one sweep finds what each part adds to its state, a small kernel carries the states over the parts, and the forward
+kernel starts each part from its own. Backward is one launch of two sweeps, states from the left and their gradients
+from the right, each written at every second chunk, and one kernel for all gradients of a chunk. Only the inputs
+are kept for it. Sums over programs go through a buffer and one ordered reduction: no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..transforms import FirstDerivative, apply, fold, operator, unfold
+from ..triton_utils import INTERPRETED, multiprocessors, on_device
+from .op import heads_per_head
+from .triton_kernels import (
+    ADJOINT,
+    DESCENDING,
+    _ssd_bwd_kernel,
+    _ssd_carry_kernel,
+    _ssd_fwd_kernel,
+    _ssd_sweep_kernel,
+)
+
+
+def ssd_triton(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    weight: Tensor | None,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `ssd`; weight and D are (b, l, h), everything but x, B and C has the dtype of the sums."""
+    dtype, sums = x.dtype, log_decay.dtype
+    narrow = sums if sums == torch.float64 else torch.promote_types(torch.promote_types(dtype, B.dtype), C.dtype)
+    x, B, C = x.to(narrow), B.to(narrow), C.to(narrow)
+    batch, length, nheads, headdim = x.shape
+    cut = heads_per_head(headdim)
+    assert cut is not None  # checked by the op
+    if cut > 1:
+        x = x.reshape(batch, length, nheads * cut, headdim // cut)
+        log_decay = log_decay.repeat_interleave(cut, dim=2)
+        weight = None if weight is None else weight.repeat_interleave(cut, dim=2)
+        D = None if D is None else D.repeat_interleave(cut, dim=2)
+        state = None if state is None else state.reshape(batch, nheads * cut, headdim // cut, -1)
+    y, final = apply(_Ssd, x, log_decay, B, C, state, weight, D, seq_idx)
+    if cut > 1:
+        y, final = y.reshape(batch, length, nheads, headdim), final.reshape(batch, nheads, headdim, -1)
+    return y.to(dtype), final
+
+
+class Tiles(NamedTuple):
+    """Compile-time choices of one kernel."""
+
+    chunk: int
+    warps: int
+    stages: int
+
+
+class Sweep(NamedTuple):
+    """One recurrence over states: its inputs as the kernels read them, and its MODE."""
+
+    values: Tensor  # (b, l, h, p)
+    keys: Tensor  # (b, l, g, n)
+    log_decay: Tensor  # (b, l, h)
+    weight: Tensor | None  # (b, l, h)
+    state: Tensor | None  # what stands before the first step, (b, h, p, n)
+    mode: int
+
+
+def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
+    """Chunk, warps and pipeline stages of a kernel ("fwd", "sweep", "bwd") for padded p and n."""
+    if INTERPRETED:
+        return Tiles(64, 4, 1)
+    if dtype == torch.float64:
+        return Tiles(16, 4, 1)
+    wide = dtype == torch.float32
+    if headdim * state > 128 * 128:
+        return Tiles(32, 8, 1)
+    if headdim * state > 64 * 64:
+        if wide:
+            return Tiles(32, 8, 1)
+        return {"fwd": Tiles(64, 4, 2), "sweep": Tiles(64, 4, 2), "bwd": Tiles(64, 8, 2)}[kernel]
+    if wide:
+        return {"fwd": Tiles(64, 8, 1), "sweep": Tiles(64, 4, 2), "bwd": Tiles(32, 4, 1)}[kernel]
+    return {"fwd": Tiles(64, 4, 2), "sweep": Tiles(64, 4, 2), "bwd": Tiles(64, 4, 2)}[kernel]
+
+
+def options(x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles) -> dict[str, Any]:
+    """Compile-time arguments that all kernels share."""
+    headdim = x.shape[3]
+    dot = tl.float32 if INTERPRETED and x.element_size() < 4 else getattr(tl, str(x.dtype).removeprefix("torch."))
+    found: dict[str, Any] = {
+        "P": headdim,
+        "N": n,
+        "Q": chosen.chunk,
+        "BLOCK_P": max(16, triton.next_power_of_2(headdim)),
+        "BLOCK_N": max(16, triton.next_power_of_2(n)),
+        "PACKED": seq_idx is not None,
+        "EXACT": x.dtype == torch.float32,
+        "DOT": dot,
+        "ACC": tl.float64 if log_decay.dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "STAGES": chosen.stages,
+    }
+    return found if INTERPRETED else found | {"num_warps": chosen.warps}
+
+
+def padded(x: Tensor, n: int) -> tuple[int, int]:
+    return max(16, triton.next_power_of_2(x.shape[3])), max(16, triton.next_power_of_2(n))
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor (b, l, h, p), copied only if its last two dimensions are not dense or a tile's offsets are too far."""
+    heads, width = tensor.shape[2:]
+    dense = (tensor.stride(3) == 1 or width == 1) and (tensor.stride(2) == width or heads == 1)
+    return tensor if dense and 0 < tensor.stride(1) < 2**23 else tensor.contiguous()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def strides(*tensors: Tensor | None) -> list[int]:
+    """Those of batch and length of each tensor."""
+    return [stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2])]
+
+
+def _launch_sweeps(
+    sweeps: tuple[Sweep, ...],
+    entering: tuple[Tensor | None, ...],
+    seq_idx: Tensor | None,
+    chosen: Tiles,
+    subs: int,
+    parts: int,
+    part_borders: int,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    store: bool,
+) -> None:
+    one, two = sweeps[0], sweeps[-1]
+    (batch, length, nheads, _), (groups, n) = one.values.shape, one.keys.shape[2:]
+    second = len(sweeps) > 1
+    _ssd_sweep_kernel[(len(sweeps) * batch * parts * nheads,)](
+        one.values, one.keys, one.log_decay, one.weight, entering[0],
+        two.values, two.keys, two.log_decay, two.weight, entering[-1],
+        seq_idx, *outputs, batch, length, nheads, nheads // groups, parts, part_borders,
+        *strides(one.values, one.keys, two.values, two.keys),
+        MODE=one.mode, HAS_WEIGHT=one.weight is not None, HAS_STATE=entering[0] is not None,
+        MODE_2=two.mode if second else -1, HAS_WEIGHT_2=two.weight is not None, HAS_STATE_2=entering[-1] is not None,
+        STORE=store, SUBS=subs, **options(one.values, n, one.log_decay, seq_idx, chosen),
+    )  # fmt: skip
+
+
+def choose_parts(programs: int, length: int, step: int, device: torch.device, parts: int) -> tuple[int, int]:
+    """Number of parts of a row and the length of each, a multiple of `step`; `parts` 0 chooses."""
+    if parts == 0:
+        count = multiprocessors(device)
+        enough = programs >= 1.5 * count
+        parts = 1 if enough else max(1, min(triton.cdiv(4 * count, programs), length // 256))
+    part_length = triton.cdiv(triton.cdiv(length, parts), step) * step
+    return triton.cdiv(length, part_length), part_length
+
+
+def entering_states(
+    sweeps: tuple[Sweep, ...], seq_idx: Tensor | None, chosen: Tiles, subs: int, parts: int, part_length: int
+) -> tuple[Tensor | None, ...]:
+    """The state that enters each part, (b, h, parts, p, n), of each sweep; with one part that of the row, or None."""
+    if parts == 1:
+        return tuple(sweep.state for sweep in sweeps)
+    x, log_decay = sweeps[0].values, sweeps[0].log_decay
+    (batch, _, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
+    ends = log_decay.new_empty(len(sweeps), batch, nheads, parts, headdim, n)
+    factors = log_decay.new_empty(len(sweeps), batch, nheads, parts)
+    outputs = ends, ends, factors, ends
+    part_borders = part_length // (chosen.chunk * subs)
+    _launch_sweeps(sweeps, (None,) * len(sweeps), seq_idx, chosen, subs, parts, part_borders, outputs, False)
+    block = 1024 if INTERPRETED else 256
+    first, last = sweeps[0], sweeps[-1]
+    _ssd_carry_kernel[(len(sweeps) * batch * nheads * triton.cdiv(headdim * n, block),)](
+        first.state, last.state, ends, factors, batch * nheads, parts, headdim * n,
+        DESCENDS=bool(first.mode & DESCENDING), HAS_STATE=first.state is not None,
+        DESCENDS_2=bool(last.mode & DESCENDING), HAS_STATE_2=last.state is not None, BLOCK=block,
+    )  # fmt: skip
+    return tuple(ends.unbind(0))
+
+
+def run_sweeps(
+    sweeps: tuple[Sweep, ...], seq_idx: Tensor | None, chosen: Tiles, subs: int, parts: int
+) -> tuple[Tensor, Tensor]:
+    """States at all borders, (sweeps, b, h, borders, p, n) in the dtype of the values, and at the end of each sweep."""
+    x, log_decay = sweeps[0].values, sweeps[0].log_decay
+    (batch, length, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
+    step = chosen.chunk * subs
+    parts, part_length = choose_parts(len(sweeps) * batch * nheads, length, step, x.device, parts)
+    entering = entering_states(sweeps, seq_idx, chosen, subs, parts, part_length)
+    borders = x.new_empty(len(sweeps), batch, nheads, triton.cdiv(length, step), headdim, n)
+    finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n)
+    outputs = borders, finals, finals, finals
+    _launch_sweeps(sweeps, entering, seq_idx, chosen, subs, parts, part_length // step, outputs, True)
+    return borders, finals
+
+
+class Gradients(NamedTuple):
+    """What the gradient kernel writes; partial sums of dB and dC have a leading dimension."""
+
+    dx: Tensor
+    dlog_decay: Tensor
+    dB: Tensor  # noqa: N815
+    dC: Tensor  # noqa: N815
+    dweight: Tensor
+    dD: Tensor  # noqa: N815
+
+
+def run_gradients(
+    sweep: Sweep,
+    C: Tensor,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    borders: Tensor,
+    dy: Tensor,
+    dx: Tensor | None,
+    chosen: Tiles,
+    subs: int,
+    blocks: int,
+) -> Gradients:
+    """Gradients of a recurrence from the states at the borders and the gradients of those (borders[0] and [1]).
+
+    Args:
+        sweep: The recurrence forward in its own direction; its `mode` may hold REVERSE and SHIFT.
+        C: What is read, (b, l, g, n).
+        D: Skip, (b, l, h).
+        seq_idx: (b, l).
+        borders: (2, b, h, borders, p, n).
+        dy: Gradient of the outputs, contiguous.
+        dx: Where to add the gradient of x; None makes a new tensor.
+        chosen: Tiles of the kernel.
+        subs: Chunks per border.
+        blocks: Number of blocks of heads per group, 0 to choose.
+    """
+    x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
+    (batch, length, nheads, _), (groups, n) = x.shape, B.shape[2:]
+    repeats = nheads // groups
+    programs = batch * triton.cdiv(length, chosen.chunk) * groups
+    if blocks == 0:
+        blocks = max(1, min(repeats, 2 * multiprocessors(x.device) // programs))
+    block_heads = triton.cdiv(repeats, blocks)
+    blocks = triton.cdiv(repeats, block_heads)
+    absent = batch, 0, nheads
+    found = Gradients(
+        dx=x.new_empty(x.shape) if dx is None else dx,
+        dlog_decay=torch.empty_like(log_decay),
+        dB=B.new_empty(blocks, *B.shape, dtype=B.dtype if blocks == 1 else log_decay.dtype),
+        dC=C.new_empty(blocks, *C.shape, dtype=C.dtype if blocks == 1 else log_decay.dtype),
+        dweight=log_decay.new_empty(absent if weight is None else log_decay.shape),
+        dD=log_decay.new_empty(absent if D is None else log_decay.shape),
+    )
+    links = tl.bfloat16 if x.element_size() < 4 and not INTERPRETED else tl.float32
+    if x.dtype == torch.float64:
+        links = tl.float64
+    _ssd_bwd_kernel[(programs * blocks,)](
+        x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, *found, batch, length, nheads, repeats,
+        blocks, block_heads, *strides(x, B, C, D), MODE=sweep.mode, ADD=dx is not None, SUBS=subs,
+        HAS_WEIGHT=weight is not None, HAS_D=D is not None, LINKS=links,
+        **options(x, n, log_decay, seq_idx, chosen),
+    )  # fmt: skip
+    if blocks == 1:
+        return found._replace(dB=found.dB[0], dC=found.dC[0])
+    return found._replace(dB=found.dB.sum(0).to(B.dtype), dC=found.dC.sum(0).to(C.dtype))
+
+
+@operator("ssd_triton_fwd")
+def _forward(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    weight: Tensor | None,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk: int,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    """`chunk` and `parts` (of a row) are 0 to be chosen."""
+    x, B, C = dense_rows(x), dense_rows(B), dense_rows(C)
+    log_decay, state, weight, seq_idx = (
+        log_decay.contiguous(),
+        contiguous(state),
+        contiguous(weight),
+        contiguous(seq_idx),
+    )
+    D = D if D is None or D.stride(2) == 1 else D.contiguous()
+    (batch, length, nheads, headdim), (groups, n) = x.shape, B.shape[2:]
+    chosen, subs = tiles("fwd", *padded(x, n), x.dtype), 1
+    sweep_tiles = tiles("sweep", *padded(x, n), x.dtype)
+    if chunk:
+        chosen, sweep_tiles = chosen._replace(chunk=chunk), sweep_tiles._replace(chunk=chunk)
+    y = x.new_empty(x.shape)
+    final = log_decay.new_empty(batch, nheads, headdim, n)
+    step = max(chosen.chunk, sweep_tiles.chunk)
+    parts, part_length = choose_parts(batch * nheads, length, step, x.device, parts)
+    with on_device(x):
+        sweep = Sweep(x, B, log_decay, weight, state, 0)
+        (entering,) = entering_states((sweep,), seq_idx, sweep_tiles, subs, parts, part_length)
+        _ssd_fwd_kernel[(batch * parts * nheads,)](
+            x, log_decay, B, C, weight, D, seq_idx, entering, y, final, length, nheads, nheads // groups, parts,
+            part_length, *strides(x, B, C, D), HAS_WEIGHT=weight is not None, HAS_D=D is not None,
+            HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen),
+        )  # fmt: skip
+    return y, final
+
+
+@torch.library.register_fake("ssm::ssd_triton_fwd")
+def _(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    weight: Tensor | None,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk: int,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), log_decay.new_empty(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
+
+
+@operator("ssd_triton_bwd")
+def _backward(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    weight: Tensor | None,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    chunk: int,
+    parts: int,
+    blocks: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, log_decay, B, C, state, weight and D; those of absent weights and D have no positions."""
+    x, B, C, dy = dense_rows(x), dense_rows(B), dense_rows(C), dy.contiguous()
+    log_decay, state, weight, seq_idx = (
+        log_decay.contiguous(),
+        contiguous(state),
+        contiguous(weight),
+        contiguous(seq_idx),
+    )
+    D = D if D is None or D.stride(2) == 1 else D.contiguous()
+    n = B.shape[3]
+    chosen, sweep_tiles = tiles("bwd", *padded(x, n), x.dtype), tiles("sweep", *padded(x, n), x.dtype)
+    if chunk:
+        chosen, sweep_tiles = chosen._replace(chunk=chunk), sweep_tiles._replace(chunk=chunk)
+    with on_device(x):
+        states = Sweep(x, B, log_decay, weight, state, 0)
+        gradients = Sweep(dy, C, log_decay, None, contiguous(dfinal), DESCENDING | ADJOINT)
+        borders, finals = run_sweeps((states, gradients), seq_idx, *border_tiles(sweep_tiles, chosen), parts)
+        found = run_gradients(states, C, D, seq_idx, borders, dy, None, chosen, 2, blocks)
+    return found.dx, found.dlog_decay, found.dB, found.dC, finals[1], found.dweight, found.dD
+
+
+def border_tiles(sweep: Tiles, gradient: Tiles) -> tuple[Tiles, int]:
+    """Tiles of a sweep and its chunks per border, such that a border stands before every second gradient chunk."""
+    chunk = min(sweep.chunk, 2 * gradient.chunk)
+    return sweep._replace(chunk=chunk), 2 * gradient.chunk // chunk
+
+
+@torch.library.register_fake("ssm::ssd_triton_bwd")
+def _(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    weight: Tensor | None,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    chunk: int,
+    parts: int,
+    blocks: int,
+) -> tuple[Tensor, ...]:
+    absent = x.shape[0], 0, x.shape[2]
+    return (
+        *(tensor.new_empty(tensor.shape) for tensor in (x, log_decay, B, C)),
+        log_decay.new_empty(x.shape[0], x.shape[2], x.shape[3], B.shape[3]),
+        *(log_decay.new_empty(absent if tensor is None else log_decay.shape) for tensor in (weight, D)),
+    )
+
+
+class _Ssd(torch.autograd.Function):
+    """The forward op with its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _forward(*arguments, 0, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, log_decay, B, C, state, weight, D, seq_idx = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(x)
+        found = apply(_SsdGradient, x, log_decay, B, C, state, weight, D, seq_idx, dy, dfinal)
+        *first, dstate, dweight, dD = found
+        optional = (None if given is None else one for given, one in ((state, dstate), (weight, dweight), (D, dD)))
+        return *first, *optional, None
+
+
+class _SsdGradient(FirstDerivative):
+    name = "ssd"
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward(*arguments, 0, 0, 0)
+
+
+def mapped(op: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Batching rule of an op all of whose tensors have the batch first: the mapped dimension joins it."""
+    count = info.batch_size
+    folded = [
+        fold(argument, dim, count) if isinstance(argument, Tensor) else argument
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+    outputs = tuple(unfold(output, count) for output in op(*folded))
+    return outputs, (0,) * len(outputs)
+
+
+@torch.library.register_vmap("ssm::ssd_triton_fwd")
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    return mapped(_forward, info, in_dims, arguments)
+
+
+@torch.library.register_vmap("ssm::ssd_triton_bwd")
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    return mapped(_backward, info, in_dims, arguments)
