@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from ..kernels import causal_conv1d, selective_scan
+from ..kernels import causal_conv1d, gated_norm, quasiseparable, selective_scan
 
-__all__ = ["selective_mix", "short_conv"]
+__all__ = ["gate_norm", "quasiseparable_mix", "selective_mix", "short_conv"]
 
 
 @register_notrace_function
@@ -46,3 +46,65 @@ def selective_mix(
     dt = F.softplus(dt.to(wide) + dt_bias.to(wide))
     A = -A_log.to(wide).exp()
     return selective_scan(x, dt, A, B, C, D.to(wide), window=window or None)[0].to(wide)
+
+
+@register_notrace_function
+@torch.jit.ignore
+def quasiseparable_mix(
+    x: Tensor,
+    dt_f: Tensor,
+    dt_b: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    maps: list[Tensor],
+    diag: Tensor,
+    chunk_size: int,
+) -> Tensor:
+    """Hydra's two recurrences and diagonal.
+
+    Args:
+        x: Input, (b, l, h, p).
+        dt_f: Forward steps before bias and softplus, (b, l, h).
+        dt_b: Backward ones.
+        dt_bias: (h,).
+        A_log: Logarithm of the decay rates, (h,).
+        maps: B and C forward, B and C backward, each (b, l, g, n).
+        diag: Diagonal, (b, l, h).
+        chunk_size: Positions per chunk; 0 chooses by the length.
+
+    Returns:
+        (b, l, h, p).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rate = -A_log.to(wide).exp()
+    forward, backward = (F.softplus(dt.to(wide) + dt_bias.to(wide)) for dt in (dt_f, dt_b))
+    B_f, C_f, B_b, C_b = maps
+    y, _ = quasiseparable(
+        x,
+        forward * rate,
+        forward,
+        B_f,
+        C_f,
+        backward * rate,
+        backward,
+        B_b,
+        C_b,
+        diag,
+        chunk_size=chunk_size or image_chunk(x),
+    )
+    return y
+
+
+def image_chunk(x: Tensor) -> int | None:
+    """Chunk length for (b, l, ...): on a CPU an even cut of short sequences, 196 as 7 times 28; else the op's own."""
+    length = x.shape[1]
+    if x.device.type != "cpu":
+        return None
+    return -(-length // max(1, round(length / 28)))
+
+
+@register_notrace_function
+@torch.jit.ignore
+def gate_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(y) * silu(z) over the last dimension."""
+    return gated_norm(y, z, weight, eps=eps, norm_before_gate=True)

@@ -3,7 +3,7 @@
     x = patches(image) (+ positions) (+ class token);   x = block_k(x) for each k;   y = head(pool(norm(x)))
 """
 
-from __future__ import annotations
+# No postponed annotations here: torch.fx writes those of `forward` into its code, and needs types, not their names.
 
 from collections.abc import Callable, Iterator
 from typing import Any, Literal

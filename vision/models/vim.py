@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
@@ -53,6 +53,7 @@ class VimMixer(nn.Module):
     """
 
     own_init = True
+    __constants__ = ["bidirectional", "local", "reverse"]  # TorchScript compiles only the branches taken
 
     def __init__(
         self,
@@ -128,8 +129,9 @@ class VimMixer(nn.Module):
     def _both_ends(self, u: Tensor) -> Tensor:
         """One call for both directions, side by side as two groups of channels."""
         weight = torch.cat([self.conv1d.weight, self.conv1d_b.weight])
-        bias = torch.cat([self.conv1d.bias, self.conv1d_b.bias])
-        u = short_conv(torch.cat([u, u.flip(1)], dim=-1), weight, bias, False)
+        bias_f, bias_b = self.conv1d.bias, self.conv1d_b.bias
+        assert bias_f is not None and bias_b is not None  # for TorchScript
+        u = short_conv(torch.cat([u, u.flip(1)], dim=-1), weight, torch.cat([bias_f, bias_b]), False)
         forward, backward = u.chunk(2, dim=-1)
         dt_f, B_f, C_f = self.x_proj(forward).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt_b, B_b, C_b = self.x_proj_b(backward).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -148,6 +150,7 @@ class VimMixer(nn.Module):
         return left + right.flip(1)
 
 
+@register_notrace_function
 def segment(x: Tensor, window: int) -> int:
     """The window itself, or for 0 the published one: 4, 8 or 16 positions for l <= 128, <= 256, or more."""
     if window > 0:
