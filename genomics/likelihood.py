@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,22 @@ class LogProbModel(Protocol):
         ...
 
 
+class Stage(NamedTuple):
+    """Boundaries of one stage over the bases of one sequence.
+
+    Attributes:
+        mask: (l,) bool, where a chunk begins.
+        eligible: (l,) bool, where one could begin: for an inner stage the boundaries of the stage outside.
+        prob: (l,) float32 probability of a boundary.
+        confidence: (l,) float32 probability of what was decided.
+    """
+
+    mask: npt.NDArray[np.bool_]
+    eligible: npt.NDArray[np.bool_]
+    prob: npt.NDArray[np.float32]
+    confidence: npt.NDArray[np.float32]
+
+
 class Scorer:
     """A model ready to score DNA.
 
@@ -41,6 +57,7 @@ class Scorer:
         dtype: Type of its weights; None leaves it.
         restrict: "acgt" renormalises the probabilities over the four bases; None uses all ids.
         batch_tokens: Most positions of a batch, padding included; a longer sequence makes a batch of its own.
+        name: What output headers call it; the model's own name where it is empty.
 
     Raises:
         ValueError: for an unknown vocabulary or restriction.
@@ -54,6 +71,7 @@ class Scorer:
         dtype: torch.dtype | None = None,
         restrict: str | None = None,
         batch_tokens: int = 65_536,
+        name: str = "",
     ) -> None:
         if restrict not in (None, "acgt"):
             raise ValueError(f"expected restrict 'acgt' or None, got {restrict!r}")
@@ -64,20 +82,17 @@ class Scorer:
             self.model.to(dtype)
         first = next((t for t in (*model.parameters(), *model.buffers())), None)
         self.device = first.device if first is not None else torch.device("cpu")
+        self.dtype = str(first.dtype).removeprefix("torch.") if first is not None else "float32"
         self.vocabulary: Vocabulary = vocabulary(getattr(model, "vocabulary", "byte"))
         self.is_causal = bool(getattr(model, "is_causal", True))
         self.strands = str(getattr(model, "strands", "one"))
         self.max_length: int | None = getattr(model, "max_length", None)
         self.bos = bool(getattr(model, "bos", True)) and self.is_causal
         self.restrict, self.batch_tokens = restrict, batch_tokens
+        self.name = name or str(getattr(model, "name", type(model).__name__))
         parameters = inspect.signature(model.forward).parameters
         self._takes_mask = "mask" in parameters
         self._own = isinstance(model, LogProbModel)
-
-    @property
-    def name(self) -> str:
-        """Name for output headers."""
-        return str(getattr(self.model, "name", type(self.model).__name__))
 
     def digest(self) -> str:
         """SHA-256 of names and values of all weights."""
@@ -176,44 +191,68 @@ class Scorer:
 
     @torch.inference_mode()
     def embeddings(self, sequences: Sequence[bytes], layer: str | None = None) -> list[npt.NDArray[np.float32]]:
-        """(l, d) float32 embeddings of every base, for one batch; the start id is left out.
+        """(l, d) embeddings of every base, for one batch; a chunk's stands at all its bases. The start id is left out.
+
+        Args:
+            sequences: Upper-case bases; one batch.
+            layer: One of the model's `layers()`; None takes the last.
 
         Raises:
             ValueError: if the model gives none, or none of that name.
         """
-        embed = getattr(self.model, "embed", None)
-        if embed is None:
-            raise ValueError(f"{self.name} gives no embeddings (it has no method `embed`)")
-        tokens, mask = self.tokens(sequences, bos=self.bos)
-        options = {} if layer is None else {"layer": layer}
-        values = embed(tokens, mask=mask, **options).float().cpu().numpy()
-        return [values[row, self.bos : self.bos + len(sequence)] for row, sequence in enumerate(sequences)]
+        found = []
+        for sequence, (values, start) in zip(sequences, self.chunks(sequences, layer)):
+            place = np.searchsorted(start, np.arange(len(sequence)), side="right") - 1
+            found.append(values[np.maximum(place, 0)])
+        return found
 
     @torch.inference_mode()
-    def boundaries(self, sequences: Sequence[bytes]) -> list[list[tuple[npt.NDArray[np.bool_], Floats]]]:
-        """For each sequence and stage of a hierarchical model, boundary bits and probabilities over bases.
+    def chunks(
+        self, sequences: Sequence[bytes], layer: str | None = None
+    ) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+        """For each sequence the vectors (m, d) of a layer and the base (m,) where each begins; one batch.
 
-        Returns:
-            For each sequence a list of (mask (l,) bool, prob (l,) float64), stage 0 first; of stage s > 0 the positions
-            that are no boundary of stage s - 1 have mask False and probability NaN. The start id is left out.
+        The vector of the start id is left out, unless it is a chunk that reaches into the sequence: that begins at -1.
+        """
+        self.check_layer(layer)
+        tokens, mask = self.tokens(sequences, bos=self.bos)
+        name = layer or self.model.layers()[-1]  # type: ignore[operator]
+        x, start, real = self.model.layer(tokens, name, mask=mask)  # type: ignore[operator]
+        values, places, known = x.float().cpu().numpy(), start.cpu().numpy() - self.bos, real.cpu().numpy()
+        result = []
+        for row in range(len(sequences)):
+            kept = known[row].copy()
+            alone = len(places[row]) > 1 and places[row, 1] == 0
+            if self.bos and (alone or kept.sum() == 1 == len(sequences[row])):
+                kept[0] = False
+            result.append((values[row][kept], places[row][kept]))
+        return result
+
+    def check_layer(self, layer: str | None) -> None:
+        """Refuse what `embeddings` cannot give.
+
+        Raises:
+            ValueError: if the model gives none, or none of that name.
+        """
+        if not hasattr(self.model, "layers"):
+            raise ValueError(f"{self.name} gives no embeddings")
+        names = self.model.layers()  # type: ignore[operator]
+        if layer is not None and layer not in names:
+            raise ValueError(f"{self.name} has no layer {layer!r}; it has {', '.join(names)}")
+
+    @torch.inference_mode()
+    def boundaries(self, sequences: Sequence[bytes]) -> list[list[Stage]]:
+        """For each sequence and stage of a hierarchical model where chunks begin, stage 0 first; one batch.
 
         Raises:
             ValueError: if the model has no stages.
         """
-        trace = getattr(self.model, "boundaries", None)
-        if trace is None:
-            raise ValueError(f"{self.name} has no chunk boundaries (it has no method `boundaries`)")
+        if not hasattr(self.model, "boundaries"):
+            raise ValueError(f"{self.name} has no chunk boundaries")
         tokens, mask = self.tokens(sequences, bos=self.bos)
-        stages = [(b.mask.cpu().numpy(), b.prob.double().cpu().numpy()) for b in trace(tokens, mask=mask)]
-        result: list[list[tuple[npt.NDArray[np.bool_], Floats]]] = []
-        for row, sequence in enumerate(sequences):
-            width = len(sequence) + self.bos
-            places = np.arange(width)
-            found = []
-            for bits, prob in stages:
-                bits_at, prob_at = np.zeros(width, bool), np.full(width, np.nan)
-                bits_at[places], prob_at[places] = bits[row, : len(places)], prob[row, : len(places)]
-                found.append((bits_at[self.bos :], prob_at[self.bos :]))
-                places = places[bits[row, : len(places)]]
-            result.append(found)
-        return result
+        found = self.model.boundaries(tokens, mask=mask)  # type: ignore[operator]
+        stages = [[t.cpu().numpy() for t in (s.mask, s.eligible, s.prob, s.confidence)] for s in found]
+        return [
+            [Stage(*(values[row, self.bos : self.bos + len(sequence)] for values in stage)) for stage in stages]
+            for row, sequence in enumerate(sequences)
+        ]

@@ -148,9 +148,10 @@ class VariantScorer:
             raise ValueError(f"{scorer.name} is a masked model; ask for masked_llr instead of {self.scores}")
         if self.wants_masked and scorer.is_causal:
             raise ValueError(f"{scorer.name} is a causal model, which gives no masked_llr; ask for llr")
-        for wanted, method in ((self.wants_embedding, "embed"), (self.wants_boundaries, "boundaries")):
-            if wanted and not hasattr(scorer.model, method):
-                raise ValueError(f"{scorer.name} has no method `{method}`, which {self.scores} needs")
+        if self.wants_embedding:
+            scorer.check_layer(options.embed_layer)
+        if self.wants_boundaries and not hasattr(scorer.model, "boundaries"):
+            raise ValueError(f"{scorer.name} has no chunk boundaries, which 'boundary_shift' needs")
         directions = {"both": "+-", "fwd": "+", "rev": "-"}[options.strand]
         self.directions = directions[:1] if scorer.strands == "equivariant" else directions
         self.window = min(options.window, (scorer.max_length or options.window) - scorer.bos)
@@ -268,7 +269,7 @@ class VariantScorer:
                     job.means[a, b] = vectors[a:b].mean(axis=0, dtype=np.float64)
         if self.wants_boundaries:
             for job, stages in zip(jobs, self.scorer.boundaries(sequences)):
-                job.stages = [bits for bits, _ in stages]
+                job.stages = [stage.mask for stage in stages]
 
     def _results(self, row: _Row, jobs: dict[bytes, _Job]) -> dict[str, float]:
         if row.status not in SCORED:

@@ -9,7 +9,6 @@ interpolation with a weight that grows with the count, as in GLIMMER):
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ class MarkovModel(nn.Module):
         ValueError: for an order outside 0..12 or a strength that is not positive.
     """
 
+    family = "markov"
     is_causal = True
     strands = "one"
     max_length: int | None = None
@@ -53,7 +53,9 @@ class MarkovModel(nn.Module):
         if strength <= 0:
             raise ValueError(f"expected a positive strength, got {strength}")
         self.order, self.strength = order, strength
-        self.vocabulary: Vocabulary = find_vocabulary(vocabulary)
+        self.vocabulary = vocabulary
+        self.words: Vocabulary = find_vocabulary(vocabulary)
+        self.config: dict[str, Any] = {"order": order, "strength": strength, "vocabulary": vocabulary}
         self.register_buffer("counts", torch.zeros(4 ** (order + 1), dtype=torch.float64))
         # Log-probabilities of all contexts of 0..order bases, the shorter ones first; made from the counts when needed.
         self.register_buffer("table", torch.empty(0), persistent=False)
@@ -110,8 +112,8 @@ class MarkovModel(nn.Module):
         """
         codes = self._codes(tokens)
         start = self._start(codes)[..., None] + torch.arange(4, device=tokens.device)
-        logits = torch.full((*tokens.shape, self.vocabulary.size), float("-inf"), device=tokens.device)
-        bases = torch.as_tensor(self.vocabulary.bases, device=tokens.device)
+        logits = torch.full((*tokens.shape, self.words.size), float("-inf"), device=tokens.device)
+        bases = torch.as_tensor(self.words.bases, device=tokens.device)
         logits[..., bases] = self.log_table()[start]
         return logits
 
@@ -132,7 +134,7 @@ class MarkovModel(nn.Module):
         return torch.where(known, self.log_table()[start + torch.where(known, codes, 0)], 0.0)
 
     def _codes(self, tokens: Tensor) -> Tensor:
-        lookup = torch.as_tensor(_CODE[encode(self.vocabulary.decoder, "acgt")], device=tokens.device)
+        lookup = torch.as_tensor(_CODE[encode(self.words.decoder, "acgt")], device=tokens.device)
         return lookup[tokens]
 
     def _start(self, codes: Tensor) -> Tensor:
@@ -146,17 +148,6 @@ class MarkovModel(nn.Module):
             length = length + alive
             shifted = torch.cat([torch.full_like(codes[:, :1], 4), shifted[:, :-1]], dim=1)
         return (4 ** (length + 1) - 4) // 3 + 4 * context
-
-    def config(self) -> dict[str, Any]:
-        """Arguments that rebuild the model."""
-        return {"order": self.order, "strength": self.strength, "vocabulary": self.vocabulary.name}
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a model folder."""
-        from ...ssmcore.training.checkpoints import save_model_folder
-
-        config = {"model": "genomics/markov", "args": self.config(), "task": {}}
-        return save_model_folder(folder, self.state_dict(), config, dtype=None)
 
 
 def _words(codes: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
