@@ -72,7 +72,7 @@ class HNet(nn.Module):
             pattern is letters with counts: m Mamba-2, t attention, upper case with an MLP.
         d_model: Width of each stage, outermost first; must not decrease.
         d_intermediate: Inner width of the MLPs of each stage, rounded up to a multiple of 128; None: 8/3 of the width.
-        vocab_size: Number of ids.
+        vocab_size: Number of ids; None: those of the vocabulary.
         ssm_cfg: Options of Mamba-2: d_conv, d_state, expand; chunk_size never changes results and is not used.
         attn_cfg: Options of attention, a list each with one entry per stage: num_heads, rotary_emb_dim and window_size
             (keys before the query that it sees; -1 is all).
@@ -104,7 +104,7 @@ class HNet(nn.Module):
         d_model: Sequence[int],
         d_intermediate: Sequence[int | None] | None = None,
         *,
-        vocab_size: int = 256,
+        vocab_size: int | None = None,
         ssm_cfg: Mapping[str, Any] | None = None,
         attn_cfg: Mapping[str, Any] | None = None,
         tie_embeddings: bool = False,
@@ -129,8 +129,10 @@ class HNet(nn.Module):
                 raise ValueError(f"`{name}` needs {depth + 1} entries, one per stage of the layout, got {len(values)}.")
         if len(targets) != depth:
             raise ValueError(f"`target_ratios` needs {depth} entries, one per stage that cuts, got {len(targets)}.")
-        if vocab_size < read_vocabulary(vocabulary).size:
-            raise ValueError(f"vocabulary {vocabulary!r} has {read_vocabulary(vocabulary).size} ids, got {vocab_size}.")
+        words = read_vocabulary(vocabulary)
+        vocab_size = words.size if vocab_size is None else vocab_size
+        if vocab_size < words.size:
+            raise ValueError(f"vocabulary {vocabulary!r} has {words.size} ids, got vocab_size={vocab_size}.")
         self.config: dict[str, Any] = {
             "arch_layout": _plain(arch_layout),
             "d_model": list(d_model),

@@ -39,7 +39,7 @@ from .messages import explain
 from .runs import Run
 from .task import NonFiniteError, SSMTask
 
-LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size")
+LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary")
 
 _CHECKPOINT = {
     "checkpoint.mode": "min",

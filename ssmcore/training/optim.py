@@ -61,17 +61,38 @@ def param_groups(module: nn.Module, weight_decay: float | None = None) -> list[d
     return [group for group in groups if group["params"]]
 
 
-def create_optimizer(module: nn.Module, optimizer: OptimizerCallable) -> Optimizer | None:
-    """Build the optimiser over `param_groups(module)`; None for a module without trainable parameters."""
+def create_optimizer(
+    module: nn.Module, optimizer: OptimizerCallable, scales: Mapping[Tensor, float] | None = None
+) -> Optimizer | None:
+    """Build the optimiser over `param_groups(module)`; None for a module without trainable parameters.
+
+    Args:
+        module: Any module.
+        optimizer: Called with the groups.
+        scales: Factors of the optimiser's rate for some parameters, such as those of one stage. Rates that modules
+            declare themselves are not scaled.
+    """
     groups = param_groups(module)
     if not groups:
         return None
+    if scales:
+        groups = [part for group in groups for part in _by_scale(group, scales)]
     created = optimizer(groups)
     limit = created.defaults.get("lr")
     for group in created.param_groups:
         if limit is not None and group["lr"] > limit:
             group["lr"] = limit
+        group["lr"] *= group.pop("scale", 1.0)
     return created
+
+
+def _by_scale(group: dict[str, Any], scales: Mapping[Tensor, float]) -> list[dict[str, Any]]:
+    if "lr" in group:
+        return [group]
+    parts: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+    return [group | {"params": parts[scale], "scale": scale} for scale in sorted(parts, reverse=True)]
 
 
 def _declared(module: nn.Module) -> tuple[set[int], dict[int, float]]:

@@ -68,7 +68,7 @@ class SSMTask(pl.LightningModule):
         Raises:
             ValueError: if the schedule needs that length and the run has none.
         """
-        optimizer = create_optimizer(self, self.optimizer)
+        optimizer = create_optimizer(self, self.optimizer, self.lr_scales())
         if optimizer is None or self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -85,6 +85,10 @@ class SSMTask(pl.LightningModule):
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             plan["monitor"] = getattr(scheduler, "monitor", "val/loss")
         return {"optimizer": optimizer, "lr_scheduler": plan}
+
+    def lr_scales(self) -> dict[Tensor, float]:
+        """Factors of the optimiser's rate for some parameters. None by default; tasks override this."""
+        return {}
 
     def model_config(self) -> dict[str, Any]:
         """What `config.json` of a model folder says: "model", "args" and "task", JSON-able. Tasks override this."""

@@ -377,7 +377,7 @@ def test_errors_name_the_way_out():
         tiny(target_ratios=[3.0])
     with pytest.raises(ValueError, match="num_heads"):
         tiny(attn_cfg={})
-    with pytest.raises(ValueError, match="vocabulary 'byte' has 256 ids, got 16"):
+    with pytest.raises(ValueError, match="vocabulary 'byte' has 256 ids, got vocab_size=16"):
         tiny(vocab_size=16)
     assert "dnahnet_small" in list_models("dna*")
     assert list_models("nothing*") == []

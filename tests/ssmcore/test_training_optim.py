@@ -164,3 +164,20 @@ def test_warmup_cosine_of_another_length_goes_on_by_the_new_plan(caplog):
 def test_bad_schedules(create, message):
     with pytest.raises(ValueError, match=message):
         create(one_parameter())
+
+
+def test_rates_of_some_parameters_are_scaled():
+    """Scales multiply the optimiser's rate, split groups as needed, and leave rates that modules declare alone."""
+
+    class Own(nn.Linear):
+        def lr_names(self):
+            return {"weight": 1e-4}
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), Own(2, 2, bias=False))
+    scales = {net[0].weight: 3.0, net[0].bias: 3.0, net[2].weight: 7.0}
+    made = create_optimizer(net, lambda groups: torch.optim.AdamW(groups, lr=1e-2), scales)
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in net.parameters()] == pytest.approx([3e-2, 3e-2, 1e-2, 1e-2, 1e-4])
+    assert all("scale" not in group for group in made.param_groups)
+    decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
+    assert [decay[id(p)] for p in net.parameters()] == [1e-2, 0, 1e-2, 0, 0]
