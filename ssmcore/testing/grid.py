@@ -1,10 +1,4 @@
-"""The contract of grid mixers as checks that any implementation can be put through, ours or a user's.
-
-    for check in GRID_CHECKS:
-        check(mixer)
-
-Each takes a mixer whose width is `mixer.d_model` and raises AssertionError with the reason.
-"""
+"""The contract of grid mixers, (b, i, j, d) -> (b, i, j, d)."""
 
 from __future__ import annotations
 
@@ -13,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..kernels.testing import relative_error
+from ...kernels.testing import relative_error
+from .common import check_declarations, normal, require
 
 BATCH, ROWS, COLUMNS = 2, 3, 6
 
@@ -23,8 +18,8 @@ def check_shape_and_dtype(mixer: nn.Module) -> None:
     for rows, columns in ((1, 1), (1, COLUMNS), (ROWS, 1), (ROWS, COLUMNS)):
         x = grid_input(mixer, rows, columns)
         y = mixer(x)
-        _require(y.shape == x.shape, f"a grid {tuple(x.shape)} came back as {tuple(y.shape)}")
-        _require(y.dtype == x.dtype, f"{x.dtype} came back as {y.dtype}")
+        require(y.shape == x.shape, f"a grid {tuple(x.shape)} came back as {tuple(y.shape)}")
+        require(y.dtype == x.dtype, f"{x.dtype} came back as {y.dtype}")
 
 
 def check_causal(mixer: nn.Module) -> None:
@@ -34,8 +29,8 @@ def check_causal(mixer: nn.Module) -> None:
     for column in range(COLUMNS - 1):
         x = grid_input(mixer).requires_grad_()
         (dx,) = torch.autograd.grad(mixer(x)[:, :, : column + 1].sum(), x)
-        _require(not dx[:, :, column + 1 :].any(), f"columns 0 to {column} of the output depend on later columns")
-        _require(bool(dx[:, :, : column + 1].any()), f"columns 0 to {column} of the output depend on no input")
+        require(not dx[:, :, column + 1 :].any(), f"columns 0 to {column} of the output depend on later columns")
+        require(bool(dx[:, :, : column + 1].any()), f"columns 0 to {column} of the output depend on no input")
 
 
 def check_gradients(mixer: nn.Module) -> None:
@@ -43,13 +38,13 @@ def check_gradients(mixer: nn.Module) -> None:
     x = grid_input(mixer).requires_grad_()
     names = [name for name, p in mixer.named_parameters() if p.requires_grad]
     leaves = [x, *(p for p in mixer.parameters() if p.requires_grad)]
-    weights = _normal(x.shape, seed=1).to(x)
+    weights = normal(x.shape, seed=1).to(x)
     gradients = torch.autograd.grad((mixer(x) * weights).sum(), leaves, allow_unused=True)
     for name, gradient in zip(["x", *names], gradients):
         if gradient is None:
             raise AssertionError(f"`{name}` gets no gradient")
-        _require(bool(gradient.isfinite().all()), f"the gradient of `{name}` is not finite")
-        _require(bool(gradient.any()), f"the gradient of `{name}` is zero")
+        require(bool(gradient.isfinite().all()), f"the gradient of `{name}` is not finite")
+        require(bool(gradient.any()), f"the gradient of `{name}` is zero")
 
 
 def check_autocast(mixer: nn.Module) -> None:
@@ -59,7 +54,7 @@ def check_autocast(mixer: nn.Module) -> None:
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
         got = mixer(x)
     error = relative_error(got, expected)
-    _require(error < 2e-2, f"bfloat16 autocast is off by {error:.1e}, allowed 2e-2")
+    require(error < 2e-2, f"bfloat16 autocast is off by {error:.1e}, allowed 2e-2")
 
 
 def check_mask(mixer: nn.Module) -> None:
@@ -67,20 +62,20 @@ def check_mask(mixer: nn.Module) -> None:
     x = grid_input(mixer)
     mask = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
     error = relative_error(mixer(x, mask=mask), mixer(x))
-    _require(error < 1e-6, f"a mask that is True everywhere changes the output by {error:.1e}")
+    require(error < 1e-6, f"a mask that is True everywhere changes the output by {error:.1e}")
     mask[0, 1, 2] = mask[1, 0, 0] = mask[1, :, 4] = False
     other = torch.where(mask[..., None], x, x + 5)
     first, second = mixer(x, mask=mask), mixer(other, mask=mask)
     error = relative_error(first[mask], second[mask])
-    _require(error < 1e-6, f"what masked cells hold reaches other cells and changes them by {error:.1e}")
-    _require(relative_error(first[mask], mixer(x)[mask]) > 1e-6, "the mask has no effect")
+    require(error < 1e-6, f"what masked cells hold reaches other cells and changes them by {error:.1e}")
+    require(relative_error(first[mask], mixer(x)[mask]) > 1e-6, "the mask has no effect")
 
 
 def check_batch(mixer: nn.Module) -> None:
     """Entries of a batch do not see each other."""
     x = grid_input(mixer)
     error = relative_error(torch.cat([mixer(part) for part in x.split(1)]), mixer(x))
-    _require(error < 1e-5, f"a batch differs from its entries by {error:.1e}")
+    require(error < 1e-5, f"a batch differs from its entries by {error:.1e}")
 
 
 def check_state_dict(mixer: nn.Module) -> None:
@@ -92,17 +87,10 @@ def check_state_dict(mixer: nn.Module) -> None:
         with torch.no_grad():
             for parameter in mixer.parameters():
                 parameter.add_(0.1)
-        _require(not torch.equal(mixer(x), expected), "the output does not depend on the parameters")
+        require(not torch.equal(mixer(x), expected), "the output does not depend on the parameters")
     finally:
         mixer.load_state_dict(kept, strict=True)
-    _require(torch.equal(mixer(x), expected), "loading the state dict does not restore the output")
-
-
-def check_declarations(mixer: nn.Module) -> None:
-    """Names declared free of weight decay are parameters of the mixer."""
-    own = dict(mixer.named_parameters())
-    for name in getattr(mixer, "no_decay_names", tuple)():
-        _require(name in own, f"no_decay_names() names `{name}`, which is no parameter")
+    require(torch.equal(mixer(x), expected), "loading the state dict does not restore the output")
 
 
 GRID_CHECKS: tuple[Callable[[nn.Module], None], ...] = (
@@ -120,13 +108,4 @@ GRID_CHECKS: tuple[Callable[[nn.Module], None], ...] = (
 def grid_input(mixer: nn.Module, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
     """Normal numbers (b, i, j, d) in the dtype and on the device of the mixer."""
     like = next(mixer.parameters())
-    return _normal((BATCH, rows, columns, int(mixer.d_model)), seed=0).to(like)  # type: ignore[arg-type]
-
-
-def _normal(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _require(fulfilled: bool, otherwise: str) -> None:
-    if not fulfilled:
-        raise AssertionError(f"The mixer breaks its contract: {otherwise}.")
+    return normal((BATCH, rows, columns, int(mixer.d_model)), seed=0).to(like)  # type: ignore[arg-type]
