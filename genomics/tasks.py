@@ -47,6 +47,9 @@ class LanguageModel(SSMTask):
         ValueError: if there are not as many multipliers as stages.
     """
 
+    net: Any
+    is_base: Tensor
+
     def __init__(
         self,
         model: str = "dnahnet_debug",
@@ -62,7 +65,7 @@ class LanguageModel(SSMTask):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, compile, check_finite)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        self.net: Any = create_model(model, **({"vocabulary": vocabulary} | (model_args or {})))
+        self.net = create_model(model, **({"vocabulary": vocabulary} | (model_args or {})))
         own = [float(m) for m in self.net.lr_multipliers()] if hasattr(self.net, "lr_multipliers") else [1.0]
         self.multipliers = own if lr_multipliers == "auto" else [float(m) for m in lr_multipliers]
         if len(self.multipliers) != len(own):
