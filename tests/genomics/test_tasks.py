@@ -17,8 +17,6 @@ from omnissm.ssmcore.training import export_checkpoint
 
 WORDS = ("ATG", "GCT", "GCG", "CTG", "AAA", "GAA", "GAT", "GGC", "ATT", "CGT", "TTC", "CAG")
 CODONS = [list(word.encode()) for word in WORDS]
-    list(word.encode()) for word in ["ATG", "GCT", "GCG", "CTG", "AAA", "GAA", "GAT", "GGC", "ATT", "CGT", "TTC", "CAG"]
-]
 SMALL = {
     "arch_layout": ["m1", ["T1", ["T1"], "T1"], "m1"],
     "d_model": [32, 32, 32],
