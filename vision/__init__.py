@@ -2,8 +2,10 @@
 
 from .models import ChimeraViT as ChimeraViT
 from .models import HydraViT as HydraViT
+from .models import MambaVision as MambaVision
 from .models import Vim as Vim
+from .models import VMamba as VMamba
 from .registry import create_model as create_model
 from .registry import list_models as list_models
 
-__all__ = ["ChimeraViT", "HydraViT", "Vim", "create_model", "list_models"]
+__all__ = ["ChimeraViT", "HydraViT", "MambaVision", "VMamba", "Vim", "create_model", "list_models"]

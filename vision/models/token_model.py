@@ -51,7 +51,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + drop_path(mixer(norm(x))), and x + drop_path(mlp(mlp_norm(x))) if there is an MLP.
+    """x + drop_path(scale(mixer(norm(x)))), and x + drop_path(mlp_scale(mlp(mlp_norm(x)))) if there is an MLP.
 
     Args:
         norm: Norm of the mixer's input.
@@ -59,6 +59,8 @@ class Block(nn.Module):
         mlp_norm: Norm of the MLP's input, or None.
         mlp: Module on the stream, or None.
         drop_path: Share of samples whose branch is left out while training.
+        scale: Module on the mixer's output, or None.
+        mlp_scale: Module on the MLP's output, or None.
     """
 
     def __init__(
@@ -68,8 +70,12 @@ class Block(nn.Module):
         mlp_norm: nn.Module | None = None,
         mlp: nn.Module | None = None,
         drop_path: float = 0.0,
+        scale: nn.Module | None = None,
+        mlp_scale: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.scale = scale if scale is not None else nn.Identity()
+        self.mlp_scale = mlp_scale if mlp_scale is not None else nn.Identity()
         self.norm = norm
         self.mixer = mixer
         self.mlp_norm = mlp_norm if mlp_norm is not None else nn.Identity()
@@ -79,9 +85,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass the stream through the block."""
-        x = x + self.drop_path(self.mixer(self.norm(x)))
+        x = x + self.drop_path(self.scale(self.mixer(self.norm(x))))
         if self.has_mlp:
-            x = x + self.drop_path(self.mlp(self.mlp_norm(x)))
+            x = x + self.drop_path(self.mlp_scale(self.mlp(self.mlp_norm(x))))
         return x
 
 
