@@ -118,8 +118,16 @@ class Reference:
             folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "omnissm" / "fai"
             folder.mkdir(parents=True, exist_ok=True)
             stem = str(folder / key[:16])
-        packed = {"filepath_index_compressed": f"{stem}.gzi"} if is_bgzf(str(self.path)) else {}
-        self._handle = pysam.FastaFile(str(self.path), filepath_index=f"{stem}.fai", **packed)
+        packed = is_bgzf(str(self.path))
+        indices = [f"{stem}.fai", *([f"{stem}.gzi"] if packed else [])]
+        if not all(os.path.exists(index) for index in indices):
+            scratch = [f"{index}.{os.getpid()}" for index in indices]  # seen by others when it is whole
+            options = ["--fai-idx", scratch[0], *(["--gzi-idx", scratch[1]] if packed else [])]
+            pysam.faidx(str(self.path), *options)  # type: ignore[attr-defined]
+            for made, index in zip(scratch, indices):
+                os.replace(made, index)
+        more = {"filepath_index_compressed": indices[1]} if packed else {}
+        self._handle = pysam.FastaFile(str(self.path), filepath_index=indices[0], **more)
         self._owner = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
