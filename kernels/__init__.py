@@ -25,6 +25,7 @@ else:
     from .fft_conv.op import fft_conv as fft_conv
     from .gated_norm.op import gated_norm as gated_norm
     from .linear_scan.op import linear_scan as linear_scan
+    from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
     from .quasiseparable.op import quasiseparable as quasiseparable
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d
@@ -47,6 +48,7 @@ else:
         "causal_conv1d",
         "conv_step",
         "conv_step_",
+        "cu_seqlens_to_seq_idx",
         "ema_scan",
         "fft_conv",
         "gated_norm",

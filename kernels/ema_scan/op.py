@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from ..packing import FinalStates, by_segments, read_packing
 from .chunked import ema_scan_chunked
 from .reference import ema_scan_reference
 
@@ -17,6 +20,8 @@ def ema_scan(
     initial_state: Tensor | None = None,
     *,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    final_states: FinalStates = "last",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Moving average along dim 1 with one weight per position, shared by the channels.
@@ -29,6 +34,9 @@ def ema_scan(
         initial_state: Mean before the first position, (b, d).
         seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
             mean starts from zero with each new sequence; `initial_state` enters the first one of a row.
+        cu_seqlens: Where the packed sequences of a single row (b = 1) begin and the last one ends, (s + 1,) integers,
+            instead of `seq_idx`. `initial_state` may then have a row for each sequence.
+        final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
 
     Returns:
@@ -37,7 +45,7 @@ def ema_scan(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes or devices disagree; the message names tensor and dimension.
+        ValueError: if shapes, devices or packing arguments disagree; the message names tensor and dimension.
         BackendError: if `backend` is named explicitly and cannot run here.
 
     16-bit inputs are summed in float32. Under autocast `x` is cast, `p` and the state are not. Differentiable in all
@@ -45,6 +53,18 @@ def ema_scan(
     Source: Hwang, Wang & Gu (2025), "Dynamic chunking for end-to-end hierarchical sequence modeling", section 2.2.
     """
     check_floating(x=x, p=p, initial_state=initial_state)
+    initial_rows = None if initial_state is None else initial_state.shape[0]
+    seq_idx, each = read_packing(x, seq_idx, cu_seqlens, final_states, initial_rows)
+    if each:
+        assert cu_seqlens is not None  # sequences have states of their own only with it
+
+        def scan(count: Tensor, initial: tuple[Tensor, ...] | None, **rows: Any) -> tuple[Tensor, tuple[Tensor]]:
+            means, final = ema_scan(**rows, initial_state=None if initial is None else initial[0], backend=backend)
+            return means, (final,)
+
+        initial = None if initial_state is None else (initial_state,)
+        means, (final,) = by_segments(scan, {"x": x, "p": p}, initial, cu_seqlens, final_states)
+        return means, final
     check_shapes(x=(x, "b l d"), p=(p, "b l"), initial_state=(initial_state, "b d"), seq_idx=(seq_idx, "b l"))
     check_devices(x=x, p=p, initial_state=initial_state, seq_idx=seq_idx)
     (x,) = cast_for_autocast(x)

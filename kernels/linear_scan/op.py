@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, choose
+from ..packing import FinalStates, by_segments, read_packing
 from .chunked import linear_scan_chunked
 from .reference import linear_scan_reference
 
@@ -18,6 +19,8 @@ def linear_scan(
     *,
     reverse: bool = False,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    final_states: FinalStates = "last",
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """First-order linear recurrence along dim 1.
@@ -32,6 +35,9 @@ def linear_scan(
         reverse: Run from the last position to the first; `initial_state` then stands after the last one.
         seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
             state starts from zero with each new sequence; `initial_state` enters the first one that the scan meets.
+        cu_seqlens: Where the packed sequences of a single row (b = 1) begin and the last one ends, (s + 1,) integers,
+            instead of `seq_idx`. `initial_state` may then have a row for each sequence.
+        final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
     Returns:
@@ -40,7 +46,7 @@ def linear_scan(
 
     Raises:
         TypeError: if an argument is no floating or complex tensor.
-        ValueError: if shapes or devices disagree; the message names tensor and dimension.
+        ValueError: if shapes, devices or packing arguments disagree; the message names tensor and dimension.
         BackendError: if `backend` is named explicitly and cannot run here; Triton takes real tensors only.
 
     16-bit inputs are accumulated in float32; autocast changes nothing. Differentiable in all floating tensors; the
@@ -48,6 +54,24 @@ def linear_scan(
     Source: Blelloch (1990), first-order recurrences; Gu & Dao (2023), section 3.3.
     """
     check_floating(a=a, b=b, initial_state=initial_state, allow_complex=True)
+    initial_rows = None if initial_state is None else initial_state.shape[0]
+    seq_idx, each = read_packing(b, seq_idx, cu_seqlens, final_states, initial_rows)
+    if each:
+        assert cu_seqlens is not None  # sequences have states of their own only with it
+
+        def scan(
+            count: Tensor, initial: tuple[Tensor, ...] | None, a: Tensor, b: Tensor
+        ) -> tuple[Tensor, tuple[Tensor]]:
+            padding = torch.arange(b.shape[1], device=b.device) >= count[:, None]
+            a = torch.where(padding[..., None], 1, a)  # the state passes
+            before = None if initial is None else initial[0]
+            states, final = linear_scan(a, b, before, reverse=reverse, backend=backend)
+            return states, (final,)
+
+        inputs = {"b": b, "a": a.expand(1, b.shape[1], -1) if a.dim() == 1 else a}
+        initial = None if initial_state is None else (initial_state,)
+        states, (final,) = by_segments(scan, inputs, initial, cu_seqlens, final_states, reverse=reverse)
+        return states, final
     check_shapes(
         b=(b, "b l d"),
         a=(a, "d" if a.dim() == 1 else "b l d?"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from ..packing import FinalStates, by_segments, read_packing
 from .chunked import selective_scan_chunked
 from .reference import selective_scan_reference
 
@@ -22,6 +25,8 @@ def selective_scan(
     initial_state: Tensor | None = None,
     *,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    final_states: FinalStates = "last",
     window: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +47,9 @@ def selective_scan(
         initial_state: State before the first position, (b, d, n).
         seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
             state starts from zero with each new sequence; `initial_state` enters the first one of a row.
+        cu_seqlens: Where the packed sequences of a single row (b = 1) begin and the last one ends, (s + 1,) integers,
+            instead of `seq_idx`. `initial_state` may then have a row for each sequence.
+        final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         window: Segment length m >= 1 of a second, local scan backwards in time (locally bidirectional). Segments start
             at multiples of m from the start of a sequence; None or 1 is the plain scan.
         backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
@@ -52,7 +60,7 @@ def selective_scan(
 
     Raises:
         TypeError: if an argument is no floating tensor, or B, C or the state is complex and A is not.
-        ValueError: if shapes or devices disagree, d is no multiple of g, or window is below 1.
+        ValueError: if shapes, devices or packing arguments disagree, d is no multiple of g, or window is below 1.
         BackendError: if `backend` is named explicitly and cannot run here; there is no Triton implementation.
 
     16-bit inputs are computed in float32. Under autocast u, B, C and z are cast; dt, A, D and states are not.
@@ -61,6 +69,20 @@ def selective_scan(
     """
     check_floating(u=u, dt=dt, D=D, z=z)
     check_floating(A=A, B=B, C=C, initial_state=initial_state, allow_complex=True)
+    initial_rows = None if initial_state is None else initial_state.shape[0]
+    seq_idx, each = read_packing(u, seq_idx, cu_seqlens, final_states, initial_rows)
+    if each:
+        assert cu_seqlens is not None  # sequences have states of their own only with it
+
+        def scan(count: Tensor, initial: tuple[Tensor, ...] | None, **rows: Any) -> tuple[Tensor, tuple[Tensor]]:
+            before = None if initial is None else initial[0]
+            y, final = selective_scan(**rows, A=A, D=D, initial_state=before, window=window, backend=backend)
+            return y, (final,)
+
+        inputs = {"u": u, "dt": dt, "B": B, "C": C, "z": z}
+        initial = None if initial_state is None else (initial_state,)
+        y, (final,) = by_segments(scan, inputs, initial, cu_seqlens, final_states)
+        return y, final
     maps = "b l g n" if B.dim() == 4 else "b l n"
     sizes = check_shapes(
         u=(u, "b l d"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from ..packing import FinalStates, by_segments, read_packing
 from .chunked import ssd_chunked
 from .reference import ssd_reference
 
@@ -21,6 +24,8 @@ def ssd(
     weight: Tensor | None = None,
     D: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    final_states: FinalStates = "last",
     chunk_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -39,6 +44,9 @@ def ssd(
         D: Skip from `x` to the output, (h,) or (b, l, h).
         seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. The
             state starts from zero with each new sequence; `initial_state` enters the first one of a row.
+        cu_seqlens: Where the packed sequences of a single row (b = 1) begin and the last one ends, (s + 1,) integers,
+            instead of `seq_idx`. `initial_state` may then have a row for each sequence.
+        final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         chunk_size: Positions per chunk of the chunked path; None is 64 on a CPU and 128 elsewhere. Triton has its own.
         backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
@@ -48,7 +56,7 @@ def ssd(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes or devices disagree, g does not divide h, or chunk_size is below 1.
+        ValueError: if shapes, devices or packing arguments disagree, g does not divide h, or chunk_size is below 1.
         BackendError: if `backend` is named explicitly and cannot run here.
 
     16-bit inputs are multiplied and summed in float32. Under autocast `x`, `B` and `C` are cast; decays, weights,
@@ -56,6 +64,22 @@ def ssd(
     Source: Dao & Gu (2024), "Transformers are SSMs", sections 3 and 6.
     """
     check_floating(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D)
+    initial_rows = None if initial_state is None else initial_state.shape[0]
+    seq_idx, each = read_packing(x, seq_idx, cu_seqlens, final_states, initial_rows)
+    if each:
+        assert cu_seqlens is not None  # sequences have states of their own only with it
+
+        def scan(count: Tensor, initial: tuple[Tensor, ...] | None, **rows: Any) -> tuple[Tensor, tuple[Tensor]]:
+            options: dict[str, Any] = {"D": D, "chunk_size": chunk_size, "backend": backend} | rows
+            y, final = ssd(**options, initial_state=None if initial is None else initial[0])
+            return y, (final,)
+
+        inputs = {"x": x, "log_decay": log_decay, "B": B, "C": C, "weight": weight}
+        if D is not None and D.dim() == 3:
+            inputs["D"] = D
+        initial = None if initial_state is None else (initial_state,)
+        y, (final,) = by_segments(scan, inputs, initial, cu_seqlens, final_states)
+        return y, final
     sizes = check_shapes(
         x=(x, "b l h p"),
         log_decay=(log_decay, "b l h"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from ..packing import FinalStates, by_segments, read_packing
 from ..ssd.op import check_groups, state_dtype
 from .chunked import trapezoid_ssd_chunked
 from .reference import trapezoid_ssd_reference
@@ -31,6 +32,8 @@ def trapezoid_ssd(
     x_rank: Tensor | None = None,
     rotation: Rotation = "interleaved",
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    final_states: FinalStates = "last",
     chunk_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, TrapezoidState]:
@@ -62,6 +65,9 @@ def trapezoid_ssd(
         seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. State,
             angles and the input before start from zero with each new sequence; `initial_state` enters the first one
             of a row.
+        cu_seqlens: Where the packed sequences of a single row (b = 1) begin and the last one ends, (s + 1,) integers,
+            instead of `seq_idx`. `initial_state` may then have a row for each sequence.
+        final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         chunk_size: Positions per chunk of the chunked path; None is 64 divided by the rank, at least 16.
         backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
 
@@ -72,8 +78,8 @@ def trapezoid_ssd(
 
     Raises:
         TypeError: if an argument is no floating tensor, or `initial_state` no TrapezoidState.
-        ValueError: if shapes or devices disagree, g does not divide h, there are more angles than pairs, `rotation`
-            is unknown, or chunk_size is below 1.
+        ValueError: if shapes, devices or packing arguments disagree, g does not divide h, there are more angles than
+            pairs, `rotation` is unknown, or chunk_size is below 1.
         BackendError: if `backend` is named explicitly and cannot run here.
 
     16-bit inputs are multiplied and summed in float32. Under autocast `x`, `B` and `C` are cast; nothing else is.
@@ -96,6 +102,26 @@ def trapezoid_ssd(
         **given,
     }
     check_floating(allow_complex=False, **floating)
+    initial_rows = None if initial_state is None else initial_state.phi.shape[0]
+    seq_idx, each = read_packing(x, seq_idx, cu_seqlens, final_states, initial_rows)
+    if each:
+        assert cu_seqlens is not None  # sequences have states of their own only with it
+
+        def scan(count: Tensor, initial: tuple[Tensor, ...] | None, **rows: Any) -> tuple[Tensor, TrapezoidState]:
+            before = None if initial is None else TrapezoidState(*initial)
+            shared: dict[str, Any] = {"B_bias": B_bias, "C_bias": C_bias, "D": D, "x_rank": x_rank}
+            options: dict[str, Any] = {"rotation": rotation, "chunk_size": chunk_size, "backend": backend}
+            y, final = trapezoid_ssd(**rows, initial_state=before, **shared, **options)
+            if not y.shape[1]:
+                return y, final
+            # Key and input of the last real position stand for those of the padding behind it.
+            last = (count - 1, torch.arange(count.shape[0], device=count.device))[::-1]
+            bias = final.k.new_zeros(()) if B_bias is None else B_bias.to(final.k.dtype).transpose(0, 1)
+            return y, _with_last(final, rows["x"][last], rows["B"][last], bias, rotation == "half")
+
+        positions = {"x": x, "log_decay": log_decay, "gamma": gamma, "beta": beta, "theta": theta, "B": B, "C": C}
+        y, final = by_segments(scan, positions, initial_state, cu_seqlens, final_states)
+        return y, TrapezoidState(*final)
     sizes = check_shapes(
         x=(x, "b l h p"),
         log_decay=(log_decay, "b l h"),
@@ -214,11 +240,13 @@ def _turned_back(state: TrapezoidState, beta: Tensor, x_rank: Tensor, half: bool
 
 
 def _last_state(x: Tensor, B: Tensor, ssm: Tensor, phi: Tensor, B_bias: Tensor, half: bool) -> TrapezoidState:
-    cos, sin = phi.cos(), phi.sin()
-    keys = B[:, -1].to(phi.dtype).repeat_interleave(x.shape[2] // B.shape[3], dim=2) + B_bias.transpose(0, 1)
-    return TrapezoidState(
-        phi=phi,
-        ssm=rotate(ssm, cos[:, :, None], sin[:, :, None], half),
-        k=rotate(keys, cos[:, None], sin[:, None], half),
-        v=x[:, -1].clone(),
-    )
+    """The state after the last position, from the matrix state turned back by its angles."""
+    turned = rotate(ssm, phi.cos()[:, :, None], phi.sin()[:, :, None], half)
+    return _with_last(TrapezoidState(phi, turned, ssm, x), x[:, -1], B[:, -1], B_bias.transpose(0, 1), half)
+
+
+def _with_last(state: TrapezoidState, x: Tensor, B: Tensor, bias: Tensor, half: bool) -> TrapezoidState:
+    """The state with the key of the last B, (b, r, g, n), and the last x, (b, h, p)."""
+    cos, sin = state.phi.cos(), state.phi.sin()
+    keys = B.to(state.phi.dtype).repeat_interleave(x.shape[1] // B.shape[2], dim=2) + bias
+    return state._replace(k=rotate(keys, cos[:, None], sin[:, None], half), v=x.clone())
