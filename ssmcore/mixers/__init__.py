@@ -9,20 +9,26 @@ from typing import Any
 from torch import nn
 
 from .attention import Attention as Attention
+from .bidirectional import Bidirectional as Bidirectional
 from .chimera2d import Chimera2D as Chimera2D
 from .hydra import Hydra as Hydra
+from .lbmamba import LBMamba as LBMamba
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
 from .mamba3 import Mamba3 as Mamba3
 from .s4 import S4D as S4D
+from .s6 import Mamba as Mamba
 
 __all__ = [
     "MIXERS",
     "S4D",
     "Attention",
+    "Bidirectional",
     "Chimera2D",
     "DiscreteMamba2",
     "Hydra",
+    "LBMamba",
+    "Mamba",
     "Mamba2",
     "Mamba3",
     "create_mixer",
@@ -31,9 +37,12 @@ __all__ = [
 
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
+    "bidirectional": Bidirectional,
     "chimera2d": Chimera2D,
     "discrete_mamba2": DiscreteMamba2,
     "hydra": Hydra,
+    "lbmamba": LBMamba,
+    "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "s4d": S4D,

@@ -16,6 +16,11 @@ OPTIONS = {
         {"nheads": 4, "kv_heads": 2, "rotary_dim": 2, "d_conv": 3, "window": 6, "mlp_dim": 4},
         {"nheads": 2, "causal": False, "rotary_dim": 4},
     ],
+    "bidirectional": [
+        {"mixer_options": {"d_state": 4, "headdim": 4}},
+        {"mixer": "mamba", "mixer_options": {"d_state": 3}, "combine": "concat", "tie": "projections"},
+        {"mixer": "mamba", "mixer_options": {"d_state": 3}, "combine": "gate", "tie": "all"},
+    ],
     "discrete_mamba2": [
         {"d_state": 4, "nheads": 2},
         {"d_state": 3, "nheads": 4, "ngroups": 2, "expand": 2, "bias": True, "d_conv": 2},
@@ -23,6 +28,11 @@ OPTIONS = {
     "hydra": [
         {"d_state": 4, "headdim": 4},
         {"d_state": 4, "headdim": 4, "ngroups": 2, "learnable_init_states": True, "dt_limit": (0.0, 0.09), "d_conv": 3},
+    ],
+    "lbmamba": [{"d_state": 3, "window": 4}, {"d_state": 3, "window": 64}],
+    "mamba": [
+        {"d_state": 3},
+        {"d_state": 3, "dt_rank": 2, "d_conv": 2, "use_bcdt_rms": True, "bias": True},
     ],
     "mamba3": [
         {"d_state": 8, "headdim": 4},
