@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,12 +12,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .init import residual_init_
-from .mixers import create_mixer
+from .mixers import MIXERS, create_mixer
+from .mixers.attention import Attention
+from .mixers.common import lay_out
+from .parallel import DoubleMixer
+from .states import PairState, StackState
 
 NormPosition = Literal["pre", "post"]
 Norm = Literal["rms", "layer"]
 
-LETTERS: Mapping[str, str] = {"c": "chimera2d"}
+Layer = str | Mapping[str, Any] | nn.Module
+
+LETTERS: Mapping[str, str] = {
+    "c": "chimera2d",
+    "h": "hydra",
+    "m": "mamba2",
+    "s": "s4d",
+    "t": "attention",
+    "x": "mamba3",
+}
 
 
 class RMSNorm(nn.Module):
@@ -138,37 +151,65 @@ class Residual(nn.Module):
 
         The stream comes back in float32 (with `residual_in_fp32`), else in the dtype of `x`.
         """
-        dtype = torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else x.dtype
-        x = x.to(dtype)
-        x = self._add(x, self.norm, self.mixer, mixer_arguments)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = self._add(x, self.mlp_norm, self.mlp, {})
-        return x
+        x = self._stream(x)
+        return self._after(x, self.mixer(self._inner(x, self.norm), **mixer_arguments))
 
-    def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, arguments: dict[str, Any]) -> Tensor:
-        # The dtype of the branch's parameters too, where the model was converted as a whole.
-        narrow = norm.get_parameter("weight").dtype
-        if self.norm_position == "pre":
-            return x + branch(norm(x.to(narrow)), **arguments).to(x.dtype)
-        return norm(x + branch(x.to(narrow), **arguments).to(x.dtype)).to(x.dtype)
+    def prefill(self, x: Tensor, state: Any = None, **mixer_arguments: Any) -> tuple[Tensor, Any]:
+        """Like `forward`, going on from the mixer's state and returning the one after it."""
+        x = self._stream(x)
+        y, state = self.mixer.prefill(self._inner(x, self.norm), state, **mixer_arguments)  # type: ignore[operator]
+        return self._after(x, y), state
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One position of the stream, (b, d_model)."""
+        x = self._stream(x)
+        y, state = self.mixer.step(self._inner(x, self.norm), state)  # type: ignore[operator]
+        return self._after(x, y), state
+
+    def _stream(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+
+    def _inner(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a branch sees, in the dtype of its parameters where the model was converted as a whole."""
+        x = x.to(norm.get_parameter("weight").dtype)
+        return norm(x) if self.norm_position == "pre" else x
+
+    def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        x = x + y.to(x.dtype)
+        return x if self.norm_position == "pre" else norm(x).to(x.dtype)
+
+    def _after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The stream after the mixer's output y has been added and the MLP has run."""
+        x = self._add(x, y, self.norm)
+        if self.mlp is None or self.mlp_norm is None:
+            return x
+        return self._add(x, self.mlp(self._inner(x, self.mlp_norm)), self.mlp_norm)
 
 
 class Stack(nn.Module):
     """Residual blocks and a final norm.
 
-    Layers are given in one of two forms, which may describe the same stack:
+    Layers are given in one of three forms, which may describe the same stack:
 
-        Stack(64, "c2C1")                     letter and count: "c" is chimera2d; upper case adds an MLP
-        Stack(64, ["chimera2d", "chimera2d", {"mixer": "chimera2d", "mlp": True}])
+        Stack(64, "m2T1")                     letter and count: "m" is mamba2, "t" attention; upper case adds an MLP
+        Stack(64, ["mamba2", "mamba2", {"mixer": "attention", "mlp": True}])
+        Stack(64, 3, mixer="mamba2", attn_layers=[2])         (an MLP in all of them: mlp=True)
+
+    Two mixers side by side are a layer too: {"mixer": ["mamba2", "attention"], "merge": "sum"}, see `DoubleMixer`.
 
     Args:
         d_model: Width of the stream.
-        layers: Pattern, or one entry per layer: a name of `MIXERS`, a mapping with "mixer", optionally "mlp" (bool) and
-            options of the mixer, or a module.
-        mixer_options: Options of every mixer that is built by name.
+        layers: Pattern; or a number of layers; or one entry per layer: a name of `MIXERS`, a mapping with "mixer",
+            optionally "mlp" (bool) and options of the mixer, or a module.
+        mixer: Name of the mixers where `layers` is a number.
+        attn_layers: Which of them, counted from 0, are attention instead.
+        mlp: Whether layers given by a number have an MLP.
+        mixer_options: Options of every mixer that is built by name. Under a name of `MIXERS`: options of that mixer
+            only, {"mamba2": {"d_state": 64}, "attention": {"headdim": 32}}.
         mlp_hidden: Inner width of the MLPs, see `GatedMLP`.
         norm: "rms" or "layer".
         norm_position: "pre" or "post", see `Residual`.
+        eps: Of the norms.
         residual_in_fp32: Keep the stream in float32.
         letters: Table of the pattern's letters, lower case, to names.
         device: Where to create the parameters.
@@ -182,39 +223,44 @@ class Stack(nn.Module):
     def __init__(
         self,
         d_model: int,
-        layers: str | Sequence[str | Mapping[str, Any] | nn.Module],
+        layers: str | int | Sequence[Layer],
         *,
+        mixer: str | None = None,
+        attn_layers: Sequence[int] = (),
+        mlp: bool = False,
         mixer_options: Mapping[str, Any] | None = None,
         mlp_hidden: int | None = None,
         norm: Norm = "rms",
         norm_position: NormPosition = "pre",
+        eps: float = 1e-5,
         residual_in_fp32: bool = True,
         letters: Mapping[str, str] = LETTERS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        entries = parse_pattern(layers, letters) if isinstance(layers, str) else list(layers)
-        if not entries:
-            raise ValueError("a Stack needs at least one layer, got none.")
+        entries = layer_entries(layers, mixer=mixer, attn_layers=attn_layers, mlp=mlp, letters=letters)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        place: dict[str, Any] = {"norm": norm, "norm_position": norm_position, "residual_in_fp32": residual_in_fp32}
+        place: dict[str, Any] = {
+            "norm": norm,
+            "norm_position": norm_position,
+            "eps": eps,
+            "residual_in_fp32": residual_in_fp32,
+        }
+        self.d_model = d_model
         self.checkpoint_every = 0
         self.blocks = nn.ModuleList()
         for entry in entries:
-            mlp = None
+            branch = None
             if isinstance(entry, nn.Module):
-                mixer = entry
+                built = entry
             else:
                 options = {"mixer": entry} if isinstance(entry, str) else dict(entry)
-                if "mixer" not in options:
-                    raise ValueError(f"a layer needs the entry 'mixer', got {sorted(options)}.")
                 if options.pop("mlp", False):
-                    mlp = GatedMLP(d_model, hidden=mlp_hidden, **factory)
-                name = options.pop("mixer")
-                mixer = create_mixer(name, d_model, **{**factory, **(mixer_options or {}), **options})
-            self.blocks.append(Residual(d_model, mixer, mlp, **place, **factory))
-        self.norm = nn.Identity() if norm_position == "post" else create_norm(norm, d_model, **factory)
+                    branch = GatedMLP(d_model, hidden=mlp_hidden, **factory)
+                built = _create(d_model, options, mixer_options or {}, factory)
+            self.blocks.append(Residual(d_model, built, branch, **place, **factory))
+        self.norm = nn.Identity() if norm_position == "post" else create_norm(norm, d_model, eps=eps, **factory)
         branches = sum(1 if block.mlp is None else 2 for block in self.blocks)
         for entry, block in zip(entries, self.blocks):
             if not isinstance(entry, nn.Module):  # a module that was handed in keeps its weights
@@ -234,11 +280,102 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, **mixer_arguments: Any) -> Tensor:
         """Pass (..., d_model) through all blocks and the final norm; keyword arguments go to every mixer."""
         for index, block in enumerate(self.blocks):
-            if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, **mixer_arguments)
-            else:
-                x = block(x, **mixer_arguments)
+            x = self._run(index, block, x, **mixer_arguments)
         return self.norm(x)
+
+    def prefill(
+        self,
+        x: Tensor,
+        state: StackState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, StackState]:
+        """Like `forward`, going on from a state.
+
+        Args:
+            x: (b, l, d_model).
+            state: After the positions before; None at the start.
+            mask: True at real tokens, (b, l) bool; contiguous in each row.
+            seq_idx: Which packed sequence a position belongs to, (b, l) integers.
+            reset: True where the state starts anew before the position is absorbed, (b, l) bool.
+
+        Returns:
+            (b, l, d_model), and the state after each row's last real token.
+
+        Raises:
+            TypeError: if a mixer sees both directions; the message names the layer.
+            ValueError: if the state is of another number of layers or does not fit a mixer.
+        """
+        self._require_causal()
+        given = {"mask": mask, "seq_idx": seq_idx, "reset": reset}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        before = self._layer_states(state)
+        position = _position(x, None if state is None else state.position, mask, seq_idx, reset)
+        after = []
+        for index, (block, own) in enumerate(zip(self.blocks, before)):
+            x, own = self._run(index, block.prefill, x, own, **arguments)  # type: ignore[arg-type]
+            after.append(own)
+        return self.norm(x), StackState(tuple(after), position)
+
+    def step(self, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
+        """One position, (b, d_model)."""
+        self._require_causal()
+        after = []
+        for block, own in zip(self.blocks, self._layer_states(state)):
+            x, own = block.step(x, own)  # type: ignore[operator]
+            after.append(own)
+        return self.norm(x), StackState(tuple(after), state.position + 1)
+
+    def init_state(
+        self,
+        batch: int,
+        *,
+        slots: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StackState:
+        """State before the first position.
+
+        Args:
+            batch: Rows.
+            slots: Room for so many positions in attention layers, which then never grow; None: grow.
+            device: Where to create it; by default where the parameters are.
+            dtype: That of the activations; by default the parameters'.
+        """
+        self._require_causal()
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        layers = tuple(_init_state(block.mixer, batch, slots, options) for block in self.blocks)
+        place = device or next(self.parameters()).device
+        return StackState(layers, torch.zeros(batch, dtype=torch.int64, device=place))
+
+    def state_numel(self) -> int:
+        """Numbers in the states of one sequence (attention: before its first position)."""
+        mixers: list[Any] = [block.mixer for block in self.blocks]
+        return sum(mixer.state_numel() for mixer in mixers)
+
+    def _run(self, index: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False, **options)
+        return function(*arguments, **options)
+
+    def _require_causal(self) -> None:
+        for index, block in enumerate(self.blocks):
+            if not getattr(block.mixer, "causal", False) or not hasattr(block.mixer, "prefill"):
+                raise TypeError(
+                    f"layer {index} ({type(block.mixer).__name__}) has no state, so neither has the stack; "
+                    "call it on whole sequences, or build it of causal mixers for prefill and step."
+                )
+
+    def _layer_states(self, state: StackState | None) -> Sequence[Any]:
+        if state is None:
+            return [None] * len(self.blocks)
+        if not isinstance(state, StackState):
+            raise TypeError(f"`state` must be a StackState, got {type(state).__name__}; init_state() makes one.")
+        if len(state.layers) != len(self.blocks):
+            raise ValueError(f"`state` is of {len(state.layers)} layers, expected {len(self.blocks)}.")
+        return state.layers
 
 
 def create_norm(norm: str, d_model: int, *, eps: float = 1e-5, **factory: Any) -> nn.Module:
@@ -255,7 +392,7 @@ def create_norm(norm: str, d_model: int, *, eps: float = 1e-5, **factory: Any) -
 
 
 def parse_pattern(pattern: str, letters: Mapping[str, str] = LETTERS) -> list[dict[str, Any]]:
-    """Read a pattern such as "c2C1": letter and count, upper case with an MLP.
+    """Read a pattern such as "m2T1": letter and count, upper case with an MLP.
 
     Raises:
         ValueError: if the pattern is malformed or a letter is not in the table.
@@ -263,10 +400,91 @@ def parse_pattern(pattern: str, letters: Mapping[str, str] = LETTERS) -> list[di
     Notation of Hwang, Wang & Gu (2025), H-Net.
     """
     if not re.fullmatch(r"([A-Za-z]\d+)+", pattern):
-        raise ValueError(f"a pattern is letters with counts such as 'c2C1', got {pattern!r}.")
+        raise ValueError(f"a pattern is letters with counts such as 'm2T1', got {pattern!r}.")
     found: list[dict[str, Any]] = []
     for letter, count in re.findall(r"([A-Za-z])(\d+)", pattern):
         if letter.lower() not in letters:
             raise ValueError(f"unknown letter {letter!r} in pattern {pattern!r}; known: {', '.join(sorted(letters))}.")
         found += [{"mixer": letters[letter.lower()], "mlp": letter.isupper()}] * int(count)
     return found
+
+
+def layer_entries(
+    layers: str | int | Sequence[Layer],
+    *,
+    mixer: str | None = None,
+    attn_layers: Sequence[int] = (),
+    mlp: bool = False,
+    letters: Mapping[str, str] = LETTERS,
+) -> list[Layer]:
+    """One entry per layer from any form that `Stack` takes.
+
+    Raises:
+        ValueError: if the forms are mixed, a layer has no mixer, or there is no layer.
+    """
+    if not isinstance(layers, int) and (mixer is not None or len(attn_layers) or mlp):
+        raise ValueError(
+            "`mixer`, `attn_layers` and `mlp` go with a number of layers; a list or pattern says it all itself."
+        )
+    if isinstance(layers, str):
+        return list(parse_pattern(layers, letters)) or _no_layer()
+    if isinstance(layers, int):
+        if mixer is None:
+            raise ValueError(f"{layers} layers of which mixer? Name one of {', '.join(sorted(MIXERS))} as `mixer`.")
+        wrong = [index for index in attn_layers if not 0 <= index < layers]
+        if wrong:
+            raise ValueError(f"`attn_layers` must lie in 0 to {layers - 1}, got {wrong[0]}.")
+        names = ["attention" if index in attn_layers else mixer for index in range(layers)]
+        return [{"mixer": name, "mlp": mlp} for name in names] or _no_layer()
+    for entry in layers:
+        if isinstance(entry, Mapping) and "mixer" not in entry:
+            raise ValueError(f"a layer needs the entry 'mixer', got {sorted(entry)}.")
+    return list(layers) or _no_layer()
+
+
+def _no_layer() -> list[Layer]:
+    raise ValueError("a Stack needs at least one layer, got none.")
+
+
+def _create(d_model: int, options: dict[str, Any], shared: Mapping[str, Any], factory: Mapping[str, Any]) -> nn.Module:
+    """A mixer from the entry of a layer, without its "mlp"."""
+    name = options.pop("mixer")
+    if isinstance(name, str):
+        of_all = {key: value for key, value in shared.items() if key not in MIXERS}
+        return create_mixer(name, d_model, **{**factory, **of_all, **shared.get(name, {}), **options})
+    if len(name) != 2:
+        raise ValueError(f"mixers side by side are two, got {len(name)}.")
+    unknown = set(options) - {"merge"}
+    if unknown:
+        raise ValueError(f"options of mixers side by side stand in their own entries, got {sorted(unknown)}.")
+    first, second = (
+        part
+        if isinstance(part, nn.Module)
+        else _create(d_model, {"mixer": part} if isinstance(part, str) else dict(part), shared, factory)
+        for part in name
+    )
+    return DoubleMixer(d_model, first, second, **options, **factory)
+
+
+def _init_state(mixer: Any, batch: int, slots: int | None, options: Mapping[str, Any]) -> Any:
+    """State of a mixer, with room for a number of positions where a mixer's state grows."""
+    if isinstance(mixer, DoubleMixer):
+        parts = (_init_state(part, batch, slots, options) for part in (mixer.first, mixer.second))
+        return PairState(*parts)
+    if isinstance(mixer, Attention):
+        return mixer.init_state(batch, slots=slots, **options)
+    return mixer.init_state(batch, **options)
+
+
+def _position(
+    x: Tensor, before: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None, reset: Tensor | None
+) -> Tensor:
+    """Real tokens in each row's present sequence after this call, (b,)."""
+    layout = lay_out(x, mask, seq_idx, reset)
+    batch, length = x.shape[:2]
+    before = torch.zeros(batch, dtype=torch.int64, device=x.device) if before is None else layout.restart(before)
+    if layout.index is None or not length:
+        return before + (length if layout.count is None else layout.count)
+    own = layout.index == layout.index[:, -1:]
+    count = (own if layout.mask is None else own & layout.mask).sum(1)
+    return torch.where(layout.index[:, -1] == layout.index[:, 0], before + count, count)

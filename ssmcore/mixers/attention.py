@@ -202,6 +202,7 @@ class Attention(nn.Module):
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """One position, (b, d)."""
+        self._require_causal()
         check_input(x, self.d_model, "b")
         y, state = self.prefill(x[:, None], state)
         return y[:, 0], state
@@ -251,7 +252,7 @@ class Attention(nn.Module):
         outputs = wide(self._attend(q, k, v, state, layout).unflatten(2, (self.nheads, self.headdim)))
         return MixingMatrix(matrix, values[:, :, -length:].transpose(1, 2), outputs, from_state)
 
-    def flops(self, l: int, *, mode: Mode) -> int:  # noqa: E741
+    def flops(self, l: int, *, mode: Mode = "prefill") -> int:  # noqa: E741
         """Operations of one sequence of length l, or of one position behind l others ("decode").
 
         Full attention counts 4 l^2 per channel of a head, causal half of it; windows count the positions they see.
@@ -299,10 +300,7 @@ class Attention(nn.Module):
         qkv, mlp = self.in_proj(x).split([self.qkv_dim, self.mlp_dim], dim=-1)
         conv = None
         if self.conv1d is not None:
-            if state is None:
-                before = qkv.new_zeros(x.shape[0], self.qkv_dim, self.d_conv - 1)
-            else:
-                before = state.conv
+            before = None if state is None else state.conv
             qkv, conv = convolve(qkv, self.conv1d, before, layout, activation=None)
         qkv = qkv.unflatten(-1, (-1, self.headdim)).transpose(1, 2)
         q, k, v = qkv.split([self.nheads, self.kv_heads, self.kv_heads], dim=1)
@@ -423,14 +421,14 @@ class Attention(nn.Module):
         source = (held - before[:, None] + start[:, None]).clamp(0, max(length - 1, 0))
 
         def filled(old: Tensor, fresh: Tensor) -> Tensor:
-            kept = F.pad(old, (0, 0, 0, slots - old.shape[2]))
+            kept = F.pad(old.to(fresh.dtype), (0, 0, 0, slots - old.shape[2]))
             if not length:
                 return kept
             kept = torch.where(((held >= 0) & (held < before[:, None]))[:, None, :, None], kept, torch.zeros_like(kept))
             moved = fresh.gather(2, source[:, None, :, None].expand(-1, fresh.shape[1], -1, fresh.shape[3]))
-            return torch.where(new[:, None, :, None], moved.to(kept.dtype), kept)
+            return torch.where(new[:, None, :, None], moved, kept)
 
-        conv = state.conv if conv is None else conv
+        conv = (state.conv if conv is None else conv).to(k.dtype)
         return type(state)(k=filled(state.k, k), v=filled(state.v, v), conv=conv, length=total)
 
     def _out(self, y: Tensor, mlp: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ convolved by FFT, steps run the recurrence.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,8 @@ class S4D(nn.Module):
     """
 
     linear_in_x: ClassVar[bool] = True
+    # Rounding of the FFT reaches earlier outputs; gradients "from the future" are this small, relative to the others.
+    future_rounding: ClassVar[float] = 1e-5
     varlen: ClassVar[bool] = True
     state_type: ClassVar[type[MixerState]] = S4DState
 
@@ -118,7 +120,7 @@ class S4D(nn.Module):
         self.causal = not bidirectional
         self.discretization = discretization
         half = d_state // 2
-        real = {"device": device, "dtype": recurrence_dtype(dtype)}
+        real: dict[str, Any] = {"device": device, "dtype": recurrence_dtype(dtype)}
         A, B = _initial(init, d_state)
         dt = torch.empty(d_model, 1, **real).uniform_(math.log(dt_min), math.log(dt_max))
         self.inv_dt = nn.Parameter(dt)  # log dt
@@ -237,7 +239,7 @@ class S4D(nn.Module):
             y = y + from_state[..., 0]
         return MixingMatrix(matrix[None], wide(x)[..., None], y[..., None], from_state)
 
-    def flops(self, l: int, *, mode: Mode) -> int:  # noqa: E741
+    def flops(self, l: int, *, mode: Mode = "prefill") -> int:  # noqa: E741
         """Operations of one sequence of length l ("train", "prefill") or of one position ("decode").
 
         An FFT of n real numbers counts 2.5 n log2 n.
@@ -286,7 +288,12 @@ class S4D(nn.Module):
         return kernels[0], None if self.causal else kernels[1]
 
     def _convolve(self, u: Tensor, layout: Layout) -> Tensor:
-        length = max(u.shape[1] if self.length is None else min(u.shape[1], self.length), 1)
+        if self.length is not None:
+            length = self.length
+        elif torch.compiler.is_compiling():
+            length = u.shape[1] + 1  # with l - 1 entries in its state the convolution would not export for l = 2
+        else:
+            length = max(u.shape[1], 1)
         behind, ahead = self._kernels(length)
         return fft_conv(u, behind, wide(self.D), kernel_ahead=ahead, seq_idx=layout.index)[0]
 
@@ -347,36 +354,41 @@ def _initial(init: str, d_state: int) -> tuple[Tensor, Tensor]:
 
 
 def _block(length: int) -> int:
-    """Positions per block: powers within and between blocks are tabled apart, about sqrt(l) each."""
-    return 64 if torch.compiler.is_compiling() else 1 << (length.bit_length() + 1) // 2
+    """Positions per block: powers within and between blocks are tabled apart, about sqrt(l) of each."""
+    return 1 << (length.bit_length() + 1) // 2
 
 
 def _powers(coefficients: Tensor, log_A: Tensor, length: int) -> Tensor:
     """2 Re sum_n coefficients_n A_n^t for t < l: (..., d, n) -> (..., d, l)."""
-    block = _block(length)
-    count = -(-length // block)
-    places = torch.arange(block, device=log_A.device)
-    inner = (log_A[..., None] * places).exp().to(coefficients.dtype)  # (d, n, block)
-    blocks = torch.arange(count, device=log_A.device) * block
-    outer = coefficients[..., None] * (log_A[..., None] * blocks).exp().to(coefficients.dtype)  # (..., d, n, count)
-    left = torch.cat([outer.real, -outer.imag], dim=-2)
-    right = torch.cat([inner.real, inner.imag], dim=-2)
-    return 2 * (left.mT @ right).flatten(-2)[..., :length]
+    with torch.autocast(log_A.device.type, enabled=False):
+        if torch.compiler.is_compiling():  # one table, since blocks would tie the code to some lengths
+            table = (log_A[..., None] * torch.arange(length, device=log_A.device)).exp().to(coefficients.dtype)
+            return 2 * (coefficients[..., None, :] @ table).real[..., 0, :]
+        block = _block(length)
+        places = torch.arange(block, device=log_A.device)
+        blocks = torch.arange(-(-length // block), device=log_A.device) * block
+        inner = (log_A[..., None] * places).exp().to(coefficients.dtype)  # (d, n, block)
+        outer = coefficients[..., None] * (log_A[..., None] * blocks).exp().to(coefficients.dtype)  # (..., d, n, count)
+        left = torch.cat([outer.real, -outer.imag], dim=-2)
+        right = torch.cat([inner.real, inner.imag], dim=-2)
+        return 2 * (left.mT @ right).flatten(-2)[..., :length]
 
 
 def _absorb(u: Tensor, log_A: Tensor, length: int) -> Tensor:
     """sum_t A^{l-1-t} u_t: (b, l, d) real -> (b, d, n) complex."""
-    block = _block(length)
-    count = -(-length // block)
-    places = torch.arange(block, device=log_A.device)
-    inner = (log_A[..., None] * (block - 1 - places)).exp()  # (d, n, block)
-    right = torch.cat([inner.real, inner.imag], dim=1).to(u.dtype)
-    u = F.pad(u, (0, 0, count * block - length, 0)).unflatten(1, (count, block))  # (b, count, block, d)
-    sums = torch.einsum("bcqd,dnq->bcdn", u, right)
-    sums = torch.complex(*sums.chunk(2, dim=-1))
-    blocks = (count - 1 - torch.arange(count, device=log_A.device)) * block
-    outer = (log_A * blocks[:, None, None]).exp().to(sums.dtype)  # (count, d, n)
-    return (sums * outer).sum(1)
+    with torch.autocast(log_A.device.type, enabled=False):
+        block = length if torch.compiler.is_compiling() else _block(length)
+        places = torch.arange(block, device=log_A.device)
+        inner = (log_A[..., None] * (block - 1 - places)).exp()  # (d, n, block)
+        right = torch.cat([inner.real, inner.imag], dim=1).to(u.dtype)
+        if torch.compiler.is_compiling():
+            return torch.complex(*torch.einsum("bqd,dnq->bdn", u, right).chunk(2, dim=-1))
+        count = -(-length // block)
+        u = F.pad(u, (0, 0, count * block - length, 0)).unflatten(1, (count, block))  # (b, count, block, d)
+        sums = torch.complex(*torch.einsum("bcqd,dnq->bcdn", u, right).chunk(2, dim=-1))
+        blocks = (count - 1 - torch.arange(count, device=log_A.device)) * block
+        outer = (log_A * blocks[:, None, None]).exp().to(sums.dtype)  # (count, d, n)
+        return (sums * outer).sum(1)
 
 
 def _last_sequence(u: Tensor, layout: Layout) -> Tensor:

@@ -6,9 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from omnissm.ssmcore import Chimera2D, GatedMLP, Residual, RMSNorm, Stack
+from omnissm.ssmcore import Chimera2D, GatedMLP, Residual, RMSNorm, Stack, create_mixer
 from omnissm.ssmcore.blocks import parse_pattern
+from omnissm.ssmcore.parallel import DoubleMixer
+from omnissm.ssmcore.testing.sequence import (
+    check_compile,
+    check_no_future,
+    check_sequence_shape,
+    check_sequence_state_dict,
+)
 
 OPTIONS = {"d_state": 2}
 
@@ -126,7 +134,7 @@ def test_pattern():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("c", "letters with counts such as 'c2C1', got 'c'"),
+        ("c", "letters with counts such as 'm2T1', got 'c'"),
         ("q2", "unknown letter 'q' in pattern 'q2'; known: c"),
         ("c0", "at least one layer"),
         ([], "at least one layer"),
@@ -145,3 +153,150 @@ def test_unknown_norms_are_refused():
         Residual(8, nn.Identity(), norm="batch")
     with pytest.raises(ValueError, match="`norm_position` must be 'pre' or 'post'"):
         Residual(8, nn.Identity(), norm_position="both")
+
+
+DOUBLE = {"dtype": torch.float64}
+HYBRID = [
+    {"mixer": "mamba2", "d_state": 8, "headdim": 4},
+    {"mixer": "attention", "nheads": 2, "rotary_dim": 4, "mlp": True},
+    {"mixer": "s4d", "d_state": 4},
+    {"mixer": "attention", "nheads": 2, "window": 3},
+    {"mixer": [{"mixer": "mamba2", "d_state": 8, "headdim": 4}, {"mixer": "attention", "nheads": 2}], "merge": "sum"},
+]
+
+
+def hybrid(**options):
+    torch.manual_seed(0)
+    return Stack(8, HYBRID, **DOUBLE, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_position": "post", "norm": "layer"}], ids=["pre", "post"])
+def test_a_hybrid_goes_on_from_any_cut(options):
+    stack = hybrid(**options)
+    x = torch.randn(2, 9, 8, **DOUBLE)
+    whole, last = stack.prefill(x)
+    torch.testing.assert_close(whole, stack(x))
+    state, outputs = stack.init_state(2), []
+    for piece in x[:, :7].split([4, 1, 2], 1):
+        y, state = stack.prefill(piece, state)
+        outputs.append(y)
+    for position in x[:, 7:].unbind(1):
+        y, state = stack.step(position, state)
+        outputs.append(y[:, None])
+    torch.testing.assert_close(torch.cat(outputs, 1), whole)
+    assert state.position.tolist() == [9, 9]
+    for one, other in zip(pytree.tree_leaves(state), pytree.tree_leaves(last)):
+        torch.testing.assert_close(one, other)
+
+
+def test_state_of_a_stack_is_one_value():
+    stack = hybrid()
+    x, more = torch.randn(3, 5, 8, **DOUBLE), torch.randn(3, 8, **DOUBLE)
+    state = stack.prefill(x)[1]
+    assert state.batch_size == 3
+    assert state.nbytes == sum(leaf.nbytes for leaf in pytree.tree_leaves(state))
+    rows = torch.tensor([2, 0, 2])
+    expected, _ = stack.step(more, state)
+    got, _ = stack.step(more[rows], state.select(rows))
+    torch.testing.assert_close(got, expected[rows])
+    narrow = state.to(dtype=torch.bfloat16)
+    assert narrow.layers[0].ssm.dtype == torch.float32
+    assert narrow.layers[0].conv.dtype == narrow.layers[1].k.dtype == torch.bfloat16
+    assert narrow.position.dtype == torch.int64
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(state.detach()))
+
+
+def test_padding_packing_and_position_of_a_stack():
+    stack = hybrid()
+    x = torch.randn(2, 7, 8, **DOUBLE)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1] * 7]).bool()
+    y, state = stack.prefill(x, mask=mask)
+    alone, _ = stack.prefill(x[:1, 2:6])
+    torch.testing.assert_close(y[:1, 2:6], alone)
+    assert state.position.tolist() == [4, 7]
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 2]])
+    y, state = stack.prefill(x, state, seq_idx=seq_idx)
+    assert state.position.tolist() == [4, 1]
+    torch.testing.assert_close(y[:1, 3:], stack(x[:1, 3:]))
+    reset = torch.zeros(2, 7, dtype=torch.bool)
+    reset[0, 0] = reset[1, 5] = True
+    y, state = stack.prefill(x, state, reset=reset)
+    assert state.position.tolist() == [7, 2]
+    torch.testing.assert_close(y[:1], stack(x[:1]))
+
+
+def test_checkpointing_does_not_touch_states():
+    stack = hybrid()
+    x = torch.randn(2, 5, 8, **DOUBLE)
+    expected, state = stack.prefill(x)
+    stack.set_grad_checkpointing()
+    got, same = stack.prefill(x)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(pytree.tree_leaves(same), pytree.tree_leaves(state)):
+        torch.testing.assert_close(one, other)
+
+
+def test_two_sided_layers_have_no_state():
+    stack = Stack(8, "m1h1", mixer_options={"headdim": 4, "d_state": 8})
+    assert stack(torch.randn(1, 5, 8)).shape == (1, 5, 8)
+    for call in (lambda: stack.prefill(torch.randn(1, 5, 8)), lambda: stack.init_state(1)):
+        with pytest.raises(TypeError, match=r"layer 1 \(Hydra\) has no state, so neither has the stack"):
+            call()
+
+
+def test_number_of_layers_with_attention_among_them():
+    options = {"mamba2": {"headdim": 4, "d_state": 8}, "attention": {"nheads": 2}}
+    first = Stack(8, 3, mixer="mamba2", attn_layers=[1], mixer_options=options)
+    second = Stack(8, "m1t1m1", mixer_options=options)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(first(x), second(x))
+    assert [type(block.mixer).__name__ for block in first.blocks] == ["Mamba2", "Attention", "Mamba2"]
+    assert Stack(8, 1, mixer="s4d", mlp=True).blocks[0].mlp is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Stack(8, 2), "2 layers of which mixer"),
+        (lambda: Stack(8, 2, mixer="s4d", attn_layers=[2]), "`attn_layers` must lie in 0 to 1, got 2"),
+        (lambda: Stack(8, "s1", mixer="s4d"), "go with a number of layers"),
+        (lambda: Stack(8, [{"mixer": ["s4d"]}]), "side by side are two, got 1"),
+        (lambda: Stack(8, [{"mixer": ["s4d", "s4d"], "d_state": 4}]), "stand in their own entries"),
+        (lambda: Stack(8, [{"mixer": ["s4d", "s4d"], "merge": "max"}]), "`merge` must be 'sum'"),
+        (lambda: hybrid().step(torch.zeros(1, 8), Stack(8, "s1").init_state(1)), "is of 1 layers, expected 5"),
+    ],
+)
+def test_wrong_layers(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_state_of_something_else_is_refused():
+    with pytest.raises(TypeError, match="must be a StackState, got dict"):
+        hybrid().step(torch.zeros(1, 8, **DOUBLE), {})
+
+
+@pytest.mark.parametrize("merge", ["sum", "norm_mean", "adapter"])
+def test_two_mixers_side_by_side(merge):
+    torch.manual_seed(0)
+    first = create_mixer("mamba2", 8, d_state=8, headdim=4, **DOUBLE)
+    second = create_mixer("attention", 8, nheads=2, **DOUBLE)
+    both = DoubleMixer(8, first, second, merge=merge, **DOUBLE)
+    x = torch.randn(2, 6, 8, **DOUBLE)
+    a, b = first(x), second(x)
+    rms = [t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() for t in (a, b)]
+    given = (b - b.mean(-1, keepdim=True)) / (b.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    given = a.mean(-1, keepdim=True) + given * (a.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    expected = {"sum": a + b, "norm_mean": (rms[0] + rms[1]) / 2, "adapter": (a + given) / 2}[merge]
+    torch.testing.assert_close(both(x), expected)
+    for check in (check_sequence_shape, check_no_future, check_sequence_state_dict, check_compile):
+        check(both.float())
+
+
+def test_side_by_side_with_a_two_sided_mixer():
+    both = DoubleMixer(8, create_mixer("hydra", 8, headdim=4, d_state=8), create_mixer("s4d", 8))
+    assert not both.causal
+    assert both.state_type is None
+    with pytest.raises(TypeError, match="sees both directions"):
+        both.prefill(torch.randn(1, 3, 8))
