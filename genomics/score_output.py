@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,25 +154,49 @@ def _write_vcf(
 
 
 def _write_bcf(path: Path, lines: Iterable[bytes]) -> None:
-    """Through a text file, whose second reading knows all contigs and fields that the header does not declare."""
+    """Through text files, because BCF needs every contig, filter and field declared in its header."""
     import pysam
 
-    text = path.with_name(path.name + ".vcf")
+    draft, text = path.with_name(path.name + ".draft.vcf"), path.with_name(path.name + ".vcf")
     try:
-        with open(text, "wb") as file:
-            file.writelines(lines)
-        with pysam.VariantFile(str(text)) as source:
-            for _ in source:
-                pass
-            header = source.header.copy()
-        with pysam.VariantFile(str(text)) as source, pysam.VariantFile(str(path), "wb", header=header) as target:
+        header: list[bytes] = []
+        used: dict[bytes, None] = {}
+        with open(draft, "wb") as file:
+            for line in lines:
+                if line.startswith(b"#"):
+                    header.append(line)
+                    continue
+                file.write(line)
+                used |= dict.fromkeys(_declarations(line))
+        known = {line.partition(b",")[0].rstrip(b">\n") for line in header}
+        added = [line + b"\n" for line in used if line.partition(b",")[0].rstrip(b">") not in known]
+        with open(draft, "rb") as old, open(text, "wb") as new:
+            new.writelines([*header[:-1], *added, header[-1]])
+            shutil.copyfileobj(old, new)
+        with pysam.VariantFile(str(text)) as source, pysam.VariantFile(str(path), "wb", header=source.header) as target:
             for record in source:
-                record.translate(header)
                 target.write(record)
     except (OSError, ValueError) as error:
         raise ValueError(f"these records cannot be held in BCF ({error}); write .vcf.gz") from error
     finally:
+        draft.unlink(missing_ok=True)
         text.unlink(missing_ok=True)
+
+
+def _declarations(line: bytes) -> Iterator[bytes]:
+    """Header lines for all that a line of a VCF names."""
+    words = line.rstrip(b"\n").split(b"\t")
+    yield b"##contig=<ID=" + words[0] + b">"
+    for name in words[6].split(b";") if words[6] not in (b".", b"PASS") else ():
+        yield b"##FILTER=<ID=" + name + b',Description="not declared">'
+    for field in words[7].split(b";") if words[7] != b"." else ():
+        name, equals, _ = field.partition(b"=")
+        kind = b",Number=.,Type=String" if equals else b",Number=0,Type=Flag"
+        yield b"##INFO=<ID=" + name + kind + b',Description="not declared">'
+    if b"<" in words[4]:  # pysam looks for this field beside a symbolic allele
+        yield b'##INFO=<ID=END,Number=1,Type=Integer,Description="Last base of the variant">'
+    for name in words[8].split(b":") if len(words) > 8 else ():
+        yield b"##FORMAT=<ID=" + name + b',Number=.,Type=String,Description="not declared">'
 
 
 class _Order:

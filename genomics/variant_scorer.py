@@ -154,7 +154,7 @@ class VariantScorer:
             raise ValueError(f"{scorer.name} has no chunk boundaries, which 'boundary_shift' needs")
         directions = {"both": "+-", "fwd": "+", "rev": "-"}[options.strand]
         self.directions = directions[:1] if scorer.strands == "equivariant" else directions
-        self.window = min(options.window, (scorer.max_length or options.window) - scorer.bos)
+        self.window = min(options.window, scorer.max_length - scorer.bos) if scorer.max_length else options.window
 
     @property
     def columns(self) -> tuple[str, ...]:

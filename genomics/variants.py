@@ -265,7 +265,7 @@ def parse_hgvs(text: str, reference: Reference | None = None) -> Variant:
         if end != start + 2:
             raise ValueError(f"{text!r}: an insertion lies between two neighbours, such as g.5_6insA")
         return Variant(chrom, start + 1, "", found[1].upper(), text)
-    found = re.fullmatch(r"(del|dup)([A-Za-z]*)(?:ins([A-Za-z]+))?", edit)
+    found = re.fullmatch(r"(del|dup)([A-Z]*)(?:ins([A-Za-z]+))?", edit)
     if not found or end <= start or (found[1] == "dup" and found[3]):
         raise ValueError(f"{text!r}: unknown change {edit!r}; expected A>G, del, ins, dup or delins")
     bases = found[2].upper()
