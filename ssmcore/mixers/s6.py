@@ -54,29 +54,7 @@ class _Scan(NamedTuple):
 
 
 class S6(nn.Module):
-    """Parameters and pieces of Mamba and LBMamba.
-
-    Args:
-        d_model: Width of the stream.
-        d_state: States n per channel.
-        d_conv: Width of the causal convolution, 1 to 8.
-        expand: d_inner = expand * d_model.
-        dt_rank: Rank of the map from input to steps; None: d_model / 16 rounded up.
-        dt_min: Shortest initial step.
-        dt_max: Longest initial step.
-        dt_init: Initial weight of dt_proj: uniform ("random") or all the same ("constant").
-        dt_scale: Factor of that weight's size, dt_rank^-1/2.
-        dt_init_floor: Initial steps below are raised to it.
-        use_bcdt_rms: Norm dt, B and C over their channels, without weights (Falcon-Mamba).
-        bcdt_eps: Of these norms.
-        bias: Of in_proj and out_proj.
-        conv_bias: Of the convolution.
-        device: Where to create the parameters.
-        dtype: Their dtype; those of the recurrence are float32 at least.
-
-    Raises:
-        ValueError: if a size is out of range or an option unknown.
-    """
+    """Parameters and pieces of Mamba and LBMamba; `Mamba` names the options."""
 
     causal: ClassVar[bool]
     linear_in_x: ClassVar[bool] = True
@@ -210,10 +188,29 @@ class S6(nn.Module):
 
 
 class Mamba(S6):
-    __doc__ = (S6.__doc__ or "").replace(
-        "Parameters and pieces of Mamba and LBMamba.",
-        "Causal mixer (b, l, d) -> (b, l, d), Mamba; neither residual nor norm inside.",
-    )
+    """Causal mixer (b, l, d) -> (b, l, d), n states per channel; neither residual nor norm inside.
+
+    Args:
+        d_model: Width of the stream.
+        d_state: States n per channel.
+        d_conv: Width of the causal convolution, 1 to 8.
+        expand: d_inner = expand * d_model.
+        dt_rank: Rank of the map from input to steps; None: d_model / 16 rounded up.
+        dt_min: Shortest initial step.
+        dt_max: Longest initial step.
+        dt_init: Initial weight of dt_proj: uniform ("random") or all the same ("constant").
+        dt_scale: Factor of that weight's size, dt_rank^-1/2.
+        dt_init_floor: Initial steps below are raised to it.
+        use_bcdt_rms: Norm dt, B and C over their channels, without weights (Falcon-Mamba).
+        bcdt_eps: Of these norms.
+        bias: Of in_proj and out_proj.
+        conv_bias: Of the convolution.
+        device: Where to create the parameters.
+        dtype: Their dtype; those of the recurrence are float32 at least.
+
+    Raises:
+        ValueError: if a size is out of range or an option unknown.
+    """
 
     causal: ClassVar[bool] = True
     state_type: ClassVar[type[ConvSSMState]] = ConvSSMState
