@@ -14,7 +14,7 @@ and y = ((C B^T) * P) x is one masked product; between blocks the states of the 
 grids; memory and time grow with the number of rows, not with its square.
 """
 
-from __future__ import annotations
+# No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
 from typing import Literal
 

@@ -3,7 +3,7 @@
 torch.fx leaves them alone and TorchScript calls them as they are, so that mixers built on them pass both.
 """
 
-from __future__ import annotations
+# No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
 import torch
 import torch.nn.functional as F

@@ -6,7 +6,7 @@ Subclasses set `stem`, `stages` (a Sequential), `norm` and `head`, and call `_de
 # No postponed annotations here: torch.fx writes those of `forward` into its code, and needs types, not their names.
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +112,11 @@ class Head(nn.Module):
 class Pyramid(nn.Module):
     """Base of the pyramids; see the module's text for what subclasses set."""
 
-    stem: nn.Module
-    stages: nn.Sequential
-    norm: nn.Module
-    head: Head
+    if TYPE_CHECKING:  # TorchScript would take annotations that it sees for the modules' types
+        stem: nn.Module
+        stages: nn.Sequential
+        norm: nn.Module
+        head: Head
     __jit_unused_properties__ = ["grad_checkpointing"]
 
     def _describe(self, in_chans: int, num_classes: int, dims: Sequence[int], stem_stride: int = 4) -> None:

@@ -24,7 +24,7 @@ Source: Liu et al. (2024), VMamba, sections 4 and 5.
     vmamba_v0_base     128  2 2 27 2      2  76,254,056
 """
 
-from __future__ import annotations
+# No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
 import math
 import re
