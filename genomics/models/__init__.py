@@ -25,6 +25,7 @@ from .hnet import (
     hnet_hg38_t15,
     hnet_tiny,
 )
+from .hybridna import hybridna_300m, hybridna_tiny
 from .isotropic import (
     mamba2_debug,
     mamba2_hg38,
@@ -34,16 +35,29 @@ from .isotropic import (
     transformer_small,
 )
 from .markov import MarkovModel
+from .masked import (
+    MaskedDNA,
+    caduceus_ph_1k,
+    caduceus_ph_131k,
+    caduceus_ps_1k,
+    caduceus_ps_131k,
+    hydra_dna_ps_small,
+    hydra_dna_small,
+    hydra_dna_tiny,
+)
 from .official import cast_weights
+from .official import load_caduceus as load_caduceus
 from .official import load_hnet as load_hnet
 
 __all__ = [
     "MODELS",
     "HNet",
     "MarkovModel",
+    "MaskedDNA",
     "create_model",
     "from_pretrained",
     "list_models",
+    "load_caduceus",
     "load_hnet",
     "model_options",
     "save_pretrained",
@@ -63,6 +77,16 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "transformer_debug": transformer_debug,
     "transformer_small": transformer_small,
     "transformer_hg38": transformer_hg38,
+    "hybridna_tiny": hybridna_tiny,
+    "hybridna_300m": hybridna_300m,
+    "masked_dna": MaskedDNA,
+    "caduceus_ph_1k": caduceus_ph_1k,
+    "caduceus_ps_1k": caduceus_ps_1k,
+    "caduceus_ph_131k": caduceus_ph_131k,
+    "caduceus_ps_131k": caduceus_ps_131k,
+    "hydra_dna_tiny": hydra_dna_tiny,
+    "hydra_dna_small": hydra_dna_small,
+    "hydra_dna_ps_small": hydra_dna_ps_small,
     "markov": MarkovModel,
 }
 

@@ -31,7 +31,7 @@ from ..sequence import vocabulary as read_vocabulary
 LETTERS = {"m": "mamba2", "t": "attention"}
 
 _SSM = {"chunk_size": 256, "d_conv": 4, "d_state": 128, "expand": 2}
-_ATTENTION = ("num_heads", "rotary_emb_dim", "window_size")
+_ATTENTION = ("num_heads", "rotary_emb_dim", "window_size", "num_kv_heads")
 
 
 class StageBoundaries(NamedTuple):
@@ -74,8 +74,8 @@ class HNet(nn.Module):
         d_intermediate: Inner width of the MLPs of each stage, rounded up to a multiple of 128; None: 8/3 of the width.
         vocab_size: Number of ids; None: those of the vocabulary.
         ssm_cfg: Options of Mamba-2: d_conv, d_state, expand; chunk_size never changes results and is not used.
-        attn_cfg: Options of attention, a list each with one entry per stage: num_heads, rotary_emb_dim and window_size
-            (keys before the query that it sees; -1 is all).
+        attn_cfg: Options of attention, a list each with one entry per stage: num_heads, rotary_emb_dim, window_size
+            (keys before the query that it sees; -1 is all) and num_kv_heads.
         tie_embeddings: Use the embedding as head.
         target_ratios: Elements per chunk aimed at, one per stage; None: 3 for each.
         ratio_weight: Weight of the loss on the rates of boundaries.
@@ -337,6 +337,7 @@ def attention_options(attn_cfg: Mapping[str, Any]) -> dict[str, Any]:
     window = attn_cfg.get("window_size", -1)
     return {
         "nheads": attn_cfg["num_heads"],
+        "kv_heads": attn_cfg.get("num_kv_heads"),
         "rotary_dim": attn_cfg.get("rotary_emb_dim", 0),
         "window": None if window < 0 else window,
     }

@@ -1,6 +1,7 @@
 """Checkpoints of published models: names of weights, both ways.
 
-H-Net (`goombalab/hnet`): `.safetensors`, or `.pt` with tensors alone; the configuration is a JSON file.
+H-Net (`goombalab/hnet`) and Caduceus (`kuleshov-group/caduceus`): `.safetensors`, or pickles of tensors alone; the
+configuration is a JSON file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ...ssmcore.mixers import Attention
 from ...ssmcore.training.checkpoints import load_weights, read_weights
 from .hnet import HNet
+from .masked import MaskedDNA
 
 # Our `Stack` and `Attention` against the published names, applied to whole parts of a name.
 _HNET_NAMES = (
@@ -75,17 +77,82 @@ def load_hnet(
         ValueError: if a file is damaged, a pickle that was not allowed, or does not fit the configuration.
         TypeError: if the configuration has an unknown entry.
     """
-    if isinstance(config, Mapping):
-        options = dict(config)
-    else:
-        path = Path(config)
-        if not path.is_file():
-            raise FileNotFoundError(f"configuration {str(path)!r} does not exist.")
-        options = json.loads(path.read_text())
-    model = HNet(**options)
+    model = HNet(**_read_config(config))
     state = from_official(read_weights(weights, allow_pickle=allow_pickle))
     load_weights(model, state, source=str(weights))
     return cast_weights(model, dtype)
+
+
+def load_caduceus(
+    weights: str | os.PathLike,
+    config: str | os.PathLike | Mapping[str, Any],
+    *,
+    allow_pickle: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+) -> MaskedDNA:
+    """Build a published Caduceus and load its weights.
+
+    Equivariant weights that were trained with fused norms get `swap_halves`: the fused blocks hand the vectors of one
+    strand to the other's place at every layer.
+
+    Args:
+        weights: `.safetensors` file, or a pickle of tensors.
+        config: The model's `config.json`, or what it holds.
+        allow_pickle: Also read `.pt` and `.bin` files; only tensors and plain values, even then.
+        dtype: Of the loaded weights, as for `load_hnet`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged, a pickle that was not allowed, or is of a kind that this model cannot be.
+    """
+    given = _read_config(config)
+    wanted = {"bidirectional": True, "bidirectional_strategy": "add", "bidirectional_weight_tie": True}
+    for name, value in wanted.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"expected a Caduceus with {name} {value!r}, got {name} {given[name]!r}.")
+    equivariant = bool(given.get("rcps", False))
+    ssm = given.get("ssm_cfg") or {}
+    options = {name: ssm[name] for name in ("d_state", "d_conv", "expand") if name in ssm}
+    if ssm.get("dt_rank", "auto") != "auto":
+        options["dt_rank"] = ssm["dt_rank"]
+    multiple = given.get("pad_vocab_size_multiple", 8)
+    model = MaskedDNA(
+        given["d_model"],
+        given["n_layer"],
+        mixer="mamba",
+        mixer_options=options,
+        strands="equivariant" if equivariant else "one",
+        swap_halves=equivariant and bool(given.get("fused_add_norm", True)),
+        vocab_size=-(-given["vocab_size"] // multiple) * multiple,
+        vocabulary="char",
+    )
+    state: dict[str, Tensor] = {}
+    for name, tensor in read_weights(weights, allow_pickle=allow_pickle).items():
+        shared = re.search(r"\.mamba_rev\.(in|out)_proj\.", name)
+        if not shared and not name.endswith("complement_map"):
+            state[_caduceus_name(name)] = tensor
+    load_weights(model, state, source=str(weights))
+    return cast_weights(model, dtype)
+
+
+def _caduceus_name(name: str) -> str:
+    """Our name of a weight."""
+    name = name.removeprefix("caduceus.").removeprefix("backbone.").replace(".submodule.", ".")
+    if name.startswith("embeddings."):
+        return "embeddings.weight"
+    if name.startswith("lm_head."):
+        return "lm_head.weight"
+    name = name.replace("norm_f.", "stack.norm.").replace(".mamba_fwd.", ".ahead.").replace(".mamba_rev.", ".back.")
+    return re.sub(r"^layers\.", "stack.blocks.", name)
+
+
+def _read_config(config: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration {str(path)!r} does not exist.")
+    return json.loads(path.read_text())
 
 
 _Model = TypeVar("_Model", bound=nn.Module)
