@@ -17,6 +17,9 @@ else:
     from .causal_conv1d.op import causal_conv1d as causal_conv1d
     from .causal_conv1d.step import conv_step as conv_step
     from .causal_conv1d.step import conv_step_ as conv_step_
+    from .dag_scan.op import dag_scan as dag_scan
+    from .dag_scan.order import DagOrder as DagOrder
+    from .dag_scan.order import dag_order as dag_order
     from .dispatch import Backend as Backend
     from .dispatch import BackendError as BackendError
     from .dispatch import available_backends as available_backends
@@ -43,12 +46,15 @@ else:
     __all__ = [
         "Backend",
         "BackendError",
+        "DagOrder",
         "TrapezoidState",
         "available_backends",
         "causal_conv1d",
         "conv_step",
         "conv_step_",
         "cu_seqlens_to_seq_idx",
+        "dag_order",
+        "dag_scan",
         "ema_scan",
         "fft_conv",
         "gated_norm",

@@ -47,6 +47,7 @@ class OpSpec:
         cpu_bench_sizes: Sizes for the CPU benchmark.
         implementations: What the op offers.
         twice_differentiable: Whether the chunked path has second derivatives.
+        free: Tensors whose last size no other tensor shares, so that none can disagree with it.
         tolerance: Looser limits than `TOLERANCE` by (tensor name, dtype); state the reason beside the entry.
     """
 
@@ -58,6 +59,7 @@ class OpSpec:
     cpu_bench_sizes: tuple[BenchSize, ...] = ()
     implementations: tuple[str, ...] = ("reference", "chunked", "triton")
     twice_differentiable: bool = True
+    free: tuple[str, ...] = ()
     tolerance: Mapping[tuple[str, torch.dtype], float] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,1 @@
+"""State-space scan over the nodes of directed acyclic graphs."""

@@ -1,0 +1,91 @@
+"""`dag_scan`: the state-space recurrence over the nodes of directed acyclic graphs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_devices, check_floating, check_shapes
+from ..dispatch import Backend, cast_for_autocast, choose
+from .chunked import dag_scan_chunked
+from .order import DagOrder
+from .reference import dag_scan_reference
+
+
+def dag_scan(
+    x: Tensor,
+    edge_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    edge_index: Tensor,
+    order: DagOrder,
+    *,
+    reverse: bool = False,
+    signed: bool = False,
+    max_state_bytes: int = 2**26,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Scan a batch of DAGs: every node adds up the states of its parents, each times the weight of its edge.
+
+        S_v = x_v B_v^T + sum_{u->v} a_uv S_u,      y_v = S_v C_v,      a = exp(edge_decay)
+
+    A path is the scan `ssd`; the result is that of the resolvent (I - A)^{-1}, with A[v, u] = a_uv, in time linear in
+    nodes and edges.
+
+    Args:
+        x: Input of each node, (v, h, p).
+        edge_decay: Logarithm of each edge's weight, (e, h); the weight itself if `signed`.
+        B: Input map of each node, (v, g, n); h is a multiple of g, and the heads of a group share it.
+        C: Output map of each node, (v, g, n).
+        edge_index: Source and target of each edge, (2, e) integers; parallel edges add up.
+        order: `dag_order(edge_index, v)`, on the same device.
+        reverse: Scan against the edges: states flow from targets to sources.
+        signed: `edge_decay` is the weight, of any sign.
+        max_state_bytes: States are kept for backward if they fit this many bytes, and else computed again in blocks of
+            this size.
+        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+
+    Returns:
+        y, (v, h, p) in the dtype of `x`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if shapes or devices disagree, or `order` is that of another graph.
+        BackendError: if `backend` is named explicitly and cannot run here.
+
+    Sums are float32 (float64 for float64 inputs). Under autocast x, B and C are cast, weights are not. Differentiable
+    in x, edge_decay, B and C; the reference also twice. A graph's result does not depend on its neighbours in the
+    batch.
+    Source: Lahoti, Marwah, Puduppully & Gu (2025), "Chimera: State Space Models Beyond Sequences", section 3.
+    """
+    check_floating(x=x, edge_decay=edge_decay, B=B, C=C)
+    sizes = check_shapes(
+        x=(x, "v h p"), edge_decay=(edge_decay, "e h"), B=(B, "v g n"), C=(C, "v g n"), edge_index=(edge_index, "2 e")
+    )
+    if edge_index.is_floating_point():
+        raise TypeError(f"`edge_index` must be an integer tensor, got {edge_index.dtype}.")
+    if not isinstance(order, DagOrder):
+        raise TypeError(f"`order` must be a DagOrder from dag_order(edge_index, v), got {type(order).__name__}.")
+    check_devices(x=x, edge_decay=edge_decay, B=B, C=C, edge_index=edge_index, order=order.perm)
+    nodes, heads, groups = sizes["v"], sizes["h"], sizes["g"]
+    if (order.num_nodes, order.num_edges) != (nodes, sizes["e"]):
+        raise ValueError(
+            f"`order` has {order.num_nodes} nodes and {order.num_edges} edges, expected {nodes} and {sizes['e']}; "
+            "make it with dag_order(edge_index, v) from the same graph."
+        )
+    if groups == 0 or heads % groups:
+        raise ValueError(f"`B` has g={groups}, expected a divisor of h={heads} (from `x`).")
+    x, B, C = cast_for_autocast(x, B, C)
+    dtype = torch.float32
+    for tensor in (x, edge_decay, B, C):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    weight = edge_decay.to(dtype)
+    if not signed:
+        weight = weight.exp()
+    if x.numel() == 0:
+        return x.clone()
+    match choose(backend, x, op="dag_scan", implementations=("reference", "chunked")):
+        case "reference":
+            return dag_scan_reference(x, weight, B, C, edge_index, order, reverse)
+        case _:
+            return dag_scan_chunked(x, weight, B, C, order, reverse, max_state_bytes)

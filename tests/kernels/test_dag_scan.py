@@ -1,0 +1,192 @@
+"""dag_scan against dense masks, other scans and plain loops; and the order it walks in."""
+
+import pytest
+import torch
+
+from omnissm.kernels import DagOrder, dag_order, dag_scan, ssd
+from omnissm.kernels.dag_scan.spec import make_inputs
+from omnissm.kernels.testing import relative_error, run_with_gradients
+
+
+def inputs_of(v, e, dtype=torch.float64, seed=0, **options):
+    sizes = {"h": 2, "p": 3, "n": 4} | options
+    generator = torch.Generator().manual_seed(seed)
+    return make_inputs(v, e, **sizes, dtype=dtype, device="cpu", generator=generator)
+
+
+def dense(x, edge_decay, B, C, edge_index, order, reverse=False, signed=False, max_state_bytes=0):
+    """y = ((I - A)^{-1} * (C B^T)) x, one dense matrix per head."""
+    nodes, heads = x.shape[:2]
+    weight = edge_decay if signed else edge_decay.exp()
+    A = x.new_zeros(heads, nodes, nodes)
+    source, target = edge_index.flip(0) if reverse else edge_index
+    A = A.index_put((torch.arange(heads)[:, None], target[None], source[None]), weight.T, accumulate=True)
+    mask = torch.linalg.inv(torch.eye(nodes, dtype=x.dtype) - A)
+    B, C = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (B, C))
+    kernel = torch.einsum("ihn,jhn->hij", C, B)
+    return torch.einsum("hij,jhp->ihp", mask * kernel, x)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("v", "e"), [(1, 0), (2, 1), (63, 100), (64, 0), (257, 500)])
+def test_equals_the_dense_mask(v, e, reverse):
+    inputs = inputs_of(v, e, reverse=reverse)
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    expected = run_with_gradients(dense, inputs, ("y",), cotangents)
+    for budget in (2**26, 4096):
+        found = run_with_gradients(dag_scan, inputs | {"max_state_bytes": budget}, ("y",), cotangents)
+        for name, value in found.items():
+            assert relative_error(value, expected[name]) < 1e-10, name
+
+
+def test_a_node_with_two_hundred_parents_and_parallel_edges():
+    source = torch.cat([torch.arange(200), torch.tensor([0, 0, 200])])
+    target = torch.cat([torch.full((200,), 200), torch.tensor([200, 200, 201])])
+    edge_index = torch.stack([source, target])
+    inputs = inputs_of(202, 0, h=1) | {"edge_index": edge_index, "order": dag_order(edge_index, 202)}
+    inputs["edge_decay"] = torch.linspace(-2, 0, 203, dtype=torch.float64)[:, None]
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    expected = run_with_gradients(dense, inputs, ("y",), cotangents)
+    for name, value in run_with_gradients(dag_scan, inputs, ("y",), cotangents).items():
+        assert relative_error(value, expected[name]) < 1e-10, name
+
+
+def test_a_path_is_ssd():
+    length = 50
+    edge_index = torch.stack([torch.arange(length - 1), torch.arange(1, length)])
+    order = dag_order(edge_index, length)
+    assert order.kind == "chains"
+    inputs = inputs_of(length, 0)
+    log_decay = -torch.rand(length, 2, dtype=torch.float64)
+    y, _ = ssd(inputs["x"][None], log_decay[None], inputs["B"][None], inputs["C"][None])
+    found = dag_scan(inputs["x"], log_decay[1:], inputs["B"], inputs["C"], edge_index, order)
+    assert relative_error(found, y[0]) < 1e-12
+    y, _ = ssd(
+        *(inputs["x"].flip(0)[None], log_decay.flip(0)[None], inputs["B"].flip(0)[None], inputs["C"].flip(0)[None])
+    )
+    found = dag_scan(inputs["x"], log_decay[:-1], inputs["B"], inputs["C"], edge_index, order, reverse=True)
+    assert relative_error(found, y[0].flip(0)) < 1e-12
+
+
+def test_names_of_nodes_and_order_of_edges_do_not_matter():
+    inputs = inputs_of(40, 80, dtype=torch.float32)
+    y = dag_scan(**inputs)
+    shuffled = torch.randperm(80)
+    edge_index = inputs["edge_index"][:, shuffled]
+    again = inputs | {"edge_index": edge_index, "edge_decay": inputs["edge_decay"][shuffled]}
+    y_edges = dag_scan(**again | {"order": dag_order(edge_index, 40)})
+    torch.testing.assert_close(y_edges, y, rtol=1e-5, atol=1e-5)
+    names = torch.randperm(40)  # old name -> new name
+    renamed = names[inputs["edge_index"]]
+    again = {name: torch.empty_like(inputs[name]).index_copy(0, names, inputs[name]) for name in ("x", "B", "C")}
+    y_names = dag_scan(**inputs | again | {"edge_index": renamed, "order": dag_order(renamed, 40)})
+    torch.testing.assert_close(y_names[names], y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_is_its_graphs_one_by_one():
+    graphs = [inputs_of(v, e, seed=v) for v, e in ((1, 0), (7, 9), (30, 60), (2, 1))]
+    separate = torch.cat([dag_scan(**graph) for graph in graphs])
+    offsets = torch.tensor([0, 1, 8, 38])
+    edge_index = torch.cat([graph["edge_index"] + offset for graph, offset in zip(graphs, offsets)], dim=1)
+    batch = torch.repeat_interleave(torch.arange(4), torch.tensor([1, 7, 30, 2]))
+    joined = {name: torch.cat([graph[name] for graph in graphs]) for name in ("x", "edge_decay", "B", "C")}
+    order = dag_order(edge_index, 40, batch=batch)
+    torch.testing.assert_close(dag_scan(**joined, edge_index=edge_index, order=order), separate)
+
+
+def test_order():
+    inputs = inputs_of(100, 300)
+    order, (source, target) = inputs["order"], inputs["edge_index"]
+    level = [0] * 100
+    for _ in range(100):
+        for u, v in zip(source.tolist(), target.tolist()):
+            level[v] = max(level[v], level[u] + 1)
+    starts = order.level_ptr.tolist()
+    assert order.num_levels == max(level) + 1
+    for depth in range(order.num_levels):
+        assert order.perm[starts[depth] : starts[depth + 1]].tolist() == [v for v in range(100) if level[v] == depth]
+    assert torch.equal(order.perm[order.inverse], torch.arange(100))
+    assert torch.equal(order.perm[order.src], source[order.edge_perm])
+    assert torch.equal(order.perm[order.dst], target[order.edge_perm])
+    assert order.row_ptr[-1] == order.edge_ptr[-1] == order.out_ptr[-1] == 300
+
+
+@pytest.mark.parametrize(
+    ("edges", "kind"),
+    [
+        ([], "empty"),
+        ([(0, 1), (2, 3)], "chains"),
+        ([(0, 1), (0, 2)], "out_forest"),
+        ([(0, 2), (1, 2)], "in_forest"),
+        ([(0, 2), (1, 2), (0, 3)], "dag"),
+    ],
+)
+def test_kind(edges, kind):
+    assert dag_order(torch.tensor(edges, dtype=torch.long).reshape(-1, 2).T, 4).kind == kind
+
+
+def test_compiles_whole_for_every_graph():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def layer(x, edge_decay, B, C, edge_index, order):
+        return dag_scan(x * 2, edge_decay, B, C, edge_index, order).sum(-1)
+
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    names = ("x", "edge_decay", "B", "C", "edge_index", "order")
+    for v, e in ((9, 12), (20, 30), (33, 70)):
+        inputs = {name: inputs_of(v, e, seed=v)[name] for name in names}
+        cotangents = {"y": torch.randn(v, 2, dtype=torch.float64)}
+        expected = run_with_gradients(layer, inputs, ("y",), cotangents)
+        for name, value in run_with_gradients(compiled, inputs, ("y",), cotangents).items():
+            torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("edges", "batch", "message"),
+    [
+        (
+            [(0, 1), (1, 2), (2, 0), (2, 3)],
+            None,
+            r"cycle: nodes (0 -> 1 -> 2 -> 0|1 -> 2 -> 0 -> 1|2 -> 0 -> 1 -> 2); 4 ",
+        ),
+        ([(0, 1), (3, 2), (2, 3)], [0, 0, 1, 1], "of graph 1; 2 nodes"),
+        ([(0, 1), (1, 1)], None, "self loop at node 1"),
+        ([(0, 4)], None, "names node 4, expected ids from 0 to 3"),
+        ([(0, -1)], None, "names node -1"),
+        ([(0, 1), (1, 2)], [0, 0, 1, 1], "Edge 1 joins node 1 of graph 0 and node 2 of graph 1"),
+    ],
+)
+def test_wrong_graphs(edges, batch, message):
+    batch = None if batch is None else torch.tensor(batch)
+    with pytest.raises(ValueError, match=message):
+        dag_order(torch.tensor(edges).T, 4, batch=batch)
+
+
+def test_long_cycle_is_cut_short():
+    ring = torch.stack([torch.arange(100), (torch.arange(100) + 1) % 100])
+    with pytest.raises(ValueError, match=r"nodes (\d+ -> ){8}\.\.\.; 100 nodes"):
+        dag_order(ring, 100)
+
+
+def test_wrong_arguments():
+    inputs = inputs_of(6, 8)
+    with pytest.raises(TypeError, match="dag_order"):
+        dag_scan(**inputs | {"order": inputs["edge_index"]})
+    with pytest.raises(ValueError, match="has 5 nodes and 0 edges, expected 6 and 8"):
+        dag_scan(**inputs | {"order": dag_order(inputs["edge_index"][:, :0], 5)})
+    with pytest.raises(TypeError, match="integer"):
+        dag_order(torch.zeros(2, 3), 3)
+    with pytest.raises(ValueError, match=r"shape \(2, e\), got \(3, 2\)"):
+        dag_order(torch.zeros(3, 2, dtype=torch.long), 3)
+    with pytest.raises(ValueError, match="divisor of h=2"):
+        dag_scan(**inputs | {"B": inputs["B"].repeat(1, 3, 1), "C": inputs["C"].repeat(1, 3, 1)})
+
+
+def test_order_moves_between_devices():
+    order = inputs_of(6, 8)["order"].to("meta")
+    assert isinstance(order, DagOrder)
+    assert order.perm.device.type == "meta"
+    assert order.level_ptr.device.type == "cpu"
