@@ -85,9 +85,9 @@ def _over_heads(states: Tensor, values: Tensor, groups: int) -> Tensor:
     return (values.reshape(nodes, groups, 1, -1) @ states.view(nodes, groups, -1, size))[:, :, 0]
 
 
-def _block(nodes: int, heads: int, headdim: int, size: int, element: int, budget: int) -> int:
+def _block(x: Tensor, weight: Tensor, size: int, budget: int) -> int:
     """States of one node that are worked on at once: as many as fit the budget, a power of two below all of them."""
-    fitting = budget // max(1, nodes * heads * headdim * element)
+    fitting = budget // max(1, x.numel() * weight.element_size())
     return size if fitting >= size else 1 << max(0, fitting.bit_length() - 1)
 
 
@@ -100,7 +100,7 @@ def _forward(
     inputs, keys, readers = (tensor[levels.perm].to(wide).contiguous() for tensor in (x, B, C))
     weight = weight[levels.edge_perm]
     size = B.shape[2]
-    block = _block(*x.shape, size, weight.element_size(), max_state_bytes)
+    block = _block(x, weight, size, max_state_bytes)
     y, states = torch.zeros_like(inputs), weight.new_empty(0)
     for n in range(0, size, block):
         part = slice(n, n + block)
@@ -113,7 +113,7 @@ def _forward(
 def _(
     x: Tensor, weight: Tensor, B: Tensor, C: Tensor, topology: list[Tensor], reverse: bool, max_state_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    block = _block(*x.shape, B.shape[2], weight.element_size(), max_state_bytes)
+    block = _block(x, weight, B.shape[2], max_state_bytes)
     states = weight.new_empty(*x.shape, B.shape[2]) if block == B.shape[2] else weight.new_empty(0)
     return torch.empty_like(x, memory_format=torch.contiguous_format), states
 
@@ -135,7 +135,7 @@ def _backward(
     by_scan = weight[levels.edge_perm]
     source, target = (levels.dst, levels.src) if reverse else (levels.src, levels.dst)
     groups, size = B.shape[1:]
-    block = size if kept.numel() else _block(*x.shape, size, weight.element_size(), max_state_bytes)
+    block = size if kept.numel() else _block(x, weight, size, max_state_bytes)
     dx, dweight = torch.zeros_like(inputs), torch.zeros_like(by_scan)
     dB, dC = torch.empty_like(keys), torch.empty_like(readers)
     for n in range(0, size, block):
