@@ -18,7 +18,8 @@ def causal_conv1d_chunked(
     right = k - 1 - left - extra
     wide = x.to(weight.dtype)
     if seq_idx is None and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        y = F.conv1d(F.pad(wide.mT, (left, right)), weight[:, None], bias, groups=weight.shape[0]).mT.contiguous()
+        with torch.autocast("cpu", enabled=False):  # it would round the parameters
+            y = F.conv1d(F.pad(wide.mT, (left, right)), weight[:, None], bias, groups=weight.shape[0]).mT.contiguous()
     else:
         y = torch.zeros((), dtype=weight.dtype, device=x.device) if bias is None else bias
         wide = F.pad(wide, (0, 0, left, right))
