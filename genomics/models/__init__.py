@@ -34,6 +34,7 @@ from .isotropic import (
     transformer_hg38,
     transformer_small,
 )
+from .lyra import Lyra, lyra
 from .markov import MarkovModel
 from .masked import (
     MaskedDNA,
@@ -48,12 +49,15 @@ from .masked import (
 from .official import cast_weights
 from .official import load_caduceus as load_caduceus
 from .official import load_hnet as load_hnet
+from .predictor import SequencePredictor
 
 __all__ = [
     "MODELS",
     "HNet",
+    "Lyra",
     "MarkovModel",
     "MaskedDNA",
+    "SequencePredictor",
     "create_model",
     "from_pretrained",
     "list_models",
@@ -87,6 +91,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "hydra_dna_tiny": hydra_dna_tiny,
     "hydra_dna_small": hydra_dna_small,
     "hydra_dna_ps_small": hydra_dna_ps_small,
+    "lyra": lyra,
+    "predictor": SequencePredictor,
     "markov": MarkovModel,
 }
 
