@@ -23,6 +23,17 @@ from typing import Any
 LIGHTNING = "omnissm.ssmcore.training.cli"
 
 VERBS: dict[str, dict[str, tuple[str, str]]] = {
+    "vision": {
+        "fit": (LIGHTNING, "Train a model as a configuration file says."),
+        "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
+        "test": (LIGHTNING, "Metrics of a trained model on the test part, written to metrics.json."),
+        "predict": ("omnissm.vision.__main__:predict", "Classes of new images, as a table and a contact sheet."),
+        "export": ("omnissm.ssmcore.training.export:export", "Turn a checkpoint into a model folder."),
+        "plot": ("omnissm.vision.__main__:plot", "Where a model looks: receptive fields and mixing matrices."),
+        "shard": ("omnissm.vision.__main__:shard", "Pack a folder of images into tar files."),
+        "benchmark": ("omnissm.vision.__main__:benchmark", "Time models side by side on this machine."),
+        "list": ("omnissm.vision.__main__:list_names", "Names and sizes of the models."),
+    },
     "timeseries": {
         "fit": (LIGHTNING, "Train a model as a configuration file says."),
         "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
@@ -36,7 +47,10 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "plot": ("omnissm.timeseries.__main__:plot", "Draw a forecast or backtest file."),
     },
 }
-DOMAINS = {"timeseries": "Forecast many related series."}
+DOMAINS = {
+    "timeseries": "Forecast many related series.",
+    "vision": "Classify images.",
+}
 DEMOS = {"timeseries": "omnissm.timeseries.demo:demo"}
 COMMANDS = {
     "demo": "Train, forecast and compare with simple methods on data that needs no download.",

@@ -108,9 +108,7 @@ def _coefficients(steps: Tensor, root: bool, published: bool) -> Tensor:
     return torch.cat([torch.exp(-steps) * exists / weight[..., None], gain[..., None]], dim=-1)
 
 
-def _one_block(
-    x: Tensor, parts: list[Tensor], B: Tensor, C: Tensor, corners: list[tuple[int, ...]]
-) -> Tensor:
+def _one_block(x: Tensor, parts: list[Tensor], B: Tensor, C: Tensor, corners: list[tuple[int, ...]]) -> Tensor:
     """Corners that share B and C, as one product with the sum of their masks."""
     rows, columns = x.shape[1:3]
     mask = None
@@ -159,9 +157,7 @@ def _rows(x: Tensor, coefficients: Tensor, B: Tensor, C: Tensor) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def _block(
-    x: Tensor, coefficients: Tensor, B: Tensor, C: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _block(x: Tensor, coefficients: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     columns = x.shape[2]
     paths = _paths(coefficients)  # (b, h, t, s)
     weighted = (x * coefficients[..., 2, None]).flatten(1, 2).movedim(2, 1)  # (b, h, s, p)

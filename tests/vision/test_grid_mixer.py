@@ -24,7 +24,9 @@ def by_cells(x, dt, dt_bias, B, C, root, published):
     steps = F.softplus(dt + dt_bias[:, None, None])
     total = torch.zeros_like(x)
     for corner, dims in enumerate(CORNERS):
-        u, s, into, out = (t.flip(dims) for t in (x, steps[..., corner, :], B[..., GROUPS[corner], :], C[..., GROUPS[corner], :]))
+        u, s, into, out = (
+            t.flip(dims) for t in (x, steps[..., corner, :], B[..., GROUPS[corner], :], C[..., GROUPS[corner], :])
+        )
         rows, columns = u.shape[1:3]
         state, y = {}, torch.zeros_like(u)
         for i in range(rows):

@@ -18,7 +18,7 @@ TOKENS = ("hydra_vit_*", "vim_*", "lbvim_*", "chimera_vit_*")
 
 def list_models(filter="", module="", pretrained=False, exclude_filters="", **_):
     """timm's function of this name, for our models; OMNISSM_MODELS narrows them."""
-    if pretrained or "vit_*" not in exclude_filters and filter and "vit_*" not in filter:
+    if pretrained or ("vit_*" not in exclude_filters and filter and "vit_*" not in filter):
         return []
     names = [name for name in NAMES if fnmatch(name, os.environ.get("OMNISSM_MODELS", "*"))]
     if "vit_*" in (filter or ()):

@@ -95,9 +95,7 @@ class GridSSM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, i, j, d_model)."""
         dtype = x.dtype
-        z, mixed, dt = self.in_proj(x).split(
-            [self.d_inner, self.d_inner + 4 * self.d_state, 8 * self.nheads], dim=-1
-        )
+        z, mixed, dt = self.in_proj(x).split([self.d_inner, self.d_inner + 4 * self.d_state, 8 * self.nheads], dim=-1)
         mixed = F.silu(self.conv2d(mixed.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         x, B, C = mixed.split([self.d_inner, 2 * self.d_state, 2 * self.d_state], dim=-1)
         x = x.unflatten(-1, (self.nheads, self.headdim))

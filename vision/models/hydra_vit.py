@@ -51,7 +51,12 @@ class TokenHydra(Hydra):
         mixed = short_conv(mixed, self.conv1d.weight, self.conv1d.bias, True)
         u, B_f, C_f, B_b, C_b = mixed.split(self.sizes, dim=-1)
         groups = [self.ngroups, self.d_state]
-        maps = [B_f.unflatten(-1, groups), C_f.unflatten(-1, groups), B_b.unflatten(-1, groups), C_b.unflatten(-1, groups)]
+        maps = [
+            B_f.unflatten(-1, groups),
+            C_f.unflatten(-1, groups),
+            B_b.unflatten(-1, groups),
+            C_b.unflatten(-1, groups),
+        ]
         diag = self.fc_D(u) + self.D
         heads = u.unflatten(-1, [self.nheads, self.headdim])
         y = quasiseparable_mix(heads, dt_f, dt_b, self.dt_bias, self.A_log, maps, diag, self.chunk)
@@ -149,10 +154,7 @@ def _create(name: str, pretrained: bool, **options: Any) -> HydraViT:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"hydra_vit_{size}_patch16_224.untrained": token_cfg("arXiv:2407.09941")
-        for size in ("tiny", "small", "base")
-    }
+    {f"hydra_vit_{size}_patch16_224.untrained": token_cfg("arXiv:2407.09941") for size in ("tiny", "small", "base")}
 )
 
 

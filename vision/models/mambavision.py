@@ -286,7 +286,9 @@ class MambaVision(Pyramid):
         for k, (width, depth) in enumerate(zip(dims, depths, strict=True)):
             down = nn.Conv2d(width // 2, width, 3, 2, 1, bias=False, **factory) if k else None
             if k < 2:
-                stages.append(Stage(down, [ConvBlock(width, next(rates), layer_scale_conv, **factory) for _ in range(depth)]))
+                stages.append(
+                    Stage(down, [ConvBlock(width, next(rates), layer_scale_conv, **factory) for _ in range(depth)])
+                )
                 continue
             scanned = [j < math.ceil(depth / 2) for j in range(depth)]
             blocks = [create_block(width, num_heads[k], scan, next(rates)) for scan in scanned]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint, checkpoint_seq
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from .token_model import chosen, undecayed

@@ -1,6 +1,6 @@
 """What token models share: patches in, equal blocks, a final norm and a head, behind timm's interface.
 
-    x = patches(image) (+ positions) (+ class token);   x = block_k(x) for each k;   y = head(pool(norm(x)))
+x = patches(image) (+ positions) (+ class token);   x = block_k(x) for each k;   y = head(pool(norm(x)))
 """
 
 # No postponed annotations here: torch.fx writes those of `forward` into its code, and needs types, not their names.
@@ -247,9 +247,7 @@ class TokenModel(nn.Module):
             if self.pos_embed is not None:
                 if self.dynamic_img_size:
                     old_rows, old_columns = self.patch_embed.grid_size
-                    x = x + resampled_positions(
-                        self.pos_embed, old_rows, old_columns, rows, columns, self.class_token
-                    )
+                    x = x + resampled_positions(self.pos_embed, old_rows, old_columns, rows, columns, self.class_token)
                 else:
                     x = x + self.pos_embed
         return self.pos_drop(x)
@@ -449,7 +447,9 @@ def fitted(state: dict[str, Tensor], model: TokenModel) -> dict[str, Tensor]:
         tokens = {"none": 0, "head": 1, "middle": 1, "double": 2}[model.class_token]
         side = round((table.shape[1] - tokens) ** 0.5)
         if side * side + tokens != table.shape[1]:
-            raise ValueError(f"`pos_embed` has {table.shape[1]} positions, which is no square grid; cannot resample it.")
+            raise ValueError(
+                f"`pos_embed` has {table.shape[1]} positions, which is no square grid; cannot resample it."
+            )
         state["pos_embed"] = resampled_positions(table, side, side, *model.patch_embed.grid_size, model.class_token)
     weight, own = state.get("patch_embed.proj.weight"), model.patch_embed.proj.weight
     if weight is not None and weight.shape[-2:] != own.shape[-2:]:

@@ -142,9 +142,7 @@ def scan_four_ways(
     def flat(t: Tensor) -> Tensor:
         return t.transpose(1, 2).flatten(2)  # (b, l, 4 d)
 
-    y = selective_mix(
-        flat(sequences), flat(dt), dt_bias.flatten(), A_log, B.transpose(1, 2), C.transpose(1, 2), D, 0
-    )
+    y = selective_mix(flat(sequences), flat(dt), dt_bias.flatten(), A_log, B.transpose(1, 2), C.transpose(1, 2), D, 0)
     return cross_merge(y.unflatten(2, (4, -1)).transpose(1, 2), rows, columns)
 
 

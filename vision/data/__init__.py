@@ -1,0 +1,21 @@
+"""Data modules of this domain; importing this package loads Lightning."""
+
+from .base import ImageData as ImageData
+from .batches import ImageBatch as ImageBatch
+from .folder import ImageFolder as ImageFolder
+from .reading import BadImageError as BadImageError
+from .reading import read_image as read_image
+from .shards import TarShards as TarShards
+from .synthetic import SyntheticImages as SyntheticImages
+from .torchvision_sets import TorchvisionSet as TorchvisionSet
+
+__all__ = [
+    "BadImageError",
+    "ImageBatch",
+    "ImageData",
+    "ImageFolder",
+    "SyntheticImages",
+    "TarShards",
+    "TorchvisionSet",
+    "read_image",
+]
