@@ -1,4 +1,4 @@
-"""Training tasks: next-base and masked language models with the losses and learning rates of hierarchies."""
+"""Training tasks: language models of next or masked bases, with the losses of hierarchies; supervised ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .data.batch import SequenceBatch
 from .losses import IGNORE, bits, blocked_cross_entropy, next_base_targets
 from .models import create_model, model_config, vocabulary_file
 from .sequence import vocabulary as find_vocabulary
+from .supervised import SequenceClassification as SequenceClassification
+from .supervised import SequenceRegression as SequenceRegression
 
 log = logging.getLogger(__name__)
 

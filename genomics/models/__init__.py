@@ -113,10 +113,6 @@ def create_model(name: str, **args: Any) -> nn.Module:
         ValueError: for an unknown model; the message names close ones.
         TypeError: for an option that the model does not have; the message names close ones.
     """
-    if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"Unknown genomics model {name!r}. {hint}list_models() shows all {len(MODELS)}.")
     known = model_options(name)
     for option in args:
         if option not in known:
@@ -128,12 +124,28 @@ def create_model(name: str, **args: Any) -> nn.Module:
     return model
 
 
+def is_supervised(name: str) -> bool:
+    """Whether a model has its own head and maps ids (b, l) to predictions (b, n).
+
+    Raises:
+        ValueError: for an unknown model.
+    """
+    return bool(getattr(_class(name), "supervised", False))
+
+
 def model_options(name: str) -> list[str]:
     """Names of all options of a model: those of the class that a preset builds."""
+    return list(inspect.signature(_class(name)).parameters)
+
+
+def _class(name: str) -> Any:
+    """The class that a name builds."""
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"Unknown genomics model {name!r}. {hint}list_models() shows all {len(MODELS)}.")
     entry = MODELS[name]
-    if not inspect.isclass(entry):
-        entry = inspect.get_annotations(entry, eval_str=True)["return"]
-    return list(inspect.signature(entry).parameters)
+    return entry if inspect.isclass(entry) else inspect.get_annotations(entry, eval_str=True)["return"]
 
 
 def save_pretrained(model: nn.Module, folder: str | os.PathLike, *, dtype: torch.dtype | None = torch.float32) -> Path:

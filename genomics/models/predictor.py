@@ -164,6 +164,17 @@ class SequencePredictor(nn.Module):
         return hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[2]))[:, length + 1 :]
 
 
+def other_strand(tokens: Tensor, vocabulary: str) -> Tensor:
+    """Reverse complement of ids (b, l); padding comes to the other side.
+
+    Args:
+        tokens: Ids.
+        vocabulary: Name of their vocabulary.
+    """
+    complement = torch.from_numpy(read_vocabulary(vocabulary).complement).to(tokens.device)
+    return complement[tokens.flip(1)]
+
+
 def pool(hidden: Tensor, mask: Tensor | None, how: str) -> Tensor:
     """One vector per row from the real positions.
 

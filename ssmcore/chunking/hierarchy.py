@@ -194,7 +194,10 @@ class Hierarchy(nn.Module):
         Returns:
             y, (b, l, d_outer), 0 at padding, and the boundaries of each stage, outermost first.
         """
-        y, found = self._forward(x, mask, mask, seq_idx)
+        needed = mask
+        if mask is not None and self._all_causal() and bool((mask[:, :1] | ~mask).all()):
+            needed = None  # padding stands behind, where causal stacks cannot see it
+        y, found = self._forward(x, mask, needed, seq_idx)
         return (y if mask is None else y * mask[..., None]), found
 
     def _forward(

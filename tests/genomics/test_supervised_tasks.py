@@ -1,0 +1,162 @@
+"""Classification, several labels and regression: losses and metrics against other libraries' formulas, and learning."""
+
+import math
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from omnissm.genomics.data.batch import SequenceBatch
+from omnissm.genomics.models import create_model, from_pretrained
+from omnissm.genomics.tasks import SequenceClassification, SequenceRegression
+from omnissm.ssmcore.training import export_checkpoint
+
+LYRA = {"d_model": 16, "n_layer": 1, "n_conv": 1, "d_state": 8, "dropout": 0.0}
+
+
+class Rows(pl.LightningDataModule):
+    """The same batches for all parts."""
+
+    def __init__(self, tokens, labels, size=32):
+        super().__init__()
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        cut = range(0, len(tokens), size)
+        self.batches = [SequenceBatch(tokens[k : k + size], mask[k : k + size], labels[k : k + size]) for k in cut]
+
+    def train_dataloader(self):
+        return DataLoader(self.batches, batch_size=None)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def trainer(folder, **options):
+    return pl.Trainer(
+        default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, **options,
+    )  # fmt: skip
+
+
+def motif(rows=128, length=24):
+    tokens = torch.randint(4, 8, (rows, length), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(rows) % 2
+    tokens[labels == 1, 5:11] = torch.tensor([7, 4, 7, 4, 4, 7])
+    return tokens, labels
+
+
+def adam(groups):
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def auroc(score, label):
+    """Share of pairs in the right order; ties count half."""
+    difference = score[label == 1][:, None] - score[label == 0][None]
+    return ((difference > 0).double() + 0.5 * (difference == 0)).mean().item()
+
+
+def test_classes_are_learnt_and_saved(tmp_path):
+    tokens, labels = motif()
+    task = SequenceClassification("lyra", LYRA, optimizer=adam)
+    run = trainer(tmp_path, max_epochs=15, num_sanity_val_steps=0)
+    run.fit(task, Rows(tokens, labels))
+    found = {name: value.item() for name, value in run.callback_metrics.items()}
+    assert found["val/accuracy"] > 0.95
+    assert found["val/mcc"] > 0.9
+    assert found["val/auroc"] > 0.95
+    run.save_checkpoint(tmp_path / "c.ckpt")
+    model = from_pretrained(export_checkpoint(tmp_path / "c.ckpt", tmp_path / "model"))
+    torch.testing.assert_close(model(tokens), task.net.eval()(tokens))
+
+
+def test_metrics_of_classes_by_hand():
+    torch.manual_seed(0)
+    task = SequenceClassification("lyra", LYRA)
+    y, labels = torch.randn(60, 2), torch.randint(2, (60,))
+    found = {name: value.item() for name, value in task.metrics(y, labels).items()}
+    chosen = y.argmax(1)
+    tp, tn = ((chosen == k) & (labels == k) for k in (1, 0))
+    fp, fn = (chosen == 1) & (labels == 0), (chosen == 0) & (labels == 1)
+    a, b, c, d = (float(part.sum()) for part in (tp, tn, fp, fn))
+    assert found["accuracy"] == pytest.approx((a + b) / 60)
+    mcc = (a * b - c * d) / math.sqrt((a + c) * (a + d) * (b + c) * (b + d))
+    assert found["mcc"] == pytest.approx(mcc, abs=1e-5)
+    assert found["f1"] == pytest.approx((2 * a / (2 * a + c + d) + 2 * b / (2 * b + c + d)) / 2, abs=1e-5)
+    assert found["auroc"] == pytest.approx(auroc(y[:, 1] - y[:, 0], labels), abs=1e-5)
+    three = SequenceClassification("lyra", LYRA, num_classes=3)
+    y, labels = torch.randn(60, 3), torch.randint(3, (60,))
+    found = three.metrics(y, labels)
+    expected = np.mean([auroc(y.softmax(1)[:, k], (labels == k).int()) for k in range(3)])
+    assert found["auroc"].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_labels():
+    torch.manual_seed(0)
+    task = SequenceClassification("lyra", LYRA, num_classes=3, multilabel=True, class_weights=[1.0, 2.0, 3.0])
+    y = torch.randn(40, 3)
+    bits = (torch.rand(40, 3) < 0.4).float()
+    each = F.binary_cross_entropy_with_logits(y, bits, reduction="none").mean(0)
+    torch.testing.assert_close(task.loss(y, bits), (each * torch.tensor([1.0, 2, 3])).sum() / 6)
+    found = task.metrics(y, bits)
+    assert found["auroc"].item() == pytest.approx(np.mean([auroc(y[:, k], bits[:, k]) for k in range(3)]), abs=1e-5)
+    bits[:, 2] = 0  # nothing to rank: left out of the mean
+    again = task.metrics(y, bits)["auroc"].item()
+    assert again == pytest.approx(np.mean([auroc(y[:, k], bits[:, k]) for k in range(2)]), abs=1e-5)
+
+
+def test_values_with_gaps():
+    task = SequenceRegression("lyra", LYRA, n_outputs=2)
+    y = torch.randn(30, 2)
+    labels = y + 0.5 * torch.randn(30, 2)
+    labels[::3, 1] = math.nan
+    there = labels.isfinite()
+    torch.testing.assert_close(task.loss(y, labels), (y - labels)[there].square().mean())
+    found = task.metrics(y, labels)
+    expected = [np.corrcoef(y[there[:, k], k], labels[there[:, k], k])[0, 1] for k in range(2)]
+    assert found["pearson"].item() == pytest.approx(np.mean(expected), abs=1e-5)
+    ranks = [
+        np.corrcoef(y[there[:, k], k].argsort().argsort(), labels[there[:, k], k].argsort().argsort())[0, 1]
+        for k in range(2)
+    ]
+    assert found["spearman"].item() == pytest.approx(np.mean(ranks), abs=1e-5)
+    with pytest.raises(ValueError, match=r"labels \(30, 2\) need n_outputs=2, got 1"):
+        SequenceRegression("lyra", LYRA).loss(torch.randn(30, 1), labels)
+    assert SequenceRegression("lyra", LYRA, loss_kind="mae").loss(torch.zeros(2, 1), torch.tensor([1.0, 3])) == 2
+
+
+def test_evaluation_averages_strands(tmp_path):
+    tokens, labels = motif(8)
+    torch.manual_seed(0)
+    task = SequenceClassification("hydra_dna_tiny", vocabulary="acgt", strands="both").eval()
+    given = Rows(tokens, labels).batches[0]
+    other = torch.tensor([0, 1, 2, 3, 7, 6, 5, 4])[tokens.flip(1)]
+    torch.testing.assert_close(task(given), (task.net(tokens) + task.net(other)) / 2)
+    assert not torch.allclose(task(given), task.net(tokens), atol=1e-4)
+    task.train()
+    torch.testing.assert_close(task(given), task.net(tokens))
+
+
+def test_head_on_a_language_model_trains_alone_if_frozen(tmp_path):
+    tokens, labels = motif(64)
+    task = SequenceClassification(
+        "hnet_tiny", vocabulary="acgt", head_args={"freeze": True, "pool": "max"}, optimizer=adam
+    )
+    before = {name: p.clone() for name, p in task.net.backbone.named_parameters()}
+    trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0).fit(task, Rows(tokens, labels))
+    assert all(torch.equal(p, before[name]) for name, p in task.net.backbone.named_parameters())
+    assert task.model_config()["model"] == "genomics/predictor"
+    assert task.model_config()["task"] == {"kind": "SequenceClassification", "num_classes": 2, "multilabel": False}
+    again = create_model("predictor", **task.model_config()["args"])
+    assert again.backbone.vocab_size == 8
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"'lyra' has its own head; leave out head_args, got \['pool'\]"):
+        SequenceClassification("lyra", head_args={"pool": "max"})
+    with pytest.raises(ValueError, match="`class_weights` needs 2 entries, got 3"):
+        SequenceClassification("lyra", class_weights=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"Unknown genomics model 'lira'\. Did you mean 'lyra'\?"):
+        SequenceClassification("lira")
+    with pytest.raises(ValueError, match="got 'rmse'"):
+        SequenceRegression(loss_kind="rmse")
