@@ -94,13 +94,6 @@ class ConvSSMState(MixerState):
     recurrent: ClassVar[tuple[str, ...]] = ("ssm",)
 
 
-def copy_state_(target: _State, source: _State) -> None:
-    """Write the tensors of one state over those of another, for CUDA graphs with fixed memory."""
-    kept = target.tensors()
-    for name, tensor in source.tensors().items():
-        kept[name].copy_(tensor)
-
-
 def check_state(
     state: Any, expected: type[MixerState], shapes: Mapping[str, Sequence[int]], device: torch.device
 ) -> None:
