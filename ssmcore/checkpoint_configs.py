@@ -341,12 +341,55 @@ def _write_hf(kind: str) -> Callable[[SequenceModel], dict[str, Any]]:
     return write
 
 
-# goombalab/hydra
+# alxndrTL/mamba.py, whose `LM` has no vocabulary in its configuration: `vocab_size` is added to it
 
-_HYDRA = {
-    "vocab_size", "type_vocab_size", "hidden_size", "num_hidden_layers", "d_state", "d_conv", "expand", "headdim",
-    "chunk_size", "is_prenorm", "layer_norm_eps", "matrix_mixer_type",
-}  # fmt: skip
+_MAMBAPY = {"d_model", "n_layers", "vocab_size", "d_state", "expand_factor", "d_conv", "dt_rank", "bias", "conv_bias"}
+_MAMBAPY_TRAINING = {"dt_min", "dt_max", "dt_init", "dt_scale", "base_std", "mup_base_width", "pscan", "use_cuda"}
+
+
+def _read_mambapy(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    derived = {"d_inner", "dt_init_floor", "mup_width_mult"}
+    known = _MAMBAPY | _MAMBAPY_TRAINING | derived | {"rms_norm_eps", "mup", "inner_layernorms"}
+    _refuse_unknown(config, known, "the configuration")
+    for name in ("mup", "inner_layernorms"):
+        if config.get(name, False):
+            raise ValueError(f"`{name}` must be false: our layers have none of it.")
+    chosen = {key: config[key] for key in ("d_state", "d_conv", "dt_rank", "bias", "conv_bias") if key in config}
+    if chosen.get("dt_rank") == "auto":
+        del chosen["dt_rank"]
+    return {
+        "d_model": _entry(config, "d_model"),
+        "layers": _entry(config, "n_layers"),
+        "mixer": "mamba",
+        "mixer_options": {**chosen, "expand": config.get("expand_factor", 2), **options},
+        "vocab_size": _entry(config, "vocab_size"),
+        "pad_vocab_multiple": 1,
+        "tie_embeddings": False,
+        "eps": config.get("rms_norm_eps", 1e-5),
+        "residual_in_fp32": False,
+    }
+
+
+def _write_mambapy(model: SequenceModel) -> dict[str, Any]:
+    mixer = _mixer_of(model, (Mamba,), "mambapy")
+    block: Any = model.stack.blocks[0]
+    if model.tied or mixer.use_bcdt_rms or isinstance(block.norm, nn.LayerNorm) or block.norm_position != "pre":
+        raise ValueError("family 'mambapy' has a head of its own, RMS norms in front of its layers and none inside.")
+    return {
+        "d_model": model.d_model,
+        "n_layers": len(model.stack.blocks),
+        "vocab_size": model.embedding.weight.shape[0],
+        "d_state": mixer.d_state,
+        "expand_factor": _expand(mixer),
+        "d_conv": mixer.conv1d.kernel_size[0],
+        "dt_rank": mixer.dt_rank,
+        "bias": mixer.in_proj.bias is not None,
+        "conv_bias": mixer.conv1d.bias is not None,
+        "rms_norm_eps": block.norm.eps,
+    }
+
+
+# goombalab/hydra
 
 
 def _read_hydra(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -404,6 +447,15 @@ FAMILIES: dict[str, Family] = {
     "hf_mamba": Family(_names("embeddings"), _read_hf("mamba"), _write_hf("mamba")),
     "hf_mamba2": Family(_names("embeddings"), _read_hf("mamba2"), _write_hf("mamba2")),
     "hf_falcon_mamba": Family(_names("embeddings"), _read_hf("falcon_mamba"), _write_hf("falcon_mamba")),
+    "mambapy": Family(
+        [
+            ("stack.blocks.{}.", "mamba.layers.{}."),
+            ("stack.norm.", "norm_f."),
+            ("head.", "lm_head."),
+        ],
+        _read_mambapy,
+        _write_mambapy,
+    ),
     "hydra_bert": Family(
         [
             ("embedding.", "bert.embeddings.word_embeddings."),

@@ -7,6 +7,7 @@
 | --- | --- |
 | `state_spaces` | Mamba, Mamba-2 and Mamba-3 of state-spaces/mamba, with attention layers and MLPs |
 | `hf_mamba`, `hf_mamba2`, `hf_falcon_mamba` | Mamba, Mamba-2 and FalconMamba of transformers |
+| `mambapy` | the Mamba language model of alxndrTL/mamba.py; its configuration with `vocab_size` |
 | `hydra_bert` | the masked language model of goombalab/hydra |
 
 Inside a mixer our names are the published ones, so that a mixer's own weights load as they are. Pickles are refused
@@ -153,6 +154,8 @@ def detect_family(config: Mapping[str, Any]) -> str:
         return kind
     if "d_model" in config and "n_layer" in config:
         return "state_spaces"
+    if "d_model" in config and "n_layers" in config:
+        return "mambapy"
     if config.get("matrix_mixer_type") == "hydra":
         return "hydra_bert"
     raise ValueError(f"the configuration is of no known family; name one as `family`: {', '.join(FAMILIES)}.")

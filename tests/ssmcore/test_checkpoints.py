@@ -49,6 +49,7 @@ STATE_SPACES = {
                     "is_outproj_norm": True, "a_activation": "softplus"},
     },
 }  # fmt: skip
+MAMBAPY = {"d_model": 24, "n_layers": 2, "vocab_size": 37, "d_state": 6, "rms_norm_eps": 1e-4, "bias": True}
 HYDRA = {
     "matrix_mixer_type": "hydra", "vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 2, "d_state": 4,
     "d_conv": 7, "expand": 2, "headdim": 8, "chunk_size": 16, "is_prenorm": False, "hidden_act": "gelu",
@@ -65,8 +66,13 @@ def built(family, config):
     return empty(**FAMILIES[family].read(dict(config), {}))
 
 
-CASES = [*HF.items(), *(("state_spaces", config) for config in STATE_SPACES.values()), ("hydra_bert", HYDRA)]
-IDS = [*HF, *STATE_SPACES, "hydra"]
+CASES = [
+    *HF.items(),
+    *(("state_spaces", config) for config in STATE_SPACES.values()),
+    ("mambapy", MAMBAPY),
+    ("hydra_bert", HYDRA),
+]
+IDS = [*HF, *STATE_SPACES, "mambapy", "hydra"]
 
 
 @pytest.mark.parametrize(("family", "config"), CASES, ids=IDS)
@@ -131,6 +137,21 @@ def test_transformers_gives_the_same(family, tmp_path):
     state, _ = to_checkpoint(model, family)
     theirs = peer.state_dict()
     assert set(theirs) <= set(state)
+    assert all(torch.equal(state[name], theirs[name]) for name in theirs)
+
+
+def test_mambapy_gives_the_same():
+    peer_mamba = pytest.importorskip("mambapy.mamba")
+    lm = pytest.importorskip("mambapy.lm")
+    torch.manual_seed(0)
+    options = {key: value for key, value in MAMBAPY.items() if key != "vocab_size"}
+    peer = lm.LM(peer_mamba.MambaConfig(**options), 37)
+    model = from_checkpoint(peer.state_dict(), MAMBAPY)
+    ids = torch.randint(37, (2, 19))
+    assert (model(ids) - peer(ids)).abs().max() < 1e-5
+    state, _ = to_checkpoint(model, "mambapy")
+    theirs = peer.state_dict()
+    assert set(state) == set(theirs)
     assert all(torch.equal(state[name], theirs[name]) for name in theirs)
 
 
