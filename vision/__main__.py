@@ -126,7 +126,7 @@ def plot(
     else:
         name, crop = str(model), 1.0
         net = create_model(name)
-        size = net.default_cfg["input_size"][-1]  # type: ignore[index, union-attr]
+        size = int(net.default_cfg["input_size"][-1])  # type: ignore[index, union-attr, arg-type]
     if images:
         transform = eval_transform(size, crop)
         pictures = torch.stack([transform(read_image(path)) for path in find_images(images)[:32]])

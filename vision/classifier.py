@@ -88,7 +88,7 @@ class Classifier:
                     if on_bad == "raise":
                         raise
                     errors[path] = str(error)
-            found = iter(self.probabilities(torch.stack(tensors)) if tensors else [])
+            found: Iterator[Tensor] = iter(self.probabilities(torch.stack(tensors)) if tensors else ())
             for path in paths[start : start + batch_size]:
                 if path in errors:
                     yield Prediction(path, (), (), errors[path])

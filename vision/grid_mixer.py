@@ -3,13 +3,13 @@
 For the corner at the top left, with steps dt0 along the row and dt1 along the column (0 where there is no neighbour),
 m the number of neighbours it comes from, and w = sqrt(max(1, m)) or max(1, m), per head with a state (n, p):
 
-    S[i,j] = (e^{-dt0[i,j]} S[i,j-1] + e^{-dt1[i,j]} S[i-1,j]) / w  +  g[i,j] B[i,j] x[i,j]^T,     y[i,j] = C[i,j] S[i,j]
+    S[i,j] = (e^{-dt0[i,j]} S[i,j-1] + e^{-dt1[i,j]} S[i-1,j]) / w + g[i,j] B[i,j] x[i,j]^T,   y[i,j] = C[i,j] S[i,j]
 
 The gain g is (dt0 + dt1) / w, which is 0 in the corner itself (as published), or with the steps before they were set to
 0 at the border. Other corners: the same on the flipped grid. The result is the sum of the four, halved.
 Source: Lahoti, Marwah, Puduppully & Gu (2025), Chimera, section 4; the recurrence replaces their product of powers.
 
-Rows are taken in blocks. Inside a block the sum over all paths between two cells, P = (I - A)^{-1}, is built row by row,
+Rows are taken in blocks. Inside a block the sum over all paths between two cells, P = (I - A)^{-1}, is built by rows,
 and y = ((C B^T) * P) x is one masked product; between blocks the states of the last row go on. One block covers small
 grids; memory and time grow with the number of rows, not with its square.
 """
@@ -111,12 +111,12 @@ def _coefficients(steps: Tensor, root: bool, published: bool) -> Tensor:
 def _one_block(x: Tensor, parts: list[Tensor], B: Tensor, C: Tensor, corners: list[tuple[int, ...]]) -> Tensor:
     """Corners that share B and C, as one product with the sum of their masks."""
     rows, columns = x.shape[1:3]
-    mask = None
+    mask = x.new_zeros(())
     for part, dims in zip(parts, corners, strict=True):
         paths = _paths(_flipped(part, dims)).unflatten(3, (rows, columns)).unflatten(2, (rows, columns))
         paths = _flipped(paths, tuple(dim + shift for dim in dims for shift in (1, 3))).flatten(4, 5).flatten(2, 3)
         paths = paths * part[..., 2].flatten(1, 2).mT[:, :, None]  # (b, h, t, s)
-        mask = paths if mask is None else mask + paths
+        mask = mask + paths
     mixing = mask * (C.flatten(1, 2) @ B.flatten(1, 2).mT)[:, None]
     return (mixing @ x.flatten(1, 2).movedim(2, 1)).movedim(1, 2).reshape(x.shape)
 

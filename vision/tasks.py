@@ -97,7 +97,7 @@ class ImageClassification(SSMTask):
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Tensor]:
         """Probabilities, labels and numbers of the images."""
-        return {"probability": self(batch.image).float().softmax(-1), "label": batch.label, "index": batch.index}
+        return {"probability": self(batch.image).float().softmax(-1), "label": batch.label, "number": batch.number}
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew, also after a validation that was broken off."""

@@ -46,7 +46,7 @@ def time_model(
     """
     place = torch.device(device)
     torch.manual_seed(0)
-    sized = {} if image_size == 224 else {"img_size": image_size} if _fixed(name) else {}
+    sized: dict[str, Any] = {} if image_size == 224 else {"img_size": image_size} if _fixed(name) else {}
     net: nn.Module = create_model(name, **sized).to(place)
     call: Callable[..., Any] = torch.compile(net) if compile else net
     images = torch.randn(batch_size, 3, image_size, image_size, device=place)

@@ -74,7 +74,7 @@ def test_flipping_the_image_swaps_the_corners():
 
 def test_stays_bounded_on_large_grids():
     """With "auto" the weights from both neighbours sum to at most 1 on a grid where sqrt_in would explode."""
-    x, dt, bias, B, C = inputs(1, 40, 40, 1, 1, 1, torch.float32)
+    x, dt, bias, B, _ = inputs(1, 40, 40, 1, 1, 1, torch.float32)
     dt = torch.full_like(dt, -6.0)
     ones = torch.ones_like(B)
     assert grid_mix(x.abs(), dt, 0 * bias, ones, ones).max() < 100

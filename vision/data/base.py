@@ -216,7 +216,7 @@ class ImageData(SSMData):
             raise ValueError("Mixup needs at least two images in a batch, got 1.")
         mix = Mixup(self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.num_classes)
         image, label = mix(batch.image[:count].clone(), batch.label[:count])
-        return batch._replace(image=image, label=label, index=batch.index[:count])
+        return batch._replace(image=image, label=label, number=batch.number[:count])
 
     def state(self) -> dict[str, Any]:
         """What a saved model must know of its data, as plain JSON values."""

@@ -16,13 +16,13 @@ class ImageBatch(NamedTuple):
         image: (batch, channels, height, width) float32 in [0, 1], not normalised: the task does that as its model
             wants it.
         label: (batch,) int64, -1 where unknown; or (batch, classes) float32 after Mixup.
-        index: Numbers of the images in their data set, (batch,) int64.
+        number: Numbers of the images in their data set, (batch,) int64.
         bad: Numbers of the images that could not be read and are left out, (k,) int64.
     """
 
     image: Tensor
     label: Tensor
-    index: Tensor
+    number: Tensor
     bad: Tensor
 
 

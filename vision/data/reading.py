@@ -39,9 +39,7 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image file" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise BadImageError(
-            f"{label!r} cannot be read: {reason}. Use on_bad='skip' to leave such files out."
-        ) from error
+        raise BadImageError(f"{label!r} cannot be read: {reason}. Use on_bad='skip' to leave it out.") from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

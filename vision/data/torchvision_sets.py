@@ -41,7 +41,7 @@ class TorchvisionSet(ImageData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.name, self.root, self.download, self.val_share = name, Path(root), download, val_share
+        self.set_name, self.root, self.download, self.val_share = name, Path(root), download, val_share
 
     def read_parts(self) -> tuple[dict[str, Part], list[str]]:
         """Parts and classes of the set.
@@ -49,14 +49,14 @@ class TorchvisionSet(ImageData):
         Raises:
             FileNotFoundError: if its files are missing and `download` is off.
         """
-        create = getattr(datasets, self.name)
+        create = getattr(datasets, self.set_name)
         try:
             train, test = (create(self.root, train=train, download=self.download) for train in (True, False))
         except RuntimeError as error:
             raise FileNotFoundError(
-                f"{self.name} is not below {str(self.root)!r} ({error}). Put it there or set download=True."
+                f"{self.set_name} is not below {str(self.root)!r} ({error}). Put it there or set download=True."
             ) from error
-        parts = {"train": _part(train, f"{self.name}/train"), "test": _part(test, f"{self.name}/test")}
+        parts = {"train": _part(train, f"{self.set_name}/train"), "test": _part(test, f"{self.set_name}/test")}
         if self.val_share > 0:
             stay, off = split_off(parts["train"].labels, self.val_share, self.seed)
             parts |= {"train": parts["train"].take(stay), "val": parts["train"].take(off)}

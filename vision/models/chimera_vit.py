@@ -4,7 +4,7 @@
     u + drop_path(out_proj(RMSNorm(grid_mixer(x, dt, B, C) + D x) silu(z)))
 
 No MLP, no positions and no class token; LayerNorm and the mean over patches before the head.
-Source: Lahoti, Marwah, Puduppully & Gu (2025), Chimera, section 5 (images); the recurrence: `omnissm.vision.grid_mixer`.
+Source: Lahoti, Marwah, Puduppully & Gu (2025), Chimera, section 5 (images); see `omnissm.vision.grid_mixer`.
 
     name                          width  depth  d_state  headdim  parameters
     chimera_vit_tiny_patch16_224    192     23       64       32   7,148,112

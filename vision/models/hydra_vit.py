@@ -39,7 +39,7 @@ class TokenHydra(Hydra):
 
     def __init__(self, d_model: int, **options: Any) -> None:
         super().__init__(d_model, **options)
-        self.norm = NormGate(self.norm)
+        self.norm = NormGate(self.norm)  # type: ignore[assignment]
         self.sizes = [self.d_inner, *4 * [self.ngroups * self.d_state]]
         self.chunk = self.chunk_size or 0
         for linear in (self.in_proj, self.out_proj, self.fc_D):

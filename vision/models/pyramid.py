@@ -117,7 +117,7 @@ class Pyramid(nn.Module):
         stages: nn.Sequential
         norm: nn.Module
         head: Head
-    __jit_unused_properties__ = ["grad_checkpointing"]
+    __jit_unused_properties__ = ("grad_checkpointing",)
 
     def _describe(self, in_chans: int, num_classes: int, dims: Sequence[int], stem_stride: int = 4) -> None:
         self.in_chans = in_chans
@@ -135,16 +135,19 @@ class Pyramid(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of stem, blocks (coarse: stages) and head for layer-wise rates."""
-        blocks = [(r"^stages\.(\d+)", None)]
+        blocks: list[tuple[str, Any]] = [(r"^stages\.(\d+)", None)]
         if not coarse:
-            blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+            blocks: list[tuple[str, Any]] = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            ]
         return {"stem": r"^stem", "blocks": [*blocks, (r"^norm", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks again in the backward pass instead of keeping their activations."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @property
     def grad_checkpointing(self) -> bool:

@@ -442,14 +442,12 @@ def fitted(state: dict[str, Tensor], model: TokenModel) -> dict[str, Tensor]:
     Raises:
         ValueError: if the table belongs to no square grid.
     """
-    table, own = state.get("pos_embed"), model.pos_embed
-    if table is not None and own is not None and table.shape != own.shape:
+    table, own_table = state.get("pos_embed"), model.pos_embed
+    if table is not None and own_table is not None and table.shape != own_table.shape:
         tokens = {"none": 0, "head": 1, "middle": 1, "double": 2}[model.class_token]
         side = round((table.shape[1] - tokens) ** 0.5)
         if side * side + tokens != table.shape[1]:
-            raise ValueError(
-                f"`pos_embed` has {table.shape[1]} positions, which is no square grid; cannot resample it."
-            )
+            raise ValueError(f"`pos_embed` has {table.shape[1]} positions, no square grid; cannot resample it.")
         state["pos_embed"] = resampled_positions(table, side, side, *model.patch_embed.grid_size, model.class_token)
     weight, own = state.get("patch_embed.proj.weight"), model.patch_embed.proj.weight
     if weight is not None and weight.shape[-2:] != own.shape[-2:]:

@@ -1,7 +1,7 @@
 """Vim: tokens read by two selective scans from both ends; and LBVim: by one scan that also looks back locally.
 
     block: x + drop_path(mixer(RMSNorm(x)))
-    Vim:   [u | z] = in_proj(x);  y = S6_f(u) + flip(S6_b(flip(u)));  out_proj(y silu(z) / 2);  class token in the middle
+    Vim:   [u | z] = in_proj(x);  y = S6_f(u) + flip(S6_b(flip(u)));  out_proj(y silu(z) / 2);  class token inside
     LBVim: one S6 with a backward scan inside segments, the sequence read backwards by every second block; mean pooling
 
 S6 is a causal convolution, silu, data-dependent dt, B and C, and the scan. Positions are learned.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class VimMixer(nn.Module):
     """
 
     own_init = True
-    __constants__ = ["bidirectional", "local", "reverse"]  # TorchScript compiles only the branches taken
+    __constants__ = ("bidirectional", "local", "reverse")  # TorchScript compiles only the branches taken
 
     def __init__(
         self,
@@ -103,6 +103,18 @@ class VimMixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(n_residual)
 
+    if TYPE_CHECKING:
+        conv1d: nn.Conv1d
+        x_proj: nn.Linear
+        dt_proj: nn.Linear
+        A_log: Tensor
+        D: Tensor
+        conv1d_b: nn.Conv1d
+        x_proj_b: nn.Linear
+        dt_proj_b: nn.Linear
+        A_b_log: Tensor
+        D_b: Tensor
+
     def no_decay_names(self) -> tuple[str, ...]:
         """Parameters that weight decay must leave alone."""
         return ("A_log", "D", "dt_proj.bias", "A_b_log", "D_b", "dt_proj_b.bias")
@@ -130,7 +142,8 @@ class VimMixer(nn.Module):
         """One call for both directions, side by side as two groups of channels."""
         weight = torch.cat([self.conv1d.weight, self.conv1d_b.weight])
         bias_f, bias_b = self.conv1d.bias, self.conv1d_b.bias
-        assert bias_f is not None and bias_b is not None  # for TorchScript
+        assert bias_f is not None  # for TorchScript
+        assert bias_b is not None
         u = short_conv(torch.cat([u, u.flip(1)], dim=-1), weight, torch.cat([bias_f, bias_b]), False)
         forward, backward = u.chunk(2, dim=-1)
         dt_f, B_f, C_f = self.x_proj(forward).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -229,7 +242,7 @@ class Vim(TokenModel):
         )
         fan_in = self.patch_embed.proj.weight[0].numel()
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=fan_in**-0.5)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@
            [dt | B | C] = W_k x_k;   y_k = selective_scan(x_k, softplus(V_k dt + b_k), -exp(A_k), B, C, D_k)
            out_proj(LayerNorm(sum of y_k at their cells))
 
-The first generation (`vmamba_v0_*`) has no MLP, a gate silu(z) after that norm, one 4 x 4 convolution as stem, and merges
-2 x 2 patches between stages.
+The first generation (`vmamba_v0_*`) has no MLP, a gate silu(z) after that norm, one 4 x 4 convolution as stem, and
+merges 2 x 2 patches between stages.
 Source: Liu et al. (2024), VMamba, sections 4 and 5.
 
     name               C    depths    ratio  parameters
@@ -155,7 +155,8 @@ class ConvStem(nn.Module):
         if patches:
             self.conv1 = nn.Conv2d(in_chans, dim, 4, 4, **factory)
             self.norm1 = ChannelNorm(dim, **factory)
-            self.conv2, self.norm2 = nn.Identity(), nn.Identity()
+            self.conv2: nn.Module = nn.Identity()
+            self.norm2: nn.Module = nn.Identity()
         else:
             self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **factory)
             self.norm1 = ChannelNorm(dim // 2, **factory)
