@@ -27,6 +27,11 @@ else:
     from .ema_scan.op import ema_scan as ema_scan
     from .fft_conv.op import fft_conv as fft_conv
     from .gated_norm.op import gated_norm as gated_norm
+    from .graph_resolvent.edges import GraphEdges as GraphEdges
+    from .graph_resolvent.edges import graph_edges as graph_edges
+    from .graph_resolvent.iterative import ConvergenceError as ConvergenceError
+    from .graph_resolvent.op import choose_method as choose_method
+    from .graph_resolvent.op import graph_resolvent as graph_resolvent
     from .linear_scan.op import linear_scan as linear_scan
     from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
     from .quasiseparable.op import quasiseparable as quasiseparable
@@ -46,10 +51,13 @@ else:
     __all__ = [
         "Backend",
         "BackendError",
+        "ConvergenceError",
         "DagOrder",
+        "GraphEdges",
         "TrapezoidState",
         "available_backends",
         "causal_conv1d",
+        "choose_method",
         "conv_step",
         "conv_step_",
         "cu_seqlens_to_seq_idx",
@@ -58,6 +66,8 @@ else:
         "ema_scan",
         "fft_conv",
         "gated_norm",
+        "graph_edges",
+        "graph_resolvent",
         "linear_scan",
         "quasiseparable",
         "scan2d",

@@ -65,21 +65,21 @@ class _Levels:
         return states
 
 
-def _outer(values: Tensor, vectors: Tensor) -> Tensor:
+def node_outer(values: Tensor, vectors: Tensor) -> Tensor:
     """(v, h, p) and (v, g, n) -> (v, h, p, n); the heads of a group share its vector."""
     nodes, heads, headdim = values.shape
     grouped = values.view(nodes, vectors.shape[1], -1, headdim, 1)
     return (grouped * vectors[:, :, None, None]).view(nodes, heads, headdim, -1)
 
 
-def _over_state(states: Tensor, vectors: Tensor) -> Tensor:
+def node_over_state(states: Tensor, vectors: Tensor) -> Tensor:
     """(v, h, p, n) and (v, g, n) -> (v, h, p)."""
     nodes, heads, headdim, size = states.shape
     grouped = states.view(nodes, vectors.shape[1], -1, size)
     return (grouped @ vectors[..., None]).view(nodes, heads, headdim)
 
 
-def _over_heads(states: Tensor, values: Tensor, groups: int) -> Tensor:
+def node_over_heads(states: Tensor, values: Tensor, groups: int) -> Tensor:
     """(v, h, p, n) and (v, h, p) -> (v, g, n), summed over the heads of a group."""
     nodes, _, _, size = states.shape
     return (values.reshape(nodes, groups, 1, -1) @ states.view(nodes, groups, -1, size))[:, :, 0]
@@ -104,8 +104,8 @@ def _forward(
     y, states = torch.zeros_like(inputs), weight.new_empty(0)
     for n in range(0, size, block):
         part = slice(n, n + block)
-        states = levels.propagate_(_outer(inputs, keys[..., part]), weight, reverse)
-        y += _over_state(states, readers[..., part])
+        states = levels.propagate_(node_outer(inputs, keys[..., part]), weight, reverse)
+        y += node_over_state(states, readers[..., part])
     return y[levels.inverse].to(x.dtype), states if block == size else weight.new_empty(0)
 
 
@@ -140,11 +140,11 @@ def _backward(
     dB, dC = torch.empty_like(keys), torch.empty_like(readers)
     for n in range(0, size, block):
         part = slice(n, n + block)
-        states = kept if kept.numel() else levels.propagate_(_outer(inputs, keys[..., part]), by_scan, reverse)
-        gradients = levels.propagate_(_outer(outer, readers[..., part]), by_scan, not reverse)
-        dx += _over_state(gradients, keys[..., part])
-        dB[..., part] = _over_heads(gradients, inputs, groups)
-        dC[..., part] = _over_heads(states, outer, groups)
+        states = kept if kept.numel() else levels.propagate_(node_outer(inputs, keys[..., part]), by_scan, reverse)
+        gradients = levels.propagate_(node_outer(outer, readers[..., part]), by_scan, not reverse)
+        dx += node_over_state(gradients, keys[..., part])
+        dB[..., part] = node_over_heads(gradients, inputs, groups)
+        dC[..., part] = node_over_heads(states, outer, groups)
         for e in range(0, len(source), _EDGES_AT_ONCE):
             edges = slice(e, e + _EDGES_AT_ONCE)
             dweight[edges] += (states[source[edges]] * gradients[target[edges]]).flatten(2).sum(2)

@@ -1,0 +1,156 @@
+"""graph_resolvent: its methods against each other, against dag_scan and against bounds; bad input."""
+
+import pytest
+import torch
+
+from omnissm.kernels import ConvergenceError, choose_method, dag_order, dag_scan, graph_edges, graph_resolvent
+from omnissm.kernels.dag_scan.spec import make_inputs as make_dag
+from omnissm.kernels.dispatch import BackendError
+from omnissm.kernels.graph_resolvent.spec import make_inputs
+from omnissm.kernels.testing import relative_error, run_with_gradients
+
+
+def inputs_of(v=60, e=120, dtype=torch.float64, seed=0, **options):
+    sizes = {"h": 2, "p": 3, "n": 2} | options
+    generator = torch.Generator().manual_seed(seed)
+    return make_inputs(v, e, **sizes, dtype=dtype, device="cpu", generator=generator)
+
+
+@pytest.mark.parametrize("graphs", [1, 4])
+@pytest.mark.parametrize("gamma", [0.5, 0.95])
+def test_methods_agree(graphs, gamma):
+    inputs = inputs_of(graphs=graphs, gamma=gamma)
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    expected = run_with_gradients(lambda **kw: graph_resolvent(**kw, backend="reference"), inputs, ("y",), cotangents)
+    for options in ({"method": "dense"}, {"method": "series", "terms": 1024}, {"method": "iterative", "tol": 1e-9}):
+        found = run_with_gradients(lambda **kw: graph_resolvent(**kw), inputs | options, ("y",), cotangents)
+        for name, value in found.items():
+            assert relative_error(value, expected[name]) < 1e-7, (options, name)
+
+
+def test_dense_by_states_equals_dense_by_masks():
+    """Graphs with more nodes than p * n are solved for their states."""
+    small, large = inputs_of(v=40, p=30, n=2), inputs_of(v=40, p=3, n=2)
+    for inputs in (small, large):
+        expected = graph_resolvent(**inputs, backend="reference")
+        assert relative_error(graph_resolvent(**inputs), expected) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["auto", "dense", "series"])
+def test_graphs_without_cycles(method):
+    generator = torch.Generator().manual_seed(0)
+    inputs = make_dag(40, 70, 2, 3, 2, dtype=torch.float64, device="cpu", generator=generator)
+    expected = dag_scan(**inputs)
+    arguments = {name: inputs[name] for name in ("x", "edge_decay", "B", "C", "edge_index")}
+    edges = graph_edges(inputs["edge_index"], 40)
+    assert choose_method(edges)[0] == "dag"
+    assert relative_error(graph_resolvent(**arguments, edges=edges, method=method), expected) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["dense", "series", "iterative"])
+def test_a_batch_is_its_graphs_one_by_one(method):
+    """Very different sizes; the terms of a series are each graph's own."""
+    graphs = [inputs_of(v=v, e=e, seed=v) for v, e in ((1, 1), (100, 220), (7, 9), (33, 60), (30, 45))]
+    options = {"method": method, "tol": 1e-12}
+    separate = torch.cat([graph_resolvent(**graph | options) for graph in graphs])
+    starts = torch.tensor([0, 1, 101, 108, 141, 171])
+    edge_index = torch.cat([graph["edge_index"] + start for graph, start in zip(graphs, starts)], dim=1)
+    joined = {name: torch.cat([graph[name] for graph in graphs]) for name in ("x", "edge_decay", "B", "C")}
+    edges = graph_edges(edge_index, 171, ptr=starts)
+    assert len(edges.buckets) > 2
+    found = graph_resolvent(**joined, edge_index=edge_index, edges=edges, **options)
+    assert relative_error(found, separate) < (1e-9 if method == "iterative" else 1e-13)
+
+
+def test_truncation_is_bounded_by_the_geometric_series():
+    inputs = inputs_of(gamma=0.8)
+    exact = graph_resolvent(**inputs, backend="reference")
+    for terms in (4, 8, 16):
+        found = graph_resolvent(**inputs | {"method": "series"}, terms=terms)
+        bound = 0.8**terms / 0.2
+        sizes = inputs["x"].abs()[..., None] * inputs["B"].abs()[:, :, None]
+        worst = inputs["C"].abs()[:, :, None] * sizes.sum(0) * bound
+        assert ((found - exact).abs() <= worst.sum(-1) + 1e-12).all()
+    assert relative_error(graph_resolvent(**inputs | {"method": "series"}, terms=128), exact) < 1e-9
+
+
+@pytest.mark.parametrize(("edges", "terms"), [([(0, 1), (1, 2), (2, 3)], 4), ([(0, 1), (1, 0), (1, 2), (2, 1)], 4)])
+def test_default_terms(edges, terms):
+    """Longest path plus one, or diameter plus one, rounded up to a power of two."""
+    edge_index = torch.tensor(edges).T
+    inputs = inputs_of(v=4, e=len(edges), gamma=0.5)
+    inputs |= {"edge_index": edge_index, "edges": graph_edges(edge_index, 4), "method": "series"}
+    expected = graph_resolvent(**inputs, terms=terms)
+    assert torch.equal(graph_resolvent(**inputs), expected)
+    assert relative_error(graph_resolvent(**inputs, terms=terms // 2), expected) > 1e-4
+
+
+def test_iteration_refuses_what_does_not_contract_or_converge():
+    inputs = inputs_of(gamma=1.2, method="iterative")
+    with pytest.raises(ValueError, match="sum to less than 1"):
+        graph_resolvent(**inputs)
+    inputs = inputs_of(gamma=0.99, method="iterative")
+    with pytest.raises(ConvergenceError, match="within 3 iterations"):
+        graph_resolvent(**inputs | {"tol": 1e-9}, max_iter=3)
+
+
+def test_iteration_by_rows_where_rows_contract():
+    inputs = inputs_of(gamma=0.9, method="iterative", tol=1e-10)
+    flipped = inputs["edge_index"].flip(0)  # now the sums over incoming edges are below 1
+    inputs |= {"edge_index": flipped, "edges": graph_edges(flipped, 60)}
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    expected = run_with_gradients(lambda **kw: graph_resolvent(**kw, backend="reference"), inputs, ("y",), cotangents)
+    for name, value in run_with_gradients(graph_resolvent, inputs, ("y",), cotangents).items():
+        assert relative_error(value, expected[name]) < 1e-8, name
+
+
+def test_no_second_derivative_by_iteration():
+    inputs = inputs_of(method="iterative")
+    x = inputs["x"].requires_grad_()
+    (dx,) = torch.autograd.grad(graph_resolvent(**inputs | {"x": x}).square().sum(), x, create_graph=False)
+    assert dx.isfinite().all()
+    with pytest.raises(BackendError, match="method='dense'"):
+        torch.autograd.grad(graph_resolvent(**inputs | {"x": x}).square().sum(), x, create_graph=True)
+
+
+def test_half_precision_is_solved_in_float32():
+    inputs = inputs_of(dtype=torch.float16, gamma=0.99)
+    floating = {name: x for name, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()}
+    exact = graph_resolvent(**inputs | {name: x.double() for name, x in floating.items()})
+    found = graph_resolvent(**inputs)
+    assert found.dtype == torch.float16
+    assert relative_error(found, exact) < 1e-3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = graph_resolvent(**inputs | {name: x.float() for name, x in floating.items()})
+    assert relative_error(found, exact) < 1e-5
+
+
+def test_choice():
+    ring = torch.stack([torch.arange(600), (torch.arange(600) + 1) % 600])
+    assert choose_method(graph_edges(ring, 600))[0] == "iterative"
+    assert choose_method(graph_edges(ring, 600, ptr=None).to("cpu"))[1].startswith("the largest graph has 600")
+    pairs = torch.tensor([[0, 1], [1, 0]])
+    assert choose_method(graph_edges(pairs, 1200, ptr=torch.tensor([0, 600, 1200])))[0] == "iterative"
+    assert choose_method(graph_edges(pairs, 2))[0] == "dense"
+
+
+def test_wrong_arguments():
+    inputs = inputs_of(v=6, e=8)
+    with pytest.raises(ValueError, match="method must be one of auto, dag, dense, series, iterative, got 'fast'"):
+        graph_resolvent(**inputs | {"method": "fast"})
+    loop = torch.tensor([[0], [0]])
+    cyclic = {"edge_index": loop, "edges": graph_edges(loop, 6), "edge_decay": inputs["edge_decay"][:1]}
+    with pytest.raises(ValueError, match="without cycles"):
+        graph_resolvent(**inputs | cyclic | {"method": "dag"})
+    with pytest.raises(TypeError, match="graph_edges"):
+        graph_resolvent(**inputs | {"edges": dag_order(torch.zeros(2, 0, dtype=torch.long), 6)})
+    with pytest.raises(ValueError, match="has 6 nodes and 7 edges, expected 6 and 8"):
+        graph_resolvent(**inputs | {"edges": graph_edges(inputs["edge_index"][:, :7], 6)})
+    with pytest.raises(ValueError, match="positive"):
+        graph_resolvent(**inputs | {"tol": 0.0})
+    with pytest.raises(ValueError, match="must rise from 0 to 6"):
+        graph_edges(inputs["edge_index"], 6, ptr=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="two graphs"):
+        graph_edges(torch.tensor([[0], [5]]), 6, ptr=torch.tensor([0, 3, 6]))
+    with pytest.raises(ValueError, match="names node 6"):
+        graph_edges(torch.tensor([[0], [6]]), 6)
