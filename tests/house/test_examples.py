@@ -43,3 +43,21 @@ def test_parity(tmp_path):
     assert accuracy["mamba3"] >= 0.95
     assert accuracy["mamba2"] <= 0.65
     assert (tmp_path / "parity.png").stat().st_size > 1000
+
+
+def test_load_checkpoint(tmp_path):
+    lines = run("load_checkpoint", tmp_path).splitlines()
+    assert lines[0].endswith("in 4 layers")
+    assert lines[-2:] == ["resumed equals whole: True", "padded equals alone: True"]
+    assert (tmp_path / "prompt.safetensors").stat().st_size > 1000
+
+
+def test_mixing_matrix(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = dict(line.split(": ") for line in run("mixing_matrix", tmp_path).splitlines())
+    assert list(lines) == ["mamba2", "hydra", "attention"]
+    assert all(float(line.split()[1].rstrip(",")) < 1e-5 for line in lines.values())
+    ahead = {name: float(line.split("tokens ")[1].split(",")[0]) for name, line in lines.items()}
+    assert ahead["mamba2"] == ahead["attention"] == 0
+    assert ahead["hydra"] > 0.01
+    assert all((tmp_path / f"mixing_matrix_{name}.png").stat().st_size > 1000 for name in lines)
