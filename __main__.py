@@ -34,6 +34,23 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "benchmark": ("omnissm.vision.__main__:benchmark", "Time models side by side on this machine."),
         "list": ("omnissm.vision.__main__:list_names", "Names and sizes of the models."),
     },
+    "genomics": {
+        "fit": (LIGHTNING, "Train a model as a configuration file says."),
+        "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
+        "test": (LIGHTNING, "Metrics of a trained model on the test part, written to metrics.json."),
+        "export": ("omnissm.ssmcore.training.export:export", "Turn a checkpoint into a model folder."),
+        "score": ("omnissm.genomics.__main__:score", "Score the variants of a VCF, BCF or table."),
+        "score-merge": ("omnissm.genomics.__main__:score_merge", "Join the shards of a scoring run."),
+        "scan": ("omnissm.genomics.__main__:scan", "Score all single-base changes of a region."),
+        "embed": ("omnissm.genomics.verbs:embed", "Embeddings of sequences."),
+        "generate": ("omnissm.genomics.verbs:generate", "New sequences from a causal model."),
+        "boundaries": ("omnissm.genomics.verbs:boundaries", "Where a hierarchical model cuts, and genes."),
+        "essential": ("omnissm.genomics.verbs:essential", "Score genes by a knock-out near their start."),
+        "evaluate": ("omnissm.genomics.verbs:evaluate", "Bits per base, beside Markov models."),
+        "describe": ("omnissm.genomics.verbs:describe", "Stages, sizes and costs of a model."),
+        "markov": ("omnissm.genomics.__main__:markov", "Count an interpolated Markov model."),
+        "convert": ("omnissm.genomics.__main__:convert", "Published weights to a model folder; GenBank to FASTA."),
+    },
     "timeseries": {
         "fit": (LIGHTNING, "Train a model as a configuration file says."),
         "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
@@ -48,6 +65,7 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 DOMAINS = {
+    "genomics": "Model DNA, and score variants.",
     "timeseries": "Forecast many related series.",
     "vision": "Classify images.",
 }

@@ -45,7 +45,7 @@ def check_outputs(outs: Sequence[str], header: Sequence[str], prefix: str, *, ov
     found = [line for line in header if line.startswith(f"##INFO=<ID={prefix}_")]
     if found and not overwrite_info and any(".vcf" in out or out.endswith(".bcf") for out in outs):
         raise ValueError(
-            f"the input has INFO fields {prefix}_... already ({found[0][:60]!r}); give --overwrite-info true to replace"
+            f"the input has INFO fields {prefix}_... already ({found[0][:60]!r}); give --overwrite_info true to replace"
             " them, or another --prefix"
         )
 

@@ -284,7 +284,7 @@ class _Guard:
         if self.compared >= 20 and self.mismatches > self.limit * self.compared:
             raise RefMismatchError(
                 f"REF of {self.mismatches} of {self.compared} alleles differs from the reference. Is it the same"
-                " assembly, and do the contig names mean the same? --max-mismatch-frac allows more."
+                " assembly, and do the contig names mean the same? --max_mismatch_frac allows more."
             )
 
 

@@ -248,7 +248,7 @@ class LabelledSequences(LabelledData):
             FileNotFoundError: if there is no such file.
             ValueError: if a column is missing, a value is no number, or the file is empty.
         """
-        columns = _read_table(self.path)
+        columns = read_table(self.path)
         for name in (self.sequence, *self.label, *([self.split] if self.split else [])):
             if name not in columns:
                 raise ValueError(f"{self.path} has no column {name!r}; it has {', '.join(columns)}")
@@ -265,7 +265,7 @@ class LabelledSequences(LabelledData):
         return texts, np.array(values).T, split
 
 
-def _read_table(path: str) -> dict[str, list[Any]]:
+def read_table(path: str) -> dict[str, list[Any]]:
     if path.endswith(".parquet"):
         if not Path(path).is_file():
             raise FileNotFoundError(2, "No such file", path)

@@ -381,7 +381,7 @@ def test_annotating_twice_needs_a_word(tmp_path):
     genome, calls = write_genome(tmp_path), write_vcf(tmp_path / "calls.vcf", 5)
     first, second = str(tmp_path / "a.vcf"), str(tmp_path / "b.vcf")
     score_variants(calls, genome, Bigram(), window=51, out=first)
-    with pytest.raises(ValueError, match="--overwrite-info"):
+    with pytest.raises(ValueError, match="--overwrite_info"):
         score_variants(first, genome, Bigram(), window=51, out=second)
     score_variants(first, genome, Bigram(), window=51, out=second, overwrite_info=True)
     assert (tmp_path / "b.vcf").read_text() == (tmp_path / "a.vcf").read_text()
