@@ -208,7 +208,8 @@ def find_error(
     try:
         if name in spec.implementations and name != "reference":
             for size in spec.test_sizes:
-                check_op(spec, size, name, case.dtype, device)
+                if spec.offers(name, size):
+                    check_op(spec, size, name, case.dtype, device)
         with torch.no_grad():
             found = run(**inputs)
         for (output, value), got in zip(expected.items(), found if isinstance(found, tuple) else (found,)):

@@ -46,6 +46,7 @@ class OpSpec:
         bench_sizes: Sizes for the GPU benchmark.
         cpu_bench_sizes: Sizes for the CPU benchmark.
         implementations: What the op offers.
+        not_triton: Entries of a size that the Triton implementation does not take, where they are set.
         twice_differentiable: Whether the chunked path has second derivatives.
         free: Tensors whose last size no other tensor shares, so that none can disagree with it.
         tolerance: Looser limits than `TOLERANCE` by (tensor name, dtype); state the reason beside the entry.
@@ -58,6 +59,7 @@ class OpSpec:
     bench_sizes: tuple[BenchSize, ...] = ()
     cpu_bench_sizes: tuple[BenchSize, ...] = ()
     implementations: tuple[str, ...] = ("reference", "chunked", "triton")
+    not_triton: tuple[str, ...] = ()
     twice_differentiable: bool = True
     free: tuple[str, ...] = ()
     tolerance: Mapping[tuple[str, torch.dtype], float] = field(default_factory=dict)
@@ -65,6 +67,11 @@ class OpSpec:
     @property
     def name(self) -> str:
         return self.op.__name__
+
+    def offers(self, backend: str, size: Mapping[str, Any] | None = None) -> bool:
+        """Whether the op has an implementation, and this one takes inputs of a size."""
+        excluded = backend == "triton" and any((size or {}).get(name) for name in self.not_triton)
+        return backend in self.implementations and not excluded
 
     def limit(self, tensor: str, dtype: torch.dtype) -> float:
         """Largest allowed relative error of a tensor ("y", "dx", ...) for inputs of a dtype."""

@@ -34,6 +34,25 @@ def unfold(tensor: Tensor, count: int) -> Tensor:
     return tensor.unflatten(0, (count, -1))
 
 
+def one_by_one(
+    function: Callable[..., Any], count: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """A batching rule that calls the function for one mapped instance after another, and stacks its outputs.
+
+    Args:
+        function: Returns a tuple of tensors.
+        count: Size of the mapped dimension.
+        in_dims: Position of the mapped dimension of each argument, None if it is the same for all.
+        arguments: The arguments as the batching rule gets them.
+    """
+    each = [
+        [argument] * count if mapped is None else argument.unbind(mapped)
+        for argument, mapped in zip(arguments, in_dims)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*(function(*one) for one in zip(*each))))
+    return outputs, (0,) * len(outputs)
+
+
 def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the op `ssm::NAME`, which torch.compile and torch.export keep as it is.
 

@@ -37,7 +37,7 @@ def ema_scan(
         cu_seqlens: Where the packed sequences of a single row (b = 1) begin and the last one ends, (s + 1,) integers,
             instead of `seq_idx`. `initial_state` may then have a row for each sequence.
         final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
-        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
     Returns:
         All means, (b, l, d) in the dtype of `x`, and the last one, (b, d), in float32 (float64 for float64 inputs).
@@ -49,7 +49,7 @@ def ema_scan(
         BackendError: if `backend` is named explicitly and cannot run here.
 
     16-bit inputs are summed in float32. Under autocast `x` is cast, `p` and the state are not. Differentiable in all
-    floating tensors, any number of times.
+    floating tensors; the reference and chunked paths any number of times.
     Source: Hwang, Wang & Gu (2025), "Dynamic chunking for end-to-end hierarchical sequence modeling", section 2.2.
     """
     check_floating(x=x, p=p, initial_state=initial_state)
@@ -77,8 +77,12 @@ def ema_scan(
     p = p.to(dtype)
     if x.numel() == 0:
         return x.clone(), state.clone()
-    match choose(backend, x, op="ema_scan", implementations=("reference", "chunked")):
+    match choose(backend, x, op="ema_scan"):
         case "reference":
             return ema_scan_reference(x, p, state, seq_idx)
+        case "triton":
+            from .triton_impl import ema_scan_triton
+
+            return ema_scan_triton(x, p, state, seq_idx)
         case _:
             return ema_scan_chunked(x, p, state, seq_idx)

@@ -49,5 +49,4 @@ SPEC = OpSpec(
         BenchSize({"b": 1, "l": 32768, "d": 1024}, torch.bfloat16, (0.15, 0.5), (0.07, 0.2)),
     ),
     cpu_bench_sizes=(BenchSize({"b": 2, "l": 1024, "d": 256}),),
-    implementations=("reference", "chunked"),
 )
