@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...ssmcore import Stack
+from ...ssmcore import Stack, account
 from ...ssmcore.chunking import Boundaries, Hierarchy, Layout, Stage, stage_multipliers
 from ..sequence import vocabulary as read_vocabulary
+
+Mode = Literal["train", "prefill", "decode"]
 
 LETTERS = {"m": "mamba2", "t": "attention"}
 
@@ -220,11 +222,17 @@ class HNet(nn.Module):
         return self.logits(y), state
 
     def init_state(
-        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        *,
+        slots: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Any:
-        """State before the first position."""
+        """State before the first position, see `Hierarchy.init_state`."""
         weight = self.embeddings.weight
-        return self.backbone.init_state(batch, device=device or weight.device, dtype=dtype or weight.dtype)
+        options: dict[str, Any] = {"device": device or weight.device, "dtype": dtype or weight.dtype}
+        return self.backbone.init_state(batch, slots=slots, **options)
 
     @torch.no_grad()
     def boundaries(
@@ -273,6 +281,43 @@ class HNet(nn.Module):
         for boundaries in found[:stage]:
             start, real = first_to_front(start, boundaries.mask)
         return Layer(seen[0], start, real)
+
+    def flops(self, length: int, *, rates: Sequence[float] | None = None, mode: Mode = "prefill") -> int:
+        """Multiplications and additions for one sequence, as `omnissm.ssmcore.account` counts them.
+
+        Args:
+            length: Bases.
+            rates: Share of positions that begin a chunk, of each stage; None: those aimed at.
+            mode: "train" (three times the forward pass), "prefill", or "decode": one more base behind `length` others,
+                inner stages weighted by how often they are reached.
+
+        Raises:
+            ValueError: if there is not one rate per stage.
+        """
+        rates = [1 / n for n in self.target_ratios] if rates is None else list(rates)
+        if len(rates) != len(self.target_ratios):
+            raise ValueError(f"{len(self.target_ratios)} stages need as many rates, got {len(rates)}.")
+        total, share = self._linear_flops(self.lm_head, length, mode), 1.0
+        for level, rate in zip(self.backbone.levels(), [*rates, 1.0]):
+            positions = max(1, round(length * share))
+            if level.n_stages:
+                parts = [level.encoder, level.decoder]
+                for linear in (level.residual_proj, *level.routing_module.children()):
+                    total += self._reached(self._linear_flops(linear, positions, mode), share, mode)
+            else:
+                parts = [level.main_network]
+            flops: int = sum(account(part, positions, mode=mode).flops for part in parts)
+            total += self._reached(flops, share, mode)
+            share *= rate
+        return total
+
+    @staticmethod
+    def _linear_flops(linear: Any, positions: int, mode: Mode) -> int:
+        return 2 * linear.weight.numel() * {"train": 3 * positions, "prefill": positions, "decode": 1}[mode]
+
+    @staticmethod
+    def _reached(flops: int, share: float, mode: Mode) -> int:
+        return round(flops * share) if mode == "decode" else flops
 
     def stage_of(self, name: str) -> int:
         """Stage of a parameter by its name; embedding and head belong to stage 0, the innermost stack is the last."""

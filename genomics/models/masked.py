@@ -31,6 +31,7 @@ from ...ssmcore import Stack
 from ...ssmcore.chunking import Boundaries
 from ...ssmcore.mixers import create_mixer
 from ..sequence import vocabulary as read_vocabulary
+from .hnet import Layer
 
 Strands = Literal["one", "equivariant"]
 
@@ -166,6 +167,34 @@ class MaskedDNA(nn.Module):
             return self.lm_head(hidden.to(weight.dtype))
         first, second = hidden.to(weight.dtype).chunk(2, dim=-1)
         return self.lm_head(first) + self.lm_head(second.flip(-1))[..., self.complement]
+
+    def layers(self) -> list[str]:
+        """Names for `layer`: "embedding", "layer0", ..., "stack" (with the final norm, what the head reads)."""
+        return ["embedding", *(f"layer{k}" for k in range(len(self.stack.blocks))), "stack"]
+
+    def layer(self, tokens: Tensor, name: str, *, mask: Tensor | None = None) -> Layer:
+        """What one layer makes of the sequences; only "stack" of an equivariant model holds both strands.
+
+        Args:
+            tokens: Ids, (b, l).
+            name: One of `layers()`.
+            mask: True at real positions, (b, l).
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        names = self.layers()
+        if name not in names:
+            raise ValueError(f"unknown layer {name!r}; this model has {', '.join(names)}.")
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        start = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if name == "stack":
+            return Layer(self.hidden(tokens, mask=mask)[0], start, real)
+        x = self.embeddings(tokens)
+        depth = 0 if name == "embedding" else int(name.removeprefix("layer")) + 1
+        for block in self.stack.blocks[:depth]:
+            x = block(x, mask=mask)
+        return Layer(x, start, real)
 
     def sides(self, hidden: Tensor) -> list[Tensor]:
         """The vectors (b, l, d_model) of each strand in its own direction: what a head is applied to and averaged."""

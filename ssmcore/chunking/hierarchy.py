@@ -12,15 +12,16 @@ Hwang, Wang & Gu (2025), section 2.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass, tree_map
 
+from ..states import NestedState
 from .boundaries import P_MIN, Boundaries, Layout, chunk, dechunk, straight_through
 from .routers import Router, RouterState
 
@@ -41,15 +42,15 @@ class Stage(NamedTuple):
     router: nn.Module | None = None
 
 
-@dataclass(frozen=True)
-class HierarchyState:
+@dataclass(frozen=True, eq=False)
+class HierarchyState(NestedState):
     """State of one stage and of all inside it.
 
     Attributes:
         encoder: State of the encoder.
         router: State of the router.
         inner: State of the inner network: of the next stage, or of the innermost stack.
-        dechunk: Smoothed value at the last position, (b, d) float32.
+        dechunk: Smoothed value at the last position, (b, d), at least float32.
         decoder: State of the decoder.
         count: Chunks so far, (b,) int64.
     """
@@ -61,47 +62,13 @@ class HierarchyState:
     decoder: Any
     count: Tensor
 
-    @property
-    def batch_size(self) -> int:
-        """Rows."""
-        return self.count.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all tensors."""
-        return sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(self) if isinstance(leaf, Tensor))
-
-    def select(self, index: Tensor) -> HierarchyState:
-        """Rows by number, in this order; a row may come more than once."""
-        return self._map(lambda part: part.index_select(0, index), lambda part: part.select(index))
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> HierarchyState:
-        """Move the state; a dtype is that of the activations, smoothed values are kept in at least float32."""
-
-        def moved(part: Tensor) -> Tensor:
-            wanted = dtype if dtype is not None and part.is_floating_point() else None
-            return part.to(device=device, dtype=wanted)
-
-        new = self._map(moved, lambda part: part.to(device=device, dtype=dtype))
-        wide = torch.promote_types(dtype or self.dechunk.dtype, torch.float32)
-        return replace(new, dechunk=self.dechunk.to(device=device, dtype=wide))
-
-    def detach(self) -> HierarchyState:
-        """Without history."""
-        return self._map(torch.Tensor.detach, lambda part: part.detach())
-
-    def _map(self, tensor: Callable[[Tensor], Tensor], state: Callable[[Any], Any]) -> HierarchyState:
-        """Apply one function to tensors, another one to states that know themselves how."""
-
-        def each(part: Any) -> Any:
-            if isinstance(part, Tensor):
-                return tensor(part)
-            return RouterState(tensor(part.last), tensor(part.seen)) if isinstance(part, RouterState) else state(part)
-
-        return HierarchyState(**{field.name: each(getattr(self, field.name)) for field in fields(self)})
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move it; a dtype is that of the activations, recurrent states and smoothed values stay float32 at least."""
+        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        return replace(super().to(device, dtype), dechunk=self.dechunk.to(device=device, dtype=wide))
 
 
-register_dataclass(HierarchyState)
+register_dataclass(HierarchyState, serialized_type_name=f"{HierarchyState.__module__}.{HierarchyState.__qualname__}")
 
 
 class Hierarchy(nn.Module):
@@ -270,6 +237,7 @@ class Hierarchy(nn.Module):
         encoded, encoder = self.encoder.step(x, state.encoder)
         boundaries, router = self.routing_module.step(encoded, state.router)
         chosen = boundaries.mask
+        dense = dense or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         every, some = (False, True) if dense else torch.stack([chosen.all(), chosen.any()]).tolist()
         inner, smooth, found = state.inner, state.dechunk, []
         if every:
@@ -285,20 +253,33 @@ class Hierarchy(nn.Module):
         return self._narrow(y), after, [boundaries, *found]
 
     def init_state(
-        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        *,
+        slots: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Any:
-        """State before the first position; without stages that of the innermost stack."""
+        """State before the first position; without stages that of the innermost stack.
+
+        Args:
+            batch: Rows.
+            slots: Room for so many positions in every attention layer, which then never grows; None: they grow.
+            device: Where to create it.
+            dtype: That of the activations.
+        """
         like: dict[str, Any] = {"device": device, "dtype": dtype}
+        stack = like if slots is None else like | {"slots": slots}
         if not self.n_stages:
-            return self.main_network.init_state(batch, **like)
+            return self.main_network.init_state(batch, **stack)
         device = device or self.residual_proj.weight.device
         wide = torch.promote_types(dtype or self.residual_proj.weight.dtype, torch.float32)
         return HierarchyState(
-            self.encoder.init_state(batch, **like),
+            self.encoder.init_state(batch, **stack),
             self.routing_module.init_state(batch, **like),
-            self.main_network.init_state(batch, **like),
+            self.main_network.init_state(batch, **stack),
             torch.zeros(batch, self.d_model, device=device, dtype=wide),
-            self.decoder.init_state(batch, **like),
+            self.decoder.init_state(batch, **stack),
             torch.zeros(batch, device=device, dtype=torch.int64),
         )
 

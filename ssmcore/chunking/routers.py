@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
+from ..states import NestedState
 from .boundaries import Boundaries
 
 
-@dataclass(frozen=True)
-class RouterState:
+@dataclass(frozen=True, eq=False)
+class RouterState(NestedState):
     """What a router remembers.
 
     Attributes:
@@ -33,7 +34,7 @@ class RouterState:
     seen: Tensor
 
 
-register_dataclass(RouterState)
+register_dataclass(RouterState, serialized_type_name=f"{RouterState.__module__}.{RouterState.__qualname__}")
 
 
 class Router(nn.Module):

@@ -267,7 +267,7 @@ def lay_out(
 
 
 def _check_contiguous(mask: Tensor) -> None:
-    if torch.compiler.is_compiling() or mask.shape[1] == 0:
+    if torch.compiler.is_compiling() or mask.shape[1] < 2:
         return
     begins = mask[:, :1].int().sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     if bool((begins > 1).any()):

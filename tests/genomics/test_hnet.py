@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from omnissm.genomics.models import create_model, from_pretrained, list_models, load_hnet, save_pretrained
 from omnissm.genomics.models.hnet import HNet, check_layout
 from omnissm.genomics.models.official import cast_weights, from_official, to_official
+from omnissm.ssmcore import account
+from omnissm.ssmcore.cache import load_state, save_state
 from omnissm.ssmcore.chunking import ratio_loss
+from omnissm.ssmcore.generate import generate
 
 SIZES = {
     "hnet_tiny": 234_869,
@@ -263,6 +266,46 @@ def test_layers_say_where_their_chunks_begin():
     torch.testing.assert_close(model.lm_head(last.x), model(tokens))
     with pytest.raises(ValueError, match=r"unknown layer 'decoder'; this model has embedding, stage0\.encoder"):
         model.layer(tokens, "decoder")
+
+
+def test_operations_follow_the_rates():
+    """Outer layers always, inner ones with the share of positions that reach them; as counted part by part."""
+    model = tiny()
+    whole = account(model, 600, mode="prefill")
+    assert model.flops(600, rates=[1.0, 1.0]) == whole.flops
+    part = {s: sum(p.flops for p in whole.parts if model.stage_of(f"{p.name}.") == s) for s in range(3)}
+    assert part[0] < model.flops(600) < whole.flops
+    linear = model.flops(600, rates=[0.5, 1e-9])
+    assert part[0] + 0.3 * part[1] < linear < part[0] + 0.6 * part[1] + part[2]
+    assert model.flops(600, mode="train") == 3 * model.flops(600)
+    assert model.flops(600, mode="decode") < model.flops(600) / 500
+    with pytest.raises(ValueError, match="2 stages need as many rates, got 1"):
+        model.flops(600, rates=[0.5])
+
+
+def test_state_is_a_file_and_fixed_slots_hold_it(tmp_path):
+    model, tokens = tiny(), ids(2, 30)
+    whole = model(tokens)
+    state = model.init_state(2, slots=40)
+    _, state = model.prefill(tokens[:, :20], state)
+    save_state(state, tmp_path / "s.safetensors")
+    state = load_state(tmp_path / "s.safetensors")
+    for t in range(20, 30):
+        logits, state = model.step(tokens[:, t], state)
+        assert rms(logits, whole[:, t]) < 1e-5
+    half = state.to(dtype=torch.bfloat16)
+    assert half.dechunk.dtype == torch.float32
+    assert half.router.last.dtype == torch.bfloat16
+    assert half.encoder.layers[0].ssm.dtype == torch.float32
+
+
+def test_generation_of_the_core_works():
+    model, prompts = tiny(), ids(2, 12)
+    new = generate(model, prompts, 8)
+    tokens = prompts
+    for _ in range(8):
+        tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(new, tokens[:, 12:])
 
 
 def test_fresh_rates_are_near_the_target():

@@ -126,6 +126,16 @@ def test_directions_share_their_projections():
     assert sum(name.endswith("x_proj.weight") for name in names) == 2
 
 
+def test_layers():
+    model, tokens = build(strands="one"), ids(2, 9)
+    assert model.layers() == ["embedding", "layer0", "layer1", "layer2", "stack"]
+    torch.testing.assert_close(model.stack.norm(model.layer(tokens, "layer2").x), model.layer(tokens, "stack").x)
+    torch.testing.assert_close(model.logits(model.layer(tokens, "stack").x), model(tokens))
+    assert build().layer(tokens, "stack").x.shape == (2, 9, 32)
+    with pytest.raises(ValueError, match="unknown layer 'inner'; this model has embedding, layer0"):
+        model.layer(tokens, "inner")
+
+
 def test_folder_round_trip(tmp_path):
     model, tokens = build(swap_halves=True).float(), ids(1, 9)
     save_pretrained(model, tmp_path / "m")
