@@ -311,7 +311,7 @@ def markov(
 def convert(
     source: Path,
     out: Path,
-    config: Path | None = None,
+    config_file: Path | None = None,
     family: Literal["hnet", "caduceus", "genbank"] = "hnet",
     allow_pickle: bool = False,
 ) -> None:
@@ -320,7 +320,7 @@ def convert(
     Args:
         source: Weights (.safetensors, .pt) or a GenBank file.
         out: Model folder; for genbank the name of both files without suffix.
-        config: The published configuration file (JSON) of the weights.
+        config_file: The published configuration file (JSON) of the weights.
         family: Whose names the weights have, or "genbank".
         allow_pickle: Read .pt files; only tensors and plain values, even then.
 
@@ -328,7 +328,7 @@ def convert(
         ValueError: if weights and configuration do not fit.
 
     Example:
-      omnissm genomics convert --source model.safetensors --config config.json --out folder
+      omnissm genomics convert --source model.safetensors --config_file config.json --out folder
     """
     if family == "genbank":
         from .genbank import genbank_to_fasta_gff
@@ -339,10 +339,10 @@ def convert(
     from .models import save_pretrained
     from .models.official import load_caduceus, load_hnet
 
-    if config is None:
-        raise ValueError("weights need their --config, a JSON file")
+    if config_file is None:
+        raise ValueError("weights need their --config_file, a JSON file")
     load: Any = load_hnet if family == "hnet" else load_caduceus
-    sys.stdout.write(f"{save_pretrained(load(source, config, allow_pickle=allow_pickle), out)}\n")
+    sys.stdout.write(f"{save_pretrained(load(source, config_file, allow_pickle=allow_pickle), out)}\n")
 
 
 if __name__ == "__main__":

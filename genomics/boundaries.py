@@ -75,7 +75,7 @@ def trace(scorer: Scorer, reference: Reference, interval: Interval) -> BoundaryT
     if not forward:
         raise ValueError(f"{scorer.name} has no stages that cut")
     backward = scorer.boundaries([reverse_complement(bases)])[0]
-    turned = [Stage(*(values[::-1] for values in stage)) for stage in backward]
+    turned = [Stage(s.mask[::-1], s.eligible[::-1], s.prob[::-1], s.confidence[::-1]) for s in backward]
     return BoundaryTrace(interval, forward, turned)
 
 

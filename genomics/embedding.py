@@ -41,7 +41,7 @@ def embed_sequences(
     layer: str | None = None,
     pooling: Pooling = "mean",
     strands: Strands = "fwd",
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> list[Embedding]:
     """Embeddings in input order.
 
@@ -89,7 +89,7 @@ def _of_batch(scorer: Scorer, sequences: Sequence[bytes], layer: str | None, poo
 
 
 def _join(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], strands: Strands) -> npt.NDArray[np.float32]:
-    return np.concatenate([a, b]) if strands == "concat" else (a + b) / 2
+    return np.concatenate([a, b]) if strands == "concat" else ((a + b) / 2).astype(np.float32)
 
 
 def write_embeddings(out: str | Path, found: Sequence[Embedding], facts: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ def score_genes(
     window: int = 8192,
     offset: int = 12,
     table: int = 11,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> list[GeneScore]:
     """Scores of genes, in order.
 

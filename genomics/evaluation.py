@@ -46,7 +46,7 @@ def evaluate_model(
     window: int = 8192,
     context: int = 0,
     both_strands: bool = False,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> Evaluation:
     """Bits per base over regions, each base scored once.
 

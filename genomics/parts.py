@@ -108,6 +108,11 @@ class Parts:
         except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete this file and use --resume true") from error
 
+    def leave_nothing(self) -> None:
+        """Delete the folder of a run that failed before its first part."""
+        if not any(self.folder.glob("part-*.npz")):
+            self.remove()
+
     def remove(self) -> None:
         """Delete the folder; its manifest goes first, so that a rest is no run."""
         (self.folder / MANIFEST).unlink(missing_ok=True)

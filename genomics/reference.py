@@ -64,8 +64,8 @@ class Reference:
             self._hold(dict(read_fasta(self.path)))
         else:
             check_whole(self.path)
-            self._open()
-            self.lengths = dict(zip(self._handle.references, self._handle.lengths))
+            handle = self._open()
+            self.lengths = dict(zip(handle.references, handle.lengths))
         self._check()
         self.circular: set[str] = found | self._names(circular)
 
@@ -106,7 +106,8 @@ class Reference:
                 raise ValueError(f"circular contig {name!r} is not in the reference: {', '.join(self.names[:5])}")
         return {contig for contig in found.values() if contig}
 
-    def _open(self) -> None:
+    def _open(self) -> Any:
+        """A handle of this process's own."""
         try:
             import pysam
         except ImportError as error:
@@ -129,6 +130,7 @@ class Reference:
         more = {"filepath_index_compressed": indices[1]} if packed else {}
         self._handle = pysam.FastaFile(str(self.path), filepath_index=indices[0], **more)
         self._owner = os.getpid()
+        return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None, "_owner": -1}

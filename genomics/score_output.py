@@ -144,9 +144,9 @@ def _write_vcf(
         if out.endswith(".bcf"):
             _write_bcf(temporary, lines())
             return
-        with pysam.BGZFile(str(temporary), "wb") as file:
+        with pysam.BGZFile(str(temporary), "wb", None) as packed:
             for line in lines():
-                file.write(line)
+                packed.write(line)
     if order.sorted:
         pysam.tabix_index(out, preset="vcf", force=True)
     else:

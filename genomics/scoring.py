@@ -95,7 +95,7 @@ def score_variants(
     overwrite_info: bool = False,
     device: str = "auto",
     batch_tokens: int = 65_536,
-    progress: bool = False,
+    progress: bool | None = False,
     **fields: Any,
 ) -> ScoreTable:
     """Score every alternative allele of a file or list of variants.
@@ -117,7 +117,7 @@ def score_variants(
         overwrite_info: Replace such fields of an earlier run.
         device: "auto", "cpu" or such as "cuda:0".
         batch_tokens: Most positions of a batch.
-        progress: Show count, rate and time left on stderr.
+        progress: Show count, rate and time left on stderr; None does so on a terminal.
         **fields: Fields of `ScoreOptions`, such as window=8192, scores=("llr", "ll_ref").
 
     Returns:
@@ -171,19 +171,25 @@ def score_variants(
     guard = _Guard(max_mismatch_frac)
     bar = Progress("variants", show=progress)
     mine: list[Columns] = []
-    for number, block in enumerate(_blocks(file, part_size)):
-        if shard is not None and number % shard[1] != shard[0]:
-            continue
-        columns = parts.read(number)
-        if columns is None:
-            rows = worker.check(block)
-            guard.see(rows)
-            columns = worker.score(rows)
-            parts.write(number, columns)
-        if shard is not None or not outs:
-            mine.append(columns)
-        bar.add(len(block))
-    guard.close()
+    try:
+        for number, block in enumerate(_blocks(file, part_size)):
+            if shard is not None and number % shard[1] != shard[0]:
+                continue
+            columns = parts.read(number)
+            if columns is None:
+                rows = worker.check(block)
+                guard.see(rows)
+                columns = worker.score(rows)
+                parts.write(number, columns)
+            if shard is not None:
+                mine.append(columns)
+            bar.add(len(block))
+        guard.close()
+    except Exception as error:
+        if isinstance(error, RefMismatchError) and shard is None:
+            parts.remove()  # the same inputs and options would stop again
+        parts.leave_nothing()
+        raise
     bar.close()
     if shard is not None:
         return ScoreTable(_concat(mine, worker), facts)
@@ -295,7 +301,7 @@ def _in_memory(
     limit: float,
     part_size: int,
     prefix: str,
-    progress: bool,
+    progress: bool | None,
 ) -> ScoreTable:
     guard, bar = _Guard(limit), Progress("variants", show=progress)
     found = []

@@ -294,7 +294,7 @@ def essential(
     for name in names:
         kept = [row for row in scored if row.gene.attributes.get(name) in ("0", "1")]
         truth = [row.gene.attributes[name] == "1" for row in kept]
-        values = {
+        values: dict[str, list[float]] = {
             "model": [row.score for row in kept],
             "length": [len(row.gene) for row in kept],
             "gc": [row.gc for row in kept],

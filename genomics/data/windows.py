@@ -363,7 +363,7 @@ class FastaWindows(SSMData):
         return {"vocabulary": self.vocabulary, "length": self.length, "bos": self.bos, "objective": self.objective}
 
 
-def as_is(batch: SequenceBatch) -> SequenceBatch:
+def as_is(batch: Any) -> Any:
     """The batch as the data set made it."""
     return batch
 
