@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .data import EpochSampler as EpochSampler
     from .data import SSMData as SSMData
     from .export import best_checkpoint as best_checkpoint
+    from .length import InitialStates as InitialStates
     from .optim import EpochDecay as EpochDecay
     from .optim import LRSchedulerCallable as LRSchedulerCallable
     from .optim import OptimizerCallable as OptimizerCallable
@@ -38,6 +39,7 @@ _HOME = {
     "EMA": "callbacks",
     "EpochDecay": "optim",
     "EpochSampler": "data",
+    "InitialStates": "length",
     "LRSchedulerCallable": "optim",
     "ModelFolder": "checkpoints",
     "NonFiniteError": "task",
