@@ -385,13 +385,15 @@ class Attention(nn.Module):
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, is_causal: bool = False) -> Tensor:
         grouped = self.kv_heads != self.nheads
+        if grouped and torch.compiler.is_exporting():  # torch ties grouped heads of exported code to some lengths
+            k, v, grouped = self._spread(k), self._spread(v), False
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
         )
 
     def _spread(self, t: Tensor) -> Tensor:
         """Repeat key or value heads for their query heads."""
-        return t.repeat_interleave(self.nheads // self.kv_heads, dim=1)
+        return t.index_select(1, torch.arange(self.nheads, device=t.device) // (self.nheads // self.kv_heads))
 
     def _extended(
         self, state: AttentionState, k: Tensor, v: Tensor, conv: Tensor | None, layout: Layout
