@@ -19,6 +19,7 @@ else:
     from .causal_conv1d.step import conv_step_ as conv_step_
     from .dag_scan.op import dag_scan as dag_scan
     from .dag_scan.order import DagOrder as DagOrder
+    from .dag_scan.order import chain_order as chain_order
     from .dag_scan.order import dag_order as dag_order
     from .dispatch import Backend as Backend
     from .dispatch import BackendError as BackendError
@@ -57,6 +58,7 @@ else:
         "TrapezoidState",
         "available_backends",
         "causal_conv1d",
+        "chain_order",
         "choose_method",
         "conv_step",
         "conv_step_",

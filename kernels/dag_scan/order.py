@@ -205,3 +205,29 @@ def _describe_cycle(source: Tensor, target: Tensor, level: Tensor, batch: Tensor
         f"The graph has a cycle: nodes {path}{graph}; {stuck} nodes lie on or behind cycles. Orient the edges by an "
         "order of the nodes, or use an operator for general graphs."
     )
+
+
+def chain_order(order: DagOrder) -> tuple[Tensor, Tensor]:
+    """The nodes of a graph of chains, chain after chain.
+
+    Args:
+        order: Of kind "chains" or "empty".
+
+    Returns:
+        The nodes in the order of (chain, position), (v,), and the number of each one's chain, (v,), which does not
+        decrease: `seq_idx` of a scan over them.
+
+    Raises:
+        ValueError: if a node has two edges in or out.
+    """
+    if order.kind not in ("chains", "empty"):
+        raise ValueError(f"Only chains can be put in one line, this graph is of kind {order.kind!r}.")
+    places = torch.arange(order.num_nodes, device=order.perm.device)
+    before = places.clone()
+    before[order.dst] = order.src
+    for _ in range(max(order.num_levels, 1).bit_length()):  # each round doubles the steps towards the first node
+        before = before[before]
+    line = torch.argsort(before, stable=True)  # places are in the order of levels already
+    starts = before[line] != before[line].roll(1)
+    starts[:1] = False
+    return order.perm[line], starts.cumsum(0).to(torch.int32)

@@ -11,6 +11,9 @@ from torch import nn
 from .attention import Attention as Attention
 from .bidirectional import Bidirectional as Bidirectional
 from .chimera2d import Chimera2D as Chimera2D
+from .graph_ssm import GraphSSM as GraphSSM
+from .graph_ssm import GraphTopology as GraphTopology
+from .graph_ssm import graph_topology as graph_topology
 from .hydra import Hydra as Hydra
 from .lbmamba import LBMamba as LBMamba
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
@@ -26,12 +29,15 @@ __all__ = [
     "Bidirectional",
     "Chimera2D",
     "DiscreteMamba2",
+    "GraphSSM",
+    "GraphTopology",
     "Hydra",
     "LBMamba",
     "Mamba",
     "Mamba2",
     "Mamba3",
     "create_mixer",
+    "graph_topology",
     "mixer_options",
 ]
 
@@ -40,6 +46,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "bidirectional": Bidirectional,
     "chimera2d": Chimera2D,
     "discrete_mamba2": DiscreteMamba2,
+    "graph_ssm": GraphSSM,
     "hydra": Hydra,
     "lbmamba": LBMamba,
     "mamba": Mamba,
