@@ -120,22 +120,18 @@ def ssd(
     return ssd_chunked(x, log_decay, B, C, state, weight, D, seq_idx, chunk_size)
 
 
-# What one program of the Triton kernels holds.
-_LARGEST_HEADDIM, _LARGEST_STATE = 128, 256
-
-
 def ssd_obstacle(headdim: int, state: int) -> str | None:
     """Why Triton cannot take heads and states of these sizes, None if it can."""
-    if state > _LARGEST_STATE:
-        return f"Triton takes n up to {_LARGEST_STATE}, got n={state}"
-    if heads_per_head(headdim) is None:
-        return f"Triton takes p up to {_LARGEST_HEADDIM}, or with a divisor from 16 to 64, got p={headdim}"
+    if state > 256:
+        return f"Triton takes n up to 256, got n={state}"
+    if heads_per_head(headdim, state) is None:
+        return f"Triton takes p up to 64, or with a divisor from 16 to 64, got p={headdim} for n={state}"
     return None
 
 
-def heads_per_head(headdim: int) -> int | None:
-    """Into how many narrower heads Triton cuts a head, None if its width has no suitable divisor."""
-    if headdim <= _LARGEST_HEADDIM:
+def heads_per_head(headdim: int, state: int) -> int | None:
+    """Into how many narrower heads Triton cuts a head to hold its state, None if its width has no suitable divisor."""
+    if headdim <= (128 if state <= 128 else 64):
         return 1
     return next((headdim // width for width in range(64, 15, -1) if headdim % width == 0), None)
 

@@ -1,4 +1,4 @@
-"""One position of `ssd`, for decoding: read the state once, write it once."""
+"""One position of `ssd`, for decoding. Where no gradient is asked for, one Triton kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
-from ..dispatch import cast_for_autocast
+from ..dispatch import cast_for_autocast, choose
+from ..transforms import plain_call
 from .op import check_groups, state_dtype
 
 
@@ -44,7 +45,12 @@ def ssd_step(
     Sums are float32, or wider if an input is. Differentiable in all floating tensors. `ssd_step_` writes into `state`.
     Source: Dao & Gu (2024), "Transformers are SSMs".
     """
-    y, new = _advance(x, log_decay, B, C, state, weight, D, state_index)
+    arguments = (x, log_decay, B, C, state, weight, D, state_index)
+    _check(*arguments)
+    if _fused(x, state, arguments):
+        new = state.clone()
+        return _in_place(*arguments[:4], new, *arguments[5:]), new
+    y, new = _advance(*arguments)
     if state_index is None:
         return y, new.to(state.dtype)
     # For each state of the pool the row that writes it; padding rows write to a place behind the last state.
@@ -87,7 +93,11 @@ def ssd_step_(
         TypeError: if an argument is no floating tensor.
         ValueError: if shapes or devices disagree or g does not divide h.
     """
-    y, new = _advance(x, log_decay, B, C, state, weight, D, state_index)
+    arguments = (x, log_decay, B, C, state, weight, D, state_index)
+    _check(*arguments)
+    if _fused(x, state, arguments):
+        return _in_place(*arguments)
+    y, new = _advance(*arguments)
     new = new.to(state.dtype)
     if state_index is None:
         state.copy_(new)
@@ -103,7 +113,7 @@ def ssd_step_(
     return y
 
 
-def _advance(
+def _check(
     x: Tensor,
     log_decay: Tensor,
     B: Tensor,
@@ -112,8 +122,7 @@ def _advance(
     weight: Tensor | None,
     D: Tensor | None,
     state_index: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y and the new state of each row, (b, h, p, n), in the dtype of the sums."""
+) -> None:
     check_floating(x=x, log_decay=log_decay, B=B, C=C, state=state, weight=weight, D=D)
     sizes = check_shapes(
         x=(x, "b h p"),
@@ -127,13 +136,50 @@ def _advance(
     )
     check_devices(x=x, log_decay=log_decay, B=B, C=C, state=state, weight=weight, D=D, state_index=state_index)
     check_groups(sizes["h"], sizes["g"])
+
+
+def _fused(x: Tensor, state: Tensor, arguments: tuple[Tensor | None, ...]) -> bool:
+    """Whether the Triton kernel, which has no gradient, takes this call."""
+    if x.numel() == 0 or state.numel() == 0 or not state.is_contiguous() or not plain_call(*arguments):
+        return False
+    return choose("auto", x, op="ssd_step") == "triton"
+
+
+def _in_place(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    weight: Tensor | None,
+    D: Tensor | None,
+    state_index: Tensor | None,
+) -> Tensor:
+    from .triton_step import ssd_step_triton
+
+    x, B, C = cast_for_autocast(x, B, C)
+    double = state_dtype(x, log_decay, B, C, state, weight, D) == torch.float64
+    return ssd_step_triton(x, log_decay, B, C, state, weight, D, state_index, double)
+
+
+def _advance(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    weight: Tensor | None,
+    D: Tensor | None,
+    state_index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y and the new state of each row, (b, h, p, n), in the dtype of the sums."""
     x, B, C = cast_for_autocast(x, B, C)
     dtype = state_dtype(x, log_decay, B, C, state, weight, D)
-    groups = sizes["g"]
+    groups = B.shape[1]
     wide = x.to(dtype)
     h = (state if state_index is None else state.index_select(0, state_index.clamp(min=0).long())).to(dtype)
     v = wide if weight is None else wide * weight.to(dtype)[..., None]
-    heads = (groups, sizes["h"] // groups)
+    heads = (groups, x.shape[1] // groups)
     entering = v.unflatten(1, heads)[..., None] * B.to(dtype)[:, :, None, None]
     h = log_decay.to(dtype).exp()[..., None, None] * h + entering.flatten(1, 2)
     y = (h.unflatten(1, heads) * C.to(dtype)[:, :, None, None]).sum(-1).flatten(1, 2)

@@ -22,7 +22,8 @@ from .op import heads_per_head
 from .triton_kernels import (
     ADJOINT,
     DESCENDING,
-    _ssd_bwd_kernel,
+    _ssd_bwd_links_kernel,
+    _ssd_bwd_maps_kernel,
     _ssd_carry_kernel,
     _ssd_fwd_kernel,
     _ssd_sweep_kernel,
@@ -44,7 +45,7 @@ def ssd_triton(
     narrow = sums if sums == torch.float64 else torch.promote_types(torch.promote_types(dtype, B.dtype), C.dtype)
     x, B, C = x.to(narrow), B.to(narrow), C.to(narrow)
     batch, length, nheads, headdim = x.shape
-    cut = heads_per_head(headdim)
+    cut = heads_per_head(headdim, B.shape[3])
     assert cut is not None  # checked by the op
     if cut > 1:
         x = x.reshape(batch, length, nheads * cut, headdim // cut)
@@ -78,21 +79,17 @@ class Sweep(NamedTuple):
 
 
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
-    """Chunk, warps and pipeline stages of a kernel ("fwd", "sweep", "bwd") for padded p and n."""
+    """Chunk, warps and stages of a kernel ("fwd", "sweep", "links", "maps") for padded p and n."""
     if INTERPRETED:
         return Tiles(64, 4, 1)
     if dtype == torch.float64:
         return Tiles(16, 4, 1)
     wide = dtype == torch.float32
-    if headdim * state > 128 * 128:
+    if headdim * state > 64 * 128 or (wide and headdim * state > 64 * 64):
         return Tiles(32, 8, 1)
-    if headdim * state > 64 * 64:
-        if wide:
-            return Tiles(32, 8, 1)
-        return {"fwd": Tiles(64, 4, 2), "sweep": Tiles(64, 4, 2), "bwd": Tiles(64, 8, 2)}[kernel]
     if wide:
-        return {"fwd": Tiles(64, 8, 1), "sweep": Tiles(64, 4, 2), "bwd": Tiles(32, 4, 1)}[kernel]
-    return {"fwd": Tiles(64, 4, 2), "sweep": Tiles(64, 4, 2), "bwd": Tiles(64, 4, 2)}[kernel]
+        return Tiles(32, 4, 1)
+    return Tiles(64, 4, 2)
 
 
 def options(x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles) -> dict[str, Any]:
@@ -229,7 +226,7 @@ def run_gradients(
     dy: Tensor,
     dx: Tensor | None,
     chosen: Tiles,
-    subs: int,
+    chosen_maps: Tiles,
     blocks: int,
 ) -> Gradients:
     """Gradients of a recurrence from the states at the borders and the gradients of those (borders[0] and [1]).
@@ -242,8 +239,8 @@ def run_gradients(
         borders: (2, b, h, borders, p, n).
         dy: Gradient of the outputs, contiguous.
         dx: Where to add the gradient of x; None makes a new tensor.
-        chosen: Tiles of the kernel.
-        subs: Chunks per border.
+        chosen: Tiles of the kernel of the links.
+        chosen_maps: Tiles of the kernel of dB and dC, of the same chunk.
         blocks: Number of blocks of heads per group, 0 to choose.
     """
     x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
@@ -266,11 +263,17 @@ def run_gradients(
     links = tl.bfloat16 if x.element_size() < 4 and not INTERPRETED else tl.float32
     if x.dtype == torch.float64:
         links = tl.float64
-    _ssd_bwd_kernel[(programs * blocks,)](
-        x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, *found, batch, length, nheads, repeats,
-        blocks, block_heads, *strides(x, B, C, D), MODE=sweep.mode, ADD=dx is not None, SUBS=subs,
-        HAS_WEIGHT=weight is not None, HAS_D=D is not None, LINKS=links,
+    kernel = x.new_empty(programs * blocks, chosen.chunk, chosen.chunk)
+    sizes = length, nheads, repeats, blocks, block_heads
+    shared = {"MODE": sweep.mode, "HAS_WEIGHT": weight is not None}
+    _ssd_bwd_links_kernel[(programs * blocks,)](
+        x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, found.dx, found.dlog_decay, found.dweight,
+        found.dD, kernel, *sizes, *strides(x, B, C, D), ADD=dx is not None, HAS_D=D is not None, LINKS=links, **shared,
         **options(x, n, log_decay, seq_idx, chosen),
+    )  # fmt: skip
+    _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
+        x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, found.dB, found.dC, batch, *sizes,
+        *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, chosen_maps),
     )  # fmt: skip
     if blocks == 1:
         return found._replace(dB=found.dB[0], dC=found.dC[0])
@@ -361,14 +364,14 @@ def _backward(
     )
     D = D if D is None or D.stride(2) == 1 else D.contiguous()
     n = B.shape[3]
-    chosen, sweep_tiles = tiles("bwd", *padded(x, n), x.dtype), tiles("sweep", *padded(x, n), x.dtype)
+    links, maps, sweep_tiles = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
     if chunk:
-        chosen, sweep_tiles = chosen._replace(chunk=chunk), sweep_tiles._replace(chunk=chunk)
+        links, maps, sweep_tiles = (one._replace(chunk=chunk) for one in (links, maps, sweep_tiles))
     with on_device(x):
         states = Sweep(x, B, log_decay, weight, state, 0)
         gradients = Sweep(dy, C, log_decay, None, contiguous(dfinal), DESCENDING | ADJOINT)
-        borders, finals = run_sweeps((states, gradients), seq_idx, *border_tiles(sweep_tiles, chosen), parts)
-        found = run_gradients(states, C, D, seq_idx, borders, dy, None, chosen, 2, blocks)
+        borders, finals = run_sweeps((states, gradients), seq_idx, *border_tiles(sweep_tiles, links), parts)
+        found = run_gradients(states, C, D, seq_idx, borders, dy, None, links, maps, blocks)
     return found.dx, found.dlog_decay, found.dB, found.dC, finals[1], found.dweight, found.dD
 
 

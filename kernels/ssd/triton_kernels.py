@@ -59,7 +59,7 @@ def _last(x, Q: tl.constexpr):
 @triton.jit
 def _vector(ptr, position, ahead, ok, stride, ACC: tl.constexpr):
     """One number per step, zero beyond the row."""
-    return tl.load(ptr + (position + ahead) * stride, mask=ok, other=0.0).to(ACC)
+    return tl.load(ptr + position * stride + ahead * stride, mask=ok, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -73,10 +73,23 @@ def _tile(ptr, position, ahead, ok, stride, WIDTH: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _state_tile(ptr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Addresses and mask of a state, [BLOCK_P, BLOCK_N]."""
+def _load_state(ptr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A state, [BLOCK_P, BLOCK_N]. Without a mask where nothing is padded: masks of whole tiles cost registers."""
     rows, columns = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    return ptr + (rows * N + columns), (rows < P) & (columns < N)
+    if P == BLOCK_P and N == BLOCK_N:
+        state = tl.load(ptr + (rows * N + columns))
+    else:
+        state = tl.load(ptr + (rows * N + columns), mask=(rows < P) & (columns < N), other=0.0)
+    return state
+
+
+@triton.jit
+def _store_state(ptr, state, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows, columns = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    if P == BLOCK_P and N == BLOCK_N:
+        tl.store(ptr + (rows * N + columns), state)
+    else:
+        tl.store(ptr + (rows * N + columns), state, mask=(rows < P) & (columns < N))
 
 
 @triton.jit
@@ -130,12 +143,9 @@ def _ssd_fwd_kernel(
     row = (tl.program_id(0) // nheads // parts).to(tl.int64)
     group = head // repeats
     place = (row * nheads + head) * parts + part
-    rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_P)[None, :]
-    state_ok = (rows < N) & (columns < P)
-    state_offset = columns * N + rows
     state = tl.zeros([BLOCK_N, BLOCK_P], ACC)
     if HAS_STATE:
-        state = tl.load(state_ptr + place * (P * N) + state_offset, mask=state_ok, other=0.0).to(ACC)
+        state = tl.trans(_load_state(state_ptr + place * (P * N), P, N, BLOCK_P, BLOCK_N).to(ACC))
     x_row = x_ptr + row * x_stride_b + head * P
     B_row = B_ptr + row * B_stride_b + group * N
     C_row = C_ptr + row * C_stride_b + group * N
@@ -143,7 +153,6 @@ def _ssd_fwd_kernel(
     vectors = row * length * nheads + head
     steps = tl.arange(0, Q)
     p_columns = tl.arange(0, BLOCK_P)
-    past = steps[:, None] >= steps[None, :]
     begin_part = part.to(tl.int64) * part_length
     for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
         ok = steps < length - begin
@@ -153,7 +162,9 @@ def _ssd_fwd_kernel(
         decay_in = tl.exp2(_whole(high, low, EXACT))
         decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
         factor = tl.exp2(_whole(high_last, low_last, EXACT))
-        linked = past
+        # The steps again, but not as constants: a mask that is kept over the loop would fill the registers.
+        own = steps + tl.minimum(begin, 0).to(tl.int32)
+        linked = own[:, None] >= own[None, :]
         if PACKED:
             seq_row = seq_ptr + row * length
             index = tl.load(seq_row + begin + steps, mask=ok, other=-1)
@@ -177,15 +188,18 @@ def _ssd_fwd_kernel(
         y += tl.dot(scores.to(DOT), x, input_precision=PRECISION, out_dtype=ACC)
         wide = x.to(ACC)
         if HAS_D:
-            D = tl.load(D_ptr + row * D_stride_b + (begin + steps) * D_stride_t + head, mask=ok, other=0.0)
+            D = _vector(D_ptr + row * D_stride_b + head, begin, steps, ok, D_stride_t, ACC)
             y += D[:, None] * wide
         y_offset = steps[:, None] * (nheads * P) + p_columns[None, :]
         y_tile = y_row + begin * (nheads * P)
-        tl.store(y_tile + y_offset, y, mask=ok[:, None] & (p_columns < P)[None, :])
+        y_ok = ok[:, None]
+        if P < BLOCK_P:
+            y_ok = y_ok & (p_columns < P)[None, :]
+        tl.store(y_tile + y_offset, y, mask=y_ok)
         late = (wide * decay_out[:, None]).to(DOT)
         state = state * factor + tl.dot(tl.trans(B), late, input_precision=PRECISION, out_dtype=ACC)
     if part == parts - 1:
-        tl.store(final_ptr + (row * nheads + head) * (P * N) + state_offset, state, mask=state_ok)
+        _store_state(final_ptr + (row * nheads + head) * (P * N), tl.trans(state), P, N, BLOCK_P, BLOCK_N)
 
 
 @triton.jit
@@ -233,10 +247,9 @@ def _sweep(
     group = head // repeats
     borders = tl.cdiv(length, Q * SUBS)
     place = (row * nheads + head) * parts + part
-    state_offset, state_ok = _state_tile(0, P, N, BLOCK_P, BLOCK_N)
     state = tl.zeros([BLOCK_P, BLOCK_N], ACC)
     if HAS_STATE:
-        state = tl.load(state_ptr + place * (P * N) + state_offset, mask=state_ok, other=0.0).to(ACC)
+        state = _load_state(state_ptr + place * (P * N), P, N, BLOCK_P, BLOCK_N).to(ACC)
     value_row = value_ptr + row * value_stride_b + head * P
     key_row = key_ptr + row * key_stride_b + group * N
     vectors = row * length * nheads + head
@@ -249,7 +262,7 @@ def _sweep(
     for k in tl.range(0, count, num_stages=STAGES):
         border = first_border + count - 1 - k if MODE & 1 else first_border + k
         if STORE:
-            tl.store(border_row + border * (P * N) + state_offset, state, mask=state_ok)
+            _store_state(border_row + border * (P * N), state, P, N, BLOCK_P, BLOCK_N)
         for sub in tl.static_range(SUBS):
             begin = (border * SUBS + (SUBS - 1 - sub if MODE & 1 else sub)) * Q
             position = _position(begin, length, MODE & 4)
@@ -298,9 +311,9 @@ def _sweep(
             through = through * factor
     if STORE:
         if part == (0 if MODE & 1 else parts - 1):
-            tl.store(final_ptr + (row * nheads + head) * (P * N) + state_offset, state, mask=state_ok)
+            _store_state(final_ptr + (row * nheads + head) * (P * N), state, P, N, BLOCK_P, BLOCK_N)
     else:
-        tl.store(ends_ptr + place * (P * N) + state_offset, state, mask=state_ok)
+        _store_state(ends_ptr + place * (P * N), state, P, N, BLOCK_P, BLOCK_N)
         tl.store(factors_ptr + place, through)
 
 
@@ -420,7 +433,48 @@ def _ssd_carry_kernel(
 
 
 @triton.jit
-def _chunk_gradients(
+def _chunk(
+    seq_row,
+    begin,
+    length,
+    MODE: tl.constexpr,
+    PACKED: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Where a chunk lies: position, steps in it, those of the gradients of its outputs, and its sequences.
+
+    The last three are the index of each step, of the step before the chunk and of its last one (zeros unless PACKED).
+    """
+    steps = tl.arange(0, Q)
+    ahead = -steps if MODE & 4 else steps
+    position = _position(begin, length, MODE & 4)
+    ok = steps < length - begin
+    dy_position = position
+    dy_ok = ok
+    if MODE & 8:
+        dy_position = position - 1 if MODE & 4 else position + 1
+        dy_ok = steps + 1 < length - begin
+    index = steps * 0
+    before = 0
+    last = 0
+    if PACKED:
+        index = tl.load(seq_row + position + ahead, mask=ok, other=-1)
+        before = tl.load(seq_row + _position(tl.maximum(tl.minimum(begin, length) - 1, 0), length, MODE & 4))
+        last = tl.load(seq_row + _position(tl.minimum(begin + Q, length) - 1, length, MODE & 4))
+        if MODE & 8:
+            dy_ok = dy_ok & (tl.load(seq_row + dy_position + ahead, mask=dy_ok, other=-1) == index)
+    return position, ahead, ok, dy_position, dy_ok, index, before, last
+
+
+@triton.jit
+def _advanced(state, value, key, scale, factor, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The state one chunk further, [p, n]: factor * state + value^T (scale * key)."""
+    scaled = tl.trans((value.to(ACC) * scale[:, None]).to(DOT))
+    return state.to(ACC) * factor + tl.dot(scaled, key, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def _link_gradients(
     x_ptr,
     log_decay_ptr,
     B_ptr,
@@ -433,19 +487,17 @@ def _chunk_gradients(
     dy_ptr,
     dx_ptr,
     dlog_decay_ptr,
-    dB_ptr,
-    dC_ptr,
     dweight_ptr,
     dD_ptr,
+    kernel_ptr,
     row,
     chunk,
     group,
-    block,
-    rows,
+    place,
     length,
     nheads,
-    repeats,
-    block_heads,
+    first_head,
+    last_head,
     x_stride_b,
     x_stride_t,
     B_stride_b,
@@ -454,100 +506,61 @@ def _chunk_gradients(
     C_stride_t,
     D_stride_b,
     D_stride_t,
-    MIDDLE: tl.constexpr,
+    SECOND: tl.constexpr,
     MODE: tl.constexpr,
     ADD: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_D: tl.constexpr,
+    LINKS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    SUBS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_D: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     DOT: tl.constexpr,
-    LINKS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """MIDDLE 1: the first chunk after a border, 2: the second one, 0: every chunk has a border."""
     steps = tl.arange(0, Q)
-    ahead = -steps if MODE & 4 else steps
     begin = chunk.to(tl.int64) * Q
-    position = _position(begin, length, MODE & 4)
-    ok = steps < length - begin
-    dy_position = position
-    dy_ok = ok
-    if MODE & 8:
-        dy_position = position - 1 if MODE & 4 else position + 1
-        dy_ok = steps + 1 < length - begin
+    beside = begin - Q if SECOND else begin + Q
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * length
+    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
+    other, _ahead, other_ok, other_dy, other_dy_ok, other_index, other_before, other_last = _chunk(
+        seq_row, beside, length, MODE, PACKED, Q
+    )
     B_row = B_ptr + row * B_stride_b + group * N
     C_row = C_ptr + row * C_stride_b + group * N
     B = _tile(B_row, position, ahead, ok, B_stride_t, N, BLOCK_N, DOT)
     C = _tile(C_row, position, ahead, ok, C_stride_t, N, BLOCK_N, DOT)
+    if SECOND:
+        key = _tile(B_row, other, ahead, other_ok, B_stride_t, N, BLOCK_N, DOT)
+    else:
+        key = _tile(C_row, other, ahead, other_ok, C_stride_t, N, BLOCK_N, DOT)
     scores = tl.dot(C, tl.trans(B), input_precision=PRECISION, out_dtype=ACC)  # [t, s]
-    linked = steps[:, None] >= steps[None, :]
-    earlier = steps[:, None] > steps[None, :]
     upper = (steps[:, None] <= steps[None, :]).to(LINKS)
-
-    # The chunk beside this one, from which the state between the two is computed.
-    beside = begin
-    if MIDDLE == 1:
-        beside = begin + Q
-    if MIDDLE == 2:
-        beside = begin - Q
-    beside_position = _position(beside, length, MODE & 4)
-    beside_ok = steps < length - beside
-    beside_dy_ok = beside_ok
-    beside_dy_position = beside_position
-    if MODE & 8:
-        beside_dy_position = beside_position - 1 if MODE & 4 else beside_position + 1
-        beside_dy_ok = steps + 1 < length - beside
-    if MIDDLE == 1:
-        key = _tile(C_row, beside_position, ahead, beside_ok, C_stride_t, N, BLOCK_N, DOT)
-    if MIDDLE == 2:
-        key = _tile(B_row, beside_position, ahead, beside_ok, B_stride_t, N, BLOCK_N, DOT)
-
-    if PACKED:
-        seq_row = seq_ptr + row * length
-        index = tl.load(seq_row + position + ahead, mask=ok, other=-1)
-        before = tl.load(seq_row + _position(tl.maximum(begin - 1, 0), length, MODE & 4))
-        last = tl.load(seq_row + _position(tl.minimum(begin + Q, length) - 1, length, MODE & 4))
-        linked = linked & (index[:, None] == index[None, :])
-        if MODE & 8:
-            other = tl.load(seq_row + dy_position + ahead, mask=dy_ok, other=-1)
-            dy_ok = dy_ok & (other == index)
-        if MIDDLE > 0:
-            beside_index = tl.load(seq_row + beside_position + ahead, mask=beside_ok, other=-1)
-            if MIDDLE == 1:
-                beside_alive = beside_index == last
-                far = tl.minimum(beside + Q, length) - 1
-                beside_through = tl.load(seq_row + _position(far, length, MODE & 4)) == last
-            else:
-                beside_alive = beside_index == before
-                far = tl.maximum(beside - 1, 0)
-                beside_through = tl.load(seq_row + _position(far, length, MODE & 4)) == before
-            if MODE & 8:
-                other = tl.load(seq_row + beside_dy_position + ahead, mask=beside_dy_ok, other=-1)
-                beside_dy_ok = beside_dy_ok & (other == beside_index)
-
-    dB = tl.zeros([Q, BLOCK_N], ACC)
-    dC = tl.zeros([Q, BLOCK_N], ACC)
     kernel = tl.zeros([Q, Q], ACC)  # sum over heads of (dy v^T) E
-    borders = tl.cdiv(length, Q * SUBS)
-    border = chunk // SUBS
+    borders = tl.cdiv(length, 2 * Q)
     p_columns = tl.arange(0, BLOCK_P)
-    dx_offset = ahead[None, :] * (nheads * P) + p_columns[:, None]
-    dx_ok = (p_columns < P)[:, None] & ok[None, :]
-    state_offset, state_ok = _state_tile(0, P, N, BLOCK_P, BLOCK_N)
-    first = group * repeats + block * block_heads
-    for head in tl.range(first, tl.minimum(first + block_heads, (group + 1) * repeats), num_stages=STAGES):
+    width = nheads * P
+    transposed = ahead[None, :] * width + p_columns[:, None]
+    transposed_ok = ok[None, :]
+    if P < BLOCK_P:
+        transposed_ok = transposed_ok & (p_columns < P)[:, None]
+    for head in tl.range(first_head, last_head, num_stages=STAGES):
+        # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
+        own = steps + tl.minimum(head, 0)
         vectors = row * length * nheads + head
-        log_decay = _vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC)
-        high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
+        x_row = x_ptr + row * x_stride_b + head * P
+        dy_row = dy_ptr + vectors * P
+        out = vectors + position * nheads
+        border = ((row * nheads + head) * borders + chunk // 2) * (P * N)
+        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
         high_last, low_last = _last(high, Q), _last(low, Q)
         decay_in = tl.exp2(_whole(high, low, EXACT))
         decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
@@ -556,95 +569,205 @@ def _chunk_gradients(
             decay_in = tl.where(index == before, decay_in, 0.0)
             decay_out = tl.where(index == last, decay_out, 0.0)
             factor = tl.where(before == last, factor, 0.0)
+
+        # Both states around this chunk; the one that is not at a border from the chunk beside.
+        entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        decay = _vector(log_decay_ptr + vectors, other, ahead, other_ok, nheads, ACC)
+        o_high, o_low, _, _ = _log2_sums(decay, ACC, EXACT)
+        o_high_last, o_low_last = _last(o_high, Q), _last(o_low, Q)
+        o_factor = tl.exp2(_whole(o_high_last, o_low_last, EXACT))
+        if SECOND:
+            scale = tl.exp2(_less(o_high_last, o_low_last, o_high, o_low, EXACT))
+            if HAS_WEIGHT:
+                scale = scale * _vector(weight_ptr + vectors, other, ahead, other_ok, nheads, ACC)
+            if PACKED:
+                scale = tl.where(other_index == before, scale, 0.0)
+                o_factor = tl.where(other_before == before, o_factor, 0.0)
+            value = _tile(x_row, other, ahead, other_ok, x_stride_t, P, BLOCK_P, DOT)
+            moved = _advanced(entering, value, key, scale, o_factor, DOT, ACC, PRECISION)
+            passed = tl.sum(tl.sum(moved * leaving.to(ACC), 1), 0) * factor
+            entering = moved.to(DOT)
+        else:
+            scale = tl.exp2(_whole(o_high, o_low, EXACT))
+            if PACKED:
+                scale = tl.where(other_index == last, scale, 0.0)
+                o_factor = tl.where(other_last == last, o_factor, 0.0)
+            value = _tile(dy_row, other_dy, ahead, other_dy_ok, width, P, BLOCK_P, DOT)
+            moved = _advanced(leaving, value, key, scale, o_factor, DOT, ACC, PRECISION)
+            passed = tl.sum(tl.sum(moved * entering.to(ACC), 1), 0) * factor
+            leaving = moved.to(DOT)
+
+        # In this order few matrices are alive at a time; they compete for registers.
+        x = _tile(x_row, position, ahead, ok, x_stride_t, P, BLOCK_P, DOT)
+        dy = _tile(dy_row, dy_position, ahead, dy_ok, width, P, BLOCK_P, DOT)
+        read = tl.dot(entering, tl.trans(C), input_precision=PRECISION, out_dtype=ACC)  # [p, t]
+        reads = tl.sum(read * tl.trans(dy).to(ACC), 0) * decay_in
+
+        linked = own[:, None] >= own[None, :]
+        if PACKED:
+            of = index + (own - steps)
+            linked = linked & (of[:, None] == of[None, :])
         between = _less(high[:, None], low[:, None], high[None, :], low[None, :], EXACT)
         decays = tl.exp2(tl.where(linked, between, float("-inf")))  # [t, s]
-
-        place = ((row * nheads + head) * borders + border) * (P * N)
-        entering = tl.load(entering_ptr + place + state_offset, mask=state_ok, other=0.0).to(DOT)
-        leaving = tl.load(leaving_ptr + place + state_offset, mask=state_ok, other=0.0).to(DOT)
-        x_row = x_ptr + row * x_stride_b + head * P
-        dy_row = dy_ptr + vectors * P
-        x = _tile(x_row, position, ahead, ok, x_stride_t, P, BLOCK_P, DOT)
-        dy = _tile(dy_row, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
-        if MIDDLE > 0:
-            beside_decay = _vector(log_decay_ptr + vectors, beside_position, ahead, beside_ok, nheads, ACC)
-            b_high, b_low, _, _ = _log2_sums(beside_decay, ACC, EXACT)
-            b_high_last, b_low_last = _last(b_high, Q), _last(b_low, Q)
-            b_factor = tl.exp2(_whole(b_high_last, b_low_last, EXACT))
-            if MIDDLE == 1:
-                scale = tl.exp2(_whole(b_high, b_low, EXACT))
-                value = _tile(dy_row, beside_dy_position, ahead, beside_dy_ok, nheads * P, P, BLOCK_P, DOT)
-            else:
-                scale = tl.exp2(_less(b_high_last, b_low_last, b_high, b_low, EXACT))
-                if HAS_WEIGHT:
-                    scale = scale * _vector(weight_ptr + vectors, beside_position, ahead, beside_ok, nheads, ACC)
-                value = _tile(x_row, beside_position, ahead, beside_ok, x_stride_t, P, BLOCK_P, DOT)
-            if PACKED:
-                scale = tl.where(beside_alive, scale, 0.0)
-                b_factor = tl.where(beside_through, b_factor, 0.0)
-            scaled = tl.trans((value.to(ACC) * scale[:, None]).to(DOT))
-            added = tl.dot(scaled, key, input_precision=PRECISION, out_dtype=ACC)
-            if MIDDLE == 1:
-                leaving = (leaving.to(ACC) * b_factor + added).to(DOT)
-            else:
-                entering = (entering.to(ACC) * b_factor + added).to(DOT)
-
         products = tl.dot(dy, tl.trans(x), input_precision=PRECISION, out_dtype=ACC) * decays  # dy_t.x_s e^{u_t - u_s}
+        if HAS_D and not MODE & 8:
+            tl.store(
+                dD_ptr + out + ahead * nheads, tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1), mask=ok
+            )
         linking = products * scores
-        mixing = scores * decays
-        read = tl.dot(dy, entering, input_precision=PRECISION, out_dtype=ACC) * decay_in[:, None]
-        written = tl.dot(x, leaving, input_precision=PRECISION, out_dtype=ACC) * decay_out[:, None]
-        reads = tl.sum(read * C.to(ACC), 1)
-        writes = tl.sum(written * B.to(ACC), 1)
-        dC += read
         if HAS_WEIGHT:
             weight = _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
-            dweight = tl.sum(linking, 0) + writes
-            tl.store(dweight_ptr + vectors + (position + ahead) * nheads, dweight, mask=ok)
+            dweight = tl.sum(linking, 0)
             linking = linking * weight[None, :]
             products = products * weight[None, :]
-            mixing = mixing * weight[None, :]
-            written = written * weight[:, None]
+            decays = decays * weight[None, :]
+        kernel += products
+        # At [t, j]: what the links from j < t to i >= t pass on.
+        links = tl.dot(upper, linking.to(LINKS), input_precision=PRECISION, out_dtype=ACC)
+        found = tl.sum(tl.where(own[:, None] > own[None, :], links, reads[None, :]), 1) + passed
+
+        mixing = scores * decays
+        if HAS_D:
+            D = _vector(D_ptr + row * D_stride_b + head, position, ahead, ok, D_stride_t, ACC)
+            if not MODE & 8:
+                mixing = tl.where(own[:, None] == own[None, :], mixing + D[None, :], mixing)
+        mixing = mixing.to(DOT)
+        dx = tl.dot(leaving, tl.trans(B), input_precision=PRECISION, out_dtype=ACC)  # [p, s]
+        writes = tl.sum(dx * tl.trans(x).to(ACC), 0) * decay_out
+        if HAS_WEIGHT:
+            tl.store(dweight_ptr + out + ahead * nheads, dweight + writes, mask=ok)
             writes = writes * weight
             decay_out = decay_out * weight
-        dB += written
-        kernel += products
-        dx = tl.dot(leaving, tl.trans(B), input_precision=PRECISION, out_dtype=ACC) * decay_out[None, :]  # [p, s]
-        dx += tl.dot(tl.trans(dy), mixing.to(DOT), input_precision=PRECISION, out_dtype=ACC)
-        if HAS_D:
-            direct = dy
-            if MODE & 8:
-                direct = _tile(dy_row, position, ahead, ok, nheads * P, P, BLOCK_P, DOT)
-            D_row = D_ptr + row * D_stride_b + head
-            D = tl.load(D_row + (position + ahead) * D_stride_t, mask=ok, other=0.0)
-            dx += tl.trans(direct.to(ACC) * D[:, None])
-            dD = tl.sum(x.to(ACC) * direct.to(ACC), 1)
-            tl.store(dD_ptr + vectors + (position + ahead) * nheads, dD, mask=ok)
-        dx_tile = dx_ptr + vectors * P + position * (nheads * P)
+        found += tl.sum(tl.where(own[:, None] > own[None, :], writes[None, :], 0.0), 1)
+        tl.store(dlog_decay_ptr + out + ahead * nheads, found, mask=ok)
+        dx = tl.dot(tl.trans(dy), mixing, dx * decay_out[None, :], input_precision=PRECISION, out_dtype=ACC)
+        if HAS_D and MODE & 8:
+            # The skip reads the gradient of its own position, not of the next one.
+            direct = tl.load(dy_row + position * width + transposed, mask=transposed_ok, other=0.0).to(ACC)
+            tl.store(dD_ptr + out + ahead * nheads, tl.sum(direct * tl.trans(x).to(ACC), 0), mask=ok)
+            dx += direct * D[None, :]
+        dx_tile = dx_ptr + vectors * P + position * width + transposed
         if ADD:
-            dx += tl.load(dx_tile + dx_offset, mask=dx_ok, other=0.0).to(ACC)
-        tl.store(dx_tile + dx_offset, dx, mask=dx_ok)
-
-        # At [t, j]: what the links from j < t to i >= t pass on, j's share of the state that leaves, and for i >= t the
-        # share of the state that entered.
-        links = tl.dot(upper, linking.to(LINKS), input_precision=PRECISION, out_dtype=ACC) + writes[None, :]
-        passed = tl.sum(entering.to(ACC) * leaving.to(ACC)) * factor
-        dlog_decay = tl.sum(tl.where(earlier, links, reads[None, :]), 1) + passed
-        tl.store(dlog_decay_ptr + vectors + (position + ahead) * nheads, dlog_decay, mask=ok)
-
-    dC += tl.dot(kernel.to(DOT), B, input_precision=PRECISION, out_dtype=ACC)
-    dB += tl.trans(tl.dot(tl.trans(C), kernel.to(DOT), input_precision=PRECISION, out_dtype=ACC))
-    n_columns = tl.arange(0, BLOCK_N)
-    width = nheads // repeats * N
-    out = ((block * rows + row) * length + position) * width + group * N
-    offset = ahead[:, None] * width + n_columns[None, :]
-    out_ok = ok[:, None] & (n_columns < N)[None, :]
-    tl.store(dB_ptr + out + offset, dB, mask=out_ok)
-    tl.store(dC_ptr + out + offset, dC, mask=out_ok)
+            dx += tl.load(dx_tile, mask=transposed_ok, other=0.0).to(ACC)
+        tl.store(dx_tile, dx, mask=transposed_ok)
+    tl.store(kernel_ptr + place * (Q * Q) + (steps[:, None] * Q + steps[None, :]), kernel)
 
 
-@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
-def _ssd_bwd_kernel(
+@triton.jit
+def _map_gradients(
+    value_ptr,
+    beside_ptr,
+    log_decay_ptr,
+    key_ptr,
+    weight_ptr,
+    seq_ptr,
+    borders_ptr,
+    kernel_ptr,
+    out_ptr,
+    row,
+    chunk,
+    group,
+    block,
+    place,
+    rows,
+    groups,
+    length,
+    nheads,
+    first_head,
+    last_head,
+    value_stride_b,
+    value_stride_t,
+    key_stride_b,
+    key_stride_t,
+    OF_B: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    MODE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R); `key` is B, or C."""
+    steps = tl.arange(0, Q)
+    begin = chunk.to(tl.int64) * Q
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * length
+    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
+    key_row = key_ptr + row * key_stride_b + group * N
+    kernel_tile = kernel_ptr + place * (Q * Q)
+    own_key = _tile(key_row, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
+    if OF_B:
+        kernel = tl.load(kernel_tile + (steps[None, :] * Q + steps[:, None])).to(DOT)
+    else:
+        kernel = tl.load(kernel_tile + (steps[:, None] * Q + steps[None, :])).to(DOT)
+    found = tl.dot(kernel, own_key, input_precision=PRECISION, out_dtype=ACC)
+    if MIDDLE:
+        beside = begin + Q if OF_B else begin - Q
+        other, _ahead, other_ok, other_dy, other_dy_ok, other_index, other_before, other_last = _chunk(
+            seq_row, beside, length, MODE, PACKED, Q
+        )
+        beside_key = _tile(key_row, other, ahead, other_ok, key_stride_t, N, BLOCK_N, DOT)
+    borders = tl.cdiv(length, 2 * Q)
+    for head in tl.range(first_head, last_head, num_stages=STAGES):
+        vectors = row * length * nheads + head
+        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
+        if OF_B:
+            decay = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT))
+            if HAS_WEIGHT:
+                decay = decay * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
+            if PACKED:
+                decay = tl.where(index == last, decay, 0.0)
+            value = _tile(
+                value_ptr + row * value_stride_b + head * P, position, ahead, ok, value_stride_t, P, BLOCK_P, DOT
+            )
+        else:
+            decay = tl.exp2(_whole(high, low, EXACT))
+            if PACKED:
+                decay = tl.where(index == before, decay, 0.0)
+            value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
+        border = ((row * nheads + head) * borders + chunk // 2) * (P * N)
+        state = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        if MIDDLE:
+            o_decay = _vector(log_decay_ptr + vectors, other, ahead, other_ok, nheads, ACC)
+            o_high, o_low, _, _ = _log2_sums(o_decay, ACC, EXACT)
+            o_high_last, o_low_last = _last(o_high, Q), _last(o_low, Q)
+            factor = tl.exp2(_whole(o_high_last, o_low_last, EXACT))
+            if OF_B:
+                scale = tl.exp2(_whole(o_high, o_low, EXACT))
+                if PACKED:
+                    scale = tl.where(other_index == last, scale, 0.0)
+                    factor = tl.where(other_last == last, factor, 0.0)
+                value_2 = _tile(beside_ptr + vectors * P, other_dy, ahead, other_dy_ok, nheads * P, P, BLOCK_P, DOT)
+            else:
+                scale = tl.exp2(_less(o_high_last, o_low_last, o_high, o_low, EXACT))
+                if HAS_WEIGHT:
+                    scale = scale * _vector(weight_ptr + vectors, other, ahead, other_ok, nheads, ACC)
+                if PACKED:
+                    scale = tl.where(other_index == before, scale, 0.0)
+                    factor = tl.where(other_before == before, factor, 0.0)
+                beside_row = beside_ptr + row * value_stride_b + head * P
+                value_2 = _tile(beside_row, other, ahead, other_ok, value_stride_t, P, BLOCK_P, DOT)
+            state = _advanced(state, value_2, beside_key, scale, factor, DOT, ACC, PRECISION).to(DOT)
+        scaled = (value.to(ACC) * decay[:, None]).to(DOT)
+        found += tl.dot(scaled, state, input_precision=PRECISION, out_dtype=ACC)
+    columns = tl.arange(0, BLOCK_N)
+    offset = ahead[:, None] * (groups * N) + columns[None, :]
+    tile = out_ptr + ((block * rows + row) * length + position) * (groups * N) + group * N
+    tl.store(tile + offset, found, mask=ok[:, None] & (columns < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
+def _ssd_bwd_links_kernel(
     x_ptr,
     log_decay_ptr,
     B_ptr,
@@ -657,11 +780,9 @@ def _ssd_bwd_kernel(
     dy_ptr,
     dx_ptr,
     dlog_decay_ptr,
-    dB_ptr,
-    dC_ptr,
     dweight_ptr,
     dD_ptr,
-    rows,
+    kernel_ptr,
     length,
     nheads,
     repeats,
@@ -677,26 +798,25 @@ def _ssd_bwd_kernel(
     D_stride_t,
     MODE: tl.constexpr,
     ADD: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_D: tl.constexpr,
+    LINKS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    SUBS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_D: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
     DOT: tl.constexpr,
-    LINKS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All gradients of one chunk, for one head after another of a block of a group's heads.
+    """Gradients of a chunk but for dB and dC, for one head after another of a block of a group's heads.
 
-    dB and dC are summed over the heads in registers, so that they are written once (once per block of heads). States
-    are read at borders; where a border serves two chunks, the state between the two is computed here.
+    States are read at the borders, which stand before every second chunk; of the two around a chunk the other one is
+    computed here. Leaves K, the sum over the heads of (dy v^T) E, for the next kernel.
     """
     block = tl.program_id(0) % blocks
     groups = nheads // repeats
@@ -704,27 +824,105 @@ def _ssd_bwd_kernel(
     chunks = tl.cdiv(length, Q)
     chunk = tl.program_id(0) // blocks // groups % chunks
     row = (tl.program_id(0) // blocks // groups // chunks).to(tl.int64)
-    if SUBS == 1:
-        _chunk_gradients(
+    first = group * repeats + block * block_heads
+    last = tl.minimum(first + block_heads, (group + 1) * repeats)
+    if chunk % 2 == 0:
+        _link_gradients(
             x_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, D_ptr, seq_ptr, entering_ptr, leaving_ptr, dy_ptr, dx_ptr,
-            dlog_decay_ptr, dB_ptr, dC_ptr, dweight_ptr, dD_ptr, row, chunk, group, block, rows, length, nheads,
-            repeats, block_heads, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, D_stride_b,
-            D_stride_t, 0, MODE, ADD, P, N, Q, SUBS, BLOCK_P, BLOCK_N, HAS_WEIGHT, HAS_D, PACKED, EXACT, DOT, LINKS,
-            ACC, PRECISION, STAGES,
-        )  # fmt: skip
-    elif chunk % 2 == 0:
-        _chunk_gradients(
-            x_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, D_ptr, seq_ptr, entering_ptr, leaving_ptr, dy_ptr, dx_ptr,
-            dlog_decay_ptr, dB_ptr, dC_ptr, dweight_ptr, dD_ptr, row, chunk, group, block, rows, length, nheads,
-            repeats, block_heads, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, D_stride_b,
-            D_stride_t, 1, MODE, ADD, P, N, Q, SUBS, BLOCK_P, BLOCK_N, HAS_WEIGHT, HAS_D, PACKED, EXACT, DOT, LINKS,
-            ACC, PRECISION, STAGES,
+            dlog_decay_ptr, dweight_ptr, dD_ptr, kernel_ptr, row, chunk, group, tl.program_id(0).to(tl.int64), length,
+            nheads, first, last, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, D_stride_b,
+            D_stride_t, False, MODE, ADD, HAS_WEIGHT, HAS_D, LINKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
+            PRECISION, STAGES,
         )  # fmt: skip
     else:
-        _chunk_gradients(
+        _link_gradients(
             x_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, D_ptr, seq_ptr, entering_ptr, leaving_ptr, dy_ptr, dx_ptr,
-            dlog_decay_ptr, dB_ptr, dC_ptr, dweight_ptr, dD_ptr, row, chunk, group, block, rows, length, nheads,
-            repeats, block_heads, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, D_stride_b,
-            D_stride_t, 2, MODE, ADD, P, N, Q, SUBS, BLOCK_P, BLOCK_N, HAS_WEIGHT, HAS_D, PACKED, EXACT, DOT, LINKS,
-            ACC, PRECISION, STAGES,
+            dlog_decay_ptr, dweight_ptr, dD_ptr, kernel_ptr, row, chunk, group, tl.program_id(0).to(tl.int64), length,
+            nheads, first, last, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, D_stride_b,
+            D_stride_t, True, MODE, ADD, HAS_WEIGHT, HAS_D, LINKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
+            PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
+def _ssd_bwd_maps_kernel(
+    x_ptr,
+    log_decay_ptr,
+    B_ptr,
+    C_ptr,
+    weight_ptr,
+    seq_ptr,
+    entering_ptr,
+    leaving_ptr,
+    dy_ptr,
+    kernel_ptr,
+    dB_ptr,
+    dC_ptr,
+    rows,
+    length,
+    nheads,
+    repeats,
+    blocks,
+    block_heads,
+    x_stride_b,
+    x_stride_t,
+    B_stride_b,
+    B_stride_t,
+    C_stride_b,
+    C_stride_t,
+    MODE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dC in the first half of the programs and dB in the second, each summed over the heads of a block in registers."""
+    count = tl.num_programs(0) // 2
+    of_B = tl.program_id(0) >= count
+    program = tl.program_id(0) % count
+    block = program % blocks
+    groups = nheads // repeats
+    group = program // blocks % groups
+    chunks = tl.cdiv(length, Q)
+    chunk = program // blocks // groups % chunks
+    row = (program // blocks // groups // chunks).to(tl.int64)
+    first = group * repeats + block * block_heads
+    last = tl.minimum(first + block_heads, (group + 1) * repeats)
+    place = program.to(tl.int64)
+    if of_B:
+        if chunk % 2 == 0:
+            _map_gradients(
+                x_ptr, dy_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, kernel_ptr, dB_ptr, row, chunk,
+                group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, C_stride_b,
+                C_stride_t, True, True, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
+                PRECISION, STAGES,
+            )  # fmt: skip
+        else:
+            _map_gradients(
+                x_ptr, dy_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, kernel_ptr, dB_ptr, row, chunk,
+                group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, C_stride_b,
+                C_stride_t, True, False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
+                PRECISION, STAGES,
+            )  # fmt: skip
+    elif chunk % 2 == 0:
+        _map_gradients(
+            dy_ptr, x_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, kernel_ptr, dC_ptr, row, chunk,
+            group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, B_stride_b,
+            B_stride_t, False, False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION,
+            STAGES,
+        )  # fmt: skip
+    else:
+        _map_gradients(
+            dy_ptr, x_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, kernel_ptr, dC_ptr, row, chunk,
+            group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, B_stride_b,
+            B_stride_t, False, True, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION,
+            STAGES,
         )  # fmt: skip
