@@ -109,7 +109,11 @@ class GridSSM(nn.Module):
             self.published_gain,
         )
         y = (y + self.D[:, None] * x).flatten(-2)
-        y = self.norm(y) * F.silu(z) if self.gate == "silu" else self.norm(y + z)
+        if self.gate == "add":
+            y = y + z
+        y = F.rms_norm(y, self.norm.normalized_shape, self.norm.weight.to(y.dtype), self.norm.eps)
+        if self.gate == "silu":
+            y = y * F.silu(z)
         return self.out_proj(y.to(dtype))
 
 

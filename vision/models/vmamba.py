@@ -108,7 +108,8 @@ class SS2D(nn.Module):
         y = scan_four_ways(
             x, self.x_proj_weight, self.dt_projs_weight, self.dt_projs_bias, self.A_logs, self.Ds, self.d_state
         )
-        y = self.out_norm(y)
+        weight, bias = self.out_norm.weight.to(y.dtype), self.out_norm.bias.to(y.dtype)
+        y = F.layer_norm(y, self.out_norm.normalized_shape, weight, bias, self.out_norm.eps)
         if self.gated:
             y = y * F.silu(z)
         return self.out_proj(y.to(dtype))
