@@ -97,6 +97,8 @@ class SequencePredictor(nn.Module):
         self.register_buffer("complement", complement, persistent=False)
         if freeze:
             self.backbone.requires_grad_(False)
+        elif inner.lm_head.weight is not inner.embeddings.weight:
+            inner.lm_head.requires_grad_(False)  # not used here
 
     def forward(self, tokens: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """Predictions (b, n_outputs) for ids (b, l).
