@@ -61,12 +61,13 @@ def build(name, options, **factory):
 
 
 def cases():
-    """All checks for all options; what traces code is slow, and beyond a mixer's first options left to the slow run."""
+    """All checks for all options; most of those that trace code are slow, and left to the slow run."""
     found = []
     for check in SEQUENCE_CHECKS:
         for name in SEQUENCE_MIXERS:
             for number, options in enumerate(OPTIONS.get(name, [{}])):
-                marks = [pytest.mark.slow] if number and check in (check_compile, check_export) else []
+                slow = (number and check is check_export) or ((number or name != "mamba2") and check is check_compile)
+                marks = [pytest.mark.slow] if slow else []
                 found.append(pytest.param(name, options, check, marks=marks, id=f"{check.__name__}-{name}-{number}"))
     return found
 
