@@ -34,6 +34,7 @@ else:
     from .graph_resolvent.op import choose_method as choose_method
     from .graph_resolvent.op import graph_resolvent as graph_resolvent
     from .linear_scan.op import linear_scan as linear_scan
+    from .overwriting import overwrite_states as overwrite_states
     from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
     from .quasiseparable.op import quasiseparable as quasiseparable
     from .scan2d.op import scan2d as scan2d
@@ -71,6 +72,7 @@ else:
         "graph_edges",
         "graph_resolvent",
         "linear_scan",
+        "overwrite_states",
         "quasiseparable",
         "scan2d",
         "selective_scan",

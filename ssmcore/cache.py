@@ -97,7 +97,8 @@ def copy_state_(target: Any, source: Any) -> None:
                 f"`{name}` is {tuple(new.shape)} {new.dtype}, expected {tuple(kept.shape)} {kept.dtype}; states that "
                 "grow cannot be written over, allocate(..., slots=) makes one that does not."
             )
-        kept.copy_(new)
+        if kept is not new:  # steps inside of overwrite_states() have written it already
+            kept.copy_(new)
 
 
 def save_state(state: Any, path: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from ..kernels import overwrite_states
 from .cache import allocate, copy_state_
 
 
@@ -162,7 +163,7 @@ def _stream(
             return
         with torch.no_grad():
             if graphs:
-                advance = advance or _RecordedStep(model, symbols, state)
+                advance = advance or RecordedStep(model, symbols, state)
                 logits = advance(symbols)
             else:
                 logits, state = model.step(symbols, state)  # type: ignore[operator]
@@ -202,8 +203,17 @@ def sample(
     return order.gather(1, place)[:, 0]
 
 
-class _RecordedStep:
-    """`model.step` as a CUDA graph over its own memory for symbols, state and logits."""
+class RecordedStep:
+    """`model.step` as a CUDA graph over its own memory for symbols, state and logits.
+
+    Args:
+        model: With `step`.
+        symbols: What a step takes, (b,); gives shape and device.
+        state: State to start from; it is copied, and does not grow.
+
+    Calling it with symbols advances the state in `self.state`, in place, and returns logits that the next call
+    overwrites.
+    """
 
     def __init__(self, model: nn.Module, symbols: Tensor, state: Any) -> None:
         self.symbols, self.state = symbols.clone(), _pytree.tree_map(torch.clone, state)
@@ -215,7 +225,7 @@ class _RecordedStep:
                 model.step(self.symbols, self.state)  # type: ignore[operator]
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with overwrite_states(), torch.cuda.graph(self.graph):
             self.logits, after = model.step(self.symbols, self.state)  # type: ignore[operator]
             copy_state_(self.state, after)
 
@@ -274,4 +284,4 @@ def _check(
         raise ValueError(f"`repetition_penalty` must be positive, got {penalty}.")
 
 
-__all__ = ["generate", "sample", "stream"]
+__all__ = ["RecordedStep", "generate", "sample", "stream"]

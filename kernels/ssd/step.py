@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import cast_for_autocast, choose
+from ..overwriting import overwriting
 from ..transforms import plain_call
 from .op import check_groups, state_dtype
 
@@ -45,6 +46,8 @@ def ssd_step(
     Sums are float32, or wider if an input is. Differentiable in all floating tensors. `ssd_step_` writes into `state`.
     Source: Dao & Gu (2024), "Transformers are SSMs".
     """
+    if overwriting():
+        return ssd_step_(x, log_decay, B, C, state, weight=weight, D=D, state_index=state_index), state
     arguments = (x, log_decay, B, C, state, weight, D, state_index)
     _check(*arguments)
     if _fused(x, state, arguments):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import cast_for_autocast
+from ..overwriting import overwriting
 from ..ssd.op import state_dtype
 from .op import STATE_SHAPES, check_rotation, check_state, default_parameters
 from .reference import advance
@@ -61,6 +62,12 @@ def trapezoid_step(
     `state`.
     Source: Lahoti, Li, Chen et al. (2026), "Mamba-3".
     """
+    if overwriting():
+        y = trapezoid_step_(
+            x, log_decay, gamma, beta, theta, B, C, state,
+            B_bias=B_bias, C_bias=C_bias, D=D, x_rank=x_rank, rotation=rotation, state_index=state_index,
+        )  # fmt: skip
+        return y, state
     y, new = _advance(
         x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, x_rank, rotation, state_index
     )  # fmt: skip
