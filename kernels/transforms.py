@@ -53,16 +53,16 @@ def one_by_one(
     return outputs, (0,) * len(outputs)
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the op `ssm::NAME`, which torch.compile and torch.export keep as it is.
 
     What `torch.library.custom_op` does, without its checks at every call, which cost more than a small kernel. The
-    function is annotated, changes no argument and returns no view of one; fake tensors and a batching rule are
-    registered with `torch.library.register_fake` and `register_vmap`.
+    function is annotated, changes no argument but those that `mutates` names and returns no view of one; fake tensors
+    and a batching rule are registered with `torch.library.register_fake` and `register_vmap`.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(f"ssm::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(f"ssm::{name}", "default", function)
         return getattr(torch.ops.ssm, name).default
@@ -81,6 +81,13 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if torch.compiler.is_compiling() or _transforming():
         return function.apply(*arguments)
     return _eager_twin(function).apply(*arguments)
+
+
+def plain_call(*tensors: Tensor | None) -> bool:
+    """Whether a call needs no gradient and `torch.func` is not at work, so that a kernel may write in place."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return False
+    return torch.compiler.is_compiling() or not _transforming()
 
 
 # No public function tells whether torch.func is at work; without this one every call takes the general way.

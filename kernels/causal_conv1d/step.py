@@ -1,4 +1,4 @@
-"""One position of `causal_conv1d`, for decoding: read the state once, write it once."""
+"""One position of `causal_conv1d`, for decoding. Where no gradient is asked for, one Triton kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_devices, check_floating, check_shapes
-from ..dispatch import cast_for_autocast
+from ..dispatch import cast_for_autocast, choose
+from ..overwriting import overwriting
+from ..transforms import plain_call
 
 
 def conv_step(
@@ -44,6 +46,13 @@ def conv_step(
     `state`.
     Source: Gu & Dao (2023), section 3.4.
     """
+    if overwriting():
+        y = conv_step_(x, state, weight, bias, activation=activation, state_index=state_index)
+        return y, state
+    _check(x, state, weight, bias, activation, state_index)
+    if _fused(x, state, weight, bias):
+        new = state.clone()
+        return _in_place(x, new, weight, bias, activation, state_index), new
     y, new = _advance(x, state, weight, bias, activation, state_index)
     if state_index is None:
         return y, new
@@ -80,6 +89,9 @@ def conv_step_(
         TypeError: if an argument is no floating tensor.
         ValueError: if shapes or devices disagree, k is out of range or the activation is unknown.
     """
+    _check(x, state, weight, bias, activation, state_index)
+    if _fused(x, state, weight, bias):
+        return _in_place(x, state, weight, bias, activation, state_index)
     y, new = _advance(x, state, weight, bias, activation, state_index)
     if state_index is None:
         state.copy_(new)
@@ -94,10 +106,9 @@ def conv_step_(
     return y
 
 
-def _advance(
+def _check(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state_index: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """y and the new state of each row, (b, c, k - 1), in the dtype of `state`."""
+) -> None:
     check_floating(x=x, state=state, weight=weight, bias=bias)
     sizes = check_shapes(
         x=(x, "b c"),
@@ -117,6 +128,29 @@ def _advance(
         )
     if activation not in ("silu", None):
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}.")
+
+
+def _fused(x: Tensor, state: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the Triton kernel, which has no gradient, takes this call."""
+    if x.numel() == 0 or not state.is_contiguous() or not plain_call(x, state, *parameters):
+        return False
+    return choose("auto", x, op="conv_step") == "triton"
+
+
+def _in_place(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state_index: Tensor | None
+) -> Tensor:
+    from .triton_step import conv_step_triton
+
+    (x,) = cast_for_autocast(x)
+    double = torch.promote_types(x.dtype, weight.dtype) == torch.float64
+    return conv_step_triton(x, state, weight, bias, activation == "silu", state_index, double)
+
+
+def _advance(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y and the new state of each row, (b, c, k - 1), in the dtype of `state`."""
     (x,) = cast_for_autocast(x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     before = state if state_index is None else state.index_select(0, state_index.clamp(min=0).long())

@@ -52,7 +52,7 @@ def selective_scan(
         final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         window: Segment length m >= 1 of a second, local scan backwards in time (locally bidirectional). Segments start
             at multiples of m from the start of a sequence; None or 1 is the plain scan.
-        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
     Returns:
         y, (b, l, d) in the dtype of `u`, and the state after the last position, (b, d, n), in float32 (float64 or
@@ -61,10 +61,10 @@ def selective_scan(
     Raises:
         TypeError: if an argument is no floating tensor, or B, C or the state is complex and A is not.
         ValueError: if shapes, devices or packing arguments disagree, d is no multiple of g, or window is below 1.
-        BackendError: if `backend` is named explicitly and cannot run here; there is no Triton implementation.
+        BackendError: if `backend` is named explicitly and cannot run here; Triton takes real tensors with n <= 256.
 
     16-bit inputs are computed in float32. Under autocast u, B, C and z are cast; dt, A, D and states are not.
-    Differentiable in all floating tensors, twice and more.
+    Differentiable in all floating tensors; the reference and chunked paths twice and more.
     Source: Gu & Dao (2023), algorithm 2; the window: Zhang et al. (2025), LBMamba.
     """
     check_floating(u=u, dt=dt, D=D, z=z)
@@ -118,8 +118,17 @@ def selective_scan(
         skip = torch.zeros_like(u) if D is None else (u * D).to(u.dtype)
         final = u.new_zeros(sizes["b"], *A.shape, dtype=dtype) if initial_state is None else initial_state.clone()
         return skip if z is None else (skip * torch.nn.functional.silu(z)).to(u.dtype), final
-    match choose(backend, u, op="selective_scan", implementations=("reference", "chunked")):
+    obstacle = None
+    if A.is_complex():
+        obstacle = "Triton takes real tensors only, got a complex `A`"
+    elif sizes["n"] > 256:
+        obstacle = f"Triton takes n up to 256, got n={sizes['n']}"
+    match choose(backend, u, op="selective_scan", obstacle=obstacle):
         case "reference":
             return selective_scan_reference(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+        case "triton":
+            from .triton_impl import selective_scan_triton
+
+            return selective_scan_triton(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
         case _:
             return selective_scan_chunked(u, dt, A, B, C, D, z, initial_state, seq_idx, window)

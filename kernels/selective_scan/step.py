@@ -1,4 +1,7 @@
-"""`selective_step`: one position of `selective_scan`, for decoding token by token."""
+"""`selective_step`: one position of `selective_scan`, for decoding token by token.
+
+Where no gradient is asked for, one Triton kernel on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_devices, check_floating, check_shapes
-from ..dispatch import cast_for_autocast
+from ..dispatch import cast_for_autocast, choose
+from ..overwriting import overwriting
+from ..transforms import plain_call
 
 
 def selective_step(
@@ -50,7 +55,14 @@ def selective_step(
     `selective_step_` writes into `state`.
     Source: Gu & Dao (2023), section 3.3.
     """
-    y, slots, new = _advance(u, dt, A, B, C, state, D, z, state_index)
+    if overwriting():
+        return selective_step_(u, dt, A, B, C, state, D=D, z=z, state_index=state_index), state
+    arguments = (u, dt, A, B, C, state, D, z, state_index)
+    _check(*arguments)
+    if not A.is_complex() and _fused(u, state, arguments):
+        new = state.clone()
+        return _in_place(*arguments[:5], new, *arguments[6:]), new
+    y, slots, new = _advance(*arguments)
     return y, new if slots is None else state.index_copy(0, slots, new)
 
 
@@ -90,7 +102,11 @@ def selective_step_(
     No gradients. Nothing waits for the device and no shape depends on data.
     Source: Gu & Dao (2023), section 3.3.
     """
-    y, slots, new = _advance(u, dt, A, B, C, state, D, z, state_index)
+    arguments = (u, dt, A, B, C, state, D, z, state_index)
+    _check(*arguments)
+    if not A.is_complex() and _fused(u, state, arguments):
+        return _in_place(*arguments)
+    y, slots, new = _advance(*arguments)
     if slots is None:
         state.copy_(new)
     else:
@@ -110,7 +126,6 @@ def _advance(
     state_index: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Output, the slots that are written (None: all, in order), and what is written to them."""
-    _check(u, dt, A, B, C, state, D, z, state_index)
     if state_index is None:
         y, new = _position(u, dt, A, B, C, state, D, z)
         return y, None, new.to(state.dtype)
@@ -160,6 +175,34 @@ def _check(
     groups = sizes.get("g", 1)
     if groups < 1 or sizes["d"] % groups != 0:
         raise ValueError(f"`B` has g={groups}, expected a divisor of d={sizes['d']} (from `u`).")
+
+
+def _fused(u: Tensor, state: Tensor, arguments: tuple[Tensor | None, ...]) -> bool:
+    """Whether the Triton kernel, which has no gradient, takes this call."""
+    if u.numel() == 0 or state.numel() == 0 or not state.is_contiguous() or not plain_call(*arguments):
+        return False
+    return choose("auto", u, op="selective_step") == "triton"
+
+
+def _in_place(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    state_index: Tensor | None,
+) -> Tensor:
+    from .triton_step import selective_step_triton
+
+    u, B, C = cast_for_autocast(u, B, C)
+    if z is not None:
+        (z,) = cast_for_autocast(z)
+    B, C = (x if x.dim() == 3 else x[:, None] for x in (B, C))
+    double = torch.promote_types(u.dtype, A.dtype) == torch.float64
+    return selective_step_triton(u, dt, A, B, C, state, D, z, state_index, double)
 
 
 def _position(
