@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import (
 from ..ssmcore.training import SSMTask
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from .data.batch import SequenceBatch
-from .models import create_model, is_supervised, model_config, vocabulary_file
+from .models import create_model, from_pretrained, is_supervised, model_config, vocabulary_file
 from .models.predictor import other_strand
 
 Metrics = dict[str, Tensor]
@@ -36,6 +36,8 @@ class SequencePrediction(SSMTask):
         model_args: Its own options.
         n_outputs: Numbers that the network gives per sequence.
         head_args: Options of the predictor: pool, echo, dropout, freeze.
+        pretrained: Model folder of a language model that takes the place of `model` and gives the first weights.
+        backbone_lr: Learning rate of that model as a multiple of the head's.
         vocabulary: Of the ids; taken from the data module on the command line.
         strands: "both" averages predictions over both strands in evaluation; "one" takes sequences as they come.
         optimizer: Called with the parameter groups.
@@ -44,7 +46,8 @@ class SequencePrediction(SSMTask):
         check_finite: Stop at a loss or gradient that is not finite.
 
     Raises:
-        ValueError: for options of a head where the model has its own.
+        FileNotFoundError: if there is no such folder.
+        ValueError: for options of a head where the model has its own, or data in another vocabulary than the model's.
     """
 
     net: Any
@@ -55,6 +58,8 @@ class SequencePrediction(SSMTask):
         model_args: dict[str, Any] | None,
         n_outputs: int,
         head_args: dict[str, Any] | None,
+        pretrained: str | None,
+        backbone_lr: float,
         vocabulary: str,
         strands: Literal["one", "both"],
         optimizer: OptimizerCallable,
@@ -64,7 +69,10 @@ class SequencePrediction(SSMTask):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, compile, check_finite)
         args = {"vocabulary": vocabulary} | (model_args or {})
-        if is_supervised(model):
+        self.backbone_lr = backbone_lr
+        if pretrained is not None:
+            self.net = self._pretrained(pretrained, n_outputs, head_args or {}, vocabulary)
+        elif is_supervised(model):
             if head_args:
                 raise ValueError(f"{model!r} has its own head; leave out head_args, got {sorted(head_args)}.")
             self.net = create_model(model, n_outputs=n_outputs, **args)
@@ -75,6 +83,27 @@ class SequencePrediction(SSMTask):
             raise ValueError(f"`strands` must be 'one' or 'both', got {strands!r}.")
         self.strands = strands
         self.kept: list[tuple[Tensor, Tensor]] = []
+
+    @staticmethod
+    def _pretrained(path: str, n_outputs: int, head_args: dict[str, Any], vocabulary: str) -> Any:
+        """A head on the language model of a folder."""
+        backbone: Any = from_pretrained(path)
+        if getattr(backbone, "supervised", False):
+            raise ValueError(f"{path!r} holds a model with a head; start from a language model, or use --init_from.")
+        if backbone.vocabulary != vocabulary:
+            raise ValueError(
+                f"the data come in the vocabulary {vocabulary!r}, {path!r} reads {backbone.vocabulary!r}; set"
+                f" vocabulary: {backbone.vocabulary} in the data module."
+            )
+        options = {"model": backbone.name, "model_args": backbone.config, "n_outputs": n_outputs}
+        net: Any = create_model("predictor", **options, **head_args)
+        net.backbone.load_state_dict(backbone.state_dict())
+        return net
+
+    def lr_scales(self) -> dict[Tensor, float]:
+        """The factor of the backbone's rate."""
+        backbone = getattr(self.net, "backbone", None)
+        return {} if backbone is None else dict.fromkeys(backbone.parameters(), self.backbone_lr)
 
     def forward(self, batch: SequenceBatch) -> Tensor:
         """What the network says, (b, n_outputs); in evaluation the mean over both strands if asked."""
@@ -160,6 +189,8 @@ class SequenceClassification(SequencePrediction):
         multilabel: Labels are (b, num_classes) bits instead of (b,) classes.
         class_weights: Weight of each class in the loss.
         head_args: Options of the head: pool, echo, dropout, freeze.
+        pretrained: Model folder of a language model that takes the place of `model` and gives the first weights.
+        backbone_lr: Learning rate of that model as a multiple of the head's.
         vocabulary: Of the ids; taken from the data module.
         strands: "both" averages predictions over both strands in evaluation.
         optimizer: Called with the parameter groups.
@@ -176,6 +207,8 @@ class SequenceClassification(SequencePrediction):
         multilabel: bool = False,
         class_weights: list[float] | None = None,
         head_args: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        backbone_lr: float = 1.0,
         vocabulary: str = "acgt",
         strands: Literal["one", "both"] = "one",
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -188,8 +221,8 @@ class SequenceClassification(SequencePrediction):
         if num_classes < (1 if multilabel else 2):
             raise ValueError(f"expected at least two classes, or one label with multilabel, got {num_classes}.")
         super().__init__(
-            model, model_args, num_classes, head_args, vocabulary, strands, optimizer, lr_scheduler, compile,
-            check_finite,
+            model, model_args, num_classes, head_args, pretrained, backbone_lr, vocabulary, strands, optimizer,
+            lr_scheduler, compile, check_finite,
         )  # fmt: skip
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.num_classes, self.multilabel = num_classes, multilabel
@@ -256,6 +289,8 @@ class SequenceRegression(SequencePrediction):
         n_outputs: Values per sequence.
         loss_kind: "mse", "mae" or "huber".
         head_args: Options of the head: pool, echo, dropout, freeze.
+        pretrained: Model folder of a language model that takes the place of `model` and gives the first weights.
+        backbone_lr: Learning rate of that model as a multiple of the head's.
         vocabulary: Of the ids; taken from the data module on the command line.
         strands: "both" averages predictions over both strands in evaluation.
         optimizer: Called with the parameter groups.
@@ -271,6 +306,8 @@ class SequenceRegression(SequencePrediction):
         n_outputs: int = 1,
         loss_kind: Literal["mse", "mae", "huber"] = "mse",
         head_args: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        backbone_lr: float = 1.0,
         vocabulary: str = "acgt",
         strands: Literal["one", "both"] = "one",
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -281,8 +318,9 @@ class SequenceRegression(SequencePrediction):
         if loss_kind not in LOSSES:
             raise ValueError(f"`loss_kind` must be one of {', '.join(LOSSES)}, got {loss_kind!r}.")
         super().__init__(
-            model, model_args, n_outputs, head_args, vocabulary, strands, optimizer, lr_scheduler, compile, check_finite
-        )
+            model, model_args, n_outputs, head_args, pretrained, backbone_lr, vocabulary, strands, optimizer,
+            lr_scheduler, compile, check_finite,
+        )  # fmt: skip
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.n_outputs, self.loss_kind = n_outputs, loss_kind
 

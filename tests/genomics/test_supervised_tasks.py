@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from omnissm.genomics.data.batch import SequenceBatch
-from omnissm.genomics.models import create_model, from_pretrained
+from omnissm.genomics.models import create_model, from_pretrained, save_pretrained
 from omnissm.genomics.tasks import SequenceClassification, SequenceRegression
 from omnissm.ssmcore.training import export_checkpoint
 
@@ -149,6 +149,30 @@ def test_head_on_a_language_model_trains_alone_if_frozen(tmp_path):
     assert task.model_config()["task"] == {"kind": "SequenceClassification", "num_classes": 2, "multilabel": False}
     again = create_model("predictor", **task.model_config()["args"])
     assert again.backbone.vocab_size == 8
+
+
+def test_fine_tuning_starts_from_a_language_model(tmp_path):
+    torch.manual_seed(1)
+    language = create_model("hybridna_tiny", vocabulary="acgt")
+    save_pretrained(language, tmp_path / "lm")
+    task = SequenceClassification(
+        pretrained=str(tmp_path / "lm"),
+        vocabulary="acgt",
+        backbone_lr=0.1,
+        head_args={"echo": "repeat"},
+        optimizer=adam,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(language.parameters(), task.net.backbone.parameters()))
+    rates = {id(p): group["lr"] for group in task.configure_optimizers().param_groups for p in group["params"]}
+    assert rates[id(task.net.head.weight)] == pytest.approx(1e-2)
+    assert rates[id(task.net.backbone.backbone.main_network.norm.weight)] == pytest.approx(1e-3)
+    with pytest.raises(ValueError, match="set vocabulary: acgt in the data module"):
+        SequenceClassification(pretrained=str(tmp_path / "lm"), vocabulary="byte")
+    save_pretrained(task.net, tmp_path / "head")
+    with pytest.raises(ValueError, match="holds a model with a head"):
+        SequenceClassification(pretrained=str(tmp_path / "head"), vocabulary="acgt")
+    with pytest.raises(FileNotFoundError):
+        SequenceRegression(pretrained=str(tmp_path / "nothing"))
 
 
 def test_options_are_checked():
