@@ -232,14 +232,14 @@ def test_other_image_sizes(name, size):
     model = small(name) if name in PYRAMIDS else small(name, dynamic_img_size=True)
     with torch.no_grad():
         assert torch.isfinite(model(images(1, *size))).all()
-        final, maps = model.forward_intermediates(images(1, *size))
+        _, maps = model.forward_intermediates(images(1, *size))
     for y, info in zip(maps, model.feature_info, strict=True):
         assert y.shape[2:] == tuple(math.ceil(side / info["reduction"]) for side in size)
 
 
 @pytest.mark.parametrize("name", TOKEN_MODELS)
 def test_fixed_sizes(name):
-    with pytest.raises(ValueError, match="32 x 32, got 48 x 48.*dynamic_img_size"):
+    with pytest.raises(ValueError, match=r"32 x 32, got 48 x 48.*dynamic_img_size"):
         small(name)(images(1, 48))
     assert small(name, img_size=(48, 64))(images(1, 48, 64)).shape == (1, 1000)
     with pytest.raises(ValueError, match="smaller than one patch"):
