@@ -1,5 +1,7 @@
 """Sequence models: symbols in, logits out, with a state."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,43 @@ def test_stack_exports_with_any_length(layers):
     for size in (2, 3, 255, 256, 257, 1000):
         x = torch.randn(1, size, 16)
         torch.testing.assert_close(exported(x), stack(x), rtol=1e-4, atol=1e-5)
+
+
+class Prefill(nn.Module):
+    """`prefill` as forward, which is what torch.export takes."""
+
+    def __init__(self, stack):
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x, state):
+        return self.stack.prefill(x, state)
+
+
+def static(part):
+    """The tree of a state with nothing dynamic in it."""
+    if isinstance(part, torch.Tensor):
+        return None
+    if isinstance(part, tuple):
+        return tuple(static(one) for one in part)
+    return [static(getattr(part, field.name)) for field in dataclasses.fields(part)]
+
+
+def test_prefill_of_a_stack_exports_with_its_state():
+    torch.manual_seed(0)
+    layers = ["mamba2", {"mixer": "attention", "window": 5}, {"mixer": ["s4d", "attention"]}]
+    options = {"mamba2": {"d_state": 8, "headdim": 8}, "s4d": {"d_state": 8}, "attention": {"nheads": 4, "kv_heads": 2}}
+    stack = Stack(16, layers, mixer_options=options).eval().requires_grad_(False)
+    x = torch.randn(2, 9, 16)
+    _, state = stack.prefill(x)
+    shapes = ({1: torch.export.Dim("length", min=2, max=2048)}, static(state))
+    exported = torch.export.export(Prefill(stack), (x, state), dynamic_shapes=shapes).module()
+    for size in (2, 3, 300):
+        other = torch.randn(2, size, 16)
+        got, after = exported(other, state)
+        expected, last = stack.prefill(other, state)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stack.step(other[:, 0], after)[0], stack.step(other[:, 0], last)[0])
 
 
 @pytest.mark.parametrize(
