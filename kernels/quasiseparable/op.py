@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..ssd.op import check_groups, state_dtype
+from ..ssd.op import check_groups, ssd_obstacle, state_dtype
 from .chunked import quasiseparable_chunked
 from .reference import Side, quasiseparable_reference
 
@@ -54,8 +54,8 @@ def quasiseparable(
             input counts in both.
         seq_idx: Which packed sequence a position belongs to, (b, l) integers that do not decrease along a row. Both
             states start from zero with each new sequence; the initial ones enter a row's first and last sequence.
-        chunk_size: Positions per chunk of the chunked path; None is 64 on a CPU and 128 elsewhere.
-        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+        chunk_size: Positions per chunk of the chunked path; None is 64 on a CPU and 128 elsewhere. Triton has its own.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
     Returns:
         y, (b, l, h, p) in the dtype of `x`, and the forward state after the last position and the backward one after
@@ -107,18 +107,25 @@ def quasiseparable(
 
     x, B_f, C_f, B_b, C_b = cast_for_autocast(x, B_f, C_f, B_b, C_b)
     dtype = state_dtype(*floating.values())
-    if initial_state is None:
+    chosen = choose(backend, x, op="quasiseparable", obstacle=ssd_obstacle(headdim, sizes["n"]))
+    state = None if initial_state is None else initial_state.to(dtype)
+    empty = x.numel() == 0 or sizes["n"] == 0
+    if state is None and (empty or chosen != "triton"):
         state = x.new_zeros(2, batch, nheads, headdim, sizes["n"], dtype=dtype)
-    else:
-        state = initial_state.to(dtype)
     if x.numel() == 0:
+        assert state is not None  # made above
         return torch.zeros_like(x), state.clone()
     forward = Side(log_decay_f.to(dtype), None if weight_f is None else weight_f.to(dtype), B_f, C_f)
     backward = Side(log_decay_b.to(dtype), None if weight_b is None else weight_b.to(dtype), B_b, C_b)
-    wide, diag = x.to(dtype), diag.to(dtype)
-    match choose(backend, x, op="quasiseparable", implementations=("reference", "chunked")):
-        case "reference":
-            y, final = quasiseparable_reference(wide, forward, backward, diag, state, shift, seq_idx)
-        case _:
-            y, final = quasiseparable_chunked(wide, forward, backward, diag, state, shift, seq_idx, chunk_size)
+    diag = diag.to(dtype)
+    if chosen == "triton" and not empty:
+        from .triton_impl import quasiseparable_triton
+
+        return quasiseparable_triton(x, forward, backward, diag, state, shift, seq_idx)
+    assert state is not None
+    wide = x.to(dtype)
+    if chosen == "reference":
+        y, final = quasiseparable_reference(wide, forward, backward, diag, state, shift, seq_idx)
+    else:
+        y, final = quasiseparable_chunked(wide, forward, backward, diag, state, shift, seq_idx, chunk_size)
     return y.to(x.dtype), final

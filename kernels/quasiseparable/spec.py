@@ -73,5 +73,4 @@ SPEC = OpSpec(
         BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),
         BenchSize({"b": 8, "l": 196, "h": 3, "p": 64, "n": 64, "state": False}),
     ),
-    implementations=("reference", "chunked"),
 )

@@ -22,6 +22,7 @@ from .op import heads_per_head
 from .triton_kernels import (
     ADJOINT,
     DESCENDING,
+    SHIFT,
     _ssd_bwd_links_kernel,
     _ssd_bwd_maps_kernel,
     _ssd_carry_kernel,
@@ -77,18 +78,28 @@ class Sweep(NamedTuple):
     state: Tensor | None  # what stands before the first step, (b, h, p, n)
     mode: int
 
+    def cut(self, rows: slice) -> Sweep:
+        """The same for some rows of the batch."""
+        return Sweep(*(one if one is None or isinstance(one, int) else one[rows] for one in self))
+
 
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
-    """Chunk, warps and stages of a kernel ("fwd", "sweep", "links", "maps") for padded p and n."""
+    """Chunk, warps and stages of a kernel ("fwd", "sweep", "links", "maps") for padded p and n.
+
+    Timed on an H100. The kernel of the links spills registers with larger chunks, and takes twice the time; float32 is
+    limited by registers throughout.
+    """
     if INTERPRETED:
-        return Tiles(64, 4, 1)
+        return Tiles(128, 4, 1)
     if dtype == torch.float64:
         return Tiles(16, 4, 1)
-    wide = dtype == torch.float32
-    if headdim * state > 64 * 128 or (wide and headdim * state > 64 * 64):
-        return Tiles(32, 8, 1)
-    if wide:
-        return Tiles(32, 4, 1)
+    narrow, small = dtype.itemsize < 4, headdim * state <= 64 * 64
+    if headdim * state > 64 * 128:
+        return Tiles(32, 8, 1) if narrow else Tiles(16, 8, 1)
+    if not narrow:
+        return Tiles(32, 4, 1) if kernel == "sweep" else Tiles(16, 4, 1)
+    if kernel in ("links", "maps"):
+        return Tiles(32, 4, 2 if small or kernel == "maps" else 1)
     return Tiles(64, 4, 2)
 
 
@@ -142,6 +153,7 @@ def _launch_sweeps(
     part_borders: int,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     store: bool,
+    last_final_only: bool = False,
 ) -> None:
     one, two = sweeps[0], sweeps[-1]
     (batch, length, nheads, _), (groups, n) = one.values.shape, one.keys.shape[2:]
@@ -153,7 +165,7 @@ def _launch_sweeps(
         *strides(one.values, one.keys, two.values, two.keys),
         MODE=one.mode, HAS_WEIGHT=one.weight is not None, HAS_STATE=entering[0] is not None,
         MODE_2=two.mode if second else -1, HAS_WEIGHT_2=two.weight is not None, HAS_STATE_2=entering[-1] is not None,
-        STORE=store, SUBS=subs, **options(one.values, n, one.log_decay, seq_idx, chosen),
+        STORE=store, LAST_FINAL=last_final_only, SUBS=subs, **options(one.values, n, one.log_decay, seq_idx, chosen),
     )  # fmt: skip
 
 
@@ -191,23 +203,33 @@ def entering_states(
 
 
 def run_sweeps(
-    sweeps: tuple[Sweep, ...], seq_idx: Tensor | None, chosen: Tiles, subs: int, parts: int
+    sweeps: tuple[Sweep, ...],
+    seq_idx: Tensor | None,
+    chosen: Tiles,
+    subs: int,
+    parts: int,
+    last_final: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """States at all borders, (sweeps, b, h, borders, p, n) in the dtype of the values, and at the end of each sweep."""
+    """States at all borders, (sweeps, b, h, borders, p, n) in the dtype of the values, and at the end of each sweep.
+
+    With `last_final` only the end of the last sweep is written, there.
+    """
     x, log_decay = sweeps[0].values, sweeps[0].log_decay
     (batch, length, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
     step = chosen.chunk * subs
     parts, part_length = choose_parts(len(sweeps) * batch * nheads, length, step, x.device, parts)
     entering = entering_states(sweeps, seq_idx, chosen, subs, parts, part_length)
     borders = x.new_empty(len(sweeps), batch, nheads, triton.cdiv(length, step), headdim, n)
-    finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n)
+    finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n) if last_final is None else last_final
     outputs = borders, finals, finals, finals
-    _launch_sweeps(sweeps, entering, seq_idx, chosen, subs, parts, part_length // step, outputs, True)
+    _launch_sweeps(
+        sweeps, entering, seq_idx, chosen, subs, parts, part_length // step, outputs, True, last_final is not None
+    )
     return borders, finals
 
 
 class Gradients(NamedTuple):
-    """What the gradient kernel writes; partial sums of dB and dC have a leading dimension."""
+    """Gradients of a recurrence in the shapes of its inputs, where the kernels write them."""
 
     dx: Tensor
     dlog_decay: Tensor
@@ -215,6 +237,22 @@ class Gradients(NamedTuple):
     dC: Tensor  # noqa: N815
     dweight: Tensor
     dD: Tensor  # noqa: N815
+    dstate: Tensor
+
+
+def empty_gradients(sweep: Sweep, C: Tensor, D: Tensor | None, dx: Tensor | None = None) -> Gradients:
+    """Tensors for the gradients of a recurrence; those of absent weights and D have no positions."""
+    x, B, log_decay = sweep.values, sweep.keys, sweep.log_decay
+    absent = x.shape[0], 0, x.shape[2]
+    return Gradients(
+        dx=x.new_empty(x.shape) if dx is None else dx,
+        dlog_decay=log_decay.new_empty(log_decay.shape),
+        dB=B.new_empty(B.shape),
+        dC=C.new_empty(C.shape),
+        dweight=log_decay.new_empty(absent if sweep.weight is None else log_decay.shape),
+        dD=log_decay.new_empty(absent if D is None else log_decay.shape),
+        dstate=log_decay.new_empty(x.shape[0], *x.shape[2:], B.shape[3]),
+    )
 
 
 def run_gradients(
@@ -222,62 +260,100 @@ def run_gradients(
     C: Tensor,
     D: Tensor | None,
     seq_idx: Tensor | None,
-    borders: Tensor,
     dy: Tensor,
-    dx: Tensor | None,
-    chosen: Tiles,
-    chosen_maps: Tiles,
-    blocks: int,
-) -> Gradients:
-    """Gradients of a recurrence from the states at the borders and the gradients of those (borders[0] and [1]).
+    dfinal: Tensor | None,
+    into: Gradients,
+    *,
+    add: bool = False,
+    chunk: int = 0,
+    parts: int = 0,
+    blocks: int = 0,
+) -> None:
+    """Gradients of a recurrence; all tensors have dense rows.
 
     Args:
         sweep: The recurrence forward in its own direction; its `mode` may hold REVERSE and SHIFT.
         C: What is read, (b, l, g, n).
         D: Skip, (b, l, h).
         seq_idx: (b, l).
-        borders: (2, b, h, borders, p, n).
         dy: Gradient of the outputs, contiguous.
-        dx: Where to add the gradient of x; None makes a new tensor.
-        chosen: Tiles of the kernel of the links.
-        chosen_maps: Tiles of the kernel of dB and dC, of the same chunk.
-        blocks: Number of blocks of heads per group, 0 to choose.
+        dfinal: Gradient of the last state, (b, h, p, n).
+        into: Where to write.
+        add: Add to dx instead of overwriting it.
+        chunk: Positions per chunk, 0 to choose.
+        parts: Parts of a row, 0 to choose.
+        blocks: Blocks of heads per group, each with its own sum for dB and dC, 0 to choose.
     """
+    x, n = sweep.values, sweep.keys.shape[3]
+    links, maps, sweeping = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
+    if chunk:
+        links, maps, sweeping = (one._replace(chunk=chunk) for one in (links, maps, sweeping))
+    sweeping, subs = border_tiles(sweeping, links)
+    batch, length, nheads, headdim = x.shape
+    state_bytes = 2 * nheads * triton.cdiv(length, 2 * links.chunk) * headdim * n * x.element_size()
+    group = max(1, _BORDER_BYTES // state_bytes)
+    for start in range(0, batch, group):
+        rows = slice(start, start + group)
+        some = sweep.cut(rows)
+        backward = Sweep(
+            dy[rows], C[rows], some.log_decay, None, None if dfinal is None else dfinal[rows],
+            sweep.mode | DESCENDING | ADJOINT,
+        )  # fmt: skip
+        index = None if seq_idx is None else seq_idx[rows]
+        forward = some._replace(mode=sweep.mode & ~SHIFT)
+        part = Gradients(*(one[rows] for one in into))
+        borders, _ = run_sweeps((forward, backward), index, sweeping, subs, parts, part.dstate)
+        _run_chunks(
+            some, C[rows], None if D is None else D[rows], index, borders, dy[rows], part, add, links, maps, blocks
+        )
+
+
+# States and gradients of states between the kernels take about this many bytes; rows are taken in groups that do.
+_BORDER_BYTES = 2**28
+
+
+def _run_chunks(
+    sweep: Sweep,
+    C: Tensor,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    borders: Tensor,
+    dy: Tensor,
+    into: Gradients,
+    add: bool,
+    links: Tiles,
+    maps: Tiles,
+    blocks: int,
+) -> None:
+    """The two kernels that compute the gradients of all chunks from the states at the borders."""
     x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
     (batch, length, nheads, _), (groups, n) = x.shape, B.shape[2:]
     repeats = nheads // groups
-    programs = batch * triton.cdiv(length, chosen.chunk) * groups
+    programs = batch * triton.cdiv(length, links.chunk) * groups
     if blocks == 0:
         blocks = max(1, min(repeats, 2 * multiprocessors(x.device) // programs))
     block_heads = triton.cdiv(repeats, blocks)
     blocks = triton.cdiv(repeats, block_heads)
-    absent = batch, 0, nheads
-    found = Gradients(
-        dx=x.new_empty(x.shape) if dx is None else dx,
-        dlog_decay=torch.empty_like(log_decay),
-        dB=B.new_empty(blocks, *B.shape, dtype=B.dtype if blocks == 1 else log_decay.dtype),
-        dC=C.new_empty(blocks, *C.shape, dtype=C.dtype if blocks == 1 else log_decay.dtype),
-        dweight=log_decay.new_empty(absent if weight is None else log_decay.shape),
-        dD=log_decay.new_empty(absent if D is None else log_decay.shape),
-    )
-    links = tl.bfloat16 if x.element_size() < 4 and not INTERPRETED else tl.float32
-    if x.dtype == torch.float64:
-        links = tl.float64
-    kernel = x.new_empty(programs * blocks, chosen.chunk, chosen.chunk)
+    dB, dC = into.dB, into.dC
+    if blocks > 1:
+        dB, dC = (log_decay.new_empty(blocks, *one.shape) for one in (dB, dC))
+    sums = tl.bfloat16 if x.element_size() < 4 and not INTERPRETED else tl.float32
+    kernel = x.new_empty(programs * blocks, links.chunk, links.chunk)
     sizes = length, nheads, repeats, blocks, block_heads
     shared = {"MODE": sweep.mode, "HAS_WEIGHT": weight is not None}
     _ssd_bwd_links_kernel[(programs * blocks,)](
-        x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, found.dx, found.dlog_decay, found.dweight,
-        found.dD, kernel, *sizes, *strides(x, B, C, D), ADD=dx is not None, HAS_D=D is not None, LINKS=links, **shared,
-        **options(x, n, log_decay, seq_idx, chosen),
+        x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, into.dx, into.dlog_decay, into.dweight,
+        into.dD, kernel, *sizes, *strides(x, B, C, D), ADD=add, HAS_D=D is not None,
+        LINKS=tl.float64 if x.dtype == torch.float64 else sums, **shared,
+        **options(x, n, log_decay, seq_idx, links),
     )  # fmt: skip
     _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
-        x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, found.dB, found.dC, batch, *sizes,
-        *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, chosen_maps),
+        x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, dB, dC, batch, *sizes,
+        *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, maps),
     )  # fmt: skip
-    if blocks == 1:
-        return found._replace(dB=found.dB[0], dC=found.dC[0])
-    return found._replace(dB=found.dB.sum(0).to(B.dtype), dC=found.dC.sum(0).to(C.dtype))
+    if blocks > 1:
+        into.dB.copy_(dB.sum(0))
+        into.dC.copy_(dC.sum(0))
 
 
 @operator("ssd_triton_fwd")
@@ -363,16 +439,13 @@ def _backward(
         contiguous(seq_idx),
     )
     D = D if D is None or D.stride(2) == 1 else D.contiguous()
-    n = B.shape[3]
-    links, maps, sweep_tiles = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
-    if chunk:
-        links, maps, sweep_tiles = (one._replace(chunk=chunk) for one in (links, maps, sweep_tiles))
+    sweep = Sweep(x, B, log_decay, weight, state, 0)
+    found = empty_gradients(sweep, C, D)
     with on_device(x):
-        states = Sweep(x, B, log_decay, weight, state, 0)
-        gradients = Sweep(dy, C, log_decay, None, contiguous(dfinal), DESCENDING | ADJOINT)
-        borders, finals = run_sweeps((states, gradients), seq_idx, *border_tiles(sweep_tiles, links), parts)
-        found = run_gradients(states, C, D, seq_idx, borders, dy, None, links, maps, blocks)
-    return found.dx, found.dlog_decay, found.dB, found.dC, finals[1], found.dweight, found.dD
+        run_gradients(
+            sweep, C, D, seq_idx, dy, contiguous(dfinal), found, chunk=chunk, parts=parts, blocks=blocks
+        )  # fmt: skip
+    return found.dx, found.dlog_decay, found.dB, found.dC, found.dstate, found.dweight, found.dD
 
 
 def border_tiles(sweep: Tiles, gradient: Tiles) -> tuple[Tiles, int]:

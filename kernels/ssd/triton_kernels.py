@@ -231,6 +231,7 @@ def _sweep(
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
     STORE: tl.constexpr,
+    FINAL: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -310,7 +311,7 @@ def _sweep(
             state = state * factor + tl.dot(scaled, key, input_precision=PRECISION, out_dtype=ACC)
             through = through * factor
     if STORE:
-        if part == (0 if MODE & 1 else parts - 1):
+        if FINAL and part == (0 if MODE & 1 else parts - 1):
             _store_state(final_ptr + (row * nheads + head) * (P * N), state, P, N, BLOCK_P, BLOCK_N)
     else:
         _store_state(ends_ptr + place * (P * N), state, P, N, BLOCK_P, BLOCK_N)
@@ -356,6 +357,7 @@ def _ssd_sweep_kernel(
     HAS_STATE_2: tl.constexpr,
     PACKED: tl.constexpr,
     STORE: tl.constexpr,
+    LAST_FINAL: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -371,7 +373,8 @@ def _ssd_sweep_kernel(
     """One or two recurrences of states, without outputs: the state at each border, or what a part adds to its state.
 
     A border stands before every SUBS chunks, in the direction of the sweep. The second sweep, if there is one (MODE_2
-    at least 0), takes the second half of the programs and of the results.
+    at least 0), takes the second half of the programs and of the results; with LAST_FINAL it alone
+    writes where it ends.
     """
     head = tl.program_id(0) % nheads
     part = (tl.program_id(0) // nheads) % parts
@@ -380,18 +383,19 @@ def _ssd_sweep_kernel(
         _sweep(
             value_ptr, key_ptr, log_decay_ptr, weight_ptr, seq_ptr, state_ptr, borders_ptr, ends_ptr, factors_ptr,
             final_ptr, row, head, part, length, nheads, repeats, parts, part_borders, value_stride_b, value_stride_t,
-            key_stride_b, key_stride_t, MODE, HAS_WEIGHT, HAS_STATE, PACKED, STORE, P, N, Q, SUBS, BLOCK_P, BLOCK_N,
-            EXACT, DOT, ACC, PRECISION, STAGES,
+            key_stride_b, key_stride_t, MODE, HAS_WEIGHT, HAS_STATE, PACKED, STORE, not LAST_FINAL, P, N, Q,
+            SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
     elif MODE_2 >= 0:
         states = rows.to(tl.int64) * nheads * (P * N)
+        final_2_ptr = final_ptr if LAST_FINAL else final_ptr + states
         _sweep(
             value_2_ptr, key_2_ptr, log_decay_2_ptr, weight_2_ptr, seq_ptr, state_2_ptr,
             borders_ptr + states * tl.cdiv(length, Q * SUBS), ends_ptr + states * parts,
-            factors_ptr + rows * nheads * parts, final_ptr + states, row - rows, head, part, length, nheads, repeats,
-            parts, part_borders, value_2_stride_b, value_2_stride_t, key_2_stride_b, key_2_stride_t, MODE_2,
-            HAS_WEIGHT_2, HAS_STATE_2, PACKED, STORE, P, N, Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION,
-            STAGES,
+            factors_ptr + rows * nheads * parts, final_2_ptr, row - rows, head, part, length, nheads,
+            repeats, parts, part_borders, value_2_stride_b, value_2_stride_t, key_2_stride_b, key_2_stride_t, MODE_2,
+            HAS_WEIGHT_2, HAS_STATE_2, PACKED, STORE, True, P, N, Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC,
+            PRECISION, STAGES,
         )  # fmt: skip
 
 

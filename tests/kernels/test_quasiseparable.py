@@ -9,11 +9,24 @@ from omnissm.kernels.testing import check_op, run_with_gradients
 
 SIZE = {"b": 2, "l": 21, "h": 4, "p": 3, "n": 2, "g": 2, "chunk_size": 8}
 OUTPUTS = ("y", "final")
+SIDE = ("log_decay", "weight", "B", "C")
 
 
-@pytest.fixture(params=["reference", "chunked"])
+@pytest.fixture(params=["reference", "chunked", pytest.param("triton", marks=pytest.mark.gpu)])
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def triton(device):
+    """The module of the Triton path, where Triton runs."""
+    from omnissm.kernels import available_backends
+
+    if reason := available_backends(device)["triton"]:
+        pytest.skip(reason)
+    from omnissm.kernels.quasiseparable import triton_impl
+
+    return triton_impl
 
 
 def inputs_of(device, dtype=torch.float32, **size):
@@ -214,8 +227,8 @@ def test_wrong_arguments(device):
         quasiseparable(**inputs | {"initial_state": inputs["initial_state"][:1]})
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         quasiseparable(**inputs | {"chunk_size": 0})
-    with pytest.raises(BackendError, match="quasiseparable has no triton implementation"):
-        quasiseparable(**inputs, backend="triton")
+    with pytest.raises(BackendError, match="Triton takes n up to 256, got n=257"):
+        quasiseparable(**inputs_of(device, n=257), backend="triton")
     thrice = {name: inputs[name].repeat(1, 1, 2, 1)[:, :, :3] for name in ("B_f", "C_f", "B_b", "C_b")}
     with pytest.raises(ValueError, match="has g=3 groups, expected a divisor of the 4 heads"):
         quasiseparable(**inputs | thrice)
@@ -277,3 +290,65 @@ def test_compile_once_for_all_lengths(packed, device):
         expected = torch.autograd.grad(quasiseparable(**inputs)[0].square().sum(), leaves)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
+
+
+NAMES = ("x", *(f"{name}_f" for name in SIDE), *(f"{name}_b" for name in SIDE), "diag", "initial_state", "seq_idx")
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_triton_chunks_parts_and_blocks_change_nothing(shift, triton, device):
+    """Outputs and gradients for other chunks, cuts of the row and blocks of heads, packed."""
+    inputs = inputs_of(device, b=1, l=90, packed=True)
+    arguments = [inputs[name] for name in NAMES]
+    dy, dfinal = torch.randn_like(inputs["x"]), torch.randn_like(inputs["initial_state"])
+    found = [
+        (*triton._forward(*arguments, shift, chunk, parts),
+         *triton._backward(*arguments, dy, dfinal, shift, chunk, parts, blocks))
+        for chunk, parts, blocks in ((0, 1, 1), (16, 2, 2), (32, 1, 1))
+    ]  # fmt: skip
+    for other in found[1:]:
+        for value, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_triton_second_derivative_names_the_way_out(triton, device):
+    inputs = inputs_of(device, b=1, l=5, h=1, g=1)
+    x = inputs["x"].requires_grad_()
+    (dx,) = torch.autograd.grad(quasiseparable(**inputs, backend="triton")[0].square().sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="quasiseparable has no second derivative in Triton"):
+        dx.sum().backward()
+
+
+def test_triton_under_vmap(triton, device):
+    inputs = inputs_of(device, b=2, l=7, h=1, g=1)
+    tensors = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+    rows = {k: v[:, :, None].movedim(1, 0) if k == "initial_state" else v[:, None] for k, v in tensors.items()}
+
+    def loss(tensors):
+        return quasiseparable(**tensors, backend="triton")[0].square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(rows)
+    expected = torch.func.grad(loss)(tensors)
+    for name, value in each.items():
+        got = value[:, :, 0].movedim(0, 1) if name == "initial_state" else value[:, 0]
+        torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (16, 16), (48, 100), (128, 128), (128, 256), (192, 64)], ids=str)
+def test_every_tile_table_with_every_gradient(size, dtype, triton, device):
+    p, n = size
+    for length, shift in ((197, True), (600, False)):
+        case = {"b": 2, "l": length, "h": 4, "p": p, "n": n, "g": 2, "shift": shift}
+        check_op(SPEC, case, "triton", dtype, device)
+
+
+@pytest.mark.gpu
+def test_twenty_runs_agree_to_the_bit(triton, device):
+    inputs = inputs_of(device, torch.bfloat16, b=2, l=1000, h=8, p=64, n=64)
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    runs = [run_with_gradients(quasiseparable, inputs, OUTPUTS, cotangents) for _ in range(20)]
+    for run in runs[1:]:
+        for name, value in run.items():
+            assert torch.equal(value, runs[0][name]), name
