@@ -339,6 +339,23 @@ def test_padded_batches_packed_rows_and_layouts_equal_single_sequences(lengths, 
             torch.testing.assert_close(ratio_loss(found[s], 3), ratio_loss(packed[s], 3))
 
 
+@pytest.mark.parametrize("layout", ["padded", "flat"])
+def test_packed_rows_of_a_padded_batch_equal_single_sequences(layout):
+    net = build(layout=layout)
+    rows = [[5, 4], [7, 1, 3], [2]]
+    sequences = [[wave(1, n, 4, phase=n + 3 * r) for n in row] for r, row in enumerate(rows)]
+    alone = [torch.cat([net(x)[0] for x in row], 1) for row in sequences]
+    x = torch.cat([F.pad(torch.cat(row, 1), (0, 0, 0, 11 - sum(n)), value=7.0) for row, n in zip(sequences, rows)])
+    numbers = torch.tensor([[0] * 5 + [1] * 6, [0] * 7 + [1] + [2] * 3, [4] * 11])
+    real = torch.arange(11) < torch.tensor([[sum(row)] for row in rows])
+    y, found = net(x, mask=real, seq_idx=numbers)
+    torch.testing.assert_close(y[real], torch.cat([part[0] for part in alone]))
+    single = [net(x)[1] for row in sequences for x in row]
+    for s in range(2):
+        counts = sum(b[s].mask.sum() for b in single)
+        assert found[s].mask.sum() == counts
+
+
 @pytest.mark.parametrize("sizes", [[1] * 12, [7, 5], [5, 1, 6], [12], [11, 1]], ids=str)
 def test_any_cut_is_exact(sizes):
     net = build()
