@@ -309,7 +309,7 @@ _PUBLISHED = (
     (r"^(levels\.[23]\.blocks\.\d+)\.norm2\.", r"\1.mlp_norm."),
     (r"\.gamma_1$", ".scale.gamma"),
     (r"\.gamma_2$", ".mlp_scale.gamma"),
-    (r"\.gamma$", ".scale.gamma"),
+    (r"(\.blocks\.\d+)\.gamma$", r"\1.scale.gamma"),
     (r"\.downsample\.reduction\.0\.", ".downsample."),
     (r"^head\.(?=weight|bias)", "head.fc."),
 )

@@ -274,7 +274,7 @@ _PUBLISHED = (
     (r"^patch_embed\.norm\.", "stem.norm1."),
     (r"\.(op|self_attention)\.", ".mixer."),
     (r"\.ln_1\.", ".norm."),
-    (r"\.norm2\.", ".mlp_norm."),
+    (r"(\.blocks\.\d+)\.norm2\.", r"\1.mlp_norm."),
     (r"\.downsample\.1\.", ".downsample.conv."),
     (r"\.downsample\.3\.", ".downsample.norm."),
     (r"^classifier\.norm\.|^norm\.", "norm."),

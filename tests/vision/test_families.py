@@ -1,0 +1,325 @@
+"""What each family must do beside what all models do: symmetries, published names, traps, golden outputs."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from omnissm import vision
+from omnissm.ssmcore import Hydra
+from omnissm.vision.models import mambavision, vim, vmamba
+from omnissm.vision.models.chimera_vit import GridSSM
+from omnissm.vision.models.hydra_vit import TokenHydra
+from omnissm.vision.models.mambavision import HalfScan
+from omnissm.vision.models.vim import VimMixer
+from omnissm.vision.models.vmamba import SS2D
+from omnissm.vision.tasks import normalized
+
+TOKENS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
+SIZES = {
+    "hydra_vit_tiny_patch16_224": {**TOKENS, "headdim": 8, "d_state": 4},
+    "vim_tiny_patch16_224": {**TOKENS, "d_state": 4},
+    "lbvim_tiny_patch16_224": {**TOKENS, "d_state": 4},
+    "chimera_vit_tiny_patch16_224": {**TOKENS, "headdim": 8, "d_state": 4},
+    "vmamba_tiny_s1l8": {"dim": 8, "depths": (1, 1, 1, 1), "num_classes": 5},
+    "vmamba_v0_tiny": {"dim": 8, "depths": (1, 1, 1, 1), "d_state": 4, "num_classes": 5},
+    "mambavision_base": {
+        "dim": 8,
+        "stem_dim": 8,
+        "depths": (1, 1, 2, 2),
+        "num_heads": (1, 1, 2, 2),
+        "window_size": (8, 8, 4, 2),
+        "num_classes": 5,
+    },
+}
+GOLDEN = {
+    "chimera_vit_tiny_patch16_224": [-0.01128708, -0.18762463, -0.08163299, 0.21325641, 0.27486789],
+    "hydra_vit_tiny_patch16_224": [-0.00735348, -0.19516188, -0.14503112, 0.02538063, 0.05884518],
+    "lbvim_tiny_patch16_224": [0.02664053, 0.00820628, 0.0846936, 0.08880423, -0.06084543],
+    "mambavision_base": [-1.90535554, 0.23154022, 2.23248479, 2.83800092, 1.66330114],
+    "vim_tiny_patch16_224": [-0.22075854, 1.23759654, 0.62101784, -1.09370311, -1.12843699],
+    "vmamba_tiny_s1l8": [0.33709137, 2.97652718, 3.74462532, 2.16131662, -0.77440676],
+    "vmamba_v0_tiny": [0.02308195, 0.22109707, 0.28976318, 0.1911935, -0.01427492],
+}
+
+
+def formula(model):
+    """Weights by a formula, so that golden numbers do not hang on a random generator."""
+    with torch.no_grad():
+        for k, (name, p) in enumerate(sorted(model.named_parameters())):
+            wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 0.7 + k).view(p.shape)
+            if p.dim() >= 2 and "A_log" not in name:
+                p.copy_(wave / math.sqrt(p[0].numel()))
+            else:
+                p.add_(0.1 * wave)
+    return model.eval()
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    return vision.create_model(name, **{**SIZES[name], **options}).eval()
+
+
+def images(size=32):
+    grid = torch.arange(3 * size * size, dtype=torch.float32).view(1, 3, size, size)
+    return torch.sin(grid * 0.37) + torch.cos(grid * 0.011)
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_golden_outputs(name):
+    model = build(name)
+    # initial steps are drawn; the formula needs fixed ones
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if re.search(r"(dt_bias|dt_proj(_b)?\.bias|dt_projs_bias)$", key):
+                p.fill_(-3.0)
+        y = formula(model.double())(images().double())[0]
+        torch.testing.assert_close(y, torch.tensor(GOLDEN[name], dtype=y.dtype), rtol=1e-6, atol=1e-6)
+        narrow = model.float()(images())[0].double()
+    torch.testing.assert_close(narrow, y, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "low", "high", "rates"),
+    [
+        (lambda: TokenHydra(32, headdim=8), 1e-3, 0.1, None),
+        (lambda: VimMixer(32), 1e-3, 0.1, 16),
+        (lambda: VimMixer(32, bidirectional=False, window=4), 1e-3, 0.1, 16),
+        (lambda: SS2D(32, d_state=3), 1e-3, 0.1, 3),
+        (lambda: HalfScan(32), 1e-3, 0.1, 8),
+        (lambda: GridSSM(32, headdim=8), 7e-3, 0.7, None),
+    ],
+)
+def test_initial_steps_and_rates(mixer, low, high, rates):
+    """Also in whole models, where released code overwrites them by a general initialisation."""
+    check_steps(mixer(), low, high, rates)
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_models_keep_initial_steps(name):
+    low, high = (7e-3, 0.7) if "chimera" in name else (1e-3, 0.1)
+    check_steps(build(name), low, high, None)
+
+
+def check_steps(module, low, high, rates):
+    found = 0
+    for key, p in module.named_parameters():
+        if re.search(r"(dt_bias|dt_proj(_b)?\.bias|dt_projs_bias)$", key):
+            steps = F.softplus(p)
+            assert low * 0.999 <= steps.min() <= steps.max() <= high * 1.001, key
+            found += 1
+        if re.search(r"A(_b)?_logs?$", key) and p.dim() == 2:
+            torch.testing.assert_close(p, torch.arange(1.0, p.shape[1] + 1).log().expand_as(p))
+            assert rates in (None, p.shape[1])
+        if re.search(r"dt_projs?(_b)?[._]weight$", key):
+            bound = p.shape[-1] ** -0.5
+            assert p.abs().max() <= bound
+            assert p.std() > 0.4 * bound  # uniform, not overwritten by 0.02
+    assert found
+
+
+def test_token_hydra_is_hydra():
+    torch.manual_seed(0)
+    mixer = TokenHydra(16, headdim=8, d_state=4)
+    x = torch.randn(2, 15, 16)
+    torch.testing.assert_close(mixer(x), Hydra.forward(mixer, x))
+
+
+def test_hydra_turned_by_half_a_turn():
+    """The image turned by 180 degrees reverses the tokens; with directions exchanged the logits are the same."""
+    name = "hydra_vit_tiny_patch16_224"
+    model, turned = build(name), build(name)
+    with torch.no_grad():
+        turned.patch_embed.proj.weight.copy_(model.patch_embed.proj.weight.flip(2, 3))
+        turned.pos_embed.copy_(model.pos_embed.flip(1))
+        for block in turned.blocks:
+            mixer = block.mixer
+            inner, maps, heads = mixer.d_inner, 2 * mixer.d_state, mixer.nheads
+            for tensor in (mixer.in_proj.weight, mixer.conv1d.weight, mixer.conv1d.bias):
+                start = 2 * inner if tensor is mixer.in_proj.weight else inner
+                own = tensor.clone()
+                tensor[start : start + maps] = own[start + maps : start + 2 * maps]
+                tensor[start + maps : start + 2 * maps] = own[start : start + maps]
+                if tensor is mixer.in_proj.weight:
+                    tensor[-2 * heads :] = own[-2 * heads :].roll(heads, 0)
+            mixer.conv1d.weight.copy_(mixer.conv1d.weight.flip(2).clone())
+        torch.testing.assert_close(turned(images().flip(2, 3)), model(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_vim_turned_by_half_a_turn():
+    """The same for Vim: the weights of the two ends change places."""
+    name = "vim_tiny_patch16_224"
+    model = build(name)
+    state = dict(model.state_dict())
+    swapped = {}
+    for key, value in state.items():
+        other = key.replace("A_b_log", "A_log") if "A_b_log" in key else key.replace("A_log", "A_b_log")
+        if "A_" not in key:
+            other = key.replace("_b.", ".") if "_b." in key else re.sub(r"(conv1d|x_proj|dt_proj)\.", r"\1_b.", key)
+            other = re.sub(r"\.D$", ".D_b", key) if key.endswith(".D") else re.sub(r"\.D_b$", ".D", other)
+        swapped[key] = state.get(other, value)
+    swapped["patch_embed.proj.weight"] = state["patch_embed.proj.weight"].flip(2, 3)
+    swapped["pos_embed"] = state["pos_embed"].flip(1)
+    turned = build(name)
+    turned.load_state_dict(swapped)
+    with torch.no_grad():
+        torch.testing.assert_close(turned(images().flip(2, 3)), model(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_chimera_turned_by_half_a_turn():
+    """Corners 0 and 3, 1 and 2 change places; the sets of B and C stay."""
+    name = "chimera_vit_tiny_patch16_224"
+    model, turned = build(name), build(name)
+    with torch.no_grad():
+        turned.patch_embed.proj.weight.copy_(model.patch_embed.proj.weight.flip(2, 3))
+        for block in turned.blocks:
+            mixer = block.mixer
+            mixer.conv2d.weight.copy_(mixer.conv2d.weight.flip(2, 3).clone())
+            steps = mixer.in_proj.weight[-8 * mixer.nheads :].view(mixer.nheads, 4, 2, -1)
+            steps.copy_(steps.flip(1).clone())
+        torch.testing.assert_close(turned(images().flip(2, 3)), model(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_vim_flags():
+    x = images()
+    assert build("vim_tiny_patch16_224", class_token="none").global_pool == "avg"
+    tokens = {place: build("vim_tiny_patch16_224", class_token=place) for place in ("head", "middle", "double")}
+    assert [m.pos_embed.shape[1] for m in tokens.values()] == [17, 17, 18]
+    for model in tokens.values():
+        features = model.forward_features(x)
+        place = {"head": [0], "middle": [8], "double": [0, 17]}[model.class_token]
+        torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, place].mean(1))
+        rest = [k for k in range(features.shape[1]) if k not in place]
+        model.reset_classifier(0, "avg")  # pooling says what it does, with a class token too
+        torch.testing.assert_close(model(x), features[:, rest].mean(1))
+    overlapping = build("vim_tiny_patch16_224", patch_stride=4)
+    assert overlapping.patch_embed.grid_size == (7, 7)
+    assert sum(p.numel() for p in vision.create_model("vim_tiny_patch16_224", patch_stride=8).parameters()) == 7_250_344
+    whole, half = build("vim_tiny_patch16_224", divide=False), build("vim_tiny_patch16_224")
+    half.load_state_dict({k: 2 * v if "out_proj" in k else v for k, v in whole.state_dict().items()})
+    torch.testing.assert_close(half(x), whole(x))
+
+
+def test_lbvim_reads_from_alternating_ends():
+    """With one scan and no local look back, position t of block 0 depends on s <= t, of block 1 on s >= t."""
+    model = build("lbvim_tiny_patch16_224", segment=1)
+    for block, seen in zip(model.blocks, (slice(9, None), slice(None, 8)), strict=True):
+        x = torch.randn(1, 16, 16, requires_grad=True)
+        block(x)[0, 8].sum().backward()
+        assert x.grad[0, seen].abs().max() == 0
+    assert [vim.segment(torch.zeros(1, n, 1), 0) for n in (128, 196, 257)] == [4, 8, 16]
+
+
+def published_vim(state):
+    return {re.sub(r"^blocks\.", "layers.", re.sub(r"^norm\.", "norm_f.", key)): value for key, value in state.items()}
+
+
+def test_published_names_of_vim():
+    model = build("vim_tiny_patch16_224")
+    published = published_vim(model.state_dict())
+    assert "layers.0.mixer.A_b_log" in published
+    assert "layers.1.mixer.conv1d_b.weight" in published
+    found = vim.checkpoint_filter_fn({"model": published}, model)
+    model.load_state_dict(found)
+    assert set(found) == set(model.state_dict())
+
+
+def test_published_names_of_vmamba():
+    parts = {"stem.conv1": "patch_embed.0", "stem.norm1": "patch_embed.2"}
+    parts |= {"stem.conv2": "patch_embed.5", "stem.norm2": "patch_embed.7"}
+    for name in ("vmamba_tiny_s1l8", "vmamba_v0_tiny"):
+        model = build(name)
+        published = {}
+        for key, value in model.state_dict().items():
+            for ours, theirs in parts.items():
+                key = key.replace(ours, theirs) if key.startswith(ours) else key
+            key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
+            key = re.sub(r"^stages", "layers", key).replace(".mixer.", ".op.").replace(".mlp_norm.", ".norm2.")
+            if name == "vmamba_tiny_s1l8":
+                key = key.replace("downsample.conv", "downsample.1").replace("downsample.norm", "downsample.3")
+            key = re.sub(r"^norm\.", "classifier.norm.", re.sub(r"^head\.fc", "classifier.head", key))
+            one_by_one = key.endswith(("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight"))
+            published[key] = value[:, :, None, None] if one_by_one else value
+        found = vmamba.checkpoint_filter_fn({"model": published}, model)
+        assert set(found) == set(model.state_dict())
+        other = build(name)
+        other.load_state_dict(found)
+        torch.testing.assert_close(other(images()), model(images()))
+
+
+def test_published_names_of_mambavision():
+    model = build("mambavision_base")
+    names = {"stem.conv1": "patch_embed.conv_down.0", "stem.norm1": "patch_embed.conv_down.1"}
+    names |= {"stem.conv2": "patch_embed.conv_down.3", "stem.norm2": "patch_embed.conv_down.4", "head.fc": "head"}
+    published = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = re.sub(rf"^{re.escape(ours)}\.", f"{theirs}.", key)
+        key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"levels.{int(m[1]) - 1}.downsample.reduction.0", key)
+        key = re.sub(r"^stages", "levels", key)
+        key = re.sub(r"(levels\.[23]\.blocks\.\d+)\.norm\.", r"\1.norm1.", key).replace(".mlp_norm.", ".norm2.")
+        key = key.replace(".mlp_scale.gamma", ".gamma_2").replace(".scale.gamma", ".gamma_1")
+        published[key] = value / 2 if key.endswith("dt_proj.bias") else value  # added twice there
+    found = mambavision.checkpoint_filter_fn({"state_dict": published}, model)
+    assert set(found) == set(model.state_dict())
+    other = build("mambavision_base")
+    other.load_state_dict(found)
+    torch.testing.assert_close(other(images()), model(images()))
+
+
+def test_windows_keep_to_themselves():
+    """Before padding and cropping: what enters a window comes out of it."""
+    x = torch.randn(2, 8, 12, 3)
+    windows = mambavision.into_windows(x, 4)
+    assert windows.shape == (12, 16, 3)
+    torch.testing.assert_close(windows[1].view(4, 4, 3), x[0, :4, 4:8])
+    back = mambavision.out_of_windows(windows, x, x.permute(0, 3, 1, 2)[:, :, :7, :11], 4)
+    torch.testing.assert_close(back, x.permute(0, 3, 1, 2)[:, :, :7, :11])
+
+
+def test_merging_of_the_first_generation():
+    merge = vmamba.MergeDown(1)
+    merge.norm, merge.reduction = torch.nn.Identity(), Keep()
+    x = torch.arange(9.0).view(1, 1, 3, 3)
+    y = merge(x)
+    assert y.shape == (1, 4, 2, 2)
+    assert y[0, :, 0, 0].tolist() == [0, 3, 1, 4]  # rows first
+    assert y[0, :, 1, 1].tolist() == [8, 0, 0, 0]
+
+
+class Keep(torch.nn.Module):
+    weight = torch.zeros(1)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_sixteen_bits_train(name):
+    """A few steps in bfloat16 autocast stay finite, with recurrences in float32."""
+    model = build(name, drop_path_rate=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(torch.randn(4, 3, 32, 32))
+        loss = F.cross_entropy(y.float(), torch.arange(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert torch.isfinite(loss)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_normalisation_follows_the_model():
+    model = build("vmamba_tiny_s1l8")
+    x = torch.rand(1, 3, 4, 4)
+    mean, std = (torch.tensor(model.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(normalized(x, model), (x - mean) / std)
+    model.default_cfg = {**model.default_cfg, "mean": (0.0,) * 3, "std": (0.5,) * 3}
+    torch.testing.assert_close(normalized(x, model), x / 0.5)
+    with pytest.raises(TypeError, match="divide bytes by 255"):
+        normalized(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), model)
+    with pytest.raises(ValueError, match="in_chans=1"):
+        normalized(x[:, :1], model)
