@@ -43,7 +43,7 @@ def check_outputs(outs: Sequence[str], header: Sequence[str], prefix: str, *, ov
     if not re.fullmatch(r"[A-Za-z_][0-9A-Za-z_.]*", prefix):
         raise ValueError(f"expected an INFO prefix of letters, digits and _, got {prefix!r}")
     found = [line for line in header if line.startswith(f"##INFO=<ID={prefix}_")]
-    if found and not overwrite_info and any(".vcf" in out or out.endswith(".bcf") for out in outs):
+    if found and not overwrite_info and any(map(is_vcf, outs)):
         raise ValueError(
             f"the input has INFO fields {prefix}_... already ({found[0][:60]!r}); give --overwrite_info true to replace"
             " them, or another --prefix"
@@ -127,7 +127,7 @@ def _write_vcf(
                 rows = range(at, at + len(record.alts))
                 at += len(record.alts)
                 order.see(record.chrom, record.start)
-                line = record.line or _line(record)
+                line = record.line or vcf_line(record)
                 if not record.problem:
                     line = _annotate(line, block, rows, scores, prefix)
                 yield line.encode("utf-8", "surrogateescape") + b"\n"
@@ -237,8 +237,17 @@ def _vcf_header(header: Sequence[str], scores: Sequence[str], facts: Mapping[str
     return [*kept[:-1], *added, kept[-1]]
 
 
-def _line(record: Record) -> str:
-    """A VCF line of a record that comes from a table."""
+def is_vcf(out: str) -> bool:
+    """Whether an output is VCF or BCF."""
+    return out.endswith((".vcf", ".vcf.gz", ".bcf"))
+
+
+def vcf_line(record: Record) -> str:
+    """A VCF line of a record that comes from a table.
+
+    Raises:
+        ValueError: if it has an empty allele or could not be read.
+    """
     if record.problem or record.ref == "-" or "-" in record.alts or not record.ref:
         raise ValueError(
             f"record {record.index + 1} has an empty allele or could not be read, which VCF cannot hold; write .tsv"

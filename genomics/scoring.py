@@ -29,7 +29,7 @@ from .loading import load_scorer
 from .parts import Parts
 from .progress import Progress
 from .reference import Reference
-from .score_output import check_outputs, write_scores
+from .score_output import check_outputs, is_vcf, vcf_line, write_scores
 from .sequence import normalise, reverse_complement
 from .status import RefMismatchError
 from .variant_scorer import Columns, ScoreOptions, VariantScorer
@@ -157,6 +157,9 @@ def score_variants(
         source = str(spooled)
     file = VariantFile(source, reference=genome, regions=places, coordinates=coordinates)
     check_outputs(outs, file.header, prefix, overwrite_info=overwrite_info)
+    if not file.is_vcf and any(map(is_vcf, outs)):
+        for record in file:
+            vcf_line(record)  # what VCF cannot hold is said before the work, not after it
     facts = _facts(worker, genome)
     manifest = {
         **facts,

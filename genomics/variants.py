@@ -121,13 +121,17 @@ class VariantFile:
         if self.format == "bcf":
             import pysam
 
+            quiet = pysam.set_verbosity(0)  # it complains of a missing index, which is not used
             try:
                 with pysam.VariantFile(self.path) as file:
+                    pysam.set_verbosity(quiet)
                     yield from str(file.header).splitlines()
                     for record in file:
                         yield str(record).rstrip("\n")
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self.path} is damaged or no BCF file ({error})") from error
+            finally:
+                pysam.set_verbosity(quiet)
             return
         with open_lines(self.path) as file:
             for raw in file:

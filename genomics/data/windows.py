@@ -103,7 +103,8 @@ class WindowDataset(Dataset):
         return region.chrom in reference.circular and len(region) == reference.lengths[region.chrom] >= self.data.length
 
     def _tiles(self) -> list[Interval]:
-        length, stride = self.data.length, self.data.stride or self.data.length
+        length = self.data.length
+        stride = self.data.stride if self.training and self.data.stride else length
         found = []
         for region in self.regions:
             start = region.start

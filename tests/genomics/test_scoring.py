@@ -392,6 +392,21 @@ def test_annotating_twice_needs_a_word(tmp_path):
     assert text.count("##ssm_model=") == 2
 
 
+def test_tables_become_vcf_where_vcf_can_hold_them(tmp_path):
+    genome = write_genome(tmp_path)
+    row = f"c\t11\t{SEQUENCE[10]}\t{'A' if SEQUENCE[10] != 'A' else 'C'}\n"
+    (tmp_path / "t.tsv").write_text("chrom\tpos\tref\talt\n" + row)
+    score_variants(tmp_path / "t.tsv", genome, Bigram(), window=21, out=str(tmp_path / "t.vcf"))
+    (record,) = read_variants(tmp_path / "t.vcf")
+    assert (record.chrom, record.start) == ("c", 10)
+    assert "##contig=<ID=c,length=400>" in (tmp_path / "t.vcf").read_text()
+    (tmp_path / "t.tsv").write_text("chrom\tpos\tref\talt\n" + row + f"c\t12\t{SEQUENCE[11]}\t-\n")
+    with pytest.raises(ValueError, match=r"record 2 has an empty allele .* write \.tsv"):
+        score_variants(tmp_path / "t.tsv", genome, Bigram(), window=21, out=str(tmp_path / "u.vcf"))
+    assert not (tmp_path / "u.vcf.parts").exists()
+    assert score_variants(tmp_path / "t.tsv", genome, Bigram(), window=21).counts() == {"ok": 2}
+
+
 def test_an_empty_vcf_gives_an_empty_vcf(tmp_path):
     pysam = pytest.importorskip("pysam")
     (tmp_path / "calls.vcf").write_text(HEADER)

@@ -21,7 +21,7 @@ from omnissm.genomics.essentiality import (
 )
 from omnissm.genomics.evaluation import evaluate_model, markov_baseline
 from omnissm.genomics.generation import generate
-from omnissm.genomics.intervals import Interval
+from omnissm.genomics.intervals import Interval, Variant
 from omnissm.genomics.likelihood import Scorer
 from omnissm.genomics.models.markov import MarkovModel
 from omnissm.genomics.reference import Reference
@@ -463,14 +463,25 @@ def test_any_network_scores_and_strands_agree(folder):
     """Of an H-Net: both strands of an SNV are those of the reverse-complemented pair, for an odd window."""
     torch.manual_seed(1)
     model = create_model("hnet_tiny")
-    from omnissm.genomics.intervals import Variant
-
     text = SEQUENCE[:300].decode()
     flipped = Reference.from_sequences({"c": reverse_complement(text)})
     variant = Variant("c", 150, text[150], "A" if text[150] != "A" else "C")
     a = score_variants([variant], Reference.from_sequences({"c": text}), model, window=101)["llr"][0]
     b = score_variants([variant.reverse_complement(300)], flipped, model, window=101)["llr"][0]
     assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_equivariant_models_need_one_strand():
+    """Of a strand-equivariant masked model, the other strand's pair has the same score."""
+    torch.manual_seed(0)
+    scorer = Scorer(create_model("caduceus_ps_1k"))
+    text = SEQUENCE[:200].decode()
+    variant = Variant("c", 100, text[100], "A" if text[100] != "A" else "C")
+    a = score_variants([variant], Reference.from_sequences({"c": text}), scorer, window=61)
+    flipped = Reference.from_sequences({"c": reverse_complement(text)})
+    b = score_variants([variant.reverse_complement(200)], flipped, scorer, window=61)
+    assert a["masked_llr"][0] == pytest.approx(b["masked_llr"][0], abs=1e-5)
+    assert a["masked_llr"][0] != 0
 
 
 def test_convert_genbank(genomics, shared_data, folder):
