@@ -78,7 +78,11 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """
     if not torch.is_grad_enabled():
         return function.forward(*arguments)
-    if torch.compiler.is_compiling() or _transforming():
+    if torch.compiler.is_compiling():
+        # torch.compile cannot trace a function whose context nobody needs.
+        needed = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+        return function.apply(*arguments) if needed else function.forward(*arguments)
+    if _transforming():
         return function.apply(*arguments)
     return _eager_twin(function).apply(*arguments)
 

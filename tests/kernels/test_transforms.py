@@ -2,6 +2,7 @@
 
 import torch
 
+from omnissm.kernels import ssd
 from omnissm.kernels.transforms import apply, fold, unfold
 
 
@@ -52,3 +53,11 @@ def test_apply_is_the_same_function_in_every_mode():
 
     (first,) = torch.autograd.grad(apply(Square, x, 2).sum(), x, create_graph=True)
     assert torch.equal(torch.autograd.grad(first.sum(), x)[0], torch.full((3,), 4.0))
+
+
+def test_compiles_whole_where_nothing_needs_a_gradient():
+    """Frozen parameters in grad mode: the context of the autograd function is never used."""
+    x, log_decay, B = torch.randn(1, 9, 2, 3), -torch.rand(1, 9, 2), torch.randn(1, 9, 1, 4)
+    expected, _ = ssd(x, log_decay, B, B)
+    compiled = torch.compile(lambda *tensors: ssd(*tensors)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, log_decay, B, B), expected)
