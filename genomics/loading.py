@@ -13,6 +13,7 @@ from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint
 from ..ssmcore.training.export import best_checkpoint
 from .likelihood import Scorer
 from .models import from_pretrained
+from .models.official import cast_weights
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -73,10 +74,11 @@ def load_scorer(
     name = ""
     if isinstance(model, (str, Path)):
         name, model = Path(model).resolve().name, load_model(model)
+    if dtype == "bfloat16":
+        model = cast_weights(model, torch.bfloat16)  # the recurrence stays in float32
     return Scorer(
         model,
         device=find_device(device),
-        dtype=torch.bfloat16 if dtype == "bfloat16" else None,
         restrict=restrict,
         batch_tokens=batch_tokens,
         name=name,

@@ -119,7 +119,7 @@ def test_only_one_module_converts_coordinates():
             if isinstance(node, ast.BinOp) and isinstance(node.right, ast.Constant) and node.right.value == 1:
                 left = ast.unparse(node.left).lower()
                 if isinstance(node.op, (ast.Add, ast.Sub)) and (
-                    "pos" in left.split(".")[-1][:3] or "int(words" in left
+                    left.split(".")[-1] in ("pos", "position") or "int(words" in left
                 ):
                     found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
     assert not found, found

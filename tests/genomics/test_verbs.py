@@ -23,6 +23,7 @@ from omnissm.genomics.evaluation import evaluate_model, markov_baseline
 from omnissm.genomics.generation import generate
 from omnissm.genomics.intervals import Interval, Variant
 from omnissm.genomics.likelihood import Scorer
+from omnissm.genomics.loading import load_scorer
 from omnissm.genomics.models.markov import MarkovModel
 from omnissm.genomics.reference import Reference
 from omnissm.genomics.scanning import scan
@@ -482,6 +483,19 @@ def test_equivariant_models_need_one_strand():
     b = score_variants([variant.reverse_complement(200)], flipped, scorer, window=61)
     assert a["masked_llr"][0] == pytest.approx(b["masked_llr"][0], abs=1e-5)
     assert a["masked_llr"][0] != 0
+
+
+def test_sixteen_bit_weights_give_nearly_the_same():
+    variants = [Variant("c", k, chr(SEQUENCE[k]), "A" if SEQUENCE[k] != 65 else "C") for k in (100, 150)]
+    reference = Reference.from_sequences({"c": SEQUENCE[:300]})
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        scorer = load_scorer(create_model("hnet_tiny"), device="cpu", dtype=dtype)
+        assert scorer.dtype == dtype
+        found.append(score_variants(variants, reference, scorer, window=101)["llr"])
+    np.testing.assert_allclose(found[1], found[0], atol=0.05)
+    assert not np.array_equal(*found)
 
 
 def test_convert_genbank(genomics, shared_data, folder):
