@@ -16,7 +16,14 @@ MAY_IMPORT = {"kernels": (), "ssmcore": ("kernels",), **dict.fromkeys(DOMAINS, (
 # because only some of them load Lightning.
 PUBLIC = {
     "kernels": ("kernels", "kernels.testing"),
-    "ssmcore": ("ssmcore", "ssmcore.mixers", "ssmcore.chunking", "ssmcore.training", "ssmcore.training.*"),
+    "ssmcore": (
+        "ssmcore",
+        "ssmcore.mixers",
+        "ssmcore.chunking",
+        "ssmcore.init",
+        "ssmcore.training",
+        "ssmcore.training.*",
+    ),
 }
 # Names of distributions that a file of the same name would hide once its folder is on sys.path.
 DEPENDENCIES = {"torch", "torchvision", "triton", "timm", "xarray", "pandas", "numpy", "zarr", "rich", "yaml", "Bio"}
