@@ -532,20 +532,13 @@ def _selective_scan_bwd_kernel(
         for stretch in range(stretches):
             for k in tl.static_range(K):
                 tl.store(scratch + (stretch * K + k) * LANES, h[k])
-            start = first + stretch * TIME
-            us = _fetch_masked(u_row, start, end, ok, CHANNELS, TIME)
-            dts = _fetch_masked(dt_row, start, end, ok, CHANNELS, TIME)
-            dys = _fetch_masked(dy_row, start, end, ok, CHANNELS, TIME)
-            Bs = _fetch_maps(B_row, start, end, sub, GROUPS, N, K, TIME)
-            zs = _fetch_gates(z_row, start, end, z_stride_t, ok, TIME, HAS_Z)
-            links = _fetch_links(seq_row, start, end, TIME, PACKED)
-            for i in tl.static_range(TIME):
-                h, _gates = _advance(h, A, us[i], dts[i], Bs[i], links[i], K, PRECISE, PACKED, ACC)
-                dy = dys[i].to(ACC)  # here, so that it is in the cache when the way back needs it
-                if HAS_Z:
-                    z = zs[i].to(ACC)
-                    dy = dy * z * _sigmoid(z)
-                dD += us[i].to(ACC) * dy
+            if stretch < stretches - 1:
+                us, dts, Bs, _Cs, links = _fetch(
+                    u_row, dt_row, B_row, B_row, seq_row, first + stretch * TIME, stretch >= 0, sub, ok,
+                    CHANNELS, GROUPS, N, K, TIME, False, PACKED,
+                )  # fmt: skip
+                for i in tl.static_range(TIME):
+                    h, _gates = _advance(h, A, us[i], dts[i], Bs[i], links[i], K, PRECISE, PACKED, ACC)
         tl.debug_barrier()
         for stretch_back in range(stretches):
             stretch = stretches - 1 - stretch_back
@@ -603,6 +596,7 @@ def _selective_scan_bwd_kernel(
                 dweighted, dexponent = _over_states(dweighted, SUB), _over_states(dexponent, SUB)
                 own_du = tl.where(mine, dt * dweighted + skip * dy, own_du)
                 own_ddt = tl.where(mine, u * dweighted + dexponent, own_ddt)
+                dD += u * dy
                 sums = dBs + dCs
                 at_i = ()
                 for v in tl.static_range(KEPT):
@@ -697,7 +691,7 @@ def _forward(
     z = u if z is None else last_contiguous(z)
     y, final, saved = _empty_outputs(u, A, save, wide)
     options = _options(u, A, B, seq_idx, backward=False)
-    grid, part_length = _grid(u, B, options, parts)
+    grid, part_length = _grid(u, B, options, parts, 8)
     length = u.shape[1]
     with on_device(u):
         products, ends = A, A  # not read with a single part
@@ -765,7 +759,7 @@ def _backward(
     z = u if z is None else last_contiguous(z)
     (batch, length, channels), n, groups = u.shape, A.shape[1], B.shape[2]
     options = _options(u, A, B, seq_idx, backward=True)
-    grid, part_length = _grid(u, B, options, parts)
+    grid, part_length = _grid(u, B, options, parts, 9)
     lanes, blocks = options["BLOCK_D"] * options["SUB"], grid[0] // (batch * groups)
     du, ddt = torch.empty_like(u), torch.empty_like(dt)
     dz = z.new_empty(z.shape if z is not u else (0,))
@@ -881,13 +875,16 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _options(u: Tensor, A: Tensor, B: Tensor, seq_idx: Tensor | None, backward: bool) -> dict[str, Any]:
-    """Compile-time sizes: four states a lane, four warps, and as many channels as they hold."""
+    """Compile-time sizes: four states a lane; four warps, or two where their programs fill the device forwards."""
     n, groups = B.shape[3], B.shape[2]
     padded = triton.next_power_of_2(n)
     k = 1 if INTERPRETED and padded < 16 else min(4, padded)  # the interpreter pays per operation
     sub = padded // k
     width = u.shape[2] // groups
-    block_d = max(1, min(triton.next_power_of_2(width), (512 if INTERPRETED else 128) // sub))
+    lanes = 512 if INTERPRETED else 128
+    if not (INTERPRETED or backward) and _fills(u.shape[0] * groups * triton.cdiv(width * sub, lanes), u):
+        lanes = 64
+    block_d = max(1, min(triton.next_power_of_2(width), lanes // sub))
     narrow = u.element_size() < 4
     options: dict[str, Any] = {
         "CHANNELS": u.shape[2],
@@ -901,7 +898,12 @@ def _options(u: Tensor, A: Tensor, B: Tensor, seq_idx: Tensor | None, backward: 
         "PRECISE": not narrow,
         "ACC": tl.float64 if A.dtype == torch.float64 else tl.float32,
     }
-    return options if INTERPRETED else options | {"num_warps": max(1, block_d * sub // 32)}
+    return options if INTERPRETED else options | {"num_warps": max(1, min(4, block_d * sub // 32))}
+
+
+def _fills(programs: int, u: Tensor) -> bool:
+    """Whether so many programs keep a device busy, so that no sequence is cut."""
+    return programs >= 2 * multiprocessors(u.device)
 
 
 def _backward_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -913,17 +915,16 @@ def _backward_options(options: dict[str, Any]) -> dict[str, Any]:
     return found if INTERPRETED else found | {"maxnreg": 168}
 
 
-def _grid(u: Tensor, B: Tensor, options: dict[str, Any], parts: int) -> tuple[tuple[int, int], int]:
+def _grid(u: Tensor, B: Tensor, options: dict[str, Any], parts: int, wanted: int) -> tuple[tuple[int, int], int]:
     """Grid (rows x groups x channel blocks, parts), and positions of a part, a multiple of 64.
 
-    Parts double the exponentials, so that a sequence is cut only where whole ones would leave most of the GPU idle.
+    Parts double the exponentials, so that a sequence is cut only where whole ones would leave most of the device idle:
+    then into `wanted` programs for each multiprocessor.
     """
     batch, length, channels = u.shape
     groups = B.shape[2]
     programs = batch * groups * triton.cdiv(channels // groups, options["BLOCK_D"])
     if not parts:
-        processors = multiprocessors(u.device)
-        parts = 1 if programs >= 2 * processors else min(256, 16 * processors // programs)
-    size = _SAVED
-    part_length = triton.cdiv(triton.cdiv(length, parts), size) * size
+        parts = 1 if _fills(programs, u) else min(256, max(1, wanted * multiprocessors(u.device) // programs))
+    part_length = triton.cdiv(triton.cdiv(length, parts), _SAVED) * _SAVED
     return (programs, triton.cdiv(length, part_length)), part_length
