@@ -133,7 +133,9 @@ def _quasiseparable_fwd_kernel(
     y_ok = ok[:, None]
     if P < BLOCK_P:
         y_ok = y_ok & (p_columns < P)[None, :]
-    for head in tl.range(first, tl.minimum(first + block_heads, (group + 1) * repeats), num_stages=STAGES):
+    last = tl.minimum(first + block_heads, (group + 1) * repeats)
+    # Addresses that are kept over the loop would fill the registers.
+    for head in tl.range(first, last, num_stages=STAGES, disable_licm=True):
         # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
         own = steps + tl.minimum(head, 0)
         vectors = row * length * nheads + head
@@ -296,10 +298,11 @@ def _backward(
     from_right = Sweep(x, B_b, log_decay_b, weight_b, right, shifted | REVERSE)
     one = empty_gradients(from_left, C_f, diag)
     two = empty_gradients(from_right, C_b, None, one.dx)
-    chosen = {"chunk": chunk, "parts": parts, "blocks": blocks}
     with on_device(x):
-        run_gradients(from_left, C_f, diag, seq_idx, dy, dleft, one, **chosen)
-        run_gradients(from_right, C_b, None, seq_idx, dy, dright, two, add=True, **chosen)
+        run_gradients(from_left, C_f, diag, seq_idx, dy, dleft, one, chunk=chunk, parts=parts, blocks=blocks)
+        run_gradients(
+            from_right, C_b, None, seq_idx, dy, dright, two, add=True, chunk=chunk, parts=parts, blocks=blocks
+        )  # fmt: skip
     return (
         one.dx, one.dlog_decay, one.dweight, one.dB, one.dC, two.dlog_decay, two.dweight, two.dB, two.dC, one.dD,
         one.dstate, two.dstate,

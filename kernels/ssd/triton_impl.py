@@ -80,26 +80,32 @@ class Sweep(NamedTuple):
 
     def cut(self, rows: slice) -> Sweep:
         """The same for some rows of the batch."""
-        return Sweep(*(one if one is None or isinstance(one, int) else one[rows] for one in self))
+        return self._replace(
+            values=self.values[rows],
+            keys=self.keys[rows],
+            log_decay=self.log_decay[rows],
+            weight=None if self.weight is None else self.weight[rows],
+            state=None if self.state is None else self.state[rows],
+        )
 
 
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
-    """Chunk, warps and stages of a kernel ("fwd", "sweep", "links", "maps") for padded p and n.
+    """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "maps") for padded p and n.
 
-    Timed on an H100. The kernel of the links spills registers with larger chunks, and takes twice the time; float32 is
-    limited by registers throughout.
+    The fastest of a few on an H100. Registers are what limits them: with chunks of 64 the kernel of the links spills
+    and takes twice the time.
     """
     if INTERPRETED:
         return Tiles(128, 4, 1)
     if dtype == torch.float64:
         return Tiles(16, 4, 1)
-    narrow, small = dtype.itemsize < 4, headdim * state <= 64 * 64
+    narrow = dtype.itemsize < 4
     if headdim * state > 64 * 128:
         return Tiles(32, 8, 1) if narrow else Tiles(16, 8, 1)
     if not narrow:
         return Tiles(32, 4, 1) if kernel == "sweep" else Tiles(16, 4, 1)
     if kernel in ("links", "maps"):
-        return Tiles(32, 4, 2 if small or kernel == "maps" else 1)
+        return Tiles(32, 4, 2)
     return Tiles(64, 4, 2)
 
 

@@ -556,7 +556,8 @@ def _link_gradients(
     transposed_ok = ok[None, :]
     if P < BLOCK_P:
         transposed_ok = transposed_ok & (p_columns < P)[:, None]
-    for head in tl.range(first_head, last_head, num_stages=STAGES):
+    # Addresses that are kept over the loop would fill the registers.
+    for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
         # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
         own = steps + tl.minimum(head, 0)
         vectors = row * length * nheads + head

@@ -283,8 +283,8 @@ def test_compile_once_for_all_lengths(device):
     assert counter.frame_count == 1
 
 
-def test_memory_of_forward_and_backward(device):
-    """No temporary is larger than the inputs: the (q, q) matrices of all chunks never exist together."""
+def test_memory_of_forward_and_backward(device, monkeypatch):
+    """No temporary is larger than inputs or block: the (q, q) matrices of all chunks never exist together."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -297,14 +297,168 @@ def test_memory_of_forward_and_backward(device):
                     self.numbers = max(self.numbers, value.untyped_storage().nbytes() // 4)
             return found
 
+    from omnissm.kernels.ssd import chunked
     from omnissm.kernels.ssd.chunked import _gradients, _outputs
 
+    monkeypatch.setattr(chunked, "_BLOCK_NUMBERS_ELSEWHERE", 2**18)  # as on a CPU: larger devices take larger blocks
     inputs = inputs_of(device, b=1, l=4096, h=4, p=16, n=16, weight=False, D=None)
     arguments = [inputs[name] for name in ("x", "log_decay", "B", "C", "initial_state")] + [None, None, None, 64]
     with Largest() as largest, torch.no_grad():
         y, final = _outputs(*arguments)
         _gradients(*arguments, y, final)
     assert largest.numbers <= max(inputs["x"].numel(), 2**18)  # all chunks together: 2^20
+
+
+@pytest.fixture
+def triton(device):
+    """The module of the Triton path, where Triton runs."""
+    from omnissm.kernels import available_backends
+
+    if reason := available_backends(device)["triton"]:
+        pytest.skip(reason)
+    from omnissm.kernels.ssd import triton_impl
+
+    return triton_impl
+
+
+NAMES = ("x", "log_decay", "B", "C", "initial_state", "weight", "D", "seq_idx")
+
+
+@pytest.mark.parametrize("regime", ["initial", "strong"])
+def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, monkeypatch):
+    """Outputs and gradients for other chunks, cuts of the row, blocks of heads and groups of rows, packed."""
+    inputs = inputs_of(device, l=90, g=1, packed=True, D="position", regime=regime)
+    arguments = [inputs[name] for name in NAMES]
+    dy, dfinal = torch.randn_like(inputs["x"]), torch.randn_like(inputs["initial_state"])
+
+    def run(chunk, parts, blocks):
+        backward = triton._backward(*arguments, dy, dfinal, chunk, parts, blocks)
+        return *triton._forward(*arguments, chunk, parts), *backward
+
+    expected = run(0, 1, 1)
+    found = [run(16, 2, 2), run(32, 1, 1)]
+    monkeypatch.setattr(triton, "_BORDER_BYTES", 1)
+    found.append(run(32, 2, 1))
+    for other in found:
+        for value, one in zip(other, expected, strict=True):
+            torch.testing.assert_close(value, one, rtol=1e-4, atol=1e-5)
+
+
+def test_triton_second_derivative_names_the_way_out(triton, device):
+    inputs = inputs_of(device, b=1, l=5, h=1)
+    x = inputs["x"].requires_grad_()
+    (dx,) = torch.autograd.grad(ssd(**inputs, backend="triton")[0].square().sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="ssd has no second derivative in Triton; call it with backend='chunked'"):
+        dx.sum().backward()
+
+
+def test_triton_cuts_wide_heads(triton, device):
+    """p above what a program holds: the head is cut into narrower ones, gradients included."""
+    check_op(SPEC, {"b": 1, "l": 9, "h": 1, "p": 160, "n": 3}, "triton", torch.float32, device)
+
+
+def test_triton_under_vmap(triton, device):
+    rows = [inputs_of(device, b=1, l=9, h=1, seed=seed, D="position") for seed in range(2)]
+    names = list(rows[0])
+
+    def loss(*tensors):
+        return ssd(**dict(zip(names, tensors)), backend="triton")[0].square().sum()
+
+    every = tuple(range(len(names)))
+    stacked = [torch.stack([row[name] for row in rows]) for name in names]
+    per_sample = torch.func.vmap(torch.func.grad(loss, argnums=every))(*stacked)
+    alone = zip(*(torch.func.grad(loss, argnums=every)(*row.values()) for row in rows))
+    for found, expected in zip(per_sample, alone):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_triton_opcheck(triton, device):
+    inputs = inputs_of(device, b=1, l=5, h=1, D="position")
+    arguments = [inputs.get(name) for name in NAMES]
+    torch.library.opcheck(triton._forward, (*arguments, 0, 0))
+    torch.library.opcheck(triton._backward, (*arguments, torch.randn_like(inputs["x"]), None, 0, 0, 0))
+
+
+def test_triton_compiles_once_for_all_lengths(triton, device):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    scan = lambda **kw: ssd(**kw, backend="triton")[0]  # noqa: E731
+    compiled = torch.compile(scan, backend=counter, fullgraph=True, dynamic=True)
+    for length in (5, 9, 20):
+        inputs = inputs_of(device, b=1, l=length, h=2)
+        cotangents = {"y": torch.randn_like(inputs["x"])}
+        expected = run_with_gradients(scan, inputs, ("y",), cotangents)
+        for name, value in run_with_gradients(compiled, inputs, ("y",), cotangents).items():
+            torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (16, 16), (48, 100), (128, 128), (128, 256), (192, 64)], ids=str)
+def test_every_tile_table_with_every_gradient(size, dtype, triton, device):
+    p, n = size
+    for length, regime in ((197, "initial"), (600, "strong")):
+        case = {"b": 2, "l": length, "h": 4, "p": p, "n": n, "g": 2, "regime": regime, "packed": regime == "strong"}
+        check_op(SPEC, case, "triton", dtype, device)
+
+
+@pytest.mark.gpu
+def test_triton_digits(triton, device):
+    """bfloat16 as good as its rounding allows, float32 to 1e-5, over many chunks and parts."""
+    size = {"b": 1, "l": 5000, "h": 4, "p": 64, "n": 128}
+    errors = check_op(SPEC, size, "triton", torch.bfloat16, device)
+    assert errors["y"] < 2.3e-3
+    assert max(errors[name] for name in ("dx", "dB", "dC", "dweight")) < 3e-3
+    assert errors["dlog_decay"] < 4e-3
+
+
+@pytest.mark.gpu
+def test_twenty_runs_agree_to_the_bit(triton, device):
+    inputs = inputs_of(device, b=2, l=1000, h=8, p=64, n=64, dtype=torch.bfloat16)
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    runs = [run_with_gradients(ssd, inputs, SPEC.outputs, cotangents) for _ in range(20)]
+    for run in runs[1:]:
+        for name, value in run.items():
+            assert torch.equal(value, runs[0][name]), name
+
+
+@pytest.mark.gpu
+def test_cuda_graph(triton, device):
+    inputs = inputs_of(device, l=3000, h=4, p=64, n=64)
+    ssd(**inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _ = ssd(**inputs)
+    inputs["x"].normal_()
+    graph.replay()
+    torch.testing.assert_close(y, ssd(**inputs)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_offsets_beyond_32_bit(triton, device):
+    """2.7e9 elements forward and backward; what a full decay cuts off equals the same positions run alone."""
+    length, nheads, tail = 1_048_576, 40, 1000
+    like = {"dtype": torch.bfloat16, "device": device}
+    x = torch.randn(1, length, nheads, 64, **like).requires_grad_()
+    B, C = torch.randn(2, 1, length, 1, 16, **like).unbind(0)
+    log_decay = torch.full((1, length, nheads), -0.1, device=device)
+    log_decay[:, -tail] = -1e4
+    y, final = ssd(x, log_decay, B, C)
+    part = x.detach()[:, -tail:].clone().requires_grad_()
+    alone, last = ssd(part, log_decay[:, -tail:], B[:, -tail:], C[:, -tail:])
+    torch.testing.assert_close(y[:, -tail:], alone, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(final, last, rtol=2e-2, atol=2e-2)
+    dy = torch.zeros_like(y)
+    dy[:, -tail:] = torch.randn(1, tail, nheads, 64, **like)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    (dpart,) = torch.autograd.grad(alone, part, dy[:, -tail:])
+    torch.testing.assert_close(dx[:, -tail:], dpart, rtol=2e-2, atol=2e-2)
+    assert not dx[:, :-tail].any()
 
 
 def step_inputs(inputs, t):
