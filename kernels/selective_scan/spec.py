@@ -68,9 +68,9 @@ SPEC = OpSpec(
     test_sizes=(
         {"b": 1, "l": 1, "d": 1, "n": 1},
         {"b": 2, "l": 11, "d": 4, "n": 3, "g": 2, "gate": True, "state": True},
-        {"b": 1, "l": 129, "d": 5, "n": 16, "skip": False, "state": True},
-        {"b": 2, "l": 66, "d": 3, "n": 2, "packed": True, "state": True},
-        {"b": 1, "l": 22, "d": 4, "n": 2, "g": 4, "packed": True, "window": 4},
+        {"b": 1, "l": 67, "d": 5, "n": 16, "skip": False, "state": True},
+        {"b": 1, "l": 66, "d": 3, "n": 2, "packed": True, "state": True},
+        {"b": 1, "l": 14, "d": 4, "n": 2, "g": 2, "packed": True, "window": 4},
         {"b": 2, "l": 33, "d": 3, "n": 4, "complex_rates": True, "state": True, "gate": True},
         {"b": 1, "l": 21, "d": 300, "n": 16},
         {"b": 1, "l": 19, "d": 128, "n": 32, "g": 2, "window": 8},
