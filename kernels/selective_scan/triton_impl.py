@@ -912,7 +912,7 @@ def _backward_options(options: dict[str, Any]) -> dict[str, Any]:
     168 registers a thread let three programs of four warps share a multiprocessor, and suffice without spilling.
     """
     found = {"LEVELS": options["TIME"].bit_length() - 1}
-    return found if INTERPRETED else found | {"maxnreg": 168}
+    return found if INTERPRETED else found | {"maxnreg": 168, "num_stages": 1}
 
 
 def _grid(u: Tensor, B: Tensor, options: dict[str, Any], parts: int, wanted: int) -> tuple[tuple[int, int], int]:
