@@ -1,0 +1,80 @@
+"""From features to vectors: categories by sums of embeddings, values by a linear map, and random-walk positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureEncoder(nn.Module):
+    """Features of nodes or edges as vectors.
+
+    Args:
+        d_model: Width of the result.
+        vocab: Number of categories of each column, for int64 features; None or empty: there are none.
+        features: Number of columns, for float features. With neither, every row gets the same learned vector.
+
+    Raises:
+        ValueError: if both are given.
+    """
+
+    def __init__(self, d_model: int, vocab: Sequence[int] | None = None, features: int = 0) -> None:
+        super().__init__()
+        if vocab and features:
+            raise ValueError(f"features are categories or values, not both; got vocab={vocab} and features={features}.")
+        self.d_model, self.columns, self.categorical = d_model, len(vocab) if vocab else features, bool(vocab)
+        sizes = torch.tensor(list(vocab or [1]))
+        self.register_buffer("limits", sizes, persistent=False)
+        self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)
+        self.limits: Tensor
+        self.starts: Tensor
+        if features:
+            self.linear = nn.Linear(features, d_model)
+        else:
+            self.table = nn.Embedding(int(sizes.sum()), d_model)
+            nn.init.normal_(self.table.weight, std=len(sizes) ** -0.5)
+
+    def forward(self, x: Tensor | None, rows: int) -> Tensor:
+        """(rows, d_model) of features (rows, columns).
+
+        Raises:
+            TypeError: if categories are no integers.
+            ValueError: if there are too many or too few columns, or a category is unknown.
+        """
+        if not self.columns:
+            return self.table.weight.expand(rows, -1)
+        if x is None or x.shape[1] != self.columns:
+            got = "none" if x is None else str(x.shape[1])
+            raise ValueError(f"the model takes {self.columns} columns of features, got {got}.")
+        if not self.categorical:
+            return self.linear(x.to(self.linear.weight.dtype))
+        if x.is_floating_point():
+            raise TypeError(f"the model takes categories as integers, got {x.dtype}.")
+        if x.device.type == "cpu" and bool(((x < 0) | (x >= self.limits)).any()):  # on a GPU this would wait for it
+            raise ValueError(f"categories must be from 0 to below {self.limits.tolist()} by column; one is not.")
+        return self.table(x + self.starts).sum(1)
+
+
+def random_walk_pe(edge_index: Tensor, num_nodes: int, steps: int = 16) -> Tensor:
+    """Probability that a random walk is back at its start after 1 .. `steps` steps, (v, steps) float32.
+
+        P = A D^{-1},   pe[v, k - 1] = (P^k)[v, v]
+
+    Args:
+        edge_index: Source and target of each edge, (2, e); a walk follows edges from source to target.
+        num_nodes: Nodes v; memory is that of a dense (v, v) matrix.
+        steps: Length of the longest walk.
+
+    Source: Dwivedi, Luu, Laurent, Bengio & Bresson (2022), section 3.
+    """
+    source, target = edge_index
+    leaving = torch.bincount(source, minlength=num_nodes).clamp(min=1)
+    matrix = torch.zeros(num_nodes, num_nodes)
+    matrix.index_put_((target, source), 1 / leaving[source].float(), accumulate=True)
+    power, found = matrix, []
+    for _ in range(steps):
+        found.append(power.diagonal().clone())
+        power = matrix @ power
+    return torch.stack(found, dim=1) if found else torch.zeros(num_nodes, 0)

@@ -1,0 +1,90 @@
+"""Graph models by name. A model maps a `GraphBatch` to numbers per graph, node or pair of nodes."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ...ssmcore.mixers import GraphSSM
+from .graph_model import GraphModel
+from .layers import GPSLayer, MessageLayer, NodeLayer, SSMLayer
+
+__all__ = ["MODELS", "GraphModel", "create_model", "list_models", "model_options"]
+
+
+class Entry(NamedTuple):
+    """A named model: its layer, its defaults, and what it is in one line."""
+
+    layer: Callable[..., nn.Module]
+    defaults: dict[str, Any]
+    about: str
+
+
+DAG = {"acyclic": True, "bidirectional": True}
+GENERAL = {"acyclic": False, "local": "gated_gcn"}
+
+MODELS: dict[str, Entry] = {
+    "dag_ssm_tiny": Entry(SSMLayer, DAG | {"d_model": 64, "n_layer": 4}, "scans in both directions of a DAG"),
+    "dag_ssm_small": Entry(SSMLayer, DAG | {"d_model": 128, "n_layer": 6, "d_state": 32}, "the same, wider and deeper"),
+    "dag_gine_tiny": Entry(
+        SSMLayer, DAG | {"d_model": 64, "n_layer": 4, "local": "gine"}, "GINE before each scan of a DAG"
+    ),
+    "chimera_graph_tiny": Entry(
+        SSMLayer, GENERAL | {"d_model": 64, "n_layer": 4}, "GatedGCN, resolvent of any graph, MLP"
+    ),
+    "chimera_graph_base": Entry(
+        SSMLayer, GENERAL | {"d_model": 64, "n_layer": 8, "d_state": 64}, "the published size for long-range sets"
+    ),
+    "mlp": Entry(NodeLayer, {"d_model": 64, "n_layer": 2}, "baseline: nodes alone, no edges"),
+    "gcn": Entry(MessageLayer, {"d_model": 64, "n_layer": 4, "kind": "gcn"}, "baseline: graph convolution"),
+    "gine": Entry(MessageLayer, {"d_model": 64, "n_layer": 4, "kind": "gine"}, "baseline: GINE"),
+    "gps": Entry(GPSLayer, {"d_model": 64, "n_layer": 4}, "baseline: GINE and attention"),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell pattern, e.g. "dag_*"."""
+    return sorted(fnmatch.filter(MODELS, pattern))
+
+
+def create_model(name: str, **args: Any) -> GraphModel:
+    """Build a model by name.
+
+    Args:
+        name: One of `list_models()`.
+        **args: What the data are (`node_vocab`, `edge_features`, `num_outputs`, `level`, ...), and options of
+            `GraphModel`, the layers and their mixer.
+
+    Raises:
+        ValueError: for an unknown model; the message names close ones.
+        TypeError: for an option that the model does not have; the message names close ones.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(f"Unknown graph model {name!r}.{hint} list_models() shows all {len(MODELS)}.")
+    known = model_options(name)
+    for option in args:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known)}"
+            raise TypeError(f"model {name!r} has no option {option!r}; {hint}")
+    entry = MODELS[name]
+    return GraphModel(entry.layer, **{**entry.defaults, **args})
+
+
+def model_options(name: str) -> list[str]:
+    """Names of all options of a model."""
+    layer = MODELS[name].layer
+    sources: list[Any] = [GraphModel, layer, *([GraphSSM] if layer is SSMLayer else [])]
+    names: dict[str, None] = {}
+    for source in sources:
+        for parameter in inspect.signature(source).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                names[parameter.name] = None
+    return [name for name in names if name not in ("has_edges", "d_edge", "device", "dtype")]

@@ -1,0 +1,157 @@
+"""What all graph models share: encoders, layers, and a head for graphs, nodes or pairs of nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ...ssmcore import RMSNorm
+from ..batch import Graph, GraphBatch
+from ..encoders import FeatureEncoder
+from ..pyg import as_batch
+from .layers import View
+from .message_passing import add_up
+
+Level = Literal["graph", "node", "link"]
+Readout = Literal["mean", "sum", "sinks"]
+
+
+class GraphModel(nn.Module):
+    """Encoders, a stack of layers and a head.
+
+    Args:
+        layer: Makes a layer from `d_model`, `has_edges`, `dropout` and the options; see `create_model` for names.
+        node_vocab: Categories of each column of node features, or None.
+        node_features: Columns of node features that are values.
+        edge_vocab: Categories of each column of edge features, or None.
+        edge_features: Columns of edge features that are values.
+        pe: Columns of positional features.
+        num_outputs: Numbers per graph, node or pair.
+        level: What is predicted: "graph", "node" or "link" (pairs of nodes, by the inner product of their vectors).
+        d_model: Width.
+        n_layer: Layers.
+        readout: How nodes become a graph: "mean", "sum", or "sinks": the mean over nodes without an edge leaving them.
+        head_layers: Linear maps in the head.
+        dropout: Share of channels set to zero.
+        **options: Of the layers.
+
+    Raises:
+        ValueError: if an option is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        layer: Callable[..., nn.Module],
+        *,
+        node_vocab: Sequence[int] | None = None,
+        node_features: int = 0,
+        edge_vocab: Sequence[int] | None = None,
+        edge_features: int = 0,
+        pe: int = 0,
+        num_outputs: int = 1,
+        level: Level = "graph",
+        d_model: int = 64,
+        n_layer: int = 4,
+        readout: Readout = "mean",
+        head_layers: int = 2,
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (("level", level, Level), ("readout", readout, Readout)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
+        if level == "link" and num_outputs != 1:
+            raise ValueError(f"pairs of nodes have one output, their inner product; got num_outputs={num_outputs}.")
+        if min(d_model, n_layer, num_outputs, head_layers) < 1:
+            raise ValueError("d_model, n_layer, num_outputs and head_layers must be positive.")
+        self.level, self.readout, self.num_outputs, self.d_model = level, readout, num_outputs, d_model
+        self.node_encoder = FeatureEncoder(d_model, node_vocab, node_features)
+        self.pe_encoder = nn.Linear(pe, d_model) if pe else None
+        has_edges = bool(edge_vocab) or edge_features > 0
+        self.layers = nn.ModuleList(
+            layer(d_model, has_edges=has_edges, dropout=dropout, **options) for _ in range(n_layer)
+        )
+        uses_edges = any(getattr(made, "uses_edges", False) for made in self.layers)
+        self.edge_encoder = FeatureEncoder(d_model, edge_vocab, edge_features) if uses_edges else None
+        self.direction = nn.Parameter(torch.randn(2, d_model) * 0.1) if uses_edges else None  # with, against an edge
+        self.norm = RMSNorm(d_model)
+        parts: list[nn.Module] = []
+        for _ in range(head_layers - 1):
+            parts += [nn.Linear(d_model, d_model), nn.GELU(), nn.Dropout(dropout)]
+        self.head = nn.Sequential(*parts, nn.Linear(d_model, d_model if level == "link" else num_outputs))
+
+    def no_decay_names(self) -> tuple[str, ...]:
+        """Parameters that weight decay must leave alone."""
+        return ("direction",)
+
+    @property
+    def uses_topology(self) -> bool:
+        """Whether a layer needs the batch's topology."""
+        return any(getattr(layer, "uses_topology", False) for layer in self.layers)
+
+    def forward(self, batch: GraphBatch | Graph | Any) -> Tensor:
+        """Predict.
+
+        Args:
+            batch: A batch, one graph, or a `Data` or `Batch` of PyTorch Geometric.
+
+        Returns:
+            (graphs, num_outputs), (v, num_outputs) or (q,), as `level` says.
+
+        Raises:
+            TypeError: if `batch` is none of these, or features are of the wrong kind.
+            ValueError: if features do not fit the model, an edge joins two graphs, or the model is for graphs without
+                cycles and there is one.
+        """
+        batch = as_batch(batch)
+        x = self.features(batch)
+        if self.level == "graph":
+            return self.head(self.pool(x, batch))
+        y = self.head(x)
+        if self.level == "node":
+            return y
+        if batch.pairs is None:
+            raise ValueError("the model predicts pairs of nodes, and the batch names none in `pairs`.")
+        return (y[batch.pairs[0]] * y[batch.pairs[1]]).sum(-1) / self.d_model**0.5
+
+    def features(self, batch: GraphBatch | Graph | Any) -> Tensor:
+        """Vectors of the nodes after the last layer, (v, d_model)."""
+        x, edges, view = self.encode(as_batch(batch))
+        for layer in self.layers:
+            x, edges = layer(x, edges, view)
+        return self.norm(x)
+
+    def encode(self, batch: GraphBatch) -> tuple[Tensor, Tensor, View]:
+        """What enters the first layer: nodes (v, d_model), edges (m, d_model), and the view of the batch."""
+        x = self.node_encoder(batch.x, batch.num_nodes)
+        if self.pe_encoder is not None:
+            if batch.pe is None:
+                raise ValueError("the model takes positional features, and the batch has no `pe`.")
+            x = x + self.pe_encoder(batch.pe.to(x.dtype))
+        count = batch.edge_index.shape[1]
+        edge_index = batch.edge_index
+        both = torch.cat([edge_index, edge_index.flip(0)], dim=1) if batch.is_directed else edge_index
+        if self.edge_encoder is None or self.direction is None:
+            edges = x.new_zeros(both.shape[1], 0)
+        else:
+            plain = self.edge_encoder(batch.edge_attr, count)
+            edges = plain + self.direction[0]
+            if batch.is_directed:
+                edges = torch.cat([edges, plain + self.direction[1]])
+        topology = batch.with_topology().topology if self.uses_topology else None
+        return x, edges, View(both, batch.batch, batch.ptr, topology, count)
+
+    def pool(self, x: Tensor, batch: GraphBatch) -> Tensor:
+        """Vectors of the graphs, (graphs, d_model), from those of the nodes; zero for a graph without nodes."""
+        if self.readout == "sum":
+            return add_up(x, batch.batch, batch.num_graphs)
+        weight = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
+        if self.readout == "sinks":
+            leaving = torch.bincount(batch.edge_index[0], minlength=len(x))
+            weight = (leaving == 0).to(x.dtype)[:, None]
+        total = add_up(torch.cat([x * weight, weight], dim=1), batch.batch, batch.num_graphs)
+        return total[:, :-1] / total[:, -1:].clamp(min=1)

@@ -1,0 +1,194 @@
+"""The layers of graph models: each maps nodes and edges of a batch to new ones and adds to what came in."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...ssmcore import RMSNorm
+from ...ssmcore.mixers import GraphSSM, GraphTopology
+from .message_passing import GCN, GINE, GatedGCN, GraphAttention
+
+Local = Literal["none", "gcn", "gine", "gated_gcn"]
+
+
+class View(NamedTuple):
+    """What layers see of a batch.
+
+    Attributes:
+        edge_index: Edges that messages take, (2, m): those of the graph first, and for directed graphs the same once
+            more, turned around.
+        batch: Graph of each node, (v,).
+        ptr: First node of each graph and v, (graphs + 1,).
+        topology: Of the graph's own edges; None for models without state-space layers.
+        num_edges: The graph's own edges e.
+    """
+
+    edge_index: Tensor
+    batch: Tensor
+    ptr: Tensor
+    topology: GraphTopology | None
+    num_edges: int
+
+
+class FeedForward(nn.Module):
+    """x + MLP(norm(x)), with GELU.
+
+    Args:
+        d_model: Width.
+        factor: Inner width over it.
+        dropout: Share of inner and outer channels set to zero.
+    """
+
+    def __init__(self, d_model: int, factor: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, factor * d_model),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(factor * d_model, d_model),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_model) to itself."""
+        return x + self.mlp(self.norm(x))
+
+
+class NodeLayer(nn.Module):
+    """Every node by itself: no edges at all. The baseline that says how much the nodes alone tell.
+
+    Args:
+        d_model: Width.
+        has_edges: Whether edges have features; not used.
+        dropout: Share of channels set to zero.
+    """
+
+    uses_topology = False
+    uses_edges = False
+
+    def __init__(self, d_model: int, *, has_edges: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.mlp = FeedForward(d_model, dropout=dropout)
+
+    def forward(self, x: Tensor, edges: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """New nodes (v, d), and edges (m, d) as they are."""
+        return self.mlp(x), edges
+
+
+class MessageLayer(nn.Module):
+    """x + gelu(conv(norm(x))), or GatedGCN.
+
+    Args:
+        d_model: Width.
+        kind: "gcn", "gine" or "gated_gcn".
+        has_edges: Whether edges have features; the learned direction of an edge is one in any case.
+        dropout: Share of channels set to zero.
+    """
+
+    uses_topology = False
+
+    def __init__(self, d_model: int, *, kind: Local = "gine", has_edges: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.uses_edges = kind != "gcn"
+        conv: nn.Module
+        match kind:
+            case "gcn":
+                conv = GCN(d_model)
+            case "gine":
+                conv = GINE(d_model)
+            case "gated_gcn":
+                conv = GatedGCN(d_model, dropout)
+            case _:
+                raise ValueError(f"kind must be 'gcn', 'gine' or 'gated_gcn', got {kind!r}.")
+        self.conv = conv
+
+    def forward(self, x: Tensor, edges: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """New nodes (v, d) and edges (m, d)."""
+        if isinstance(self.conv, GatedGCN):
+            y, edges = self.conv(self.norm(x), edges, view.edge_index)
+            return x + y, edges
+        return x + self.dropout(F.gelu(self.conv(self.norm(x), edges, view.edge_index))), edges
+
+
+class GPSLayer(nn.Module):
+    """x + GINE(norm(x)) + attention(norm(x)), then an MLP.
+
+    Args:
+        d_model: Width.
+        nheads: Heads of the attention.
+        has_edges: Whether edges have features; the learned direction of an edge is one in any case.
+        dropout: Share of channels set to zero.
+
+    Source: Rampasek, Galkin, Dwivedi, Luu, Wolf & Beaini (2022), section 3, with norms before the branches.
+    """
+
+    uses_topology = False
+    uses_edges = True
+
+    def __init__(self, d_model: int, *, nheads: int = 4, has_edges: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.local = GINE(d_model)
+        self.attention = GraphAttention(d_model, nheads)
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = FeedForward(d_model, dropout=dropout)
+
+    def forward(self, x: Tensor, edges: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """New nodes (v, d), and edges (m, d) as they are."""
+        inner = self.norm(x)
+        local = self.dropout(F.gelu(self.local(inner, edges, view.edge_index)))
+        return self.mlp(x + local + self.dropout(self.attention(inner, view.batch, view.ptr))), edges
+
+
+class SSMLayer(nn.Module):
+    """Local message passing, the state-space mixer over the graph, and an MLP, one after the other.
+
+    Args:
+        d_model: Width.
+        local: Message passing before the mixer: "none", "gcn", "gine" or "gated_gcn", which updates the edges that the
+            mixer's steps read.
+        has_edges: Whether edges have features; else only "gated_gcn" gives the mixer any.
+        mlp: Inner width of the MLP over `d_model`; 0 for none.
+        dropout: Share of channels set to zero.
+        **mixer: Options of `GraphSSM`.
+
+    Source: Lahoti, Marwah, Puduppully & Gu (2025), the graph model of section 5, with norms per node.
+    """
+
+    uses_topology = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        local: Local = "none",
+        has_edges: bool = False,
+        mlp: int = 2,
+        dropout: float = 0.0,
+        **mixer: Any,
+    ) -> None:
+        super().__init__()
+        if local not in get_args(Local):
+            raise ValueError(f"local must be one of {', '.join(get_args(Local))}, got {local!r}.")
+        self.local = None if local == "none" else MessageLayer(d_model, kind=local, dropout=dropout)
+        self.norm = RMSNorm(d_model)
+        in_steps = has_edges or local == "gated_gcn"
+        self.uses_edges = in_steps or local == "gine"
+        self.mixer = GraphSSM(d_model, d_edge=d_model if in_steps else None, **mixer)
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = FeedForward(d_model, mlp, dropout) if mlp else None
+
+    def forward(self, x: Tensor, edges: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """New nodes (v, d) and edges (m, d)."""
+        if self.local is not None:
+            x, edges = self.local(x, edges, view)
+        assert view.topology is not None
+        edge_attr = None if self.mixer.d_edge is None else edges[: view.num_edges]
+        x = x + self.dropout(self.mixer(self.norm(x), view.topology, edge_attr=edge_attr))
+        return x if self.mlp is None else self.mlp(x), edges
