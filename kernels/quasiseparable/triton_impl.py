@@ -39,12 +39,14 @@ from ..ssd.triton_kernels import (
     _tile,
     _vector,
     _whole,
+    keep_addresses_in_loops,
 )
 from ..transforms import FirstDerivative, apply, fold, operator, unfold
 from ..triton_utils import multiprocessors, on_device
 from .reference import Side
 
 
+@keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
 def _quasiseparable_fwd_kernel(
     x_ptr,
@@ -134,7 +136,6 @@ def _quasiseparable_fwd_kernel(
     if P < BLOCK_P:
         y_ok = y_ok & (p_columns < P)[None, :]
     last = tl.minimum(first + block_heads, (group + 1) * repeats)
-    # Addresses that are kept over the loop would fill the registers.
     for head in tl.range(first, last, num_stages=STAGES, disable_licm=True):
         # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
         own = steps + tl.minimum(head, 0)

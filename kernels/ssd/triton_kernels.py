@@ -9,8 +9,24 @@ the operand of another one, which some versions of Triton compile wrongly.
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import triton
 import triton.language as tl
+
+_KNOWS_DISABLE_LICM = "disable_licm" in inspect.signature(tl.range.__init__).parameters
+
+
+def keep_addresses_in_loops(function: Any) -> Any:
+    """For kernels whose loops say `disable_licm=True`: addresses kept over the loop would fill the registers.
+
+    Triton 3.4 does not know the option; it compiles the kernel without.
+    """
+    if not _KNOWS_DISABLE_LICM and hasattr(function, "_unsafe_update_src"):
+        function._unsafe_update_src(function.src.replace(", disable_licm=True", ""))
+    return function
+
 
 # What a sweep does, as bits of its MODE.
 DESCENDING = 1  # from the last chunk to the first
@@ -477,6 +493,7 @@ def _advanced(state, value, key, scale, factor, DOT: tl.constexpr, ACC: tl.const
     return state.to(ACC) * factor + tl.dot(scaled, key, input_precision=PRECISION, out_dtype=ACC)
 
 
+@keep_addresses_in_loops
 @triton.jit
 def _link_gradients(
     x_ptr,
@@ -556,7 +573,6 @@ def _link_gradients(
     transposed_ok = ok[None, :]
     if P < BLOCK_P:
         transposed_ok = transposed_ok & (p_columns < P)[:, None]
-    # Addresses that are kept over the loop would fill the registers.
     for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
         # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
         own = steps + tl.minimum(head, 0)
