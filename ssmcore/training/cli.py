@@ -39,7 +39,7 @@ from .messages import explain
 from .runs import Run
 from .task import NonFiniteError, SSMTask
 
-LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary")
+LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary", "schema")
 
 _CHECKPOINT = {
     "checkpoint.mode": "min",
