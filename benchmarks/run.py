@@ -128,6 +128,8 @@ def bench(spec: OpSpec, case: BenchSize, device: torch.device, timer: Timer, ban
             runs[name] = "a loop in Python, too slow at this size"
         elif unavailable[name]:
             runs[name] = str(unavailable[name])
+        elif not spec.offers(name, case.size):
+            runs[name] = "does not take this size"
         else:
             runs[name] = lambda backend=name, **arguments: spec.op(**arguments, backend=backend)
     if device.type == "cuda":

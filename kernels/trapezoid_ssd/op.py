@@ -69,7 +69,8 @@ def trapezoid_ssd(
             instead of `seq_idx`. `initial_state` may then have a row for each sequence.
         final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         chunk_size: Positions per chunk of the chunked path; None is 64 divided by the rank, at least 16.
-        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`. Triton takes one rank
+            and runs only where it is asked for.
 
     Returns:
         y, (b, l, r, h, p) in the dtype of `x`, and the state after the last position; `phi`, `ssm` and `k` of it are
@@ -82,8 +83,9 @@ def trapezoid_ssd(
             pairs, `rotation` is unknown, or chunk_size is below 1.
         BackendError: if `backend` is named explicitly and cannot run here.
 
-    16-bit inputs are multiplied and summed in float32. Under autocast `x`, `B` and `C` are cast; nothing else is.
-    Differentiable in all floating tensors, the state too, any number of times.
+    16-bit inputs are summed in float32; Triton rounds operands of products to them. Under autocast `x`, `B` and `C` are
+    cast; nothing else is. Differentiable in all floating tensors, the state too; the reference and chunked paths any
+    number of times.
     Source: Lahoti, Li, Chen et al. (2026), "Mamba-3".
     """
     given = check_state(initial_state)
@@ -151,19 +153,37 @@ def trapezoid_ssd(
         return skip, TrapezoidState(*(part.clone() for part in state))
     log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
-    match choose(backend, x, op="trapezoid_ssd", implementations=("reference", "chunked")):
-        case "reference":
-            return trapezoid_ssd_reference(x, log_decay, gamma, beta, theta, B, C, state, *parameters, seq_idx, half)
-        case _:
-            B_bias, _, _, x_rank = parameters
-            entering = state.ssm
-            if initial_state is not None:
-                entering = _turned_back(state, beta[:, 0], x_rank, half)
-            y, ssm, phi = trapezoid_ssd_chunked(
-                x, log_decay, gamma, beta, theta, B, C, entering, state.phi, *parameters, seq_idx, half,
-                chunk_size or max(16, 64 // sizes["r"]),
-            )  # fmt: skip
-            return y, _last_state(x, B, ssm, phi, B_bias, half)
+    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes, x_rank), on_request=True)
+    if chosen == "reference":
+        return trapezoid_ssd_reference(x, log_decay, gamma, beta, theta, B, C, state, *parameters, seq_idx, half)
+    B_bias, C_bias, D, ranks = parameters
+    entering = state.ssm if initial_state is None else _with_first(state, beta[:, 0], ranks)
+    if chosen == "triton":
+        from .triton_impl import trapezoid_ssd_triton
+
+        before = None if initial_state is None else entering
+        phi_before = None if initial_state is None else state.phi
+        y, ssm, phi = trapezoid_ssd_triton(
+            x, log_decay, gamma, beta, theta, B, C, before, phi_before, B_bias, C_bias, D, seq_idx, half
+        )
+    else:
+        if initial_state is not None:
+            entering = _turned(entering, -state.phi, half)
+        y, ssm, phi = trapezoid_ssd_chunked(
+            x, log_decay, gamma, beta, theta, B, C, entering, state.phi, *parameters, seq_idx, half,
+            chunk_size or max(16, 64 // sizes["r"]),
+        )  # fmt: skip
+        ssm = _turned(ssm, phi, half)
+    return y, _with_last(TrapezoidState(phi, ssm, ssm, x), x[:, -1], B[:, -1], B_bias.transpose(0, 1), half)
+
+
+def _obstacle(sizes: dict[str, int], x_rank: Tensor | None) -> str | None:
+    """Why Triton cannot take a call, None if it can."""
+    if sizes["r"] > 1 or x_rank is not None:
+        return f"Triton takes one rank and no x_rank, got r={sizes['r']}"
+    if sizes["p"] > 128 or not 2 <= sizes["n"] <= 256:
+        return f"Triton takes p up to 128 and n from 2 to 256, got p={sizes['p']} and n={sizes['n']}"
+    return None
 
 
 # Dimensions of the parts of a `TrapezoidState`.
@@ -231,18 +251,15 @@ def default_parameters(
     )
 
 
-def _turned_back(state: TrapezoidState, beta: Tensor, x_rank: Tensor, half: bool) -> Tensor:
-    """The matrix state with the first position's share of the last input, in the frame where the angles are zero."""
+def _with_first(state: TrapezoidState, beta: Tensor, x_rank: Tensor) -> Tensor:
+    """The matrix state with the first position's share of the last input."""
     v = state.v.to(state.ssm.dtype)[:, None] * x_rank.transpose(0, 1)
-    before = (v[..., None] * state.k[..., None, :]).sum(1)
-    angles = state.phi[:, :, None]
-    return rotate(state.ssm + beta[..., None, None] * before, angles.cos(), -angles.sin(), half)
+    return state.ssm + beta[..., None, None] * (v[..., None] * state.k[..., None, :]).sum(1)
 
 
-def _last_state(x: Tensor, B: Tensor, ssm: Tensor, phi: Tensor, B_bias: Tensor, half: bool) -> TrapezoidState:
-    """The state after the last position, from the matrix state turned back by its angles."""
-    turned = rotate(ssm, phi.cos()[:, :, None], phi.sin()[:, :, None], half)
-    return _with_last(TrapezoidState(phi, turned, ssm, x), x[:, -1], B[:, -1], B_bias.transpose(0, 1), half)
+def _turned(ssm: Tensor, phi: Tensor, half: bool) -> Tensor:
+    """A matrix state (b, h, p, n) turned by angles (b, h, s)."""
+    return rotate(ssm, phi.cos()[:, :, None], phi.sin()[:, :, None], half)
 
 
 def _with_last(state: TrapezoidState, x: Tensor, B: Tensor, bias: Tensor, half: bool) -> TrapezoidState:

@@ -87,7 +87,7 @@ SPEC = OpSpec(
     make_inputs=make_inputs,
     outputs=("y", "final_phi", "final_ssm", "final_k", "final_v"),
     test_sizes=(
-        {"b": 1, "l": 1, "h": 1, "p": 1, "n": 2, "s": 1},
+        {"b": 1, "l": 1, "h": 1, "p": 1, "n": 16, "s": 3},
         {"b": 2, "l": 63, "h": 2, "p": 3, "n": 4, "s": 2, "chunk_size": 2},
         {"b": 2, "l": 64, "h": 4, "p": 8, "n": 16, "g": 2, "s": 8},
         {"b": 1, "l": 129, "h": 3, "p": 5, "n": 7, "s": 0, "parameters": False, "state": False},
@@ -104,5 +104,5 @@ SPEC = OpSpec(
         BenchSize(_LANG | {"r": 4, "rotation": "half", "x_rank": True}, torch.bfloat16, (1.6, 6.0)),
     ),
     cpu_bench_sizes=(BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),),
-    implementations=("reference", "chunked"),
+    not_triton=("r", "x_rank"),
 )

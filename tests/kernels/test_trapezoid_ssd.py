@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from omnissm.kernels import TrapezoidState, ssd, trapezoid_ssd, trapezoid_step, trapezoid_step_
+from omnissm.kernels import BackendError, TrapezoidState, ssd, trapezoid_ssd, trapezoid_step, trapezoid_step_
 from omnissm.kernels.testing import check_op, relative_error, run_with_gradients
 from omnissm.kernels.trapezoid_ssd.spec import SPEC, make_inputs
 from omnissm.kernels.trapezoid_ssd.spec import trapezoid_ssd as flat
 from omnissm.kernels.trapezoid_ssd.state import rotate
 
-PATHS = pytest.mark.parametrize("path", ["reference", "chunked"])
+PATHS = pytest.mark.parametrize("path", ["reference", "chunked", "triton"])
+TWO_PATHS = pytest.mark.parametrize("path", ["reference", "chunked"])  # all that take several ranks
 ALONG = ("x", "log_decay", "gamma", "beta", "theta", "B", "C", "seq_idx")
 STATE = ("phi", "ssm", "k", "v")
 
@@ -80,7 +81,7 @@ def test_golden_row_of_the_matrix(path):
     close(torch.stack(row), [0.088233441, -0.016359580, 0.014504616, -0.045963634, 1.848152711])
 
 
-@PATHS
+@TWO_PATHS
 def test_golden_numbers_of_two_ranks(path):
     inputs = golden_inputs(2) | {"x_rank": det(11, 2, 2, 2), "rotation": "half"}
     y, state = trapezoid_ssd(**inputs, chunk_size=3, backend=path)
@@ -149,7 +150,7 @@ def test_a_full_turn_changes_nothing(path, device):
     torch.testing.assert_close(state.phi.cos(), torch.ones_like(state.phi))
 
 
-@PATHS
+@TWO_PATHS
 def test_equal_ranks_are_one(path, device):
     """r equal ranks, each with 1 / r of the input and r times D: every output is that of one rank, so is the state."""
     one = inputs_of(device, l=30, n=8, dtype=torch.float64, rotation="half")
@@ -163,9 +164,38 @@ def test_equal_ranks_are_one(path, device):
     assert phi.shape == (2, 2, 2)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 16, 63, 64, 65, 127, 129, 300])
-def test_lengths(length, device):
-    check_op(SPEC, {"b": 1, "l": length, "h": 2, "p": 3, "n": 4}, "chunked", torch.float32, device)
+@pytest.mark.parametrize("length", [1, 2, 16, 63, 64, 65, 129, 300])
+def test_lengths(length, backend, device):
+    check_op(SPEC, {"b": 1, "l": length, "h": 2, "p": 3, "n": 4}, backend, torch.float32, device)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("chunk", "parts", "blocks"), [(32, 1, 2), (16, 3, 1)])
+def test_chunks_and_parts_of_the_triton_kernels(chunk, parts, blocks, packed, device):
+    """Cutting rows into chunks and parts, and heads into blocks, does not change results."""
+    pytest.importorskip("triton")
+    from omnissm.kernels.trapezoid_ssd.triton_impl import _backward, _forward
+
+    inputs = inputs_of(device, b=1, l=70, h=2, n=8, packed=packed)
+    names = ("x", "log_decay", "gamma", "beta", "theta", "B", "C", "ssm", "phi", "B_bias", "C_bias", "D")
+    arguments = [inputs[name] for name in names]
+    arguments[5:7] = [part[:, :, 0] for part in arguments[5:7]]
+    arguments[9:11] = [part[:, 0] for part in arguments[9:11]]
+    arguments += [inputs.get("seq_idx"), False]
+    gradients = [torch.randn_like(inputs[name]) for name in ("x", "ssm", "phi")]
+    expected = (*_forward(*arguments, 0, 1), *_backward(*arguments, *gradients, 0, 1, 1))
+    found = (*_forward(*arguments, chunk, parts), *_backward(*arguments, *gradients, chunk, parts, blocks))
+    for place, (value, other) in enumerate(zip(found, expected)):
+        assert relative_error(value, other.double()) < 1e-5, place
+
+
+def test_triton_takes_one_rank_and_only_on_request(device):
+    with pytest.raises(BackendError, match="Triton takes one rank and no x_rank, got r=2"):
+        flat(**inputs_of(device, r=2), backend="triton")
+    with pytest.raises(BackendError, match="n from 2 to 256, got p=3 and n=300"):
+        flat(**inputs_of(device, n=300), backend="triton")
+    inputs = inputs_of(device)
+    assert torch.equal(flat(**inputs)[0], flat(**inputs, backend="chunked")[0])
 
 
 @pytest.mark.parametrize("sizes", [(96, 3, 1, 1, 1), (1, 64, 3, 3, 2), (8, 128, 12, 1, 1), (16, 16, 12, 4, 4)], ids=str)
