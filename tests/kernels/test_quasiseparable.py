@@ -295,7 +295,7 @@ def test_compile_once_for_all_lengths(packed, device):
 NAMES = ("x", *(f"{name}_f" for name in SIDE), *(f"{name}_b" for name in SIDE), "diag", "initial_state", "seq_idx")
 
 
-@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("shift", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_triton_chunks_parts_and_blocks_change_nothing(shift, triton, device):
     """Outputs and gradients for other chunks, cuts of the row and blocks of heads, packed."""
     inputs = inputs_of(device, b=1, l=50, h=2, g=1, packed=True)

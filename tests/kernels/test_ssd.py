@@ -324,7 +324,7 @@ def triton(device):
 NAMES = ("x", "log_decay", "B", "C", "initial_state", "weight", "D", "seq_idx")
 
 
-@pytest.mark.parametrize("regime", ["initial", "strong"])
+@pytest.mark.parametrize("regime", [pytest.param("initial", marks=pytest.mark.slow), "strong"])
 def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, monkeypatch):
     """Outputs and gradients for other chunks, cuts of the row, blocks of heads and groups of rows, packed."""
     inputs = inputs_of(device, l=50, g=1, packed=True, D="position", regime=regime)
