@@ -20,11 +20,13 @@ from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
 from .mamba3 import Mamba3 as Mamba3
 from .s4 import S4D as S4D
+from .s5 import S5 as S5
 from .s6 import Mamba as Mamba
 
 __all__ = [
     "MIXERS",
     "S4D",
+    "S5",
     "Attention",
     "Bidirectional",
     "Chimera2D",
@@ -53,6 +55,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "s4d": S4D,
+    "s5": S5,
 }
 
 

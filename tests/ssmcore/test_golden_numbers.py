@@ -127,3 +127,26 @@ def test_causal_conv(backend):
     )
     close(y[0, -1], -0.196084189, 0.169353609)
     close(y.sum(), -0.777138526)
+
+
+def test_s5():
+    u, start = waves(1, 6, 2, seed=6), torch.stack([waves(1, 2, seed=7), waves(1, 2, seed=8)], dim=-1)
+    mixer = create_mixer("s5", 2, d_state=4, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.Lambda_re.copy_(torch.tensor([-0.5, -0.25]))
+        mixer.Lambda_im.copy_(torch.tensor([math.pi, 1.0], dtype=torch.float64))
+        mixer.log_step.copy_(torch.tensor([0.1, 0.2], dtype=torch.float64).log())
+        mixer.B.copy_(torch.stack([waves(2, 2, seed=1), waves(2, 2, seed=2)], dim=-1))
+        mixer.C.copy_(torch.stack([waves(1, 2, 2, seed=3), waves(1, 2, 2, seed=4)], dim=-1))
+        mixer.D.copy_(waves(2, seed=5))
+    state = mixer.state_type(start)
+    _, last = mixer.prefill(u, state)
+    y = mixer.mixing_matrix(u, state=state).outputs
+    close(y.sum(), -8.857437555)
+    close(y[0, -1], -1.837008029, -0.034768993)
+    close(last.ssm, 0.665361381, 0.400730276, 0.634537762, -0.810929528)
+    first, rest = (
+        mixer.mixing_matrix(part, state=given).outputs for part, given in ((u[:, :3], state), (u[:, 3:], None))
+    )
+    close(first.sum() + rest.sum(), -2.732250207)
+    close(rest[0, -1], -0.346809451, 0.441663296)

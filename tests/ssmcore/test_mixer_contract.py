@@ -39,6 +39,7 @@ OPTIONS = {
         {"d_state": 8, "headdim": 4, "ngroups": 2, "rank": 2, "rope_fraction": 1.0, "outproj_norm": True},
     ],
     "s4d": [{"d_state": 4}, {"d_state": 6, "n_ssm": 2, "discretization": "bilinear"}, {"bidirectional": True}],
+    "s5": [{"d_state": 4}, {"d_state": 8, "blocks": 2, "discretization": "bilinear"}, {"bidirectional": True}],
     "mamba2": [
         {"d_state": 4, "headdim": 4},
         {"d_state": 4, "headdim": 4, "ngroups": 4, "D_has_hdim": True, "dt_limit": (0.002, 0.05), "dt_max": 0.2},
