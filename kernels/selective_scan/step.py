@@ -214,7 +214,7 @@ def _position(
     B, C = (x if x.is_complex() else cast_for_autocast(x)[0] for x in (B, C))
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     groups = B.shape[1] if B.dim() == 3 else 1
-    B, C = (x.to(dtype).reshape(x.shape[0], groups, 1, -1) for x in (B, C))  # (b, g, 1, n)
+    B, C = (x.to(dtype).reshape(x.shape[0], groups, 1, A.shape[1]) for x in (B, C))  # (b, g, 1, n)
     wide_u, wide_dt = (x.to(dtype.to_real()).unflatten(1, (groups, -1))[..., None] for x in (u, dt))
     decay = torch.exp(wide_dt * A.to(dtype).unflatten(0, (groups, -1)))
     h = decay * state.to(dtype).unflatten(1, (groups, -1)) + wide_dt * wide_u * B

@@ -30,6 +30,7 @@ from .common import (
     lay_out,
     linear_flops,
     mixer_state,
+    require_state,
     total_flops,
     wide,
 )
@@ -55,6 +56,8 @@ class AttentionState(MixerState):
     v: Tensor
     conv: Tensor
     length: Tensor
+
+    integral: ClassVar[tuple[str, ...]] = ("length",)
 
 
 @mixer_state
@@ -118,16 +121,15 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        given = f"nheads={nheads}, headdim={headdim}"
         if headdim is None:
-            headdim = min(64, d_model) if nheads is None else d_model // nheads
+            headdim = min(64, d_model) if nheads is None else _quotient(d_model, nheads)
         if nheads is None:
-            nheads = d_model // headdim if headdim > 0 and d_model % headdim == 0 else 0
+            nheads = _quotient(d_model, headdim)
         if nheads < 1 or headdim < 1:
-            raise ValueError(
-                f"heads must divide the width: d_model={d_model}, got nheads={nheads}, headdim={headdim}; name both."
-            )
-        kv_heads = kv_heads or nheads
-        if nheads % kv_heads:
+            raise ValueError(f"heads must divide the width: d_model={d_model}, got {given}; name both.")
+        kv_heads = nheads if kv_heads is None else kv_heads
+        if kv_heads < 1 or nheads % kv_heads:
             raise ValueError(f"`kv_heads` must divide nheads={nheads}, got {kv_heads}.")
         if rotary_dim % 2 or not 0 <= rotary_dim <= headdim:
             raise ValueError(f"`rotary_dim` must be even and at most headdim={headdim}, got {rotary_dim}.")
@@ -201,9 +203,15 @@ class Attention(nn.Module):
         return layout.restore(self._out(y, mlp)), self._extended(state, k, v, conv, layout)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
-        """One position, (b, d)."""
+        """One position, (b, d).
+
+        Raises:
+            ValueError: if a shape is wrong or the state does not fit.
+            TypeError: if attention is not causal or the state of another kind.
+        """
         self._require_causal()
         check_input(x, self.d_model, "b")
+        require_state(state, AttentionState)
         y, state = self.prefill(x[:, None], state)
         return y[:, 0], state
 
@@ -438,6 +446,11 @@ class Attention(nn.Module):
             up, gate = mlp.chunk(2, dim=-1)
             y = torch.cat([y, up * F.silu(gate)], dim=-1)
         return self.out_proj(y)
+
+
+def _quotient(whole: int, part: int) -> int:
+    """How often a part fits, 0 if it does not."""
+    return whole // part if part > 0 and whole % part == 0 else 0
 
 
 def _window(window: int | Sequence[int] | None, causal: bool) -> tuple[int | None, int | None]:

@@ -26,11 +26,12 @@ class MixerState:
 
     Subclasses are decorated with `mixer_state`. Fields named in `recurrent` are float32 (float64 in float64 models)
     whatever the activations are; the others have the dtype of the activations. Those in `periodic` are angles, which
-    mean the same modulo 2 pi.
+    mean the same modulo 2 pi; those in `integral` are integers.
     """
 
     recurrent: ClassVar[tuple[str, ...]] = ()
     periodic: ClassVar[tuple[str, ...]] = ()
+    integral: ClassVar[tuple[str, ...]] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, for safetensors; `type(state)(**tensors)` is the way back."""
@@ -106,11 +107,11 @@ def check_state(
         device: Device of the input.
 
     Raises:
-        TypeError: if it is a state of another kind, or a recurrent field has 16 bits.
+        TypeError: if it is a state of another kind, or a recurrent field has 16 bits, or another one no floating dtype
+            (counts: no integer dtype).
         ValueError: if a shape or the device differs.
     """
-    if not isinstance(state, expected):
-        raise TypeError(f"`state` must be a {expected.__name__}, got {type(state).__name__}; init_state() makes one.")
+    require_state(state, expected)
     for name, tensor in state.tensors().items():
         if tuple(tensor.shape) != tuple(shapes[name]):
             raise ValueError(
@@ -119,11 +120,24 @@ def check_state(
             )
         if tensor.device != device:
             raise ValueError(f"`state.{name}` is on '{tensor.device}', expected '{device}'; state.to(device) moves it.")
+        if tensor.is_floating_point() == (name in state.integral):
+            kind = "an integer" if name in state.integral else "a floating"
+            raise TypeError(f"`state.{name}` must have {kind} dtype, got {tensor.dtype}; init_state() makes one.")
         if name in state.recurrent and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
             raise TypeError(
                 f"`state.{name}` must be float32 or float64, got {tensor.dtype}: 16 bits lose slow decays. "
                 "init_state() and state.to(dtype=...) keep it."
             )
+
+
+def require_state(state: Any, expected: type[Any]) -> None:
+    """Check the kind of a state.
+
+    Raises:
+        TypeError: if it is of another one.
+    """
+    if not isinstance(state, expected):
+        raise TypeError(f"`state` must be a {expected.__name__}, got {type(state).__name__}; init_state() makes one.")
 
 
 def check_input(x: Tensor, d_model: int, dims: str = "b l") -> None:
@@ -241,6 +255,8 @@ def lay_out(
             raise TypeError(f"`seq_idx` must be of integers, got {tensor.dtype}.")
         if name != "seq_idx" and tensor.dtype != torch.bool:
             raise TypeError(f"`{name}` must be bool, got {tensor.dtype}; convert it, e.g. {name}.bool().")
+    if not x.shape[1]:  # no position to begin a sequence at, or to be padding
+        return Layout()
     order = count = None
     if mask is not None:
         _check_contiguous(mask)
@@ -466,12 +482,14 @@ def linear_flops(*layers: nn.Linear) -> int:
     return sum(2 * layer.weight.numel() for layer in layers)
 
 
-def check_heads(channels: int, headdim: int, ngroups: int) -> int:
+def check_heads(channels: int, headdim: int, ngroups: int, d_state: int) -> int:
     """The number of heads.
 
     Raises:
-        ValueError: if heads do not divide the channels, or groups the heads.
+        ValueError: if heads do not divide the channels, or groups the heads, or there is no state.
     """
+    if d_state < 1:
+        raise ValueError(f"`d_state` must be at least 1, got {d_state}.")
     if headdim < 1 or channels < 1 or channels % headdim:
         raise ValueError(f"`headdim` must divide the {channels} inner channels, got {headdim}.")
     nheads = channels // headdim

@@ -114,7 +114,7 @@ class Hydra(nn.Module):
         recurrence: dict[str, Any] = {"device": device, "dtype": recurrence_dtype(dtype)}
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
         self.d_inner = int(expand * d_model)
-        self.nheads = check_heads(self.d_inner, headdim, ngroups)
+        self.nheads = check_heads(self.d_inner, headdim, ngroups, d_state)
         self.dt_limit = check_dt_limit(dt_limit)
         self.chunk_size = chunk_size
         conv_channels = self.d_inner + 4 * ngroups * d_state

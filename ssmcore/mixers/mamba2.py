@@ -396,7 +396,7 @@ class Mamba2(_SSDMixer):
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         if not 0 < self.d_ssm <= self.d_inner:
             raise ValueError(f"`d_ssm` must lie in 1 to d_inner={self.d_inner}, got {self.d_ssm}.")
-        self.nheads = check_heads(self.d_ssm, headdim, ngroups)
+        self.nheads = check_heads(self.d_ssm, headdim, ngroups, d_state)
         if not 0 < A_init_range[0] <= A_init_range[1]:
             raise ValueError(f"`A_init_range` must be (lowest, highest) rate, both above 0, got {A_init_range}.")
         if mup_vector is not None and (len(mup_vector) != 5 or self.d_ssm != self.d_inner):
@@ -489,7 +489,7 @@ class DiscreteMamba2(_SSDMixer):
         if nheads < 1 or self.d_inner % nheads:
             raise ValueError(f"`nheads` must divide d_inner={self.d_inner}, got {nheads}.")
         self.headdim, self.ngroups = self.d_inner // nheads, nheads if ngroups is None else ngroups
-        check_heads(self.d_inner, self.headdim, self.ngroups)
+        check_heads(self.d_inner, self.headdim, self.ngroups, d_state)
         self.chunk_size = chunk_size
         self.splits = [self.d_inner + 2 * self.ngroups * d_state, self.d_inner, nheads]
         self.in_proj = nn.Linear(d_model, sum(self.splits), bias=bias, **factory)  # [x, B, C], z, a

@@ -60,6 +60,7 @@ class Mamba3State(MixerState):
     v: Tensor
 
     recurrent: ClassVar[tuple[str, ...]] = ("phi", "ssm", "k")
+    periodic: ClassVar[tuple[str, ...]] = ("phi",)
 
 
 class _Scan(NamedTuple):
@@ -141,8 +142,8 @@ class Mamba3(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         recurrence: dict[str, Any] = {"device": device, "dtype": recurrence_dtype(dtype)}
-        if rank < 1 or d_state < 1:
-            raise ValueError(f"`rank` and `d_state` must be at least 1, got {rank} and {d_state}.")
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {rank}.")
         if not 0 <= rope_fraction <= 1:
             raise ValueError(f"`rope_fraction` must lie in 0 to 1, got {rope_fraction}.")
         if rotation not in (None, "interleaved", "half"):
@@ -153,7 +154,7 @@ class Mamba3(nn.Module):
             raise ValueError(f"`A_floor` must not be negative, got {A_floor}.")
         self.d_model, self.d_state, self.headdim, self.ngroups, self.rank = d_model, d_state, headdim, ngroups, rank
         self.d_inner = int(expand * d_model)
-        self.nheads = check_heads(self.d_inner, headdim, ngroups)
+        self.nheads = check_heads(self.d_inner, headdim, ngroups, d_state)
         self.angles = int(d_state * rope_fraction) // 2
         self.rotation: Literal["interleaved", "half"] = rotation or ("interleaved" if rank == 1 else "half")
         self.a_activation, self.A_floor, self.norm_eps = a_activation, A_floor, norm_eps

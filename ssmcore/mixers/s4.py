@@ -33,6 +33,7 @@ from .common import (
     linear_flops,
     mixer_state,
     recurrence_dtype,
+    require_state,
     total_flops,
     wide,
 )
@@ -77,8 +78,6 @@ class S4D(nn.Module):
     """
 
     linear_in_x: ClassVar[bool] = True
-    # Rounding of the FFT reaches earlier outputs; gradients "from the future" are this small, relative to the others.
-    future_rounding: ClassVar[float] = 1e-5
     varlen: ClassVar[bool] = True
     state_type: ClassVar[type[MixerState]] = S4DState
 
@@ -201,9 +200,15 @@ class S4D(nn.Module):
         return layout.restore(self._out(y)), S4DState(torch.view_as_real(kept + h))
 
     def step(self, x: Tensor, state: S4DState) -> tuple[Tensor, S4DState]:
-        """One position, (b, d)."""
+        """One position, (b, d).
+
+        Raises:
+            ValueError: if a shape is wrong or the state does not fit.
+            TypeError: if the mixer is two-sided or the state of another kind.
+        """
         self._require_causal()
         check_input(x, self.d_model, "b")
+        require_state(state, S4DState)
         log_A, B, C = self._discrete()
         u = wide(x)
         h = torch.view_as_complex(self._state(x, state).ssm) * log_A.exp().to(B.dtype) + B * u[..., None]
@@ -248,7 +253,7 @@ class S4D(nn.Module):
         if mode == "decode":
             return linear_flops(self.out_proj) + d * (14 * half + 2)
         sides = 1 if self.causal else 2
-        transforms = (2 + sides) * 5 * l * math.ceil(math.log2(2 * l)) * d
+        transforms = (2 + sides) * 5 * l * math.ceil(math.log2(max(2 * l, 1))) * d
         parts = {"out_proj": l * linear_flops(self.out_proj), "fft": transforms, "kernel": sides * 4 * half * l * d}
         return total_flops(parts | {"products": 8 * l * d}, mode)
 
@@ -305,7 +310,7 @@ class S4D(nn.Module):
         return torch.where((layout.index == layout.index[:, :1])[..., None], y, torch.zeros_like(y))
 
     def _out(self, y: Tensor) -> Tensor:
-        return F.glu(self.out_proj(self.dropout(F.gelu(y)).to(self.out_proj.weight.dtype)), dim=-1)
+        return F.glu(self.out_proj(self.dropout(F.gelu(y))), dim=-1)
 
 
 def discretize(dt: Tensor, A: Tensor, B: Tensor, rule: Discretization = "zoh") -> tuple[Tensor, Tensor]:

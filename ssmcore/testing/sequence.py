@@ -47,8 +47,8 @@ def check_declared(mixer: nn.Module) -> None:
 
 def check_sequence_shape(mixer: nn.Module) -> None:
     """Input shape and dtype come back, for one position and for many, and entries of a batch do not see each other."""
-    for length in (1, 2, LENGTH):
-        x = sequence_input(mixer, length)
+    for batch, length in ((BATCH, 0), (0, 2), (BATCH, 1), (BATCH, 2), (BATCH, LENGTH)):
+        x = sequence_input(mixer, length, batch=batch)
         y = mixer(x)
         require(y.shape == x.shape, f"{tuple(x.shape)} came back as {tuple(y.shape)}")
         require(y.dtype == x.dtype, f"{x.dtype} came back as {y.dtype}")
@@ -70,6 +70,20 @@ def check_cuts(mixer: nn.Module) -> None:
         _same_state(mixer, state, last, f"after pieces {cut}")
     y, _ = _pieces(mixer, x, (1, 3, 1), mixer.init_state(BATCH))  # type: ignore[operator]
     _close(y, whole[:, :5], "a start from init_state() differs from a start without a state")
+    _no_positions(mixer, last)
+    none, _ = mixer.step(x[:0, 0], mixer.init_state(0))  # type: ignore[operator]
+    require(none.shape == x[:0, 0].shape, f"a step of an empty batch gives {tuple(none.shape)}")
+
+
+def _no_positions(mixer: nn.Module, state: Any) -> None:
+    """A piece without positions, whatever comes with it, leaves the state as it is."""
+    x = sequence_input(mixer, 0)
+    true = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    for name in ("mask", "reset", *(["seq_idx"] if mixer.varlen else [])):
+        y, after = mixer.prefill(x, state, **{name: true.int() if name == "seq_idx" else true})  # type: ignore[operator]
+        require(y.shape == x.shape, f"no positions with `{name}` give {tuple(y.shape)}")
+        for field, tensor in after.tensors().items():
+            require(torch.equal(tensor, state.tensors()[field]), f"no positions with `{name}` change `state.{field}`")
 
 
 def check_padding(mixer: nn.Module) -> None:
@@ -301,6 +315,14 @@ def check_state_methods(mixer: nn.Module) -> None:
         mixer.step(x[:2, 0], state)  # type: ignore[operator]
     with _raises(TypeError, "a state of another kind must raise TypeError"):
         mixer.prefill(x, contiguous)  # type: ignore[operator]
+    with _raises(TypeError, "a step without a state must raise TypeError"):
+        mixer.step(x[:, 0], None)  # type: ignore[operator]
+    for name, tensor in detached.tensors().items():
+        wrong = torch.float64 if not tensor.is_floating_point() else torch.int64
+        for dtype in (wrong, *([torch.bfloat16] if name in state.recurrent else [])):
+            other = type(state)(**{**detached.tensors(), name: tensor.to(dtype)})
+            with _raises(TypeError, f"a state with `{name}` of {dtype} must raise TypeError"):
+                mixer.step(x[:, 0], other)  # type: ignore[operator]
 
 
 def check_sequence_state_dict(mixer: nn.Module) -> None:

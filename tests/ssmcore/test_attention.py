@@ -206,6 +206,9 @@ def test_parameters():
     ("options", "message"),
     [
         ({"headdim": 3}, "heads must divide the width: d_model=8"),
+        ({"nheads": 3}, "heads must divide the width: d_model=8, got nheads=3, headdim=None; name both"),
+        ({"nheads": 2, "kv_heads": 0}, "`kv_heads` must divide nheads=2, got 0"),
+        ({"nheads": 2, "kv_heads": -1}, "`kv_heads` must divide nheads=2, got -1"),
         ({"nheads": 4, "kv_heads": 3}, "`kv_heads` must divide nheads=4, got 3"),
         ({"nheads": 2, "rotary_dim": 6}, "at most headdim=4, got 6"),
         ({"nheads": 2, "rotary_dim": 3}, "must be even"),

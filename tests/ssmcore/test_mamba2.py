@@ -224,6 +224,7 @@ def test_extreme_steps_stay_finite():
         ({"headdim": 5}, "`headdim` must divide the 16 inner channels, got 5"),
         ({"ngroups": 3}, "`ngroups` must divide the 4 heads"),
         ({"d_ssm": 20}, "`d_ssm` must lie in 1 to d_inner=16, got 20"),
+        ({"d_state": 0}, "`d_state` must be at least 1, got 0"),
         ({"dt_limit": (1.0, 0.5)}, "`dt_limit` must be"),
         ({"A_init_range": (0, 1)}, "`A_init_range`"),
         ({"d_conv": 9}, "`d_conv` must lie in 1 to 8, got 9"),

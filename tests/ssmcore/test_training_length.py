@@ -130,6 +130,18 @@ def test_noise():
     assert ssm.std().item() == pytest.approx(0.5, rel=0.05)
 
 
+def test_angles_are_no_magnitudes():
+    stack = Stack(8, "x1", mixer_options=OPTIONS)
+    zero = stack.init_state(3)
+    for policy in ("noise", "fitted_noise"):
+        callback = InitialStates(policy)
+        callback.keep(zero, InitialStates("noise", sigma=1.0).initial_state(zero))
+        state = callback.initial_state(zero).layers[0]
+        assert state.ssm.any()
+        assert not state.phi.any()
+    assert state_norms(stack, torch.randn(1, 6, 8), 3).shape == (2, 2)  # ssm and k
+
+
 @pytest.mark.parametrize("policy", ["pass", "fitted_noise"])
 def test_checkpoints_hold_what_was_seen(policy, tmp_path):
     _, batches = pieces(2)
