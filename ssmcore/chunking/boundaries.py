@@ -53,6 +53,8 @@ class Chunks:
         seq_idx: Which packed sequence a chunk belongs to, int32; None without packing, always set in the flat layout.
         counts: Chunks per row, (b,) int64.
         max_count: The largest of them.
+        fresh: Rows whose first chunk lies behind the first packed sequence, so that no state of before reaches it, (b,)
+            bool; None without packing, and in the flat layout.
     """
 
     x: Tensor
@@ -61,6 +63,7 @@ class Chunks:
     seq_idx: Tensor | None
     counts: Tensor
     max_count: int
+    fresh: Tensor | None = None
 
 
 for _state in (Boundaries, Chunks):
@@ -96,14 +99,15 @@ def chunk(x: Tensor, boundaries: Boundaries, *, seq_idx: Tensor | None = None, l
     slot = torch.where(mask, mask.cumsum(1) - 1, most)  # non-boundaries go to a slot that is cut off
     index = positions.new_zeros(batch, most + 1).scatter(1, slot, positions)[:, :most]
     real = None if most == least else torch.arange(most, device=x.device) < counts[:, None]
-    packed = None
+    packed = fresh = None
     if seq_idx is not None:
         packed = seq_idx.gather(1, index)
+        fresh = (packed[:, :1] != seq_idx[:, :1]).any(1) & (counts > 0)
         if real is not None:  # padding continues the last sequence
             packed = torch.where(real, packed, seq_idx[:, :1]).cummax(1).values
         packed = packed.to(torch.int32)
     vectors = x.gather(1, index[..., None].expand(-1, -1, width))
-    return Chunks(vectors, index, real, packed, counts, most)
+    return Chunks(vectors, index, real, packed, counts, most, fresh)
 
 
 def _flat_seq_idx(x: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -123,7 +127,8 @@ def dechunk(z: Tensor, boundaries: Boundaries, chunks: Chunks, state: Tensor | N
         z: Output of the inner network, shape of `chunks.x` up to the last dimension.
         boundaries: As given to `chunk`.
         chunks: As returned by it; the vectors are not read.
-        state: Smoothed value before the first position, (b, d); zeros if None. Not in the flat layout.
+        state: Smoothed value before the first position, (b, d), for the first packed sequence of each row; zeros if
+            None. Not in the flat layout.
 
     Returns:
         u, (b, l, d), and the value after the last position, (b, d), both float32 (float64 for float64 inputs).
@@ -141,7 +146,8 @@ def dechunk(z: Tensor, boundaries: Boundaries, chunks: Chunks, state: Tensor | N
     prob = prob.clamp(P_MIN, 1 - P_MIN)
     if chunks.mask is not None:
         prob = prob * chunks.mask  # weight 0 leaves the mean as it is
-    smooth, last = ema_scan(z.to(dtype), prob, state, seq_idx=chunks.seq_idx)
+    begin = state if state is None or chunks.fresh is None else state * ~chunks.fresh[:, None]
+    smooth, last = ema_scan(z.to(dtype), prob, begin, seq_idx=chunks.seq_idx)
     if flat:
         place = (mask.flatten().cumsum(0) - 1).clamp(min=0)
         u = smooth[0][place].unflatten(0, (batch, length))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass, tree_map
 
+from ..mixers.common import lay_out, require_state
 from ..states import NestedState
 from .boundaries import P_MIN, Boundaries, Layout, chunk, dechunk, straight_through
 from .routers import Router, RouterState
@@ -190,31 +191,50 @@ class Hierarchy(nn.Module):
         *,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        reset: Tensor | None = None,
     ) -> tuple[Tensor, Any, list[Boundaries]]:
         """Like `forward`, continuing from a state; any cut of a sequence gives the same values.
 
         Rows that are padding throughout keep their state; a row without a boundary leaves the inner network alone.
 
+        Args:
+            x: (b, l, d_outer).
+            state: After the positions before; None at the start.
+            mask: True at real positions, (b, l) bool; contiguous in each row.
+            seq_idx: Which packed sequence a position belongs to, (b, l) integers; `state` belongs to the first one.
+            reset: True where the state starts anew before the position is absorbed, (b, l) bool.
+
         Returns:
             y, the state after the last real position, and the boundaries of each stage (those inside a stage without
             any boundary are left out).
+
+        Raises:
+            TypeError: if the state is of another kind.
         """
         x = self._widen(x)
+        given = {"mask": mask, "seq_idx": seq_idx} | ({} if reset is None else {"reset": reset})
         if not self.n_stages:
-            y, state = self.main_network.prefill(x, state, mask=mask, seq_idx=seq_idx)
+            y, state = self.main_network.prefill(x, state, **given)
             return self._narrow(y), state, []
         if state is None:
             state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        encoded, encoder = self.encoder.prefill(x, state.encoder, mask=mask, seq_idx=seq_idx)
-        boundaries, router = self.routing_module.prefill(encoded, state.router, mask=mask, seq_idx=seq_idx)
-        chunks = chunk(encoded, boundaries, seq_idx=seq_idx)
+        require_state(state, HierarchyState)
+        rows = lay_out(x, mask, seq_idx, reset, align=False)
+        encoded, encoder = self.encoder.prefill(x, state.encoder, **given)
+        before = tree_map(rows.restart, state.router)
+        boundaries, router = self.routing_module.prefill(encoded, before, mask=mask, seq_idx=rows.index)
+        chunks = chunk(encoded, boundaries, seq_idx=rows.index)
         found: list[Boundaries] = []
         z, inner = chunks.x.new_zeros(x.shape[0], 0, self.d_model), state.inner
         if chunks.max_count:
-            z, inner, found = self.main_network.prefill(chunks.x, state.inner, mask=chunks.mask, seq_idx=chunks.seq_idx)
-        u, smooth = dechunk(z, boundaries, chunks, state.dechunk)
+            inside = {"mask": chunks.mask, "seq_idx": chunks.seq_idx}
+            if chunks.fresh is not None:  # the inner network sees no position of the sequence that the state is of
+                fresh = chunks.fresh if rows.fresh is None else chunks.fresh | rows.fresh
+                inside["reset"] = F.pad(fresh[:, None], (0, chunks.max_count - 1))
+            z, inner, found = self.main_network.prefill(chunks.x, state.inner, **inside)
+        u, smooth = dechunk(z, boundaries, chunks, rows.restart(state.dechunk))
         y = self._join(u, encoded, boundaries)
-        y, decoder = self.decoder.prefill(y, state.decoder, mask=mask, seq_idx=seq_idx)
+        y, decoder = self.decoder.prefill(y, state.decoder, **given)
         after = HierarchyState(encoder, router, inner, smooth, decoder, state.count + chunks.counts)
         return self._narrow(y), after, [boundaries, *found]
 
@@ -229,11 +249,15 @@ class Hierarchy(nn.Module):
 
         Returns:
             y (b, d_outer), the new state, and the boundaries of the stages that were reached, their tensors (b,).
+
+        Raises:
+            TypeError: if the state is of another kind.
         """
         x = self._widen(x)
         if not self.n_stages:
             y, state = self.main_network.step(x, state)
             return self._narrow(y), state, []
+        require_state(state, HierarchyState)
         encoded, encoder = self.encoder.step(x, state.encoder)
         boundaries, router = self.routing_module.step(encoded, state.router)
         chosen = boundaries.mask
@@ -276,7 +300,7 @@ class Hierarchy(nn.Module):
         wide = torch.promote_types(dtype or self.residual_proj.weight.dtype, torch.float32)
         return HierarchyState(
             self.encoder.init_state(batch, **stack),
-            self.routing_module.init_state(batch, **like),
+            self.routing_module.init_state(batch, **like | {"device": device}),
             self.main_network.init_state(batch, **stack),
             torch.zeros(batch, self.d_model, device=device, dtype=wide),
             self.decoder.init_state(batch, **stack),

@@ -220,7 +220,7 @@ def _real_ends(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Whether a position is the first real one of its row, (b, l), and the index of the last real one (-1: none)."""
     batch, length = x.shape[:2]
     positions = torch.arange(length, device=x.device)
-    if mask is None:
+    if mask is None or not length:
         return (positions == 0).expand(batch, length), positions.new_full((batch,), length - 1)
     first = mask & (mask.cumsum(1) == 1)
     return first, torch.where(mask, positions, -1).amax(1)
@@ -228,5 +228,7 @@ def _real_ends(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _at(x: Tensor, index: Tensor, otherwise: Tensor) -> Tensor:
     """Vector at one position of each row, (b, d); `otherwise` where the index is -1."""
+    if not x.shape[1]:
+        return otherwise
     found: Any = x.gather(1, index.clamp(min=0)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
     return torch.where((index >= 0)[:, None], found.to(otherwise.dtype), otherwise)

@@ -388,6 +388,54 @@ def test_padded_pieces_continue_each_row_where_it_stands():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("routers", [None, [FixedRouter(3), None], [RandomRouter(0.4), FixedRouter(2)]], ids=str)
+@pytest.mark.parametrize("how", ["seq_idx", "reset", "both"])
+def test_a_state_continues_the_first_packed_sequence_alone(how, routers):
+    """Also where that one begins no chunk of its own here, so that the first chunk is of the next sequence."""
+    net = build(routers=routers)
+    _, state, _ = net.prefill(wave(4, 5, 4))
+    x = wave(4, 9, 4, phase=5)
+    begins = torch.zeros(4, 9, dtype=torch.bool)
+    begins[0, 1] = begins[1, [2, 3, 7]] = begins[3, 0] = True
+    seq_idx = begins.cumsum(1) if how != "reset" else None
+    reset = begins if how != "seq_idx" else None
+    y, after, _ = net.prefill(x, state, seq_idx=seq_idx, reset=reset)
+    for row in range(4):
+        begin, parts, start = state.select(torch.tensor([row])), [], 0
+        if begins[row, 0] and reset is not None:
+            begin = None
+        for end in [*begins[row, 1:].nonzero()[:, 0].add(1).tolist(), 9]:
+            part, begin, _ = net.prefill(x[row : row + 1, start:end], begin)
+            parts.append(part)
+            start, last, begin = end, begin, None
+        torch.testing.assert_close(y[row : row + 1], torch.cat(parts, 1))
+        own = after.select(torch.tensor([row]))
+        more = wave(1, 6, 4, phase=9)
+        torch.testing.assert_close(net.prefill(more, own)[0], net.prefill(more, last)[0])
+
+
+def test_no_positions_and_wrong_states():
+    net = build()
+    x = wave(2, 6, 4)
+    _, state, _ = net.prefill(x)
+    none = torch.ones(2, 0, dtype=torch.bool)
+    for given in ({}, {"mask": none}, {"reset": none, "seq_idx": none.int()}):
+        y, after, _ = net.prefill(x[:, :0], state, **given)
+        assert y.shape == (2, 0, 4)
+        for a, b in zip(_leaves(after), _leaves(state)):
+            assert torch.equal(a, b)
+    assert net(x[:, :0])[0].shape == (2, 0, 4)
+    assert net(x[:0])[0].shape == (0, 6, 4)
+    for call in (lambda: net.prefill(x, state.inner.encoder), lambda: net.step(x[:, 0], None)):
+        with pytest.raises(TypeError, match="`state` must be a HierarchyState"):
+            call()
+
+
+def test_states_of_routers_without_parameters_lie_with_the_model():
+    state = build((4, 4), routers=[FixedRouter(3)]).to("meta").init_state(2)
+    assert {leaf.device.type for leaf in _leaves(state.router)} == {"meta"}
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_step_equals_forward_with_rows_that_cut_at_different_places(dense):
     net = build()

@@ -1,6 +1,7 @@
 """A stack small enough to check by hand, with the contract that `Hierarchy` asks of stacks."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from omnissm.kernels import ema_scan
@@ -22,7 +23,11 @@ class Smoother(nn.Module):
     def forward(self, x, *, mask=None, seq_idx=None):
         return self.prefill(x, mask=mask, seq_idx=seq_idx)[0]
 
-    def prefill(self, x, state=None, *, mask=None, seq_idx=None):
+    def prefill(self, x, state=None, *, mask=None, seq_idx=None, reset=None):
+        if reset is not None:
+            starts = reset if seq_idx is None else reset | F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+            seq_idx = starts.cumsum(1, dtype=torch.int32)
+            state = None if state is None else state * ~reset[:, :1].any(1, keepdim=True)
         weight = torch.full(x.shape[:2], 0.3, dtype=x.dtype)
         if mask is not None:
             weight, x = weight * mask, x * mask[..., None]
