@@ -63,7 +63,7 @@ def score(
         strand: Reading directions.
         mode: "fixed" compares equally many bases; "flank" keeps both flanks of an indel.
         placement: Share of the window's free bases on the left of the variant.
-        regions: Only records that overlap these, such as chr20:1-1000000, named as in the variants.
+        regions: Only records that overlap these, such as chr20:1-1000000.
         regions_file: The same from a BED file.
         contig_map: Two columns: name in the variants, name in the reference.
         circular: Circular contigs of the reference, or "all".
@@ -187,7 +187,8 @@ def _spread(
     ]
     codes = [run.wait() for run in runs]
     if any(code not in (0, 3) for code in codes):
-        return max(codes)
+        sys.stderr.write(f"omnissm: error: shards ended with exit codes {codes}; --resume true goes on\n")
+        return next((code for code in codes if code > 0 and code != 3), 1)  # a killed one has a negative code
     return score_merge(variants, outs, prefix=prefix, overwrite_info=overwrite_info, reference=reference)
 
 
@@ -235,7 +236,7 @@ def scan(
     device: str = "auto",
     dtype: Dtype = "float32",
     batch_tokens: int = 65_536,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> int:
     """Score all single-base changes of a region (in-silico mutagenesis).
 
@@ -259,19 +260,18 @@ def scan(
     Example:
       omnissm genomics scan --reference genome.fa --region chr1:1000-1200 --model runs/NAME --out scan.tsv
     """
-    from .intervals import Interval
     from .loading import load_scorer
     from .reference import Reference
+    from .scanning import check_scan_output, write_scan
     from .scanning import scan as run
-    from .scanning import write_scan
 
-    genome = Reference(reference, circular=_circular(circular))
-    scorer = load_scorer(model, device=device, dtype=dtype, batch_tokens=batch_tokens)
-    place = Interval.from_str(region, lengths=genome.lengths)
-    if place.end > genome.contig_length(place.chrom):
-        raise ValueError(f"region {region!r} lies beyond the contig's {genome.lengths[place.chrom]:,} bases")
-    table, scores = run(genome, place, scorer, skip_n=skip_n, window=window, strand=strand, progress=progress)
     outs = [out] if isinstance(out, str) else list(out)
+    for name in outs:
+        check_scan_output(name)
+    genome = Reference(reference, circular=_circular(circular))
+    place = genome.region(region)
+    scorer = load_scorer(model, device=device, dtype=dtype, batch_tokens=batch_tokens)
+    table, scores = run(genome, place, scorer, skip_n=skip_n, window=window, strand=strand, progress=progress)
     for name in outs:
         write_scan(name, table, scores)
     return _summary(table, scorer.dtype, outs)
@@ -295,7 +295,6 @@ def markov(
     Example:
       omnissm genomics markov --fasta genome.fa --out markov7
     """
-    from .intervals import Interval
     from .models import save_pretrained
     from .models.markov import MarkovModel
     from .reference import Reference
@@ -303,7 +302,7 @@ def markov(
     model = MarkovModel(order, strength)
     for path in [fasta] if isinstance(fasta, str) else fasta:
         genome = Reference(path)
-        places = [Interval.from_str(text, lengths=genome.lengths) for text in regions or genome.names]
+        places = [genome.region(text) for text in regions or genome.names]
         model.fit([genome.fetch_interval(place) for place in places])
     sys.stdout.write(f"{save_pretrained(model, out, dtype=None)}\n")
 

@@ -61,7 +61,7 @@ def _rates(scorer: Scorer, fasta: Path, region: str | None, length: int) -> list
     name = genome.names[0]
     place = Interval(name, 0, min(length, genome.lengths[name]))
     if region:
-        place = Interval.from_str(region, lengths=genome.lengths)
+        place = genome.region(region)
     stages = scorer.boundaries([genome.fetch_interval(place)])[0]
     return [
         f"measured on {place}, stage {k}: {stage.mask.sum() / max(1, stage.eligible.sum()):.3f} of positions cut,"

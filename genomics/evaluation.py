@@ -62,10 +62,10 @@ def evaluate_model(
     Raises:
         ValueError: if the context leaves nothing to score, or the model is not causal.
     """
-    if not 0 <= context < window:
-        raise ValueError(f"expected a context from 0 to below the window {window}, got {context}")
     if scorer.max_length:
         window = min(window, scorer.max_length - scorer.bos)
+    if not 0 <= context < window:
+        raise ValueError(f"expected a context from 0 to below the window {window}, got {context}")
     pieces: list[tuple[bytes, int]] = []
     for region in regions:
         whole = reference.fetch(region.chrom, region.start, region.end)

@@ -22,6 +22,11 @@ from .variant_scorer import Columns
 MANIFEST = "manifest.json"
 
 
+def unfinished(folder: Path) -> str:
+    """What to say where a run would be started on top of another."""
+    return f"{str(folder)!r} holds an unfinished run; go on with --resume true, or delete the folder"
+
+
 class Parts:
     """The folder of a run.
 
@@ -62,9 +67,7 @@ class Parts:
         if (self.folder / MANIFEST).is_file():
             old = Parts.open(self.folder).manifest
             if not resume and not shared:
-                raise ValueError(
-                    f"{str(self.folder)!r} holds an unfinished run; go on with --resume true, or delete the folder"
-                )
+                raise ValueError(unfinished(self.folder))
             self.compare(old)
             return
         write_atomic(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")

@@ -29,6 +29,11 @@ class Progress:
             sys.stderr.write(f"\r{self.line()}\x1b[K")
             sys.stderr.flush()
 
+    def skip(self, count: int) -> None:
+        """Leave out some of the total: they are done already, or others do them."""
+        if self.total is not None:
+            self.total -= count
+
     def line(self) -> str:
         """What is shown: count, rate, and time left where the total is known."""
         rate = self.done / max(1e-9, time.perf_counter() - self.started)

@@ -150,6 +150,17 @@ class Reference:
             raise ValueError(f"no contig {chrom!r} in the reference; it has {', '.join(self.names[:5])}")
         return self.lengths[chrom]
 
+    def region(self, text: str) -> Interval:
+        """A region such as "chr1:100-200" (1-based, both included) or a whole contig, which must lie in the reference.
+
+        Raises:
+            ValueError: if it has no such form, or does not lie in the reference.
+        """
+        place = Interval.from_str(text, lengths=self.lengths)
+        if place.end > self.contig_length(place.chrom):
+            raise ValueError(f"region {text!r} lies beyond the contig's {self.lengths[place.chrom]:,} bases")
+        return place
+
     def fetch(self, chrom: str, start: int, end: int, *, keep_case: bool = False) -> bytes:
         """Bases of a range.
 

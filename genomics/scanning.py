@@ -16,6 +16,8 @@ from .reference import Reference
 from .score_output import write_scores
 from .scoring import ScoreTable, score_variants
 
+SUFFIXES = (".tsv", ".tsv.gz", ".parquet", ".npy")
+
 
 def scan(
     reference: str | Path | Reference,
@@ -57,16 +59,25 @@ def scan(
     return table, scores
 
 
+def check_scan_output(out: str | Path) -> None:
+    """Refuse a bad name before the work.
+
+    Raises:
+        ValueError: for an unknown suffix.
+    """
+    if str(out) != "-" and not str(out).endswith(SUFFIXES):
+        raise ValueError(f"unknown kind of output {str(out)!r}; expected {', '.join(SUFFIXES)}, or -")
+
+
 def write_scan(out: str | Path, table: ScoreTable, scores: npt.NDArray[np.float64]) -> None:
     """Write the table (.tsv, .tsv.gz, .parquet, or - for TSV), or the (4, l) array (.npy).
 
     Raises:
         ValueError: for another suffix.
     """
+    check_scan_output(out)
     if str(out).endswith(".npy"):
         with atomic_path(out) as temporary, open(temporary, "wb") as file:
             np.save(file, scores)
-    elif str(out) == "-" or str(out).endswith((".tsv", ".tsv.gz", ".parquet")):
-        write_scores(str(out), lambda: [([], dict(table))], list(table), header=(), facts=table.facts, prefix="SSM")
     else:
-        raise ValueError(f"unknown kind of output {str(out)!r}; expected .tsv, .tsv.gz, .parquet, .npy, or -")
+        write_scores(str(out), lambda: [([], dict(table))], list(table), header=(), facts=table.facts, prefix="SSM")

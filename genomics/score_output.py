@@ -126,7 +126,7 @@ def _write_vcf(
             for record in records:
                 rows = range(at, at + len(record.alts))
                 at += len(record.alts)
-                order.see(record.chrom, record.start)
+                order.see(record)
                 line = record.line or vcf_line(record)
                 if not record.problem:
                     line = _annotate(line, block, rows, scores, prefix)
@@ -147,10 +147,13 @@ def _write_vcf(
         with pysam.BGZFile(str(temporary), "wb", None) as packed:
             for line in lines():
                 packed.write(line)
-    if order.sorted:
-        pysam.tabix_index(out, preset="vcf", force=True)
+    for suffix in (".tbi", ".csi"):
+        Path(out + suffix).unlink(missing_ok=True)  # of an earlier file
+    if order.sorted and order.readable:
+        pysam.tabix_index(out, preset="vcf", force=True, csi=order.furthest >= 2**29)  # what .tbi can hold
     else:
-        log.warning("%s is not sorted by contig and position, so it has no index", out)
+        why = "is not sorted by contig and position" if order.readable else "holds lines that cannot be read"
+        log.warning("%s %s, so it has no index", out, why)
 
 
 def _write_bcf(path: Path, lines: Iterable[bytes]) -> None:
@@ -200,12 +203,18 @@ def _declarations(line: bytes) -> Iterator[bytes]:
 
 
 class _Order:
-    """Whether places come in the order that an index needs."""
+    """Whether records come in the order that an index needs, whether all can be read, and how far they reach."""
 
     def __init__(self) -> None:
-        self.sorted, self._seen, self._last = True, set[str](), ("", -1)
+        self.sorted, self.readable, self.furthest = True, True, 0
+        self._seen, self._last = set[str](), ("", -1)
 
-    def see(self, chrom: str, start: int) -> None:
+    def see(self, record: Record) -> None:
+        if record.problem:
+            self.readable = False
+            return
+        chrom, start = record.chrom, record.start
+        self.furthest = max(self.furthest, start + len(record.ref))
         if chrom != self._last[0]:
             self.sorted = self.sorted and chrom not in self._seen
             self._seen.add(chrom)

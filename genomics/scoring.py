@@ -26,7 +26,7 @@ from .files import atomic_path
 from .intervals import Interval, Variant
 from .likelihood import Scorer
 from .loading import load_scorer
-from .parts import Parts
+from .parts import MANIFEST, Parts, unfinished
 from .progress import Progress
 from .reference import Reference
 from .score_output import check_outputs, is_vcf, vcf_line, write_scores
@@ -106,7 +106,8 @@ def score_variants(
         model: Model folder, run's folder, checkpoint, network or scorer.
         options: What is computed; None takes the defaults with `fields`.
         out: Files to write, by suffix .vcf, .vcf.gz, .bcf, .tsv, .tsv.gz, .parquet, or - for TSV.
-        regions: Score records that overlap one of these, such as "chr20:1-1000".
+        regions: Score records that overlap one of these, such as "chr20:1-1000"; contigs may be named as in the
+            variants or as in the reference.
         contig_map: Names in the variants to names in the reference, or a file of two columns.
         coordinates: 1 or 0, where a table's positions count from.
         max_mismatch_frac: Stop if more than this share of the REF alleles differ from the reference.
@@ -140,26 +141,34 @@ def score_variants(
     places = [
         Interval.from_str(r, lengths=_lengths(genome, worker.contigs, r)) if isinstance(r, str) else r for r in regions
     ]
-    from_file = isinstance(variants, (str, Path))
-    if not outs or outs == ["-"]:
-        records: Iterable[Record] = (
-            VariantFile(variants, reference=genome, regions=places, coordinates=coordinates)  # type: ignore[arg-type]
-            if from_file
-            else _records(variants)  # type: ignore[arg-type]
-        )
-        return _in_memory(records, worker, outs, max_mismatch_frac, part_size, prefix, progress)
-    if not from_file:
-        raise ValueError("variants in memory give a table; write it with its to_parquet, or give a file to score")
-    parts_folder = Path(f"{next((name for name in outs if name != '-'), 'scores')}.parts")
+    reading: dict[str, Any] = {"reference": genome, "coordinates": coordinates, "contigs": worker.contigs}
+    if isinstance(variants, (str, Path)):
+        if all(out == "-" for out in outs):
+            if shard is not None or resume:
+                raise ValueError("a shard and a run that can go on need a file to write; give out a name")
+            records: Iterable[Record] = VariantFile(variants, regions=places, **reading)
+            table = _in_memory(records, worker, outs, max_mismatch_frac, part_size, prefix, progress)
+            return _told(table, places)
+    else:
+        if outs or shard is not None or resume or places:
+            raise ValueError(
+                "variants in memory are all scored at once and give a table: no out, shard, resume or regions; write it"
+                " with its to_parquet, or give a file to score"
+            )
+        return _in_memory(_records(variants), worker, outs, max_mismatch_frac, part_size, prefix, progress)
+    parts_folder = Path(f"{next(name for name in outs if name != '-')}.parts")
     source, spooled = str(variants), parts_folder / "input.vcf"
     if source == "-":
-        _spool(spooled)
+        if (parts_folder / MANIFEST).is_file() and not resume and shard is None:
+            raise ValueError(unfinished(parts_folder))
+        if not (resume and spooled.is_file()):
+            _spool(spooled)
         source = str(spooled)
-    file = VariantFile(source, reference=genome, regions=places, coordinates=coordinates)
+    file = VariantFile(source, regions=places, **reading)
     check_outputs(outs, file.header, prefix, overwrite_info=overwrite_info)
-    if not file.is_vcf and any(map(is_vcf, outs)):
-        for record in file:
-            vcf_line(record)  # what VCF cannot hold is said before the work, not after it
+    bar = Progress("variants", show=progress)
+    if bar.show or any(map(is_vcf, outs)):
+        bar.total = _look_through(file, outs)
     facts = _facts(worker, genome)
     manifest = {
         **facts,
@@ -172,11 +181,11 @@ def score_variants(
     parts = Parts(parts_folder, manifest)
     parts.start(resume=resume, shared=shard is not None)
     guard = _Guard(max_mismatch_frac)
-    bar = Progress("variants", show=progress)
     mine: list[Columns] = []
     try:
         for number, block in enumerate(_blocks(file, part_size)):
             if shard is not None and number % shard[1] != shard[0]:
+                bar.skip(len(block))
                 continue
             columns = parts.read(number)
             if columns is None:
@@ -184,9 +193,11 @@ def score_variants(
                 guard.see(rows)
                 columns = worker.score(rows)
                 parts.write(number, columns)
+                bar.add(len(block))
+            else:
+                bar.skip(len(block))
             if shard is not None:
                 mine.append(columns)
-            bar.add(len(block))
         guard.close()
     except Exception as error:
         if isinstance(error, RefMismatchError) and shard is None:
@@ -196,7 +207,14 @@ def score_variants(
     bar.close()
     if shard is not None:
         return ScoreTable(_concat(mine, worker), facts)
-    return _finish(parts, file, outs, prefix, worker.columns, facts, ContigMap(genome.lengths, override))
+    table = _finish(parts, file, outs, prefix, worker.columns, facts, ContigMap(genome.lengths, override))
+    return _told(table, places)
+
+
+def _told(table: ScoreTable, places: Sequence[Interval]) -> ScoreTable:
+    if places and not table.n_rows:
+        log.warning("no record lies in the regions %s", ", ".join(str(place) for place in places[:5]))
+    return table
 
 
 def merge_scores(
@@ -235,7 +253,10 @@ def merge_scores(
     genome = reference if isinstance(reference, Reference) or reference is None else Reference(reference)
     lengths = first.manifest["contigs"]
     places = [Interval.from_str(text, lengths=lengths) for text in first.manifest["regions"]]
-    file = VariantFile(variants, reference=genome, regions=places, coordinates=first.manifest["coordinates"])
+    contigs = ContigMap(lengths, first.manifest["contig_map"])
+    file = VariantFile(
+        variants, reference=genome, regions=places, coordinates=first.manifest["coordinates"], contigs=contigs
+    )
     check_outputs(outs, file.header, prefix, overwrite_info=overwrite_info)
     columns = first.read(0)
     names = tuple(columns) if columns else tuple(first.manifest["columns"])
@@ -385,6 +406,20 @@ def _lengths(genome: Reference, contigs: ContigMap, region: str) -> dict[str, in
     """Lengths by the reference's names, and by the name that the region uses."""
     contig = contigs.find(region)
     return genome.lengths | ({region: genome.lengths[contig]} if contig else {})
+
+
+def _look_through(file: VariantFile, outs: Sequence[str]) -> int:
+    """Number of records; what an output cannot hold is said before the work, not after it."""
+    count = 0
+    for record in file:
+        count += 1
+        if not file.is_vcf and any(map(is_vcf, outs)):
+            vcf_line(record)
+        if record.problem and any(out.endswith(".bcf") for out in outs):
+            raise ValueError(
+                f"record {record.index + 1} could not be read, which BCF cannot hold; write .vcf.gz ({record.problem})"
+            )
+    return count
 
 
 def _spool(path: Path) -> None:

@@ -93,6 +93,8 @@ def check(record: Record, alt: str, reference: Reference, contigs: ContigMap, po
         return Checked("contig_missing")
     ref = "" if record.ref == "-" else record.ref
     alt = "" if alt == "-" else alt
+    if not record.ref:
+        return Checked("bad_allele", contig)
     if record.start < 0 or record.start + max(1, len(ref)) > reference.lengths[contig] + (not ref):
         return Checked("out_of_range", contig)
     if status := _kind_of_allele(ref, alt, empty=alt == "" and bool(ref) and "-" in record.alts):

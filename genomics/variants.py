@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from .contigs import ContigMap
 from .files import open_lines
 from .intervals import Interval, Variant, from_one_based
 from .reference import Reference
@@ -37,7 +38,11 @@ _SUFFIXES: dict[str, Format] = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-_HGVS = re.compile(r"(?P<chrom>\S+):(?P<type>[a-z])\.(?P<first>\d+)(?:_(?P<last>\d+))?(?P<edit>\S+)$")
+_NUMBER = "[0-9]{1,18}"  # what fits 64 bits
+_HGVS = re.compile(
+    rf"(?P<chrom>\S+):(?P<type>[a-z])\.(?P<first>{_NUMBER})(?:_(?P<last>{_NUMBER}))?(?P<edit>[^0-9\s]\S*)$"
+)
+UNKNOWN = -1  # start of a record whose position cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,9 @@ class Record:
     Attributes:
         index: Its number in the input, from 0.
         chrom: Contig, as the file writes it.
-        start: 0-based position.
+        start: 0-based position; -1 where it could not be read.
         id: Its name, "." without.
-        ref: Reference allele, upper case; "-" for an empty one.
+        ref: Reference allele, upper case; "-" for an empty one, "" where there is none.
         alts: Alternative alleles, upper case; "-" for an empty one.
         line: The line of a VCF or BCF file as text, else "".
         problem: Why the line could not be read, else "".
@@ -72,8 +77,9 @@ class VariantFile:
         path: .vcf, .vcf.gz, .bcf, .tsv, .csv (also .gz), .parquet, or .txt with one HGVS-like variant a line.
         format: What it is; None looks at the name.
         reference: Needed for HGVS-like deletions and duplications, whose bases it gives.
-        regions: Keep records that overlap one of these, named as in the file.
+        regions: Keep records that overlap one of these.
         coordinates: Of a table without a column `start0`: 1 where positions count from 1.
+        contigs: Which names of the file and of `regions` mean the same contig; None: equal ones.
 
     Attributes:
         header: Header lines of a VCF or BCF file.
@@ -92,8 +98,10 @@ class VariantFile:
         reference: Reference | None = None,
         regions: Iterable[Interval] = (),
         coordinates: Literal[0, 1] = 1,
+        contigs: ContigMap | None = None,
     ) -> None:
         self.path, self.reference, self.regions = str(path), reference, list(regions)
+        self.contigs = contigs
         self.format: Format = format or _format(self.path)
         self.coordinates = coordinates
         self.header: list[str] = []
@@ -151,7 +159,16 @@ class VariantFile:
 
     def _in_region(self, record: Record) -> bool:
         end = record.start + max(1, len(record.ref))
-        return any(r.chrom == record.chrom and record.start < r.end and end > r.start for r in self.regions)
+        return any(record.start < r.end and end > r.start and self._same(r.chrom, record.chrom) for r in self.regions)
+
+    def _same(self, a: str, b: str) -> bool:
+        if a == b or self.contigs is None:
+            return a == b
+        try:
+            contig = self.contigs.find(a)
+            return contig is not None and contig == self.contigs.find(b)
+        except ValueError:  # a name that could be two contigs
+            return False
 
     def _vcf_records(self) -> Iterator[Record]:
         in_header, index = True, 0
@@ -198,9 +215,9 @@ class VariantFile:
                 yield self._hgvs_record(fields["hgvs"], index, fields.get("id") or ".")
                 continue
             place = fields["start0"] if "start0" in fields else fields["pos"]
-            if not re.fullmatch(r"\d+", place):
-                problem = f"position {place!r} is no whole number"
-                yield Record(index, fields["chrom"], 0, ".", fields["ref"], (fields["alt"],), "", problem)
+            if not re.fullmatch(_NUMBER, place):
+                problem = f"position {place[:40]!r} is no whole number"
+                yield Record(index, fields["chrom"], UNKNOWN, ".", fields["ref"], (fields["alt"],), "", problem)
                 continue
             start = int(place) if "start0" in fields or self.coordinates == 0 else from_one_based(int(place))
             alts = tuple(fields["alt"].upper().split(","))
@@ -216,7 +233,7 @@ class VariantFile:
         try:
             variant = parse_hgvs(text, self.reference)
         except ValueError as error:
-            return Record(index, text.partition(":")[0], 0, name, "", ("",), "", str(error))
+            return Record(index, text.partition(":")[0], UNKNOWN, name, "", ("",), "", str(error))
         return Record(index, variant.chrom, variant.start, name, variant.ref or "-", (variant.alt or "-",))
 
 
@@ -235,9 +252,9 @@ def _format(path: str) -> Format:
 def parse_vcf_line(line: str, index: int) -> Record:
     """A data line of a VCF file; of one that cannot be read, `problem` says why."""
     words = line.split("\t", 8)
-    if len(words) < 8 or not words[1].isdigit() or not words[3]:
+    if len(words) < 8 or not (words[1].isascii() and words[1].isdigit() and len(words[1]) < 19) or not words[3]:
         problem = f"expected 8 columns in tabs or more and a whole number as position, got {line[:60]!r}"
-        return Record(index, words[0], 0, ".", "", ("",), line, problem)
+        return Record(index, words[0], UNKNOWN, ".", "", ("",), line, problem)
     alts = tuple(words[4].upper().split(","))
     return Record(index, words[0], from_one_based(int(words[1])), words[2], words[3].upper(), alts, line)
 

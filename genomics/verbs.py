@@ -54,6 +54,8 @@ def embed(
     from .loading import load_scorer
 
     _check_out(out, SUFFIXES)
+    if out.suffix == ".zarr" and out.exists():
+        raise ValueError(f"{str(out)!r} exists; remove it or choose another name")
     scorer = load_scorer(model, device=device, dtype=dtype, batch_tokens=batch_tokens)
     named = _sequences(sequences, _list(regions), bed, column)
     found = embed_sequences(scorer, named, layer=layer, pooling=pooling, strands=strands, progress=progress)
@@ -75,12 +77,14 @@ def _sequences(path: Path, regions: Sequence[str], bed: Path | None, column: str
     from .reference import Reference
 
     if path.name.removesuffix(".gz").endswith((".csv", ".tsv", ".parquet")):
+        if regions or bed:
+            raise ValueError(f"regions and bed are places in a genome; {path} is a table of sequences")
         columns = read_table(str(path))
         if column not in columns:
             raise ValueError(f"{path} has no column {column!r}; it has {', '.join(columns)}")
         return [(str(k), str(text).encode()) for k, text in enumerate(columns[column])]
     genome = Reference(path)
-    places = [Interval.from_str(text, lengths=genome.lengths) for text in regions]
+    places = [genome.region(text) for text in regions]
     places += read_bed(bed) if bed else []
     if not regions and bed is None:
         places = [Interval(name, 0, length) for name, length in genome.lengths.items()]
@@ -188,7 +192,6 @@ def boundaries(
     """
     from .annotation import read_features
     from .boundaries import annotate, plot_rates, plot_region, trace, write_rates, write_trace
-    from .intervals import Interval
     from .loading import load_scorer
     from .reference import Reference
 
@@ -199,7 +202,7 @@ def boundaries(
         raise ValueError("rates by class need --genes, a file with genes")
     genome = Reference(reference)
     scorer = load_scorer(model, device=device, dtype=dtype)
-    traces = [trace(scorer, genome, Interval.from_str(text, lengths=genome.lengths)) for text in _list(regions)]
+    traces = [trace(scorer, genome, genome.region(text)) for text in _list(regions)]
     write_trace(out, traces[0])
     written = [out]
     features = read_features(genes, [gene_type]) if genes else []
@@ -358,7 +361,7 @@ def evaluate(
     if model is None and train is None:
         raise ValueError("nothing to evaluate: give --model, or --train for Markov models")
     genome = Reference(fasta)
-    places = [Interval.from_str(text, lengths=genome.lengths) for text in _list(regions)]
+    places = [genome.region(text) for text in _list(regions)]
     places += read_bed(bed) if bed else []
     places = places or [Interval(name, 0, length) for name, length in genome.lengths.items()]
     rows: list[tuple[str, Any]] = []
@@ -367,7 +370,7 @@ def evaluate(
         options: dict[str, Any] = {"window": window, "context": context, "both_strands": both_strands}
         rows.append((scorer.name, evaluate_model(scorer, genome, places, progress=progress, **options)))
     if train is not None:
-        seen = [genome.fetch_interval(Interval.from_str(text, lengths=genome.lengths)) for text in _list(train)]
+        seen = [genome.fetch_interval(genome.region(text)) for text in _list(train)]
         found = markov_baseline(seen, genome, places, orders or range(11), strength)
         rows += [(f"markov order {order}", value) for order, value in found.items()]
     sys.stdout.write("model\tbits_per_base\tperplexity\tbases\n")

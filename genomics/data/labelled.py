@@ -124,6 +124,8 @@ class LabelledData(SSMData):
         texts, labels, split = self.rows()
         for k, text in enumerate(texts):
             try:
+                if not text:
+                    raise ValueError("the sequence is empty")
                 self.sequences.append(self._cut(normalise(text)))
             except ValueError as error:
                 raise ValueError(f"row {k + 1}: {error}") from error

@@ -80,7 +80,7 @@ def split_by_bed(path: str | Path, lengths: Mapping[str, int]) -> Regions:
     with open_lines(path) as file:
         for number, raw in enumerate(file, 1):
             words = raw.decode().split()
-            if not words or words[0].startswith("#") or (number == 1 and not words[1:2][0].isdigit()):
+            if not words or words[0].startswith("#") or (number == 1 and len(words) > 1 and not words[1].isdigit()):
                 continue
             split = ALIASES.get(words[3].lower(), words[3].lower()) if len(words) > 3 else ""
             if split not in PARTS or not words[1].isdigit() or not words[2].isdigit():
