@@ -61,7 +61,7 @@ def read_features(path: str | Path, types: Iterable[str] | None = None) -> list[
     elif stem.endswith((".gff", ".gff3")):
         found = _joined(_read_gff(path, gtf=False))
     elif stem.endswith(".gtf"):
-        found = _joined(_read_gff(path, gtf=True))
+        found = _joined(_with_stops(list(_read_gff(path, gtf=True))))
     elif stem.endswith(".bed"):
         found = _read_bed(path)
     elif stem.endswith((".tsv", ".csv")):
@@ -92,7 +92,7 @@ def _read_bed(path: str | Path) -> Iterator[Feature]:
         if len(words) < 3 or not words[1].isdigit() or not words[2].isdigit() or int(words[2]) < int(words[1]):
             raise ValueError(f"{path}, line {number}: expected chrom, start, end (0-based) in tabs, got {words[:4]}")
         name, strand = (words[3] if len(words) > 3 else ""), (words[5] if len(words) > 5 else ".")
-        yield Feature(words[0], int(words[1]), int(words[2]), strand if strand in "+-" else ".", "region", name)
+        yield Feature(words[0], int(words[1]), int(words[2]), strand if strand in ("+", "-") else ".", "region", name)
 
 
 def _read_gff(path: str | Path, *, gtf: bool) -> Iterator[Feature]:
@@ -102,12 +102,12 @@ def _read_gff(path: str | Path, *, gtf: bool) -> Iterator[Feature]:
         attributes = _gtf_attributes(words[8]) if gtf else _gff_attributes(words[8])
         attributes["phase"] = words[7]
         name = attributes.get("ID") or attributes.get("locus_tag") or attributes.get("gene_id") or ""
-        if gtf and words[2] == "CDS":
+        if gtf and words[2] in ("CDS", "stop_codon"):
             name = attributes.get("transcript_id") or name
         start, end = from_one_based(int(words[3])), int(words[4])
         if end <= start:
             raise ValueError(f"{path}, line {number}: ends at {words[4]} before its start {words[3]}")
-        strand = words[6] if words[6] in "+-" else "."
+        strand = words[6] if words[6] in ("+", "-") else "."
         yield Feature(words[0], start, end, strand, words[2], name, (), attributes)
 
 
@@ -119,6 +119,23 @@ def _gff_attributes(text: str) -> dict[str, str]:
 def _gtf_attributes(text: str) -> dict[str, str]:
     pairs = (part.strip().partition(" ") for part in text.split(";") if part.strip())
     return {key: value.strip().strip('"') for key, _, value in pairs}
+
+
+def _with_stops(features: list[Feature]) -> list[Feature]:
+    """Coding sequences that end with their stop codon, as in GFF3 and GenBank; GTF has it as a line of its own."""
+    stops: dict[tuple[str, str, int], Feature] = {}
+    for stop in features:
+        if stop.type == "stop_codon":
+            stops[stop.id, stop.chrom, stop.end if stop.strand == "-" else stop.start] = stop
+    found = []
+    for feature in features:
+        last = feature.start if feature.strand == "-" else feature.end
+        beside = stops.get((feature.id, feature.chrom, last)) if feature.type == "CDS" else None
+        if beside is not None and beside.strand == feature.strand:
+            start, end = min(feature.start, beside.start), max(feature.end, beside.end)
+            feature = replace(feature, start=start, end=end)
+        found.append(feature)
+    return found
 
 
 def _joined(features: Iterable[Feature]) -> list[Feature]:
@@ -153,8 +170,11 @@ def _read_table(path: str | Path, delimiter: str) -> Iterator[Feature]:
                 end = int(row["end"])
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {rows.line_num}: expected whole numbers as start and end") from error
+            strand = row.get("strand") or "."
+            if strand not in ("+", "-", "."):
+                raise ValueError(f"{path}, line {rows.line_num}: expected strand +, - or ., got {strand!r}")
             name = next((row[key] for key in ("id", "gene", "locus_tag", "b_number", "name") if row.get(key)), "")
-            yield Feature(row[chrom], start, end, row.get("strand") or ".", row.get("type") or "gene", name, (), row)
+            yield Feature(row[chrom], start, end, strand, row.get("type") or "gene", name, (), row)
 
 
 def write_gff3(path: str | Path, features: Iterable[Feature]) -> None:

@@ -47,7 +47,8 @@ class Rate(NamedTuple):
         rate: Boundaries per eligible position.
         low, high: 95 % interval from resampling genes.
         eligible: Eligible positions.
-        null: Mean rate with the boundaries of each gene shifted by a random offset.
+        null: Rate with what was cut and eligible of each gene and its promoter shifted by a random offset; genes only,
+            what lies between them stays.
     """
 
     stage: int
@@ -94,7 +95,7 @@ def annotate(
     """
     blocks: list[
         list[dict[str, npt.NDArray[np.int64]]]
-    ] = []  # per gene and gap, per stage: class -> (cut, eligible, null)
+    ] = []  # per gene and gap, per stage: class -> cut and eligible, as they are and shifted
     rng = np.random.default_rng(seed)
     for found in traces:
         blocks += _blocks(found, genes, rng)
@@ -103,15 +104,16 @@ def annotate(
     rates = []
     for stage in range(len(blocks[0])):
         for name in (*CLASSES, *POSITIONS):
-            counts = np.array([block[stage].get(name, np.zeros(3, np.int64)) for block in blocks], float)
-            cut, eligible, null = counts.sum(axis=0)
+            counts = np.array([block[stage].get(name, np.zeros(4, np.int64)) for block in blocks], float)
+            cut, eligible, moved, possible = counts.sum(axis=0)
             if not eligible:
                 continue
             picks = rng.integers(len(counts), size=(samples, len(counts)))
             drawn = counts[picks].sum(axis=1)
             ratios = drawn[:, 0] / np.maximum(drawn[:, 1], 1)
             low, high = np.quantile(ratios, [0.025, 0.975])
-            rates.append(Rate(stage, name, cut / eligible, float(low), float(high), int(eligible), null / eligible))
+            null = moved / possible if possible else np.nan
+            rates.append(Rate(stage, name, cut / eligible, float(low), float(high), int(eligible), null))
     return rates
 
 
@@ -119,14 +121,15 @@ def _blocks(
     found: BoundaryTrace, genes: Sequence[Feature], rng: np.random.Generator
 ) -> list[list[dict[str, npt.NDArray[np.int64]]]]:
     interval, length = found.interval, len(found.interval)
-    inside = [
-        gene
-        for gene in genes
-        if gene.chrom == interval.chrom and gene.start >= interval.start and gene.end <= interval.end and not gene.parts
-    ]
     between = np.ones(length, bool)
     blocks = []
-    for gene in inside:
+    for gene in genes:
+        if not gene.interval.overlap(interval):
+            continue
+        if gene.start < interval.start or gene.end > interval.end or gene.parts:
+            for start, end in gene.parts or ((gene.start, gene.end),):  # the parts of one across the origin lie apart
+                between[max(0, start - interval.start) : max(0, end - interval.start)] = False
+            continue
         start, end = gene.start - interval.start, gene.end - interval.start
         between[start:end] = False
         stages = found.forward if gene.strand != "-" else found.reverse
@@ -134,13 +137,13 @@ def _blocks(
         before = places[0] + np.arange(-PROMOTER, 0) * (1 if gene.strand != "-" else -1)
         before = before[(before >= 0) & (before < length)]
         between[before] = False
-        shift = int(rng.integers(max(1, len(places))))
+        shift = int(rng.integers(len(before) + len(places)))
         blocks.append([_count(stage, places, before, shift) for stage in stages])
     rest = np.flatnonzero(between)
     for stages in (found.forward, found.reverse):
         counts = []
         for stage in stages:
-            here = _sums(stage, rest, stage.mask[rest])
+            here = np.array([stage.mask[rest].sum(), stage.eligible[rest].sum()] * 2, np.int64)
             counts.append({"all": here, "intergenic": here})
         blocks.append(counts)
     return blocks
@@ -149,24 +152,21 @@ def _blocks(
 def _count(
     stage: Stage, places: npt.NDArray[np.int64], before: npt.NDArray[np.int64], shift: int
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """Counts of one gene; `places` are its bases in reading direction."""
-    moved = np.roll(stage.mask[places], shift)
-    middle = slice(3, max(3, len(places) - 3))
+    """Counts of one gene: cut and eligible, then both shifted. `places` and `before` are in reading direction."""
+    every = np.concatenate([before, places])
+    rows = np.stack([stage.mask[every], stage.eligible[every]])
+    both = np.concatenate([rows, np.roll(rows, shift, axis=1)]).astype(np.int64)  # what is eligible moves along
+    promoter, gene = both[:, : len(before)], both[:, len(before) :]
+    middle = gene[:, 3 : max(3, len(places) - 3)]
     found = {
-        "start codon": _sums(stage, places[:3], moved[:3]),
-        "coding": _sums(stage, places[middle], moved[middle]),
-        "stop codon": _sums(stage, places[-3:], moved[-3:]),
-        "promoter": _sums(stage, before, stage.mask[before]),
+        "all": both,
+        "promoter": promoter,
+        "start codon": gene[:, :3],
+        "coding": middle,
+        "stop codon": gene[:, -3:],
     }
-    for k, name in enumerate(POSITIONS):
-        chosen = np.arange(3 + k, max(3, len(places) - 3), 3)
-        found[name] = _sums(stage, places[chosen], moved[chosen])
-    found["all"] = _sums(stage, places, moved) + found["promoter"]
-    return found
-
-
-def _sums(stage: Stage, places: npt.NDArray[np.int64], moved: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    return np.array([stage.mask[places].sum(), stage.eligible[places].sum(), moved.sum()], np.int64)
+    found |= {name: middle[:, k::3] for k, name in enumerate(POSITIONS)}
+    return {name: values.sum(axis=1) for name, values in found.items()}
 
 
 def write_trace(out: str | Path, found: BoundaryTrace) -> None:
