@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .init import residual_init_
 from .mixers import MIXERS, create_mixer
 from .mixers.attention import Attention
-from .mixers.common import lay_out
+from .mixers.common import lay_out, require_state
 from .parallel import DoubleMixer
 from .states import PairState, StackState
 
@@ -71,6 +71,16 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with statistics in float32 and the result in x's dtype, whatever the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., d_model)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if part is None else part.to(dtype) for part in (self.weight, self.bias))
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 class GatedMLP(nn.Module):
     """value, gate = fc1(x); fc2(value * silu(gate)).
 
@@ -79,6 +89,9 @@ class GatedMLP(nn.Module):
         hidden: Inner width; None: 8 d_model / 3 rounded up to a multiple of 128.
         device: Where to create the parameters.
         dtype: Their dtype.
+
+    Raises:
+        ValueError: if the width is below 1.
 
     Source: Shazeer (2020), section 2, SwiGLU.
     """
@@ -92,7 +105,9 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = hidden or 128 * -(-8 * d_model // (3 * 128))
+        hidden = 128 * -(-8 * d_model // (3 * 128)) if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"`hidden` must be at least 1, got {hidden}.")
         self.fc1 = nn.Linear(d_model, 2 * hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, d_model, bias=False, device=device, dtype=dtype)
 
@@ -312,16 +327,23 @@ class Stack(nn.Module):
         given = {"mask": mask, "seq_idx": seq_idx, "reset": reset}
         arguments = {name: value for name, value in given.items() if value is not None}
         before = self._layer_states(state)
-        position = _position(x, None if state is None else state.position, mask, seq_idx, reset)
-        after = []
+        after, whole = [], x
         for index, (block, own) in enumerate(zip(self.blocks, before)):
             x, own = self._run(index, block.prefill, x, own, **arguments)  # type: ignore[arg-type]
             after.append(own)
+        # Last, since mixers say best what does not fit.
+        position = _position(whole, None if state is None else state.position, mask, seq_idx, reset)
         return self.norm(x), StackState(tuple(after), position)
 
     def step(self, x: Tensor, state: StackState) -> tuple[Tensor, StackState]:
-        """One position, (b, d_model)."""
+        """One position, (b, d_model).
+
+        Raises:
+            TypeError: if a mixer sees both directions, or the state is of another kind.
+            ValueError: if the state is of another number of layers or does not fit a mixer.
+        """
         self._require_causal()
+        require_state(state, StackState)
         after = []
         for block, own in zip(self.blocks, self._layer_states(state)):
             x, own = block.step(x, own)  # type: ignore[operator]
@@ -371,8 +393,7 @@ class Stack(nn.Module):
     def _layer_states(self, state: StackState | None) -> Sequence[Any]:
         if state is None:
             return [None] * len(self.blocks)
-        if not isinstance(state, StackState):
-            raise TypeError(f"`state` must be a StackState, got {type(state).__name__}; init_state() makes one.")
+        require_state(state, StackState)
         if len(state.layers) != len(self.blocks):
             raise ValueError(f"`state` is of {len(state.layers)} layers, expected {len(self.blocks)}.")
         return state.layers
@@ -387,7 +408,7 @@ def create_norm(norm: str, d_model: int, *, eps: float = 1e-5, **factory: Any) -
     if norm == "rms":
         return RMSNorm(d_model, eps=eps, **factory)
     if norm == "layer":
-        return nn.LayerNorm(d_model, eps=eps, **factory)
+        return LayerNorm(d_model, eps=eps, **factory)
     raise ValueError(f"`norm` must be 'rms' or 'layer', got {norm!r}.")
 
 

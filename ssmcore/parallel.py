@@ -6,12 +6,12 @@ Dong et al. (2024), Hymba, section 2.1 ("norm_mean"); Zuo et al. (2025), Falcon-
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .mixers.common import Mode, bidirectional_only
+from .mixers.common import Mode, bidirectional_only, require_state
 from .states import PairState
 
 Merge = Literal["sum", "norm_mean", "adapter"]
@@ -86,15 +86,26 @@ class DoubleMixer(nn.Module):
         return self._merged(self.first(x, **arguments), self.second(x, **arguments))
 
     def prefill(self, x: Tensor, state: PairState | None = None, **arguments: Any) -> tuple[Tensor, PairState]:
-        """Like `forward`, going on from a state."""
+        """Like `forward`, going on from a state.
+
+        Raises:
+            TypeError: if a mixer is not causal, or the state is of another kind.
+        """
         self._require_causal()
+        if state is not None:
+            require_state(state, PairState)
         a, first = self.first.prefill(x, None if state is None else state.first, **arguments)  # type: ignore[operator]
         b, second = self.second.prefill(x, None if state is None else state.second, **arguments)  # type: ignore[operator]
         return self._merged(a, b), PairState(first, second)
 
     def step(self, x: Tensor, state: PairState) -> tuple[Tensor, PairState]:
-        """One position, (b, d)."""
+        """One position, (b, d).
+
+        Raises:
+            TypeError: if a mixer is not causal, or the state is of another kind.
+        """
         self._require_causal()
+        require_state(state, PairState)
         a, first = self.first.step(x, state.first)  # type: ignore[operator]
         b, second = self.second.step(x, state.second)  # type: ignore[operator]
         return self._merged(a, b), PairState(first, second)
@@ -104,6 +115,16 @@ class DoubleMixer(nn.Module):
         self._require_causal()
         first, second = self.first.init_state(batch, **options), self.second.init_state(batch, **options)  # type: ignore[operator]
         return PairState(first, second)
+
+    def mixing_matrix(self, x: Tensor, *, state: PairState | None = None) -> NoReturn:
+        """Not of two mixers; each of them may have one.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "mixers side by side have no single matrix; ask `first` or `second`, or analysis.token_jacobian for both."
+        )
 
     def flops(self, l: int, *, mode: Mode = "prefill") -> int:  # noqa: E741
         """Operations of both mixers; merging is not counted."""

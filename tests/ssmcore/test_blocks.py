@@ -148,6 +148,18 @@ def test_unknown_layers_are_refused(layers, message):
         Stack(8, layers)
 
 
+@pytest.mark.parametrize("options", [{}, {"norm_position": "post"}, {"residual_in_fp32": False}], ids=str)
+def test_layer_norms_of_a_converted_stack(options):
+    """The stream is wider than the weights, which layer norms of torch do not take."""
+    torch.manual_seed(0)
+    stack = Stack(8, "M2", mixer_options={"d_state": 4, "headdim": 4}, mlp_hidden=8, norm="layer", **options)
+    x = torch.randn(2, 5, 8)
+    expected = stack(x)
+    got = copy.deepcopy(stack).bfloat16()(x.bfloat16())
+    assert got.dtype == (torch.float32 if options.get("residual_in_fp32", True) else torch.bfloat16)
+    assert (got - expected).square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
+
+
 def test_unknown_norms_are_refused():
     with pytest.raises(ValueError, match="`norm` must be 'rms' or 'layer', got 'batch'"):
         Residual(8, nn.Identity(), norm="batch")
@@ -270,6 +282,32 @@ def test_number_of_layers_with_attention_among_them():
 def test_wrong_layers(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_states_of_other_batches_or_none_are_refused_by_name():
+    stack = Stack(8, "m1t1", mixer_options={"mamba2": {"d_state": 4, "headdim": 4}, "attention": {"nheads": 2}})
+    _, state = stack.prefill(torch.randn(2, 4, 8))
+    rows = torch.ones(3, 4, dtype=torch.bool)
+    for given in ({}, {"mask": rows}, {"reset": rows}, {"seq_idx": rows.int()}):
+        with pytest.raises(ValueError, match=r"`state.conv` must have shape \(3, 24, 3\), got \(2, 24, 3\)"):
+            stack.prefill(torch.randn(3, 4, 8), state, **given)
+    with pytest.raises(TypeError, match="`state` must be a StackState, got NoneType"):
+        stack.step(torch.randn(2, 8), None)
+    both = Stack(8, [{"mixer": ["mamba2", "mamba2"]}], mixer_options={"d_state": 4, "headdim": 4}).blocks[0].mixer
+    for call in (lambda: both.step(torch.randn(2, 8), None), lambda: both.prefill(torch.randn(2, 4, 8), state)):
+        with pytest.raises(TypeError, match="`state` must be a PairState"):
+            call()
+    with pytest.raises(NotImplementedError, match="no single matrix"):
+        both.mixing_matrix(torch.randn(2, 4, 8))
+
+
+def test_pieces_without_positions_leave_the_state_of_a_stack():
+    stack = Stack(8, "m1t1", mixer_options={"mamba2": {"d_state": 4, "headdim": 4}, "attention": {"nheads": 2}})
+    _, state = stack.prefill(torch.randn(2, 4, 8))
+    y, after = stack.prefill(torch.randn(2, 0, 8), state, reset=torch.ones(2, 0, dtype=torch.bool))
+    assert y.shape == (2, 0, 8)
+    for a, b in zip(pytree.tree_leaves(after), pytree.tree_leaves(state), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_state_of_something_else_is_refused():
