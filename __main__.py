@@ -51,6 +51,16 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "markov": ("omnissm.genomics.__main__:markov", "Count an interpolated Markov model."),
         "convert": ("omnissm.genomics.__main__:convert", "Published weights to a model folder; GenBank to FASTA."),
     },
+    "graphs": {
+        "fit": (LIGHTNING, "Train a model as a configuration file says."),
+        "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
+        "test": (LIGHTNING, "Metrics of a trained model on the test part, written to metrics.json."),
+        "predict": (LIGHTNING, "Outputs for all graphs of the test part."),
+        "export": ("omnissm.ssmcore.training.export:export", "Turn a checkpoint into a model folder."),
+        "describe": ("omnissm.graphs.__main__:describe", "Sizes, depth, cycles and labels of a packed file."),
+        "plot": ("omnissm.graphs.__main__:plot", "A graph by levels, and the influence between its nodes."),
+        "list": ("omnissm.graphs.__main__:list_names", "Names and sizes of the models."),
+    },
     "timeseries": {
         "fit": (LIGHTNING, "Train a model as a configuration file says."),
         "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
@@ -61,12 +71,17 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "backtest": ("omnissm.timeseries.__main__:backtest", "Forecast from many past cutoffs of a file's series."),
         "evaluate": ("omnissm.timeseries.__main__:evaluate", "Metrics of a forecast or backtest file."),
         "describe": ("omnissm.timeseries.__main__:describe", "Length, frequency, gaps and missing values of a file."),
-        "plot": ("omnissm.timeseries.__main__:plot", "Draw a forecast or backtest file."),
+        "classify": ("omnissm.timeseries.label_verbs:classify", "Classify whole series."),
+        "detect": ("omnissm.timeseries.label_verbs:detect", "Score and flag anomalies of a file's series."),
+        "impute": ("omnissm.timeseries.label_verbs:impute", "Fill the gaps of a file's series."),
+        "convert": ("omnissm.timeseries.label_verbs:convert", "Turn a file of series into another format."),
+        "plot": ("omnissm.timeseries.__main__:plot", "Draw forecasts, anomalies, filled gaps or classes."),
     },
 }
 DOMAINS = {
     "genomics": "Model DNA, and score variants.",
-    "timeseries": "Forecast many related series.",
+    "graphs": "Predict properties of graphs, nodes and links.",
+    "timeseries": "Forecast, classify and complete many related series.",
     "vision": "Classify images.",
 }
 DEMOS = {"timeseries": "omnissm.timeseries.demo:demo"}

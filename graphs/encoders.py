@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .batch import Graph
 
 
 class FeatureEncoder(nn.Module):
@@ -78,3 +81,30 @@ def random_walk_pe(edge_index: Tensor, num_nodes: int, steps: int = 16) -> Tenso
         found.append(power.diagonal().clone())
         power = matrix @ power
     return torch.stack(found, dim=1) if found else torch.zeros(num_nodes, 0)
+
+
+def feature_schema(graphs: Sequence[Graph]) -> dict[str, Any]:
+    """Kinds of features of graphs, as the arguments of a model: categories or columns of nodes, edges, positions.
+
+    Args:
+        graphs: All that there are: categories are counted up to the largest found.
+    """
+    node_vocab, node_features = _columns([graph.x for graph in graphs])
+    edges = [graph.edge_attr for graph in graphs if graph.edge_attr is not None]
+    edge_vocab, edge_features = _columns(edges) if edges else (None, 0)
+    pe = graphs[0].pe
+    return {
+        "node_vocab": node_vocab,
+        "node_features": node_features,
+        "edge_vocab": edge_vocab,
+        "edge_features": edge_features,
+        "pe": 0 if pe is None else pe.shape[1],
+    }
+
+
+def _columns(tensors: Sequence[Tensor]) -> tuple[list[int] | None, int]:
+    """Categories of each column, or the number of columns with values."""
+    if tensors[0].is_floating_point():
+        return None, tensors[0].shape[1]
+    tops = [tensor.amax(0) for tensor in tensors if len(tensor)]
+    return ((torch.stack(tops).amax(0) + 1).tolist() if tops else [1] * tensors[0].shape[1]), 0

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...ssmcore.training import SSMData
 from ..batch import Graph, GraphBatch, collate
-from ..encoders import random_walk_pe
+from ..encoders import feature_schema, random_walk_pe
 from ..order import Orientation, orient
 
 Level = Literal["graph", "node", "link"]
@@ -122,18 +122,7 @@ class GraphData(SSMData):
 
     def _found_schema(self) -> dict[str, Any]:
         every = [graph for graphs in self._parts.values() for graph in graphs]
-        node_vocab, node_features = _columns([graph.x for graph in every])
-        edges = [graph.edge_attr for graph in every if graph.edge_attr is not None]
-        edge_vocab, edge_features = _columns(edges) if edges else (None, 0)
-        found: dict[str, Any] = {
-            "node_vocab": node_vocab,
-            "node_features": node_features,
-            "edge_vocab": edge_vocab,
-            "edge_features": edge_features,
-            "pe": self.pe_steps,
-            "level": self.level,
-            "target": self.target,
-        }
+        found = {**feature_schema(every), "level": self.level, "target": self.target}
         labels = torch.cat([graph.y for graph in every if graph.y is not None])
         if self.target == "classes":
             found["num_outputs"] = int(labels.max()) + 1
@@ -175,11 +164,3 @@ class GraphData(SSMData):
         return self.create_loader(
             GraphSet(self.graphs(part)), self.batch_size, num_workers=self.num_workers, collate_fn=join, **options
         )
-
-
-def _columns(tensors: Sequence[torch.Tensor]) -> tuple[list[int] | None, int]:
-    """Categories of each column, or the number of columns with values."""
-    if tensors[0].is_floating_point():
-        return None, tensors[0].shape[1]
-    tops = [tensor.amax(0) for tensor in tensors if len(tensor)]
-    return ((torch.stack(tops).amax(0) + 1).tolist() if tops else [1] * tensors[0].shape[1]), 0
