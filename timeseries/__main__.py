@@ -18,6 +18,9 @@ Kind = Literal[
     "residuals",
     "missing",
     "time_scales",
+    "anomalies",
+    "imputation",
+    "confusion",
 ]
 
 
@@ -214,11 +217,13 @@ def plot(
     time: str | None = None,
     freq: str | None = None,
 ) -> None:
-    """Draw a forecast, a backtest, its errors, or what is missing in a file.
+    """Draw a forecast, a backtest, its errors, what is missing in a file, anomalies, filled gaps or confused classes.
 
     Args:
-        data: A forecast or backtest (.nc, .zarr); for "missing" any series; for "time_scales" a trained Chimera.
-        kind: What to draw. "auto" draws a forecast (one cutoff), a backtest (several) or, of series, what is missing.
+        data: A forecast or backtest (.nc, .zarr); for "missing" any series; for "time_scales" a trained Chimera; what
+            `detect` or `impute` wrote (.nc, .zarr); for "confusion" the table of `classify` (.csv).
+        kind: What to draw. "auto" draws a forecast (one cutoff), a backtest (several), anomalies, filled gaps or, of
+            other series, what is missing.
         out: Picture: .png, .pdf or .svg.
         history: Series to draw before a forecast.
         series: Which series; default the first.
@@ -243,7 +248,25 @@ def plot(
 
         sys.stdout.write(f"{plots.save(plots.plot_dt_ranges(load(data).net), out)}\n")
         return
+    if kind == "confusion":
+        import pandas as pd
+
+        from .plots_labels import plot_confusion
+
+        sys.stdout.write(
+            f"{plots.save(plot_confusion(pd.read_csv(data, dtype={'label': str, 'predicted': str})), out)}\n"
+        )
+        return
     ds = read_file(data, time, freq=freq)
+    for name, mark in (("anomalies", "threshold"), ("imputation", "imputed")):
+        if kind == name or (kind == "auto" and mark in ds):
+            from . import plots_labels
+
+            if mark not in ds:
+                raise ValueError(f"{str(data)!r} has no variable {mark!r}, of which there is no plot {name!r}")
+            draw = plots_labels.plot_anomalies if name == "anomalies" else plots_labels.plot_imputation
+            sys.stdout.write(f"{plots.save(draw(ds, series=series, variate=variate), out)}\n")
+            return
     forecasts = "cutoff" in ds.dims
     if kind == "auto":
         kind = "missing" if not forecasts else "forecast" if ds.sizes["cutoff"] == 1 else "backtest"

@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch.utils.data import DataLoader
 
-from ..ssmcore.training import EpochDecay, WarmupCosine
+from ..ssmcore.training import EpochDecay, SSMTask, WarmupCosine
 from ..ssmcore.training.callbacks import EMA
 from .data import ForecastingData
 from .data.base import PartName
@@ -146,7 +146,7 @@ class BestEpoch(pl.Callback):
 
 def train(
     data: MemoryData,
-    task: Forecasting,
+    task: SSMTask,
     *,
     max_epochs: int,
     early_stopping: int | None,

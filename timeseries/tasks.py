@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..ssmcore.training import SSMTask
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
+from .classification import SeriesClassification as SeriesClassification
 from .conformal import conformal_radius
+from .imputation import Imputation as Imputation
 from .metrics import ErrorSums
 from .models import MODELS, create_model, model_options
 from .models.layers import check_quantiles, middle_quantile

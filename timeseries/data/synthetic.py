@@ -42,12 +42,15 @@ def lagged_graph(length: int, n_variates: int, noise: float, rng: np.random.Gene
 
 
 def blackout(length: int, n_variates: int, noise: float, rng: np.random.Generator) -> xr.Dataset:
-    """Sines of which a value goes missing with probability 0.6 / (1 + exp(-3 z)), z the standardised value."""
+    """Sines of which a value goes missing with probability 0.6 / (1 + exp(-3 z)), z the standardised value.
+
+    The variable `truth` holds what was there.
+    """
     ds = sines(length, n_variates, noise, rng)
     values = ds["target"].to_numpy()
     z = (values - values.mean(axis=0)) / values.std(axis=0)
     missing = rng.random(values.shape) < 0.6 / (1 + np.exp(-3 * z))
-    return ds.assign(target=ds["target"].where(~missing))
+    return ds.assign(target=ds["target"].where(~missing), truth=ds["target"])
 
 
 def spikes(length: int, n_variates: int, noise: float, rng: np.random.Generator) -> xr.Dataset:

@@ -1,4 +1,6 @@
-"""Forecasting models by name. A model maps a `WindowBatch` in scaled units to (b, i, horizon[, q])."""
+"""Models by name. A forecaster maps a `WindowBatch` in scaled units to (b, i, horizon[, q]), a classifier a
+`SeriesBatch` to logits (b, num_classes), an imputer a `WindowBatch` to values of its inputs (b, i, lookback).
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,30 @@ import difflib
 import fnmatch
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .chimera import ChimeraForecaster, chimera_base, chimera_small, chimera_tiny
+from .classifiers import ChimeraClassifier, SequenceClassifier
+from .imputers import ChimeraImputer, SequenceImputer
 from .linear import DLinear, Ridge, RLinear
 from .naive import LastValue, SeasonalNaive, WindowMean
 
 __all__ = [
+    "CLASSIFIERS",
+    "IMPUTERS",
     "MODELS",
+    "ChimeraClassifier",
     "ChimeraForecaster",
+    "ChimeraImputer",
     "DLinear",
     "LastValue",
     "RLinear",
     "Ridge",
     "SeasonalNaive",
+    "SequenceClassifier",
+    "SequenceImputer",
     "WindowMean",
     "chimera_base",
     "chimera_small",
@@ -44,38 +54,60 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models that match a shell pattern, e.g. "chimera_*"."""
-    return sorted(fnmatch.filter(MODELS, pattern))
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "chimera_classifier": ChimeraClassifier,
+    "sequence_classifier": SequenceClassifier,
+}
+
+IMPUTERS: dict[str, Callable[..., nn.Module]] = {
+    "chimera_imputer": ChimeraImputer,
+    "sequence_imputer": SequenceImputer,
+}
+
+Task = Literal["forecasting", "classification", "imputation"]
+TABLES: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "forecasting": MODELS,
+    "classification": CLASSIFIERS,
+    "imputation": IMPUTERS,
+}
 
 
-def create_model(name: str, **args: Any) -> nn.Module:
+def list_models(pattern: str = "*", task: Task = "forecasting") -> list[str]:
+    """Names of the models of a task that match a shell pattern, e.g. "chimera_*"."""
+    return sorted(fnmatch.filter(TABLES[task], pattern))
+
+
+def create_model(name: str, task: Task = "forecasting", **args: Any) -> nn.Module:
     """Build a model by name.
 
     Args:
-        name: One of `list_models()`.
-        args: `lookback`, `horizon`, `n_variates` (steps, steps, count) and the model's own options.
+        name: One of `list_models(task=task)`.
+        task: What the model is for.
+        args: The model's own options; for forecasting with `lookback`, `horizon`, `n_variates` (steps, steps, count),
+            for classification with `n_variates` and `num_classes`, for imputation with `n_variates` and `lookback`.
 
     Raises:
         ValueError: for an unknown model; the message names close ones.
         TypeError: for an option that the model does not have; the message names close ones.
     """
-    if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"available: {', '.join(list_models())}"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+    table = TABLES[task]
+    if name not in table:
+        other = [kind for kind, names in TABLES.items() if name in names]
+        close = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"available: {', '.join(list_models(task=task))}"
+        raise ValueError(f"{name!r} is a model for {other[0]}; {hint}" if other else f"unknown model {name!r}; {hint}")
     known = model_options(name)
     for option in args:
         if known and option not in known:
             close = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known)}"
             raise TypeError(f"model {name!r} has no option {option!r}; {hint}")
-    return MODELS[name](**args)
+    return table[name](**args)
 
 
 def model_options(name: str) -> list[str]:
     """Names of all arguments of a model; those of the class for an entry function that passes **overrides on to it."""
-    entry = MODELS[name]
+    entry = next(table[name] for table in TABLES.values() if name in table)
     parameters = inspect.signature(entry).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     if len(names) == len(parameters):

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["InstanceStatistics", "check_quantiles", "instance_statistics", "middle_quantile", "noncrossing"]
+__all__ = [
+    "InstanceStatistics",
+    "check_quantiles",
+    "instance_statistics",
+    "interpolate",
+    "middle_quantile",
+    "noncrossing",
+]
 
 
 class InstanceStatistics(NamedTuple):
@@ -66,3 +73,20 @@ def middle_quantile(levels: Sequence[float]) -> int:
 def noncrossing(raw: Tensor) -> Tensor:
     """Ascending quantiles from free numbers (..., q): the first one, plus the cumulative softplus of the others."""
     return torch.cat([raw[..., :1], raw[..., :1] + F.softplus(raw[..., 1:]).cumsum(dim=-1)], dim=-1)
+
+
+def interpolate(x: Tensor, mask: Tensor) -> Tensor:
+    """Straight lines between observed neighbours along the last axis, the nearest one beyond the ends, 0 without any.
+
+    Args:
+        x: (..., l), finite.
+        mask: (..., l), True where observed.
+    """
+    length = x.shape[-1]
+    steps = torch.arange(length, device=x.device).expand_as(x)
+    before = torch.where(mask, steps, -1).cummax(dim=-1).values
+    after = length - 1 - torch.where(mask.flip(-1), steps, -1).cummax(dim=-1).values.flip(-1)  # length: none behind
+    first, last = torch.where(before < 0, after, before), torch.where(after == length, before, after)
+    left, right = (x.gather(-1, place.clamp(0, length - 1)) for place in (first, last))
+    share = (steps - first).to(x.dtype) / (last - first).clamp(min=1)
+    return torch.where(mask.any(dim=-1, keepdim=True), left + share * (right - left), 0.0)

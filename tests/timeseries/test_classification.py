@@ -1,0 +1,125 @@
+"""Classification: batches of unequal series, models that ignore padding, a task that learns, the verb."""
+
+import functools
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from omnissm.__main__ import main
+from omnissm.ssmcore.training import save_model_folder
+from omnissm.timeseries import create_model, list_models
+from omnissm.timeseries.classification import Classifier, create_metrics
+from omnissm.timeseries.data import UEA, SyntheticClasses, create_waves
+from omnissm.timeseries.labelled import LabelledSeries, labels_of, series_scaling
+from omnissm.timeseries.loading import read_run
+from omnissm.timeseries.models import CLASSIFIERS
+from omnissm.timeseries.tasks import SeriesClassification
+from omnissm.timeseries.ts_files import write_ts
+
+
+@pytest.fixture(scope="module")
+def waves():
+    return create_waves(12, 3, 24, seed=1)
+
+
+@pytest.fixture
+def batch(waves):
+    return LabelledSeries(waves, series_scaling(waves), labels_of(waves, ["x0", "x1", "x2"])).__getitems__(range(6))
+
+
+def trainer(**options):
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(accelerator="cpu", **quiet, **options)
+
+
+def test_batches_hold_what_the_data_hold(waves, batch):
+    assert batch.x.shape == (6, 3, int(waves["length"][:6].max()))
+    np.testing.assert_array_equal(batch.steps.sum(1), waves["length"][:6])
+    assert batch.label.tolist() == [0, 1, 2, 0, 1, 2]
+    assert not batch.x[~batch.x_mask].any()
+    scaled = waves["target"].values[0].T
+    mean, scale = series_scaling(waves)
+    expected = ((scaled - mean[:, None]) / scale[:, None])[:, : batch.x.shape[2]]
+    np.testing.assert_allclose(batch.x[0][batch.x_mask[0]], expected[np.isfinite(expected)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(CLASSIFIERS))
+class TestEveryClassifier:
+    def test_logits_do_not_see_what_stands_behind_the_end(self, name, batch):
+        torch.manual_seed(0)
+        model = create_model(name, task="classification", n_variates=3, num_classes=4).eval()
+        y = model(batch)
+        assert y.shape == (6, 4)
+        longer = {
+            "x": torch.cat([batch.x, torch.full_like(batch.x, 9.0)], -1),
+            "x_mask": torch.cat([batch.x_mask, torch.zeros_like(batch.x_mask)], -1),
+            "steps": torch.cat([batch.steps, torch.zeros_like(batch.steps)], -1),
+        }
+        torch.testing.assert_close(model(batch._replace(**longer)), y, rtol=1e-4, atol=1e-5)
+
+    def test_gradients_reach_every_parameter(self, name, batch):
+        torch.manual_seed(0)
+        model = create_model(name, task="classification", n_variates=3, num_classes=4)
+        model(batch).square().sum().backward()
+        assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+    def test_other_variates_are_refused(self, name, batch):
+        model = create_model(name, task="classification", n_variates=2, num_classes=4)
+        with pytest.raises(ValueError, match="built for 2 variates, the data has 3"):
+            model(batch)
+
+
+def test_learns_which_wave_leads_and_saves_what_it_knows(tmp_path, capsys):
+    torch.manual_seed(0)
+    data = SyntheticClasses(val=0, batch_size=16)
+    task = SeriesClassification(
+        "sequence_classifier", {"n_layer": 1}, 3, 3, optimizer=functools.partial(torch.optim.AdamW, lr=1e-2)
+    )
+    run = trainer(max_epochs=5, limit_val_batches=0)
+    run.fit(task, datamodule=data)
+    found = run.test(task, datamodule=data, verbose=False)[0]
+    assert found["test/accuracy"] > 0.9
+    files = task.export_files()
+    save_model_folder(tmp_path / "model", task.net.state_dict(), task.model_config(), files)
+    frame = Classifier.load(tmp_path / "model").predict(data.parts["test"])
+    assert (frame["label"] == frame["predicted"]).mean() == pytest.approx(found["test/accuracy"])
+    np.testing.assert_allclose(frame[["p_x0", "p_x1", "p_x2"]].sum(axis=1), 1, rtol=1e-5)
+    write_ts(data.parts["test"], tmp_path / "test.ts")
+    with pytest.raises(ValueError, match="a model for classification"):
+        read_run(tmp_path / "model", "imputation")
+    words = ["timeseries", "classify", "--checkpoint", tmp_path / "model", "--data", tmp_path / "test.ts"]
+    assert main([*map(str, words), "--out", str(tmp_path / "out.csv")]) == 0
+    assert f"accuracy {found['test/accuracy']:.4f} of 96 series" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "out.csv")["predicted"].tolist() == frame["predicted"].tolist()
+
+
+def test_metrics_against_counts():
+    metrics = create_metrics(3)
+    metrics.update(torch.eye(3)[[0, 0, 1, 2, 2, 1]], torch.tensor([0, 0, 1, 1, 2, 0]))
+    found = {name: float(value) for name, value in metrics.compute().items()}
+    recall, precision = np.array([2 / 3, 1 / 2, 1]), np.array([1, 1 / 2, 1 / 2])
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found["balanced_accuracy"] == pytest.approx(recall.mean())
+    assert found["f1"] == pytest.approx((2 * recall * precision / (recall + precision)).mean())
+
+
+def test_validation_series_are_no_training_series(tmp_path):
+    for part in ("TRAIN", "TEST"):
+        write_ts(create_waves(15, 3, 20, seed=len(part)), tmp_path / f"waves_{part}.ts")
+    data = UEA(str(tmp_path), "waves", val=0.2)
+    train, val = (set(data.parts[part]["series"].values) for part in ("train", "val"))
+    assert len(train) == 12
+    assert len(val) == 3
+    assert not train & val
+    assert sorted(data.parts["val"]["label"].values) == ["x0", "x1", "x2"]
+    with pytest.raises(FileNotFoundError, match="timeseriesclassification"):
+        UEA(str(tmp_path), "other").read("train")
+
+
+def test_names_of_other_tasks_are_pointed_out():
+    assert "sequence_classifier" in list_models(task="classification")
+    with pytest.raises(ValueError, match="'rlinear' is a model for forecasting"):
+        create_model("rlinear", task="classification", n_variates=1, num_classes=2)

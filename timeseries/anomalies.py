@@ -1,0 +1,186 @@
+"""Anomaly scores of series, thresholds from normal data, and the two baselines that every report stands beside.
+
+The score of an entry is its squared one-step residual over the median squared residual of the calibration data, per
+series and variate; over variates the largest or the mean one counts. A threshold is a quantile of the scores of data
+that the model was trained or calibrated on, never of those that are judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xarray as xr
+
+from .metrics_anomaly import average_precision, best_f1, event_f1, f1_point_adjusted, f1_score, roc_auc
+
+if TYPE_CHECKING:
+    from .forecaster import Forecaster
+
+Array = npt.NDArray[Any]
+Pool = Literal["max", "mean"]
+
+__all__ = [
+    "compare_scores",
+    "detect",
+    "flags_of",
+    "forecast_scores",
+    "random_scores",
+    "residual_scores",
+    "rolling_z_scores",
+]
+
+
+def forecast_scores(model: Forecaster, ds: xr.Dataset) -> xr.DataArray:
+    """Squared one-step residuals of a forecaster.
+
+    Args:
+        model: A trained forecaster; it sees `lookback` steps before each step that is scored.
+        ds: Series with the model's variates.
+
+    Returns:
+        (series, time, variate) in the units of the model's scaler, NaN at the first `lookback` steps and where nothing
+        was observed.
+    """
+    from .scaling import Scaler
+
+    # A model of a longer horizon forecasts it whole; only its first step is scored.
+    result = model.backtest(ds, horizon=1, intervals=False, progress=False)
+    times = result["valid_time"].isel(horizon=0).to_numpy()
+    scaler = Scaler.from_dict(model.state["scaler"])
+    rows = scaler.rows(result)
+    errors = []
+    for name in ("target", "mean"):
+        values = result[name].isel(horizon=0).transpose("series", "variate", "cutoff").to_numpy()
+        errors.append(scaler.transform(values, rows, axis=1))
+    squared = np.square(errors[0].astype(np.float64) - errors[1])
+    coords = {"series": result["series"].to_numpy(), "variate": result["variate"].to_numpy(), "time": times}
+    scores = xr.DataArray(squared, coords, ("series", "variate", "time"), name="score")
+    return scores.reindex(time=ds["time"].to_numpy()).transpose("series", "time", "variate")
+
+
+def residual_scores(residual: xr.DataArray, calibration: xr.DataArray | None = None) -> xr.DataArray:
+    """Squared residuals in units of their usual size, so that variates compare.
+
+    Args:
+        residual: Squared, with dimensions time and variate.
+        calibration: Those of normal data, whose median per series and variate is 1; None takes `residual` itself.
+    """
+    median = (residual if calibration is None else calibration).median("time")
+    return residual / median.where(median > 0, 1.0)
+
+
+def rolling_z_scores(ds: xr.Dataset, window: int = 96) -> xr.DataArray:
+    """Squared deviation from the mean of the `window` observed steps before, in their deviation; a baseline.
+
+    The first `window` steps are NaN, and so is what was not observed.
+    """
+    target = ds["target"] if "series" in ds["target"].dims else ds["target"].expand_dims(series=["0"])
+    target = target.transpose("series", "time", "variate").astype(np.float64)
+    past = target.shift(time=1).rolling(time=window, min_periods=2)
+    spread = past.std()
+    scale = target.std("time") * 1e-3  # a constant stretch must not make each later change infinite
+    score = ((target - past.mean()) / spread.clip(min=scale.where(scale > 0, 1.0))) ** 2
+    return score.where(np.arange(score.sizes["time"])[None, :, None] >= window).rename("score")
+
+
+def random_scores(like: xr.DataArray, seed: int = 0) -> xr.DataArray:
+    """Uniform random scores where `like` has one; what they reach is what a measure gives away."""
+    return like.copy(data=np.random.default_rng(seed).random(like.shape)).where(like.notnull())
+
+
+def detect(score: xr.DataArray, calibration: xr.DataArray, quantile: float = 0.995, pool: Pool = "max") -> xr.Dataset:
+    """Scores over variates, and which steps pass the threshold.
+
+    Args:
+        score: (series, time, variate), NaN where there is none.
+        calibration: Scores of data from before, e.g. those that the model was trained on.
+        quantile: Share of the calibration steps that stay below the threshold.
+        pool: "max" or "mean" over variates.
+
+    Returns:
+        `score` and `anomaly` over (series, time), `variate_score` over (series, time, variate), and `threshold` per
+        series.
+
+    Raises:
+        ValueError: if the quantile is no share, or there is nothing to calibrate with.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile is a share inside (0, 1), got {quantile}")
+    if pool not in ("max", "mean"):
+        raise ValueError(f"pool must be 'max' or 'mean', got {pool!r}")
+    reduce: dict[str, Callable[[xr.DataArray], xr.DataArray]] = {
+        "max": lambda part: part.max("variate"),
+        "mean": lambda part: part.mean("variate"),
+    }
+    pooled, normal = reduce[pool](score), reduce[pool](calibration)
+    threshold = normal.quantile(quantile, "time").drop_vars("quantile")
+    if bool(threshold.isnull().any()):
+        raise ValueError("no calibration step has a score; calibrate with a stretch longer than the lookback")
+    about = {"quantile": quantile, "pool": pool}
+    return xr.Dataset(
+        {
+            "score": pooled,
+            "anomaly": pooled > threshold,
+            "variate_score": score,
+            "threshold": threshold,
+        },
+        attrs=about,
+    )
+
+
+def flags_of(ds: xr.Dataset) -> xr.DataArray:
+    """True at anomalous steps, (series, time): `label` of any variate.
+
+    Raises:
+        ValueError: if the data have no flags over time.
+    """
+    if "label" not in ds or "time" not in ds["label"].dims:
+        raise ValueError("the data have no variable 'label' over time; flags are needed to measure anomaly scores")
+    label = ds["label"].astype(bool)
+    label = label.any("variate") if "variate" in label.dims else label
+    label = label if "series" in label.dims else label.expand_dims(series=_series(ds))
+    return label.transpose("series", "time")
+
+
+def compare_scores(flags: xr.DataArray, scores: dict[str, tuple[xr.DataArray, xr.DataArray | None]]) -> pd.DataFrame:
+    """Several scores of the same series, measured at the steps that all of them have.
+
+    Args:
+        flags: (series, time), see `flags_of`.
+        scores: Name to scores (series, time), and the threshold per series or None.
+
+    Returns:
+        A row per score: average precision, area under the ROC curve, F1 at the threshold (NaN without), best F1 over
+        all thresholds, F1 of events with as many steps flagged as are anomalous and, beside these only, the
+        point-adjusted F1, which random scores do well in too.
+    """
+    known = np.logical_and.reduce([score.transpose("series", "time").notnull() for score, _ in scores.values()])
+    truth = flags.to_numpy()
+    rows = []
+    for name, (score, threshold) in scores.items():
+        values = np.where(known, score.transpose("series", "time").to_numpy(), -np.inf)
+        flat, own = truth[known], values[known]
+        # As many steps flagged as are anomalous: a score that flags everything would touch every event.
+        level = np.sort(own)[-max(1, int(flat.sum()))]
+        flagged = None if threshold is None else (score > threshold).transpose("series", "time").to_numpy()[known]
+        rows.append(
+            {
+                "score": name,
+                "average_precision": average_precision(flat, own),
+                "roc_auc": roc_auc(flat, own),
+                "f1": float("nan") if flagged is None else f1_score(flat, flagged),
+                "best_f1": best_f1(flat, own)[0],
+                "event_f1": event_f1(truth & known, values >= level),
+                "f1_point_adjusted": f1_point_adjusted(truth & known, np.where(known, values, -np.inf)),
+                "anomalous": float(flat.mean()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _series(ds: xr.Dataset) -> list[str]:
+    return [str(name) for name in ds["series"].to_numpy()] if "series" in ds.dims else ["0"]

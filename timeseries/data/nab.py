@@ -1,0 +1,82 @@
+"""Series of the Numenta Anomaly Benchmark: a table with timestamp and value, and windows in one JSON file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from pandas.tseries.frequencies import to_offset
+
+from ..frames import from_wide
+from ..schema import regularize
+from .base import ForecastingData
+
+LABELS = "combined_windows.json"
+
+
+def read_nab(root: str | Path, name: str, freq: str | None = None) -> xr.Dataset:
+    """Read one series with its flags.
+
+    Args:
+        root: Folder with the tables and combined_windows.json.
+        name: Name of the table, with or without ".csv".
+        freq: Step of the regular grid the series is put on, for one with gaps or times that occur twice (these are
+            averaged); None takes the most frequent step.
+
+    Returns:
+        `target` (time, variate) with NaN in gaps, and `label` (time,) bool, True inside the windows, ends included.
+
+    Raises:
+        FileNotFoundError: naming the file and where the data come from.
+        ValueError: if the windows do not name this series.
+    """
+    folder, file = Path(root), f"{name.removesuffix('.csv')}.csv"
+    for path in (folder / file, folder / LABELS):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; expected {file} and {LABELS} of https://github.com/numenta/NAB in {folder}."
+            )
+    frame = pd.read_csv(folder / file, parse_dates=["timestamp"])
+    windows = {Path(key).name: value for key, value in json.loads((folder / LABELS).read_text()).items()}
+    if file not in windows:
+        raise ValueError(f"{LABELS} has no windows for {file}; it names {', '.join(sorted(windows)[:4])}, ...")
+    ds = from_wide(frame.sort_values("timestamp", kind="stable"), time="timestamp", variates=["value"])
+    if freq is None:
+        steps, counts = np.unique(np.diff(ds["time"].to_numpy()), return_counts=True)
+        freq = to_offset(pd.Timedelta(steps[np.where(steps > np.timedelta64(0), counts, 0).argmax()])).freqstr
+    ds, _ = regularize(_on_grid(ds, freq), freq, duplicates="mean")
+    times = pd.DatetimeIndex(ds["time"].to_numpy())
+    flags = np.zeros(len(times), dtype=bool)
+    for start, end in windows[file]:
+        flags |= (times >= pd.Timestamp(start)) & (times <= pd.Timestamp(end))
+    return ds.assign(label=("time", flags)).assign_attrs(name=name)
+
+
+def _on_grid(ds: xr.Dataset, freq: str) -> xr.Dataset:
+    """Times moved to the nearest step from the first one on; some recorders drifted by seconds."""
+    times, step = ds["time"].to_numpy(), pd.Timedelta(to_offset(freq).nanos, unit="ns").to_timedelta64()
+    moved = times[0] + np.round((times - times[0]) / step).astype(np.int64) * step
+    return ds.assign_coords(time=moved.astype("datetime64[ns]"))
+
+
+class NAB(ForecastingData):
+    """One series of the benchmark, to train the forecaster whose residuals tell anomalies.
+
+    Args:
+        root: Folder with the tables and combined_windows.json.
+        name: Name of the table.
+        lookback, horizon: As in `ForecastingData`.
+        options: Further arguments of `ForecastingData`. By default the first 30 % train, 10 % validate.
+    """
+
+    def __init__(self, root: str, name: str, lookback: int = 96, horizon: int = 1, **options: Any) -> None:
+        super().__init__(lookback=lookback, horizon=horizon, **{"train": 0.3, "val": 0.1, "test": None, **options})
+        self.root, self.series = root, name
+
+    def read(self) -> xr.Dataset:
+        """The series with its flags."""
+        return read_nab(self.root, self.series)
