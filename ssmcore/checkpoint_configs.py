@@ -89,8 +89,11 @@ def _mixer_of(model: SequenceModel | MaskedModel, kinds: tuple[type[nn.Module], 
 
 
 def _expand(mixer: Any) -> float | int:
-    ratio = mixer.d_inner / mixer.d_model
-    return int(ratio) if ratio == int(ratio) else ratio
+    return _whole(mixer.d_inner / mixer.d_model)
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
 
 
 # state-spaces/mamba
@@ -250,6 +253,8 @@ _HF_MAMBA = {
     "vocab_size", "hidden_size", "state_size", "num_hidden_layers", "layer_norm_epsilon", "expand", "conv_kernel",
     "use_bias", "use_conv_bias", "hidden_act", "residual_in_fp32", "time_step_rank", "tie_word_embeddings",
 }  # fmt: skip
+# Left over from the configuration that an exported checkpoint had before; they say again what others say.
+_HF_REPEATED = {"d_model", "d_inner", "n_layer", "rms_norm", "ssm_cfg", "pad_vocab_size_multiple"}
 _HF_MAMBA2 = _HF_MAMBA | {"num_heads", "head_dim", "n_groups", "time_step_limit", "chunk_size"}
 
 
@@ -258,14 +263,22 @@ def _read_hf(kind: str) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, 
 
     def read(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         known = _HF_MAMBA2 if second else _HF_MAMBA | ({"mixer_rms_eps"} if falcon else set())
-        _refuse_unknown(config, known, "the configuration")
+        _refuse_unknown(config, known | _HF_REPEATED, "the configuration")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"`hidden_act` must be 'silu', got {config['hidden_act']!r}.")
+        width, depth = _entry(config, "hidden_size"), _entry(config, "num_hidden_layers")
+        expand = config.get("expand", 2)
+        if not second and "intermediate_size" in config:  # what these are built with, whatever `expand` says
+            expand = _whole(config["intermediate_size"] / width)
+        repeated = {"d_model": width, "d_inner": int(expand * width), "n_layer": depth, "rms_norm": True, "ssm_cfg": {}}
+        for name, value in repeated.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"`{name}` must be {value!r} as the other entries say, got {config[name]!r}.")
         eps = config.get("layer_norm_epsilon", 1e-5)
         chosen: dict[str, Any] = {
             "d_state": config.get("state_size", 128 if second else 16),
             "d_conv": config.get("conv_kernel", 4),
-            "expand": config.get("expand", 2),
+            "expand": expand,
             "bias": config.get("use_bias", False),
             "conv_bias": config.get("use_conv_bias", True),
         }
@@ -279,8 +292,8 @@ def _read_hf(kind: str) -> Callable[[dict[str, Any], dict[str, Any]], dict[str, 
         if falcon:
             chosen |= {"use_bcdt_rms": True, "bcdt_eps": config.get("mixer_rms_eps", 1e-6)}
         return {
-            "d_model": _entry(config, "hidden_size"),
-            "layers": _entry(config, "num_hidden_layers"),
+            "d_model": width,
+            "layers": depth,
             "mixer": "mamba2" if second else "mamba",
             "mixer_options": {**chosen, **options},
             "vocab_size": _entry(config, "vocab_size"),

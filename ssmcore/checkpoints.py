@@ -118,6 +118,7 @@ def to_checkpoint(model: nn.Module, family: str) -> tuple[dict[str, Tensor], dic
     if not isinstance(model, kind):
         raise TypeError(f"family {family!r} holds a {kind.__name__}, got {type(model).__name__}.")
     config = found.write(model)
+    _refuse_loss(model, kind(**found.read(dict(config), {}), device="meta"), family)
     return {found.theirs(name): tensor.detach() for name, tensor in model.state_dict().items()}, config
 
 
@@ -217,6 +218,38 @@ def _load(model: Model, state: Mapping[str, Tensor], family: Family) -> None:
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)
+
+
+# Attributes of modules that change no value, or only the width of additions.
+_FREE = {"training", "chunk_size", "checkpoint_every", "residual_in_fp32"}
+
+
+def _refuse_loss(model: nn.Module, twin: nn.Module, family: str) -> None:
+    """Compare a model with what its written configuration builds: what a family cannot say would be lost in silence."""
+    own, other = ({name: _settings(part) for name, part in of.stack.named_modules()} for of in (model, twin))  # type: ignore[union-attr, operator]
+    lost = [
+        f"`{name}.{key}` {value!r} would be read as {other.get(name, {}).get(key)!r}"
+        for name, settings in own.items()
+        for key, value in settings.items()
+        if name not in other or other[name].get(key) != value
+    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            lost.append(f"`{name}` {tuple(tensor.shape)} would be read as {shapes.get(name)}")
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        raise ValueError(f"family {family!r} cannot hold the model: {'; '.join(lost[:5])}{more}.")
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Plain values among a module's attributes."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, plain) and key not in _FREE and not key.startswith("_")
+    }
 
 
 def _vocabulary(name: str, model: Model) -> str:

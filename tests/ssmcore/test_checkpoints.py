@@ -93,6 +93,40 @@ def test_round_trip_is_bit_for_bit(family, config, tmp_path):
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_configurations_with_entries_of_an_earlier_format():
+    """Exported checkpoints carry those of the code they came from."""
+    plain = HF["hf_mamba"]
+    exported = {**plain, "d_model": 24, "d_inner": 48, "n_layer": 3, "rms_norm": True, "ssm_cfg": {},
+                "pad_vocab_size_multiple": 8, "fused_add_norm": True, "intermediate_size": 48}  # fmt: skip
+    read = FAMILIES["hf_mamba"].read
+    assert read(exported, {}) == read(dict(plain), {})
+    assert read({**exported, "d_inner": 72, "intermediate_size": 72}, {})["mixer_options"]["expand"] == 3
+    for name, value in (("d_model", 32), ("d_inner", 24), ("n_layer", 2), ("rms_norm", False)):
+        with pytest.raises(ValueError, match=f"`{name}` must be .* as the other entries say, got {value}"):
+            read({**exported, name: value}, {})
+
+
+@pytest.mark.parametrize(
+    ("family", "mixer", "layers", "message"),
+    [
+        ("state_spaces", "mamba", {"use_bcdt_rms": True}, "use_bcdt_rms` True would be read as False"),
+        ("state_spaces", "mamba3", {"headdim": 8, "dt_limit": (0.0, 0.1)}, r"dt_limit` \(0.0, 0.1\) would be read as"),
+        ("hydra_bert", "hydra", {"headdim": 8, "dt_limit": (0.0, 0.1)}, r"dt_limit` \(0.0, 0.1\) would be read as"),
+        ("hydra_bert", "hydra", {"headdim": 8, "ngroups": 2}, "ngroups` 2 would be read as 1"),
+        ("hf_mamba2", "mamba2", {"headdim": 8, "norm_eps": 1e-3}, "norm.eps` 0.001 would be read as 1e-05"),
+        ("hf_mamba2", "mamba2", {"headdim": 8, "out_multiplier": 2.0}, "out_multiplier` 2.0 would be read as 1.0"),
+        ("hf_mamba2", "mamba2", {"headdim": 8, "learnable_init_states": True}, "init_states` .* would be read as None"),
+        ("hf_mamba", "mamba", [{"d_state": 4}, {"d_state": 6}], r"blocks.1.mixer.d_state` 6 would be read as 4"),
+    ],
+)
+def test_what_a_family_cannot_say_is_refused(family, mixer, layers, message):
+    layers = layers if isinstance(layers, list) else 2 * [layers]
+    kind = MaskedModel if family == "hydra_bert" else SequenceModel
+    model = kind(16, [{"mixer": mixer, **options} for options in layers], vocab_size=16)
+    with pytest.raises(ValueError, match=f"family '{family}' cannot hold the model: .*{message}"):
+        to_checkpoint(model, family)
+
+
 def test_published_names():
     names = {name: list(to_checkpoint(built(family, config), family)[0]) for (family, config), name in zip(CASES, IDS)}
     assert "backbone.embedding.weight" in names["Mamba1"]
