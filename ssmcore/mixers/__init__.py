@@ -11,6 +11,7 @@ from torch import nn
 from .attention import Attention as Attention
 from .bidirectional import Bidirectional as Bidirectional
 from .chimera2d import Chimera2D as Chimera2D
+from .companion import Companion as Companion
 from .graph_ssm import GraphSSM as GraphSSM
 from .graph_ssm import GraphTopology as GraphTopology
 from .graph_ssm import graph_topology as graph_topology
@@ -30,6 +31,7 @@ __all__ = [
     "Attention",
     "Bidirectional",
     "Chimera2D",
+    "Companion",
     "DiscreteMamba2",
     "GraphSSM",
     "GraphTopology",
@@ -47,6 +49,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "bidirectional": Bidirectional,
     "chimera2d": Chimera2D,
+    "companion": Companion,
     "discrete_mamba2": DiscreteMamba2,
     "graph_ssm": GraphSSM,
     "hydra": Hydra,
