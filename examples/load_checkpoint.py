@@ -1,7 +1,7 @@
 """Load a published checkpoint, keep a prompt's state as a file, and go on from it.
 
-With the path of a folder (config.json and model.safetensors, such as a download of state-spaces/mamba2-130m or
-state-spaces/mamba-130m-hf) that model is loaded; else a small one with random weights is written and read.
+With the path of a folder (config.json and model.safetensors, such as a download of state-spaces/mamba-130m-hf) that
+model is loaded; else a small one with random weights is written and read.
 """
 
 import sys
