@@ -130,17 +130,21 @@ class InitialStates(Callback):
             starts: Rows that begin a new sequence, (b,) bool, for "tbptt".
 
         Raises:
-            ValueError: if rows go on with "tbptt" and the batch before had another number of them.
+            ValueError: if `starts` is of another number of rows, or rows go on and the batch before had another number
+                of them.
         """
         if self.policy == "noise":
             return _map_recurrent(zero, lambda _, tensor: tensor + self.sigma * torch.randn_like(tensor))
         if self.policy == "fitted_noise":
             return _map_recurrent(zero, self._fitted) if self._moments else zero
+        leaves, spec = _pytree.tree_flatten(zero)
+        rows = leaves[0].shape[0]
+        if starts is not None and starts.shape[0] != rows:
+            raise ValueError(f"`{self.starts}` must name the {rows} rows of the batch, got {starts.shape[0]}.")
         if self._last is None:
             return zero
-        leaves, spec = _pytree.tree_flatten(zero)
         last = [tensor.to(leaf) for tensor, leaf in zip(self._last, leaves)]
-        rows, before = leaves[0].shape[0], last[0].shape[0]
+        before = last[0].shape[0]
         if self.policy == "pass":
             order = torch.randperm(max(rows, before), device=last[0].device)[:rows] % before
             return _pytree.tree_unflatten([tensor.index_select(0, order) for tensor in last], spec)

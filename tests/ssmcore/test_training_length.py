@@ -130,6 +130,12 @@ def test_noise():
     assert ssm.std().item() == pytest.approx(0.5, rel=0.05)
 
 
+def test_starts_are_of_the_batch():
+    callback, stack = InitialStates("tbptt"), Stack(8, "m1", mixer_options=OPTIONS)
+    with pytest.raises(ValueError, match="`starts` must name the 3 rows of the batch, got 2"):
+        callback.initial_state(stack.init_state(3), torch.tensor([True, False]))
+
+
 def test_angles_are_no_magnitudes():
     stack = Stack(8, "x1", mixer_options=OPTIONS)
     zero = stack.init_state(3)
