@@ -185,6 +185,34 @@ def check_reset(mixer: nn.Module) -> None:
     _same_state(mixer, state.select(_rows(x, 1)), last, "after a reset at the first position")
 
 
+def check_all_at_once(mixer: nn.Module) -> None:
+    """A mask, packed sequences, resets and a state together are the same steps, one row and position after another."""
+    if not mixer.causal:
+        return
+    x = sequence_input(mixer, 9, batch=3)
+    spans = ((0, 9), (2, 8), (5, 5))
+    mask, reset = (torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) for _ in range(2))
+    for row, (start, end) in enumerate(spans):
+        mask[row, start:end] = True
+    reset[0, [0, 6]] = reset[1, [1, 2, 4]] = reset[2, 3] = True  # also at padding, where it is none
+    options = {"mask": mask, "reset": reset}
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 0, 4, 4, 4, 5, 6], [0] * 8 + [1]], device=x.device)
+    if mixer.varlen:
+        options["seq_idx"] = seq_idx
+    _, begin = mixer.prefill(sequence_input(mixer, 5, batch=3, seed=3))  # type: ignore[operator]
+    y, after = mixer.prefill(x, begin, **options)  # type: ignore[operator]
+    for row, (start, end) in enumerate(spans):
+        state, found = begin.select(_rows(x, row)), [y[row : row + 1, :0]]
+        for t in range(start, end):
+            changed = mixer.varlen and t > start and bool(seq_idx[row, t] != seq_idx[row, t - 1])
+            if changed or bool(reset[row, t]):
+                state = mixer.init_state(1)  # type: ignore[operator]
+            one, state = mixer.step(x[row : row + 1, t], state)  # type: ignore[operator]
+            found.append(one[:, None])
+        _close(y[row : row + 1, start:end], torch.cat(found, dim=1), f"row {row} differs from its steps")
+        _same_state(mixer, after.select(_rows(x, row)), state, f"after row {row}")
+
+
 def check_no_future(mixer: nn.Module) -> None:
     """No gradient from the future, but for the rounding of Fourier transforms; a mixer that is not causal has some."""
     x = sequence_input(mixer).requires_grad_()
@@ -391,6 +419,7 @@ SEQUENCE_CHECKS: tuple[Callable[[nn.Module], None], ...] = (
     check_padding,
     check_packing,
     check_reset,
+    check_all_at_once,
     check_no_future,
     check_sequence_gradients,
     check_dtypes,
