@@ -122,6 +122,7 @@ class Careless(torch.nn.Module):
         ("check_padding", "outputs at padding are not zero"),
         ("check_packing", "packed sequences differ"),
         ("check_reset", "resets differ from sequences apart"),
+        ("check_all_at_once", "row 0 differs from its steps"),
         ("check_no_future", "depends on later positions"),
         ("check_sequence_gradients", "`unused` gets no gradient"),
         ("check_dtypes", "bfloat16 autocast give torch.float32"),
