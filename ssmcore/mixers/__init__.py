@@ -15,17 +15,21 @@ from .companion import Companion as Companion
 from .graph_ssm import GraphSSM as GraphSSM
 from .graph_ssm import GraphTopology as GraphTopology
 from .graph_ssm import graph_topology as graph_topology
+from .h3 import H3 as H3
 from .hydra import Hydra as Hydra
 from .lbmamba import LBMamba as LBMamba
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
 from .mamba3 import Mamba3 as Mamba3
 from .s4 import S4D as S4D
+from .s4_dplr import S4 as S4
 from .s5 import S5 as S5
 from .s6 import Mamba as Mamba
 
 __all__ = [
+    "H3",
     "MIXERS",
+    "S4",
     "S4D",
     "S5",
     "Attention",
@@ -52,11 +56,13 @@ MIXERS: dict[str, type[nn.Module]] = {
     "companion": Companion,
     "discrete_mamba2": DiscreteMamba2,
     "graph_ssm": GraphSSM,
+    "h3": H3,
     "hydra": Hydra,
     "lbmamba": LBMamba,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "s4": S4,
     "s4d": S4D,
     "s5": S5,
 }

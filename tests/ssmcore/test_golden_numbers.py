@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from omnissm.kernels import causal_conv1d, gated_norm, quasiseparable, selective_scan, ssd
 from omnissm.ssmcore import create_mixer
+from omnissm.ssmcore.hippo import normal_form
 from omnissm.ssmcore.mixers.common import lay_out
 
 PATHS = pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -150,3 +151,32 @@ def test_s5():
     )
     close(first.sum() + rest.sum(), -2.732250207)
     close(rest[0, -1], -0.346809451, 0.441663296)
+
+
+def test_s4_with_a_dense_matrix():
+    """The bilinear kernel of LegS, from its diagonal plus low rank form."""
+    mixer = create_mixer("s4", 1, d_state=4, dtype=torch.float64)
+    V = normal_form("legs", 4).V
+    with torch.no_grad():
+        mixer.inv_dt.fill_(math.log(0.1))
+        mixer.C.copy_(torch.view_as_real(waves(4, seed=1).to(V.dtype) @ V)[None, None])
+    kernel, _ = mixer._kernels(6)
+    close(kernel, 0.227090347, 0.207507879, 0.170434752, 0.130051811, 0.093219282, 0.062672525)
+
+
+def test_h3():
+    mixer = create_mixer("h3", 2, d_state=4, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.shift_C.zero_()
+        mixer.shift_C[:, :3] = waves(2, 3, seed=4)
+        mixer.shift_D.copy_(waves(2, seed=5))
+        mixer.D.copy_(waves(2, seed=6))
+        mixer.A_real.fill_(math.log(0.5))
+        mixer.A_imag.copy_(torch.tensor([0.0, math.pi], dtype=torch.float64))
+        mixer.inv_dt.copy_(torch.tensor([[0.1], [0.05]], dtype=torch.float64).log())
+        mixer.C.copy_(torch.stack([waves(2, 2, seed=7), waves(2, 2, seed=8)], dim=-1))
+    q, k, v = (waves(1, 6, 2, seed=seed) for seed in (1, 2, 3))
+    y, _ = mixer._mix(q, k, v, None, lay_out(q))
+    close(y.sum(), 0.415516924)
+    close(y[0, -1], -0.094156016, 0.130773406)
+    close(mixer._shift(k, torch.zeros(1, 2, 3), lay_out(k))[0][0, -1], 0.123613346, -0.482125917)

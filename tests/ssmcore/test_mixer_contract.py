@@ -25,6 +25,7 @@ OPTIONS = {
         {"d_state": 4, "nheads": 2},
         {"d_state": 3, "nheads": 4, "ngroups": 2, "expand": 2, "bias": True, "d_conv": 2},
     ],
+    "h3": [{"d_state": 4}, {"d_state": 4, "headdim": 2}],
     "hydra": [
         {"d_state": 4, "headdim": 4},
         {"d_state": 4, "headdim": 4, "ngroups": 2, "learnable_init_states": True, "dt_limit": (0.0, 0.09), "d_conv": 3},
@@ -37,6 +38,12 @@ OPTIONS = {
     "mamba3": [
         {"d_state": 8, "headdim": 4},
         {"d_state": 8, "headdim": 4, "ngroups": 2, "rank": 2, "rope_fraction": 1.0, "outproj_norm": True},
+    ],
+    "s4": [
+        {"d_state": 4},
+        {"d_state": 4, "init": "legt", "n_ssm": 2},
+        {"d_state": 4, "init": "ptd"},
+        {"bidirectional": True},
     ],
     "s4d": [{"d_state": 4}, {"d_state": 6, "n_ssm": 2, "discretization": "bilinear"}, {"bidirectional": True}],
     "s5": [{"d_state": 4}, {"d_state": 8, "blocks": 2, "discretization": "bilinear"}, {"bidirectional": True}],
