@@ -161,12 +161,14 @@ class Forecasting(SSMTask):
         return any(p.requires_grad for p in self.net.parameters())
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor | None:
-        """Masked mean of the loss over the batch; None for a model without parameters."""
+        """Masked mean of the loss over the batch and losses of the model's own; None for a model without parameters."""
         if not self.trainable:
             self.trainer.should_stop = True
             return None
-        total, count = self.loss_sum(self.net(batch), batch)
-        loss = total / count.clamp(min=1)
+        both = getattr(self.net, "forward_train", None)  # a model with losses of its own beside the forecast's
+        y, extra = both(batch) if callable(both) else (self.net(batch), 0.0)
+        total, count = self.loss_sum(y, batch)
+        loss = total / count.clamp(min=1) + extra
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=max(1, int(count)))
         return loss
 

@@ -12,7 +12,7 @@ from omnissm.__main__ import main
 from omnissm.ssmcore.training import save_model_folder
 from omnissm.timeseries import create_model, list_models
 from omnissm.timeseries.classification import Classifier, create_metrics
-from omnissm.timeseries.data import UEA, SyntheticClasses, create_waves
+from omnissm.timeseries.data import UEA, SyntheticClasses, SyntheticECG, create_ecg, create_waves
 from omnissm.timeseries.labelled import LabelledSeries, labels_of, series_scaling
 from omnissm.timeseries.loading import read_run
 from omnissm.timeseries.models import CLASSIFIERS
@@ -94,6 +94,26 @@ def test_learns_which_wave_leads_and_saves_what_it_knows(tmp_path, capsys):
     assert main([*map(str, words), "--out", str(tmp_path / "out.csv")]) == 0
     assert f"accuracy {found['test/accuracy']:.4f} of 96 series" in capsys.readouterr().out
     assert pd.read_csv(tmp_path / "out.csv")["predicted"].tolist() == frame["predicted"].tolist()
+
+
+def test_ecg_records_are_recognised_and_leads_agree():
+    ds = create_ecg(20, seconds=2)
+    lead = {name: ds["target"].sel(variate=name).values for name in ds["variate"].values}
+    np.testing.assert_allclose(lead["III"], lead["II"] - lead["I"], atol=1e-5)
+    np.testing.assert_allclose(lead["aVR"] + lead["aVL"] + lead["aVF"], 0 * lead["I"], atol=1e-5)
+    torch.manual_seed(0)
+    data = SyntheticECG(train_records=96, test_records=64, seconds=2.5, val=0, batch_size=16)
+    task = SeriesClassification(
+        "ecg_mamba",
+        {"d_model": 32, "n_layer": 1},
+        12,
+        5,
+        multilabel=True,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
+    )
+    run = trainer(max_epochs=8, limit_val_batches=0)
+    run.fit(task, datamodule=data)
+    assert run.test(task, datamodule=data, verbose=False)[0]["test/auroc"] > 0.8
 
 
 def test_metrics_against_counts():

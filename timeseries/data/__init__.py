@@ -5,6 +5,8 @@ from .classification import UEA as UEA
 from .classification import ClassificationData as ClassificationData
 from .classification import SyntheticClasses as SyntheticClasses
 from .classification import create_waves as create_waves
+from .ecg import SyntheticECG as SyntheticECG
+from .ecg import create_ecg as create_ecg
 from .ett import ETT as ETT
 from .nab import NAB as NAB
 from .nab import read_nab as read_nab
@@ -25,7 +27,9 @@ __all__ = [
     "NetCDF",
     "Synthetic",
     "SyntheticClasses",
+    "SyntheticECG",
     "Table",
+    "create_ecg",
     "create_synthetic",
     "create_waves",
     "read_nab",

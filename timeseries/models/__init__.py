@@ -14,24 +14,34 @@ from torch import nn
 
 from .chimera import ChimeraForecaster, chimera_base, chimera_small, chimera_tiny
 from .classifiers import ChimeraClassifier, SequenceClassifier
+from .ecg_mamba import ECGMamba
+from .hiss import HiSS
 from .imputers import ChimeraImputer, SequenceImputer
 from .linear import DLinear, Ridge, RLinear
 from .naive import LastValue, SeasonalNaive, WindowMean
+from .s_mamba import SMamba
+from .spacetime import SpaceTime
+from .tsm2 import TSM2
 
 __all__ = [
     "CLASSIFIERS",
     "IMPUTERS",
     "MODELS",
+    "TSM2",
     "ChimeraClassifier",
     "ChimeraForecaster",
     "ChimeraImputer",
     "DLinear",
+    "ECGMamba",
+    "HiSS",
     "LastValue",
     "RLinear",
     "Ridge",
+    "SMamba",
     "SeasonalNaive",
     "SequenceClassifier",
     "SequenceImputer",
+    "SpaceTime",
     "WindowMean",
     "chimera_base",
     "chimera_small",
@@ -51,12 +61,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "chimera_tiny": chimera_tiny,
     "chimera_small": chimera_small,
     "chimera_base": chimera_base,
+    "s_mamba": SMamba,
+    "tsm2": TSM2,
+    "spacetime": SpaceTime,
+    "hiss": HiSS,
 }
 
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "chimera_classifier": ChimeraClassifier,
     "sequence_classifier": SequenceClassifier,
+    "ecg_mamba": ECGMamba,
 }
 
 IMPUTERS: dict[str, Callable[..., nn.Module]] = {
