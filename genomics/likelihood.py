@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .sequence import Vocabulary, encode, vocabulary
 
 Floats = npt.NDArray[np.float64]
+PIECE = 65_536  # positions that a model with states reads at once: memory peaks near a piece, however long the sequence
 
 
 @runtime_checkable
@@ -58,9 +59,13 @@ class Scorer:
         restrict: "acgt" renormalises the probabilities over the four bases; None uses all ids.
         batch_tokens: Most positions of a batch, padding included; a longer sequence makes a batch of its own.
         name: What output headers call it; the model's own name where it is empty.
+        share_prefix: Read what several sequences begin with once, where the model has `prefill`.
 
     Raises:
         ValueError: for an unknown vocabulary or restriction.
+
+    Attributes:
+        continues: Whether the model goes on from a state, so that `log_probs_after` can be used.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Scorer:
         restrict: str | None = None,
         batch_tokens: int = 65_536,
         name: str = "",
+        share_prefix: bool = True,
     ) -> None:
         if restrict not in (None, "acgt"):
             raise ValueError(f"expected restrict 'acgt' or None, got {restrict!r}")
@@ -93,6 +99,8 @@ class Scorer:
         parameters = inspect.signature(model.forward).parameters
         self._takes_mask = "mask" in parameters
         self._own = isinstance(model, LogProbModel)
+        self._states = self.is_causal and hasattr(model, "prefill") and not (self._own and not restrict)
+        self.continues = self._states and self.bos and share_prefix
 
     def digest(self) -> str:
         """SHA-256 of names and values of all weights."""
@@ -131,7 +139,10 @@ class Scorer:
         """(b, l, V) log-probabilities in float32 that the model gives at each position."""
         out: Any = self.model(tokens, mask=mask) if self._takes_mask else self.model(tokens)
         out = getattr(out, "logits", out)
-        out = (out[0] if isinstance(out, tuple) else out).float()
+        return self._log_softmax(out[0] if isinstance(out, tuple) else out)
+
+    def _log_softmax(self, logits: Tensor) -> Tensor:
+        out = logits.float()
         if self.restrict:
             bases = torch.as_tensor(self.vocabulary.bases, device=out.device)
             kept = torch.full_like(out, float("-inf"))
@@ -161,16 +172,77 @@ class Scorer:
             found = self.model.log_prob(tokens, mask)  # type: ignore[operator]
         else:
             tokens, mask = self.tokens(sequences, bos=self.bos)
-            found = self.logits(tokens[:, :-1], mask[:, :-1]).gather(-1, tokens[:, 1:, None])[..., 0]
+            if self._states and tokens.shape[1] > PIECE:
+                found, _, _ = self._read(tokens, mask)
+            else:
+                found = self.logits(tokens[:, :-1], mask[:, :-1]).gather(-1, tokens[:, 1:, None])[..., 0]
             skip = 0 if self.bos else 1
         values = found.double().cpu().numpy()
         result = []
         for row, sequence in enumerate(sequences):
             scores = np.full(len(sequence), np.nan)
             scores[skip:] = values[row, : len(sequence) - skip]
-            scores[~self.vocabulary.is_base[encode(sequence, self.vocabulary)]] = np.nan
-            result.append(scores)
+            result.append(self._of_bases(sequence, scores))
         return result
+
+    @torch.inference_mode()
+    def log_probs_after(self, prefixes: Sequence[bytes], rests: Sequence[tuple[int, bytes]]) -> list[Floats]:
+        """Like `log_probs` of sequences that begin alike: each prefix is read once, and its rests go on from there.
+
+        Args:
+            prefixes: Upper-case bases; may be empty.
+            rests: Number of the prefix, and the bases after it, at least one.
+
+        Returns:
+            For each rest (l,) float64 in nats, of prefix and rest together; NaN where nothing is scored.
+        """
+        tokens, mask = self.tokens(prefixes, bos=True)
+        before, after, state = self._read(tokens, mask)
+        parents = torch.tensor([parent for parent, _ in rests], device=self.device)
+        tokens, mask = self.tokens([rest for _, rest in rests])
+        found = after[parents].gather(-1, tokens[:, :1])
+        if tokens.shape[1] > 1:
+            # A rest's last base is a target alone: what comes after it is not asked.
+            following, _, _ = self._read(tokens, torch.nn.functional.pad(mask[:, 1:], (0, 1)), state.select(parents))
+            found = torch.cat([found, following], dim=1)
+        first, second = before.double().cpu().numpy(), found.double().cpu().numpy()
+        result = []
+        for row, (parent, rest) in enumerate(rests):
+            sequence = prefixes[parent] + rest
+            scores = np.concatenate([first[parent, : len(prefixes[parent])], second[row, : len(rest)]])
+            result.append(self._of_bases(sequence, scores))
+        return result
+
+    def _read(self, tokens: Tensor, mask: Tensor, state: Any = None) -> tuple[Tensor, Tensor, Any]:
+        """Go on from a state over tokens (b, l), in pieces.
+
+        Returns:
+            (b, l - 1) log-probability of each token but the first, (b, V) log-probabilities after the last real token,
+            and the state there. The last column is read where the mask has it.
+        """
+        found: list[Tensor] = []
+        after: Tensor | None = None
+        for start in range(0, tokens.shape[1], PIECE):
+            piece, real = tokens[:, start : start + PIECE], mask[:, start : start + PIECE]
+            counts = real.sum(1)
+            width = int(counts.max())
+            if not width:
+                break
+            whole = bool((counts == width).all())
+            logits, state = self.model.prefill(  # type: ignore[operator]
+                piece[:, :width], state, mask=None if whole else real[:, :width]
+            )
+            log_p = self._log_softmax(logits)
+            asked = tokens[:, start + 1 : start + width + 1, None]
+            found.append(log_p[:, : asked.shape[1]].gather(-1, asked)[..., 0])
+            last = log_p[torch.arange(len(piece), device=piece.device), (counts - 1).clamp(min=0)]
+            after = last if after is None else torch.where(counts[:, None] > 0, last, after)
+        empty = torch.zeros(len(tokens), 0, device=tokens.device)
+        return torch.cat([empty, *found], dim=1), empty if after is None else after, state
+
+    def _of_bases(self, sequence: bytes, scores: Floats) -> Floats:
+        scores[~self.vocabulary.is_base[encode(sequence, self.vocabulary)]] = np.nan
+        return scores
 
     @torch.inference_mode()
     def masked_log_probs(self, sequences: Sequence[bytes], places: Sequence[Sequence[int]]) -> list[Floats]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -102,12 +102,25 @@ class _Job:
     """One sequence to evaluate, and which sums of it are wanted."""
 
     sequence: bytes
+    shared: int = 0  # bases at the beginning that its partner has too
     ranges: list[tuple[int, int]] = field(default_factory=list)
     sums: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
     masked: dict[tuple[int, ...], npt.NDArray[np.float64]] = field(default_factory=dict)
     means: dict[tuple[int, int], npt.NDArray[np.float64]] = field(default_factory=dict)
     stages: list[npt.NDArray[np.bool_]] | None = None
     error: str = ""
+    known: bool = False
+
+    def add(self, values: npt.NDArray[np.float64]) -> None:
+        """Take the wanted sums of the log-probabilities of the bases."""
+        scored = ~np.isnan(values)
+        total = np.concatenate([[0.0], np.cumsum(np.where(scored, values, 0.0))])
+        count = np.concatenate([[0], np.cumsum(scored)])
+        if not np.isfinite(total[-1]):
+            raise ValueError("the model gave a log-probability that is not finite")
+        for a, b in self.ranges:
+            self.sums[a, b] = (float(total[b] - total[a]), int(count[b] - count[a]))
+        self.known = True
 
 
 @dataclass
@@ -217,7 +230,7 @@ class VariantScorer:
     def _enlist(self, row: _Row, jobs: dict[bytes, _Job]) -> None:
         for h in row.haplotypes.values():
             for sequence in (h.ref, h.alt):
-                jobs.setdefault(sequence, _Job(sequence))
+                jobs.setdefault(sequence, _Job(sequence, h.site))
             if self.wants_likelihood:
                 for span in _spans(h, len(h.ref), h.ref_end):
                     jobs[h.ref].ranges.append(span)
@@ -234,6 +247,14 @@ class VariantScorer:
         return (max(0, h.site - k), min(length, end + k)) if k else (0, length)
 
     def _run(self, jobs: list[_Job]) -> None:
+        if self.wants_likelihood and self.scorer.continues:
+            for families in self._families(jobs):
+                try:
+                    self._follow(families)
+                except Exception as error:
+                    log.debug("sequences that begin alike failed together, they are read whole", exc_info=error)
+            if not (self.wants_masked or self.wants_embedding or self.wants_boundaries):
+                jobs = [job for job in jobs if not job.known]
         for batch in self.scorer.batches([job.sequence for job in jobs]):
             chosen = [jobs[k] for k in batch]
             try:
@@ -246,17 +267,38 @@ class VariantScorer:
                     except Exception as alone:
                         job.error = f"{type(alone).__name__}: {alone}"
 
+    def _families(self, jobs: list[_Job]) -> Iterator[list[list[_Job]]]:
+        """Batches of groups of sequences that begin alike; both what they share and what they do not fits a batch."""
+        groups: dict[bytes, list[_Job]] = {}
+        for job in jobs:
+            groups.setdefault(job.sequence[: job.shared], []).append(job)
+        batch: list[list[_Job]] = []
+        rests = width = 0
+        for prefix in sorted(groups, key=lambda prefix: (-len(prefix), prefix)):
+            family = groups[prefix]
+            width = max(width, *(len(job.sequence) - job.shared for job in family))
+            rests += len(family)
+            most = max(width * rests, (len(batch) + 1) * (1 + len((batch or [family])[0][0].sequence)))
+            if batch and most > self.scorer.batch_tokens:
+                yield batch
+                batch, rests = [], len(family)
+                width = max(len(job.sequence) - job.shared for job in family)
+            batch.append(family)
+        if batch:
+            yield batch
+
+    def _follow(self, families: list[list[_Job]]) -> None:
+        prefixes = [family[0].sequence[: family[0].shared] for family in families]
+        members = [(k, job) for k, family in enumerate(families) for job in family]
+        found = self.scorer.log_probs_after(prefixes, [(k, job.sequence[job.shared :]) for k, job in members])
+        for (_, job), values in zip(members, found):
+            job.add(values)
+
     def _evaluate(self, jobs: list[_Job]) -> None:
         sequences = [job.sequence for job in jobs]
-        if self.wants_likelihood:
+        if self.wants_likelihood and not all(job.known for job in jobs):
             for job, values in zip(jobs, self.scorer.log_probs(sequences)):
-                known = ~np.isnan(values)
-                total = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-                count = np.concatenate([[0], np.cumsum(known)])
-                if not np.isfinite(total[-1]):
-                    raise ValueError("the model gave a log-probability that is not finite")
-                for a, b in job.ranges:
-                    job.sums[a, b] = (float(total[b] - total[a]), int(count[b] - count[a]))
+                job.add(values)
         if self.wants_masked:
             for places in sorted({places for job in jobs for places in job.masked}):
                 group = [job for job in jobs if places in job.masked]
