@@ -1,9 +1,10 @@
 """The selective scan in plain PyTorch, with memory that does not grow with l times d times n.
 
 Rows and channels are cut into blocks and time into tiles. States of a tile are formed, used and dropped; only every
-64th is kept for the backward pass, which walks the tiles from the last to the first and forms the states again. In a
-tile, chunks of q positions advance together from zero, then the chunks' end states are handed on one after another
-(s_t the state from zero, sums over the positions since the chunk's start):
+64th is kept for the backward pass, which walks the tiles from the last to the first and forms the states again. On a
+CPU wide rows go one position after another (`stepwise.py`). Else, in a tile, chunks of q positions advance together
+from zero, then the chunks' end states are handed on one after another (s_t the state from zero, sums over the positions
+since the chunk's start):
 
     h_t = s_t + exp(A sum dt) h_chunk
 
@@ -28,12 +29,16 @@ from torch.nn import functional as F
 
 from ..linear_scan.chunked import linear_scan_chunked
 from ..transforms import apply, operator
+from .stepwise import Decay, Steps, backward, forward
 
 # Every 64th state is saved for the backward pass; tiles are multiples of it.
 _SAVED = 64
-# Numbers of a position (rows x channels x states) in one block. On a CPU a tile then fits the second-level cache; with
-# half of it or less one position is done before the next one is dispatched. Elsewhere a buffer of a tile has 256 MB.
+# Numbers of a position (rows x channels x states) in one block. On a CPU a tile then fits the second-level cache;
+# elsewhere a buffer of a tile has 256 MB.
 _CPU_NUMBERS, _DEVICE_NUMBERS = 8192, 1 << 20
+# Numbers of a position from which a CPU goes position by position, and at most in a block there: a few buffers of a
+# position must fit the second-level cache.
+_STEPWISE, _STEPWISE_BLOCK = 4096, 1 << 16
 
 
 def selective_scan_chunked(
@@ -111,6 +116,10 @@ def _forward(
         carry = torch.zeros_like(out_final[rows, ..., columns], memory_format=torch.contiguous_format)
         if first is not None:
             carry.copy_(first[rows, ..., columns])
+        decay = Decay(inputs.A[..., columns].contiguous(), u.shape[1])
+        for span, steps in inputs.steps(rows, columns):
+            out_saved[span.start // _SAVED, rows, ..., columns] = carry
+            out[span, rows, ..., columns] = forward(steps, decay, carry)
         for tile in inputs.tiles(rows, columns):
             gates, h = tile.gates()[:-1], tile.inputs()[1:]
             tile.scan(gates, h, carry)
@@ -149,6 +158,15 @@ def _backward(
     out_initial = _states(dinitial, groups)
     for rows, columns in inputs.blocks():
         carry = from_final[rows, ..., columns].clone(memory_format=torch.contiguous_format)
+        decay, dA_rows = Decay(inputs.A[..., columns].contiguous(), u.shape[1]), torch.zeros_like(carry)
+        for span, steps in inputs.steps(rows, columns, backward=True):
+            before = kept[span.start // _SAVED, rows, ..., columns].contiguous()
+            dy_tile = inputs.cut(from_y, span, rows, columns, A.dtype)
+            du_tile, ddt_tile, dB_tile, dC_tile = backward(steps, decay, before, dy_tile, carry, dA_rows)
+            out_u[span, rows, ..., columns], out_dt[span, rows, ..., columns] = du_tile, ddt_tile
+            dB.transpose(0, 1)[span, rows] += dB_tile
+            dC.transpose(0, 1)[span, rows] += dC_tile
+        out_A[..., columns] += dA_rows.sum(0)
         for tile in inputs.tiles(rows, columns, backward=True):
             gates, h = tile.gates(), tile.inputs()
             h[0] = kept[tile.start // _SAVED, rows, ..., columns]
@@ -182,13 +200,13 @@ class _Inputs:
         self.buffers: dict[int, Tensor] = {}
         on_cpu = u.device.type == "cpu"
         length, batch, _, channels = self.u.shape
-        numbers = _CPU_NUMBERS if on_cpu else _DEVICE_NUMBERS
         per_channel = self.groups * self.states
-        self.columns = min(channels, max(1, numbers // per_channel))
-        self.rows = min(batch, max(1, numbers // (per_channel * self.columns)))
-        self.numbers = per_channel * self.columns * self.rows
-        self.length = min(length, max(1, numbers // self.numbers) * _SAVED)
-        self.serial = on_cpu and 2 * self.numbers >= numbers
+        self.stepwise = on_cpu and batch * channels * per_channel >= _STEPWISE
+        numbers = _STEPWISE_BLOCK if self.stepwise else _CPU_NUMBERS if on_cpu else _DEVICE_NUMBERS
+        self.columns = _evenly(channels, numbers // per_channel)
+        self.rows = _evenly(batch, numbers // (per_channel * self.columns))
+        tiles = 1 if self.stepwise else max(1, numbers // (per_channel * self.columns * self.rows))
+        self.length = min(length, tiles * _SAVED)
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Rows and channels of a group that are done together."""
@@ -196,10 +214,31 @@ class _Inputs:
         for row, column in itertools.product(range(0, batch, self.rows), range(0, channels, self.columns)):
             yield slice(row, row + self.rows), slice(column, column + self.columns)
 
-    def tiles(self, rows: slice, columns: slice, backward: bool = False) -> Iterator[_Tile]:
+    def starts(self, backward: bool) -> range:
         starts = range(0, self.u.shape[0], self.length)
-        for start in reversed(starts) if backward else starts:
-            yield _Tile(self, start, rows, columns)
+        return starts[::-1] if backward else starts
+
+    def tiles(self, rows: slice, columns: slice, backward: bool = False) -> Iterator[_Tile]:
+        """The tiles of a block, where chunks advance together."""
+        if not self.stepwise:
+            for start in self.starts(backward):
+                yield _Tile(self, start, rows, columns)
+
+    def steps(self, rows: slice, columns: slice, backward: bool = False) -> Iterator[tuple[slice, Steps]]:
+        """The tiles of a block, where one position follows another, and their places in time."""
+        if not self.stepwise:
+            return
+        everything, real, dtype = slice(None), self.A.real.dtype, self.A.dtype
+        for start in self.starts(backward):
+            span = slice(start, min(start + self.length, self.u.shape[0]))
+            u, dt = (self.cut(x, span, rows, columns, real) for x in (self.u, self.dt))
+            B, C = (self.cut(x, span, rows, everything, dtype) for x in (self.B, self.C))
+            keep = None if self.keep is None else self.cut(self.keep, span, rows, everything, real)
+            yield span, Steps(u, dt, B, C, keep)
+
+    def cut(self, x: Tensor, span: slice, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """A part of (l, b, g, ...), contiguous."""
+        return x[span, rows, :, columns].to(dtype).contiguous()
 
 
 class _Tile:
@@ -210,7 +249,7 @@ class _Tile:
         self.size = min(inputs.length, inputs.u.shape[0] - start)
         self.span = slice(start, start + self.size)
         # A power of two near the square root: as many steps inside chunks as from chunk to chunk.
-        self.chunk = self.size if inputs.serial else min(_SAVED, 1 << (math.isqrt(self.size).bit_length() - 1))
+        self.chunk = min(_SAVED, 1 << (math.isqrt(self.size).bit_length() - 1))
         self.padding = -self.size % self.chunk
         everything, real, dtype = slice(None), inputs.A.real.dtype, inputs.A.dtype
         self.A = inputs.A[..., columns].contiguous()
@@ -248,13 +287,6 @@ class _Tile:
         """x_t + (1 + gate_t) of the one before, in place; `reverse`: of the one after, with the gates of its step."""
         chunks = x.shape[0] // self.chunk
         order = range(self.chunk - 1, -1, -1) if reverse else range(self.chunk)
-        if chunks == 1:
-            before, step = initial, torch.empty_like(initial)
-            all_gates, all_x = gates.unbind(0), x.unbind(0)
-            for k in order:
-                torch.addcmul(before, all_gates[k], before, out=step)
-                before = all_x[k].add_(step)
-            return
         gates, x = gates.unflatten(0, (chunks, self.chunk)), x.unflatten(0, (chunks, self.chunk))
         for last, k in itertools.pairwise(order):
             x[:, k].add_(torch.addcmul(x[:, last], gates[:, k], x[:, last]))
@@ -286,6 +318,11 @@ def _gates(dt: Tensor, keep: Tensor | None, A: Tensor, out: Tensor) -> None:
     torch.expm1(out, out=out)
     if keep is not None:
         out.masked_fill_(keep[..., None] == 0, -1)
+
+
+def _evenly(count: int, most: int) -> int:
+    """Size of the fewest parts of nearly equal size, none larger than `most`."""
+    return -(-count // -(-count // max(1, most)))
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omnissm.kernels import linear_scan, selective_scan, selective_step, selective_step_, ssd
-from omnissm.kernels.selective_scan import chunked
+from omnissm.kernels.selective_scan import chunked, stepwise
 from omnissm.kernels.selective_scan.spec import SPEC
 from omnissm.kernels.testing import check_op, relative_error, run_with_gradients
 
@@ -200,19 +200,24 @@ def test_lengths(length, device):
 
 
 @pytest.mark.parametrize("numbers", [1, 16, 48, 100, 1 << 20])
-@pytest.mark.parametrize("serial", [False, True])
-def test_blocks_and_tiles_are_a_matter_of_speed(numbers, serial, device, monkeypatch):
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_blocks_and_tiles_are_a_matter_of_speed(numbers, stepwise, device, monkeypatch):
     """Any cut into blocks of rows and channels, tiles and chunks gives the same numbers."""
     monkeypatch.setattr(chunked, "_CPU_NUMBERS", numbers)
     monkeypatch.setattr(chunked, "_DEVICE_NUMBERS", numbers)
-    plain = chunked._Inputs.__init__
-
-    def forced(self, *arguments):
-        plain(self, *arguments)
-        self.serial = serial
-
-    monkeypatch.setattr(chunked._Inputs, "__init__", forced)
+    monkeypatch.setattr(chunked, "_STEPWISE", 1 if stepwise else 1 << 40)
+    monkeypatch.setattr(chunked, "_STEPWISE_BLOCK", numbers)
     size = {"b": 3, "l": 150, "d": 6, "n": 4, "g": 2, "state": True, "packed": True}
+    check_op(SPEC, size, "chunked", torch.float32, device)
+
+
+@pytest.mark.parametrize("options", [{}, {"complex_rates": True}], ids=["real", "complex"])
+@pytest.mark.parametrize("precise", [False, True], ids=["exp", "expm1"])
+def test_position_by_position(precise, options, device, monkeypatch):
+    """What wide rows do on a CPU, in both forms of the decay, on rows with packing and an uneven end."""
+    monkeypatch.setattr(chunked, "_STEPWISE", 1)
+    monkeypatch.setattr(stepwise, "_EXP_POSITIONS", 0 if precise else 1024)
+    size = {"b": 2, "l": 70, "d": 4, "n": 3, "g": 2, "state": True, "packed": True, **options}
     check_op(SPEC, size, "chunked", torch.float32, device)
 
 

@@ -137,7 +137,7 @@ class Pyramid(nn.Module):
         """Patterns of stem, blocks (coarse: stages) and head for layer-wise rates."""
         blocks: list[tuple[str, Any]] = [(r"^stages\.(\d+)", None)]
         if not coarse:
-            blocks: list[tuple[str, Any]] = [
+            blocks = [
                 (r"^stages\.(\d+)\.downsample", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             ]
