@@ -31,6 +31,7 @@ from .common import (
     linear_flops,
     mixer_state,
     require_state,
+    sequence_start,
     total_flops,
     wide,
 )
@@ -321,7 +322,7 @@ class Attention(nn.Module):
         """Position of every token in its own sequence, (b, l) or (1, l)."""
         place = torch.arange(x.shape[1], device=x.device)[None]
         if layout.index is not None:
-            place = place - _sequence_start(layout.index)
+            place = place - sequence_start(layout.index)
         if before is None:
             return place
         if layout.index is None:
@@ -412,7 +413,7 @@ class Attention(nn.Module):
         count = k.new_full((batch,), length, dtype=torch.int64) if layout.count is None else layout.count
         start, before = torch.zeros_like(count), state.length
         if layout.index is not None and length:
-            start = _sequence_start(layout.index)[:, -1]
+            start = sequence_start(layout.index)[:, -1]
             before = torch.where(layout.index[:, -1] == layout.index[:, 0], before, torch.zeros_like(before))
         total = before + count - start
         slots = state.k.shape[2]
@@ -472,10 +473,3 @@ def _may_look(tensor: Tensor) -> bool:
 def _ring(slot: Tensor, length: Tensor, size: int) -> Tensor:
     """Which position a slot of a ring holds when `length` positions have been written; negative: none."""
     return length - 1 - (length - 1 - slot) % max(size, 1)
-
-
-def _sequence_start(index: Tensor) -> Tensor:
-    """Place where the sequence of each position begins, (b, l)."""
-    place = torch.arange(index.shape[1], device=index.device)
-    begins = (index != index.roll(1, 1)) & (place > 0)
-    return torch.where(begins, place, 0).cummax(1).values

@@ -446,13 +446,18 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
     return steps.tril(-1).cumsum(-2).exp().tril()
 
 
+def sequence_start(index: Tensor) -> Tensor:
+    """Place where the sequence of each position begins, (b, l), from the numbers of sequences."""
+    place = torch.arange(index.shape[1], device=index.device)
+    begins = (index != index.roll(1, 1)) & (place > 0)
+    return torch.where(begins, place, 0).cummax(1).values
+
+
 def decay_since_start(log_decay: Tensor, index: Tensor) -> Tensor:
     """exp of the sum of log_decay (b, l, h) from the start of each position's sequence up to and with it."""
     # Differences of sums over a whole row need the digits of float64.
     total = log_decay.double().cumsum(1)
-    position = torch.arange(index.shape[1], device=index.device).expand_as(index)
-    starts = (index != index.roll(1, 1)) & (position > 0)
-    start = torch.where(starts, position, 0).cummax(1).values[..., None].expand_as(total)
+    start = sequence_start(index)[..., None].expand_as(total)
     before = (total - log_decay.double()).gather(1, start)
     return (total - before).clamp(max=0).exp().to(log_decay.dtype)
 
