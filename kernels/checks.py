@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .transforms import transforming
+
 
 def check_shapes(**named: tuple[Tensor | None, str]) -> dict[str, int]:
     """Check tensors against shapes written as dimension letters.
@@ -95,6 +97,27 @@ def check_floating(*, allow_complex: bool = False, **named: Tensor | None) -> No
         if tensor is None or tensor.is_floating_point() or (allow_complex and tensor.is_complex()):
             continue
         raise TypeError(f"`{name}` must have a {kinds} dtype, got {tensor.dtype}; convert it first, e.g. x.float().")
+
+
+def check_log_decays(**named: Tensor) -> None:
+    """Check, on a CPU in eager mode, that logarithms of decays are not positive.
+
+    Raises:
+        ValueError: if one is.
+    """
+    for name, tensor in named.items():
+        if readable(tensor) and (tensor > 0).any():
+            raise ValueError(
+                f"`{name}` must be <= 0, got {tensor[tensor > 0].max().item():.3g}; it is the logarithm of a decay, "
+                "e.g. dt * A with a negative A."
+            )
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at for free: not on a GPU, when tracing, or under `torch.func`."""
+    if torch.compiler.is_compiling() or transforming():
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
 def _written(dims: str) -> str:

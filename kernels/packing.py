@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .checks import readable
+
 FinalStates = Literal["last", "segments"]
 
 
@@ -30,6 +32,29 @@ def cu_seqlens_to_seq_idx(cu_seqlens: Tensor, length: int) -> Tensor:
     _check_cu_seqlens(cu_seqlens)
     positions = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True, out_int32=True)[None]
+
+
+def check_seq_idx(seq_idx: Tensor | None) -> None:
+    """Check the numbers of the sequences: integers, and on a CPU in eager mode that they do not decrease.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if they decrease along a row.
+    """
+    if seq_idx is None:
+        return
+    if seq_idx.is_floating_point() or seq_idx.is_complex() or seq_idx.dtype == torch.bool:
+        raise TypeError(f"`seq_idx` must be a tensor of integers, got {seq_idx.dtype}.")
+    if not readable(seq_idx):
+        return
+    falls = seq_idx[:, 1:] < seq_idx[:, :-1]
+    if falls.any():
+        row, position = falls.nonzero()[0].tolist()
+        before, after = seq_idx[row, position : position + 2].tolist()
+        raise ValueError(
+            f"`seq_idx` must not decrease along a row, got {after} after {before} at position {position + 1} of row "
+            f"{row}; number the sequences in their order."
+        )
 
 
 def read_packing(

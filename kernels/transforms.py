@@ -82,7 +82,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         # torch.compile cannot trace a function whose context nobody needs.
         needed = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
         return function.apply(*arguments) if needed else function.forward(*arguments)
-    if _transforming():
+    if transforming():
         return function.apply(*arguments)
     return _eager_twin(function).apply(*arguments)
 
@@ -91,11 +91,11 @@ def plain_call(*tensors: Tensor | None) -> bool:
     """Whether a call needs no gradient and `torch.func` is not at work, so that a kernel may write in place."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return False
-    return torch.compiler.is_compiling() or not _transforming()
+    return torch.compiler.is_compiling() or not transforming()
 
 
 # No public function tells whether torch.func is at work; without this one every call takes the general way.
-_transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from ..packing import check_seq_idx
 from .chunked import causal_conv1d_chunked
 from .reference import causal_conv1d_reference
 from .state import last_inputs, with_inputs_before
@@ -56,6 +57,7 @@ def causal_conv1d(
     check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
     sizes = check_shapes(x=(x, "b l c"), weight=(weight, "c k"), bias=(bias, "c"), seq_idx=(seq_idx, "b l"))
     check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
     k, length = sizes["k"], sizes["l"]
     if not 1 <= k <= 8:
         raise ValueError(f"`weight` has k={k}, expected 1 to 8; use `fft_conv` for wider filters.")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..packing import FinalStates, by_segments, read_packing
+from ..isolation import isolated
+from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
 from .chunked import ema_scan_chunked
 from .reference import ema_scan_reference
 
@@ -67,6 +68,7 @@ def ema_scan(
         return means, final
     check_shapes(x=(x, "b l d"), p=(p, "b l"), initial_state=(initial_state, "b d"), seq_idx=(seq_idx, "b l"))
     check_devices(x=x, p=p, initial_state=initial_state, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
     (x,) = cast_for_autocast(x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
     if initial_state is None:
@@ -77,12 +79,20 @@ def ema_scan(
     p = p.to(dtype)
     if x.numel() == 0:
         return x.clone(), state.clone()
-    match choose(backend, x, op="ema_scan"):
-        case "reference":
-            return ema_scan_reference(x, p, state, seq_idx)
-        case "triton":
-            from .triton_impl import ema_scan_triton
+    chosen = choose(backend, x, op="ema_scan")
 
-            return ema_scan_triton(x, p, state, seq_idx)
-        case _:
-            return ema_scan_chunked(x, p, state, seq_idx)
+    def run(x: Tensor, p: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        match chosen:
+            case "reference":
+                return ema_scan_reference(x, p, state, seq_idx)
+            case "triton":
+                from .triton_impl import ema_scan_triton
+
+                return ema_scan_triton(x, p, state, seq_idx)
+            case _:
+                return ema_scan_chunked(x, p, state, seq_idx)
+
+    if seq_idx is None:
+        return run(x, p, state)
+    means, final = isolated(run, seq_idx, (x, p), first=(state,), ends=(-1,))
+    return means, final

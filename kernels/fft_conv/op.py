@@ -8,6 +8,7 @@ from torch import Tensor
 from ..causal_conv1d.state import last_inputs, with_inputs_before
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from ..packing import check_seq_idx
 from .chunked import fft_conv_chunked
 from .reference import fft_conv_reference
 
@@ -60,6 +61,7 @@ def fft_conv(
         seq_idx=(seq_idx, "b l"),
     )
     check_devices(x=x, kernel=kernel, D=D, initial_state=initial_state, kernel_ahead=kernel_ahead, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
     k, length = sizes["k"], sizes["l"]
     if k < 1:
         raise ValueError("`kernel` has k=0, expected at least 1; leave the op out for an empty kernel.")

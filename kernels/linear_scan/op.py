@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, choose
-from ..packing import FinalStates, by_segments, read_packing
+from ..isolation import isolated
+from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
 from .chunked import linear_scan_chunked
 from .reference import linear_scan_reference
 
@@ -79,6 +80,7 @@ def linear_scan(
         seq_idx=(seq_idx, "b l"),
     )
     check_devices(b=b, a=a, initial_state=initial_state, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
     if a.is_complex() and not b.is_complex():
         b = b.to(a.dtype)
     state_dtype = torch.promote_types(b.dtype, torch.float32)
@@ -89,18 +91,31 @@ def linear_scan(
     if b.numel() == 0:
         final = b.new_zeros(b.shape[0], b.shape[2]) if initial_state is None else initial_state.clone()
         return b.clone(), final.to(state_dtype)
-    if seq_idx is not None:
-        a = _without_links(a, seq_idx, reverse)
     obstacle = "Triton takes real tensors only, got complex ones" if b.is_complex() else None
-    match choose(backend, b, op="linear_scan", obstacle=obstacle):
-        case "reference":
-            return linear_scan_reference(a, b, initial_state, reverse, state_dtype)
-        case "triton":
-            from .triton_impl import linear_scan_triton
+    chosen = choose(backend, b, op="linear_scan", obstacle=obstacle)
 
-            return linear_scan_triton(a, b, initial_state, reverse, state_dtype)
-        case _:
-            return linear_scan_chunked(a, b, initial_state, reverse, state_dtype)
+    def run(b: Tensor, a: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if seq_idx is not None:
+            a = _without_links(a, seq_idx, reverse)
+        match chosen:
+            case "reference":
+                return linear_scan_reference(a, b, initial_state, reverse, state_dtype)
+            case "triton":
+                from .triton_impl import linear_scan_triton
+
+                return linear_scan_triton(a, b, initial_state, reverse, state_dtype)
+            case _:
+                return linear_scan_chunked(a, b, initial_state, reverse, state_dtype)
+
+    if seq_idx is None:
+        return run(b, a, initial_state)
+    if a.shape[0] != b.shape[0]:  # one decay for all positions
+        a = a.expand(*b.shape[:2], -1)
+    if reverse:
+        states, final = isolated(run, seq_idx, (b, a), last=(initial_state,), reach="before", ends=(0,))
+    else:
+        states, final = isolated(run, seq_idx, (b, a), first=(initial_state,), ends=(-1,))
+    return states, final
 
 
 def _without_links(a: Tensor, seq_idx: Tensor, reverse: bool) -> Tensor:

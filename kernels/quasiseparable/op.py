@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import check_devices, check_floating, check_log_decays, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from ..isolation import isolated
+from ..packing import check_seq_idx
 from ..ssd.op import check_groups, ssd_obstacle, state_dtype
 from .chunked import quasiseparable_chunked
 from .reference import Side, quasiseparable_reference
@@ -100,6 +104,8 @@ def quasiseparable(
         seq_idx=(seq_idx, "b l"),
     )
     check_devices(**floating, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
+    check_log_decays(log_decay_f=log_decay_f, log_decay_b=log_decay_b)
     batch, _, nheads, headdim = x.shape
     check_groups(nheads, sizes["g"])
     if chunk_size is not None and chunk_size < 1:
@@ -111,21 +117,44 @@ def quasiseparable(
     state = None if initial_state is None else initial_state.to(dtype)
     empty = x.numel() == 0 or sizes["n"] == 0
     if state is None and (empty or chosen != "triton"):
-        state = x.new_zeros(2, batch, nheads, headdim, sizes["n"], dtype=dtype)
+        state = x.new_zeros((), dtype=dtype).expand(2, batch, nheads, headdim, sizes["n"])  # takes no memory
     if x.numel() == 0:
         assert state is not None  # made above
         return torch.zeros_like(x), state.clone()
-    forward = Side(log_decay_f.to(dtype), None if weight_f is None else weight_f.to(dtype), B_f, C_f)
-    backward = Side(log_decay_b.to(dtype), None if weight_b is None else weight_b.to(dtype), B_b, C_b)
     diag = diag.to(dtype)
-    if chosen == "triton" and not empty:
-        from .triton_impl import quasiseparable_triton
+    weight_f, weight_b = (None if weight is None else weight.to(dtype) for weight in (weight_f, weight_b))
 
-        return quasiseparable_triton(x, forward, backward, diag, state, shift, seq_idx)
-    assert state is not None
-    wide = x.to(dtype)
-    if chosen == "reference":
-        y, final = quasiseparable_reference(wide, forward, backward, diag, state, shift, seq_idx)
-    else:
-        y, final = quasiseparable_chunked(wide, forward, backward, diag, state, shift, seq_idx, chunk_size)
-    return y.to(x.dtype), final
+    def run(x: Tensor, diag: Tensor, forward: Side, backward: Side, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if chosen == "triton" and not empty:
+            from .triton_impl import quasiseparable_triton
+
+            return quasiseparable_triton(x, forward, backward, diag, state, shift, seq_idx)
+        assert state is not None  # made above
+        wide = x.to(dtype)
+        if chosen == "reference":
+            y, final = quasiseparable_reference(wide, forward, backward, diag, state, shift, seq_idx)
+        else:
+            y, final = quasiseparable_chunked(wide, forward, backward, diag, state, shift, seq_idx, chunk_size)
+        return y.to(x.dtype), final
+
+    forward, backward = log_decay_f.to(dtype), log_decay_b.to(dtype)
+    if seq_idx is None:
+        return run(x, diag, Side(forward, weight_f, B_f, C_f), Side(backward, weight_b, B_b, C_b), state)
+
+    def scan(*parts: Any) -> tuple[Tensor, ...]:
+        x, diag, weight_f, B_f, C_f, weight_b, B_b, C_b, forward, backward, left, right = parts
+        state = None if left is None else torch.stack([left, right])
+        y, final = run(x, diag, Side(forward, weight_f, B_f, C_f), Side(backward, weight_b, B_b, C_b), state)
+        return y, final[0], final[1]
+
+    y, left, right = isolated(
+        scan,
+        seq_idx,
+        (x, diag, weight_f, B_f, C_f, weight_b, B_b, C_b),
+        decays=(forward, backward),
+        first=(None if state is None else state[0],),
+        last=(None if state is None else state[1],),
+        reach="both",
+        ends=(-1, 0),
+    )
+    return y, torch.stack([left, right])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..packing import FinalStates, by_segments, read_packing
+from ..isolation import Reach, isolated
+from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
 from .chunked import selective_scan_chunked
 from .reference import selective_scan_reference
 
@@ -96,6 +97,7 @@ def selective_scan(
         seq_idx=(seq_idx, "b l"),
     )
     check_devices(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, initial_state=initial_state, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
     for name, tensor in (("B", B), ("C", C), ("initial_state", initial_state)):
         if tensor is not None and tensor.is_complex() and not A.is_complex():
             raise TypeError(f"`{name}` is complex and `A` is not; make `A` complex too, e.g. A.to(torch.complex64).")
@@ -130,5 +132,14 @@ def selective_scan(
             from .triton_impl import selective_scan_triton
 
             return selective_scan_triton(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
-        case _:
+        case _ if seq_idx is None:
             return selective_scan_chunked(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+
+    def run(*parts: Any) -> tuple[Tensor, Tensor]:
+        u, dt, B, C, z, initial_state, A, D = parts
+        return selective_scan_chunked(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+
+    reach: Reach = "after" if window is None else "both"
+    positions, shared = (u, dt, B, C, z), (A, D)
+    y, final = isolated(run, seq_idx, positions, first=(initial_state,), shared=shared, reach=reach, ends=(-1,))
+    return y, final

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import check_devices, check_floating, check_log_decays, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..packing import FinalStates, by_segments, read_packing
+from ..isolation import isolated
+from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
 from .chunked import ssd_chunked
 from .reference import ssd_reference
 
@@ -91,6 +92,8 @@ def ssd(
         seq_idx=(seq_idx, "b l"),
     )
     check_devices(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
+    check_log_decays(log_decay=log_decay)
     batch, length, nheads, headdim = x.shape
     check_groups(nheads, sizes["g"])
     if chunk_size is not None and chunk_size < 1:
@@ -110,14 +113,29 @@ def ssd(
     log_decay = log_decay.to(dtype)
     weight = None if weight is None else weight.to(dtype)
     D = None if D is None else D.to(dtype).expand(batch, length, nheads)
-    if chosen == "triton":
-        from .triton_impl import ssd_triton
 
-        return ssd_triton(x, log_decay, B, C, state, weight, D, seq_idx)
-    assert state is not None
-    if chosen == "reference":
-        return ssd_reference(x, log_decay, B, C, state, weight, D, seq_idx)
-    return ssd_chunked(x, log_decay, B, C, state, weight, D, seq_idx, chunk_size)
+    def run(
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        weight: Tensor | None,
+        D: Tensor | None,
+        log_decay: Tensor,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if chosen == "triton":
+            from .triton_impl import ssd_triton
+
+            return ssd_triton(x, log_decay, B, C, state, weight, D, seq_idx)
+        assert state is not None  # made above
+        if chosen == "reference":
+            return ssd_reference(x, log_decay, B, C, state, weight, D, seq_idx)
+        return ssd_chunked(x, log_decay, B, C, state, weight, D, seq_idx, chunk_size)
+
+    if seq_idx is None:
+        return run(x, B, C, weight, D, log_decay, state)
+    y, final = isolated(run, seq_idx, (x, B, C, weight, D), decays=(log_decay,), first=(state,), ends=(-1,))
+    return y, final
 
 
 def ssd_obstacle(headdim: int, state: int) -> str | None:

@@ -7,9 +7,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import check_devices, check_floating, check_log_decays, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..packing import FinalStates, by_segments, read_packing
+from ..isolation import isolated
+from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
 from ..ssd.op import check_groups, state_dtype
 from .chunked import trapezoid_ssd_chunked
 from .reference import trapezoid_ssd_reference
@@ -140,6 +141,8 @@ def trapezoid_ssd(
         **{name: (part, dims) for (name, part), dims in zip(given.items(), STATE_SHAPES, strict=False)},
     )
     check_devices(**floating, seq_idx=seq_idx)
+    check_seq_idx(seq_idx)
+    check_log_decays(log_decay=log_decay)
     half = check_rotation(rotation, sizes)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
@@ -154,27 +157,43 @@ def trapezoid_ssd(
     log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
     chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes, x_rank), on_request=True)
-    if chosen == "reference":
-        return trapezoid_ssd_reference(x, log_decay, gamma, beta, theta, B, C, state, *parameters, seq_idx, half)
-    B_bias, C_bias, D, ranks = parameters
-    entering = state.ssm if initial_state is None else _with_first(state, beta[:, 0], ranks)
-    if chosen == "triton":
-        from .triton_impl import trapezoid_ssd_triton
 
-        before = None if initial_state is None else entering
-        phi_before = None if initial_state is None else state.phi
-        y, ssm, phi = trapezoid_ssd_triton(
-            x, log_decay, gamma, beta, theta, B, C, before, phi_before, B_bias, C_bias, D, seq_idx, half
-        )
+    def run(*parts: Any) -> tuple[Tensor, ...]:
+        x, gamma, beta, theta, B, C, log_decay = parts[:7]
+        state, (B_bias, C_bias, D, ranks) = TrapezoidState(*parts[7:11]), parts[11:]
+        if chosen == "reference":
+            y, final = trapezoid_ssd_reference(
+                x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, ranks, seq_idx, half
+            )
+            return y, *final
+        entering = state.ssm if initial_state is None else _with_first(state, beta[:, 0], ranks)
+        if chosen == "triton":
+            from .triton_impl import trapezoid_ssd_triton
+
+            before = None if initial_state is None else entering
+            phi_before = None if initial_state is None else state.phi
+            y, ssm, phi = trapezoid_ssd_triton(
+                x, log_decay, gamma, beta, theta, B, C, before, phi_before, B_bias, C_bias, D, seq_idx, half
+            )
+        else:
+            if initial_state is not None:
+                entering = _turned(entering, -state.phi, half)
+            y, ssm, phi = trapezoid_ssd_chunked(
+                x, log_decay, gamma, beta, theta, B, C, entering, state.phi, B_bias, C_bias, D, ranks, seq_idx, half,
+                chunk_size or max(16, 64 // sizes["r"]),
+            )  # fmt: skip
+            ssm = _turned(ssm, phi, half)
+        final = _with_last(TrapezoidState(phi, ssm, ssm, x), x[:, -1], B[:, -1], B_bias.transpose(0, 1), half)
+        return y, *final
+
+    per_position = (x, gamma, beta, theta, B, C)
+    if seq_idx is None:
+        y, *after = run(*per_position, log_decay, *state, *parameters)
     else:
-        if initial_state is not None:
-            entering = _turned(entering, -state.phi, half)
-        y, ssm, phi = trapezoid_ssd_chunked(
-            x, log_decay, gamma, beta, theta, B, C, entering, state.phi, *parameters, seq_idx, half,
-            chunk_size or max(16, 64 // sizes["r"]),
-        )  # fmt: skip
-        ssm = _turned(ssm, phi, half)
-    return y, _with_last(TrapezoidState(phi, ssm, ssm, x), x[:, -1], B[:, -1], B_bias.transpose(0, 1), half)
+        y, *after = isolated(
+            run, seq_idx, per_position, decays=(log_decay,), first=state, shared=parameters, ends=(-1,) * 4
+        )
+    return y, TrapezoidState(*after)
 
 
 def _obstacle(sizes: dict[str, int], x_rank: Tensor | None) -> str | None:
