@@ -39,7 +39,8 @@ class Reference:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no FASTA or GenBank file, is cut off, repeats a name or holds an empty sequence.
+        ValueError: if it is no FASTA or GenBank file, is cut off, repeats a name or holds an empty sequence. (An index
+            that another program made is believed; it leaves out all but the first of equal names.)
         ImportError: if pysam is needed and missing.
     """
 
@@ -122,6 +123,7 @@ class Reference:
         packed = is_bgzf(str(self.path))
         indices = [f"{stem}.fai", *([f"{stem}.gzi"] if packed else [])]
         if not all(os.path.exists(index) for index in indices):
+            _check_names(self.path)  # type: ignore[arg-type]
             scratch = [f"{index}.{os.getpid()}" for index in indices]  # seen by others when it is whole
             options = ["--fai-idx", scratch[0], *(["--gzi-idx", scratch[1]] if packed else [])]
             pysam.faidx(str(self.path), *options)  # type: ignore[attr-defined]
@@ -227,6 +229,25 @@ def _read_whole(path: Path, cache: Cache) -> bool:
             path.name,
         )
     return True
+
+
+def _check_names(path: Path) -> None:
+    """Refuse names that come twice, before an index leaves the second one out.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    seen: set[bytes] = set()
+    rest = b"\n"
+    with open_lines(path) as file:
+        while block := file.read(2**22):
+            text, start = rest + block, 0
+            while (at := text.find(b"\n>", start)) >= 0 and (end := text.find(b"\n", at + 2)) >= 0:
+                name, start = text[at + 2 : end].split(maxsplit=1)[:1], end
+                if name and name[0] in seen:
+                    raise ValueError(f"{path}: name {name[0].decode('latin-1')!r} comes twice")
+                seen.update(name)
+            rest = text[at:] if at >= 0 else text[-1:]
 
 
 def read_fasta(path: str | Path) -> Iterator[tuple[str, bytes]]:

@@ -1,12 +1,15 @@
 """References: FASTA in all its packings, circular contigs, aliases, GenBank and annotation."""
 
+import contextlib
 import gzip
 import logging
 import multiprocessing
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
+from omnissm.genomics import reference
 from omnissm.genomics.annotation import Feature, read_bed, read_features, write_gff3
 from omnissm.genomics.contigs import ContigMap, read_contig_map
 from omnissm.genomics.genbank import genbank_to_fasta_gff, genetic_code, read_genbank, translate
@@ -228,3 +231,28 @@ def test_no_genbank(tmp_path):
     (tmp_path / "a.gbk").write_text("nothing")
     with pytest.raises(ValueError, match="holds no genbank record"):
         read_genbank(tmp_path / "a.gbk")
+
+
+@pytest.mark.parametrize("block", [2**22, 7])
+@pytest.mark.parametrize("packed", [False, True])
+def test_names_that_come_twice_are_refused_before_an_index_hides_them(block, packed, tmp_path, monkeypatch):
+    read = reference.open_lines
+
+    @contextlib.contextmanager
+    def in_blocks(path):
+        with read(path) as file:
+            yield SimpleNamespace(read=lambda _: file.read(block))
+
+    monkeypatch.setattr(reference, "open_lines", in_blocks)
+    path = tmp_path / ("a.fa.gz" if packed else "a.fa")
+    for text, message in ((">one x\nACGT\n>two\nAC\n>one y\nGGGG\n", "name 'one' comes twice"), (FASTA, "")):
+        path.write_text(text)
+        if packed:
+            with pysam.BGZFile(str(path), "wb") as file:
+                file.write(text.encode())
+        if message:
+            with pytest.raises(ValueError, match=message):
+                Reference(path, cache="none")
+            assert [found.name for found in tmp_path.iterdir()] == [path.name]
+        else:
+            assert Reference(path, cache="none").lengths == {"one": 13, "two": 5}
