@@ -21,6 +21,13 @@ from .lbmamba import LBMamba as LBMamba
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
 from .mamba3 import Mamba3 as Mamba3
+from .matrix_mixers import CauchyMixer as CauchyMixer
+from .matrix_mixers import DenseMixer as DenseMixer
+from .matrix_mixers import LowRankMixer as LowRankMixer
+from .matrix_mixers import QuasiseparableMixer as QuasiseparableMixer
+from .matrix_mixers import SoftmaxMixer as SoftmaxMixer
+from .matrix_mixers import ToeplitzMixer as ToeplitzMixer
+from .matrix_mixers import VandermondeMixer as VandermondeMixer
 from .s4 import S4D as S4D
 from .s4_dplr import S4 as S4
 from .s5 import S5 as S5
@@ -34,16 +41,23 @@ __all__ = [
     "S5",
     "Attention",
     "Bidirectional",
+    "CauchyMixer",
     "Chimera2D",
     "Companion",
+    "DenseMixer",
     "DiscreteMamba2",
     "GraphSSM",
     "GraphTopology",
     "Hydra",
     "LBMamba",
+    "LowRankMixer",
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "QuasiseparableMixer",
+    "SoftmaxMixer",
+    "ToeplitzMixer",
+    "VandermondeMixer",
     "create_mixer",
     "graph_topology",
     "mixer_options",
@@ -52,19 +66,26 @@ __all__ = [
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "bidirectional": Bidirectional,
+    "cauchy": CauchyMixer,
     "chimera2d": Chimera2D,
     "companion": Companion,
+    "dense": DenseMixer,
     "discrete_mamba2": DiscreteMamba2,
     "graph_ssm": GraphSSM,
     "h3": H3,
     "hydra": Hydra,
     "lbmamba": LBMamba,
+    "low_rank": LowRankMixer,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "quasiseparable": QuasiseparableMixer,
     "s4": S4,
     "s4d": S4D,
     "s5": S5,
+    "softmax_mixer": SoftmaxMixer,
+    "toeplitz": ToeplitzMixer,
+    "vandermonde": VandermondeMixer,
 }
 
 

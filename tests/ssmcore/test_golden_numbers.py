@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from omnissm.kernels import causal_conv1d, gated_norm, quasiseparable, selective_scan, ssd
 from omnissm.ssmcore import create_mixer
 from omnissm.ssmcore.hippo import normal_form
-from omnissm.ssmcore.mixers.common import lay_out
+from omnissm.ssmcore.mixers.common import Layout, lay_out
 
 PATHS = pytest.mark.parametrize("backend", ["reference", "chunked"])
 
@@ -180,3 +180,23 @@ def test_h3():
     close(y.sum(), 0.415516924)
     close(y[0, -1], -0.094156016, 0.130773406)
     close(mixer._shift(k, torch.zeros(1, 2, 3), lay_out(k))[0][0, -1], 0.123613346, -0.482125917)
+
+
+def test_toeplitz_matrix():
+    mixer = create_mixer("toeplitz", 4, headdim=8, max_len=4, dtype=torch.float64)
+    f, r = (waves(1, 1, 4, 1, seed=seed) for seed in (1, 2))
+    rows = mixer._matrix(f, r, Layout()) * 2 * 2  # without the scale 1 / (2 sqrt(L))
+    close(rows[0, 0, 1], 0.863209367, 0.985449730, -0.255541102, -0.818277111)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("low_rank", (0.095042949, 0.030751180, -0.084589568)),
+        ("cauchy", (0.268556339, 0.340689397, 0.296734543)),
+        ("softmax_mixer", (0.380628107, 0.340517389, 0.278854504)),
+    ],
+)
+def test_matrices_of_queries_and_keys(name, row):
+    mixer = create_mixer(name, 4, headdim=8, qk_dim=2, max_len=3, dtype=torch.float64)
+    close(mixer._matrix(waves(1, 1, 3, 2, seed=1), waves(1, 1, 3, 2, seed=2), Layout())[0, 0, 1], *row)

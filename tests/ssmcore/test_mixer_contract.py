@@ -39,6 +39,7 @@ OPTIONS = {
         {"d_state": 8, "headdim": 4},
         {"d_state": 8, "headdim": 4, "ngroups": 2, "rank": 2, "rope_fraction": 1.0, "outproj_norm": True},
     ],
+    "quasiseparable": [{"headdim": 8, "qk_dim": 2}],
     "s4": [
         {"d_state": 4},
         {"d_state": 4, "init": "legt", "n_ssm": 2},
@@ -55,6 +56,9 @@ OPTIONS = {
         {"d_state": 4, "headdim": 4, "norm_before_gate": True, "mup_vector": (0.5, 2.0, 1.5, 0.7, 1.2)},
     ],
 }
+for menu in ("cauchy", "dense", "low_rank", "softmax_mixer", "toeplitz", "vandermonde"):
+    sizes = {"headdim": 8, "qk_dim": 3, "max_len": 256}
+    OPTIONS[menu] = [sizes, *([sizes | {"data_dependent": False, "d_conv": 3}] if menu != "dense" else [])]
 SEQUENCE_MIXERS = [name for name, mixer in MIXERS.items() if hasattr(mixer, "state_type")]
 
 
