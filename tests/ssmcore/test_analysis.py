@@ -37,8 +37,8 @@ def test_jacobian_of_a_linear_map_is_the_map():
     x = torch.randn(2, 5, 3, **DOUBLE)
     expected = kernel.square().sum((2, 3)).sqrt().expand(2, -1, -1)
     torch.testing.assert_close(token_jacobian(Linear(), x), expected)
-    estimate = token_jacobian(Linear(), x, probes=2000)
-    torch.testing.assert_close(estimate, expected, rtol=0.1, atol=0)
+    estimate = token_jacobian(Linear(), x, probes=500)
+    torch.testing.assert_close(estimate, expected, rtol=0.15, atol=0)
     with pytest.raises(ValueError, match="`probes` must be at least 1"):
         token_jacobian(Linear(), x, probes=0)
 
