@@ -1,14 +1,18 @@
 """Both recurrences as one call of the chunked `ssd`, the backward one on the reversed row beside the forward one.
 
-The two results meet in the wide dtype, so that 16-bit outputs are rounded once.
+The two results meet in the wide dtype, so that 16-bit outputs are rounded once. For the gradient the inputs are kept
+and put side by side again.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..ssd.chunked import ssd_chunked
+from ..ssd.chunked import default_chunk, ssd_chunked_forward, ssd_chunked_gradients
+from ..transforms import apply
 from .reference import Side
 
 
@@ -24,20 +28,20 @@ def quasiseparable_chunked(
 ) -> tuple[Tensor, Tensor]:
     """See `quasiseparable_reference`."""
     batch = x.shape[0]
-    weight = None
-    if forward.weight is not None or backward.weight is not None:
-        ones = torch.ones_like(forward.log_decay)
-        weight = _both(*(ones if side.weight is None else side.weight for side in (forward, backward)))
-    y, final = ssd_chunked(
-        _both(x, x),
-        _both(forward.log_decay, backward.log_decay),
-        _both(forward.B, backward.B),
-        _both(forward.C, backward.C),
+    y, final = apply(
+        _BothEnds,
+        x,
+        forward.log_decay,
+        backward.log_decay,
+        forward.B,
+        backward.B,
+        forward.C,
+        backward.C,
         state.flatten(0, 1),
-        weight,
-        None,
-        None if seq_idx is None else _both(seq_idx, -seq_idx),
-        chunk_size,
+        forward.weight,
+        backward.weight,
+        seq_idx,
+        chunk_size or default_chunk(x),
     )
     from_left, from_right = y[:batch], y[batch:].flip(1)
     if shift:
@@ -61,3 +65,60 @@ def _from_neighbour(read: Tensor, step: int, seq_idx: Tensor | None) -> Tensor:
 def _both(forward: Tensor, backward: Tensor) -> Tensor:
     """The forward rows, and below them the backward ones reversed."""
     return torch.cat([forward, backward.flip(1)])
+
+
+def _side_by_side(
+    x: Tensor,
+    decay_f: Tensor,
+    decay_b: Tensor,
+    B_f: Tensor,
+    B_b: Tensor,
+    C_f: Tensor,
+    C_b: Tensor,
+    state: Tensor,
+    weight_f: Tensor | None,
+    weight_b: Tensor | None,
+    seq_idx: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Tensor arguments of `ssd` for both directions at once."""
+    weight = None
+    if weight_f is not None or weight_b is not None:
+        ones = torch.ones_like(decay_f)
+        weight = _both(*(ones if side is None else side for side in (weight_f, weight_b)))
+    index = None if seq_idx is None else _both(seq_idx, -seq_idx)
+    return _both(x, x), _both(decay_f, decay_b), _both(B_f, B_b), _both(C_f, C_b), state, weight, None, index
+
+
+def _apart(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `_both`."""
+    forward, backward = both.chunk(2)
+    return forward, backward.flip(1)
+
+
+class _BothEnds(torch.autograd.Function):
+    """`ssd` of both directions, which keeps no copies that hold them side by side."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, chunk_size = arguments
+        return ssd_chunked_forward(*_side_by_side(*tensors), chunk_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.chunk_size = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        *_, weight_f, weight_b, _ = ctx.saved_tensors
+        arguments = _side_by_side(*ctx.saved_tensors)
+        dx, ddecay, dB, dC, dstate, dweight, _ = ssd_chunked_gradients(*arguments, ctx.chunk_size, dy, dfinal)
+        dx_f, dx_b = _apart(dx)
+        dweights: list[Tensor | None] = [None, None]
+        if arguments[5] is not None:
+            dweights = [
+                None if side is None else d for side, d in zip((weight_f, weight_b), _apart(dweight), strict=True)
+            ]
+        return dx_f + dx_b, *_apart(ddecay), *_apart(dB), *_apart(dC), dstate, *dweights, None, None

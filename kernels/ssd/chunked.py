@@ -45,9 +45,22 @@ def ssd_chunked(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See `ssd`; weight and D are (b, l, h), everything but x, B and C has the dtype of the state."""
-    if chunk_size is None:
-        chunk_size = 64 if x.device.type == "cpu" else 128
-    return apply(_Ssd, x, log_decay, B, C, state, weight, D, seq_idx, chunk_size)
+    return apply(_Ssd, x, log_decay, B, C, state, weight, D, seq_idx, chunk_size or default_chunk(x))
+
+
+def default_chunk(x: Tensor) -> int:
+    """Positions of a chunk where the caller names none."""
+    return 64 if x.device.type == "cpu" else 128
+
+
+def ssd_chunked_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output and final state without a gradient, for functions that have one of their own; `ssd_chunked` says more."""
+    return _forward(*arguments)
+
+
+def ssd_chunked_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, log_decay, B, C, state, weight and D, from those arguments and the two outputs' gradients."""
+    return apply(_SsdGradient, *arguments)
 
 
 class _Block(NamedTuple):
