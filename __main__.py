@@ -75,6 +75,7 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "detect": ("omnissm.timeseries.label_verbs:detect", "Score and flag anomalies of a file's series."),
         "impute": ("omnissm.timeseries.label_verbs:impute", "Fill the gaps of a file's series."),
         "convert": ("omnissm.timeseries.label_verbs:convert", "Turn a file of series into another format."),
+        "protocol": ("omnissm.timeseries.protocol:protocol", "Models, data sets, horizons and seeds in one table."),
         "plot": ("omnissm.timeseries.__main__:plot", "Draw forecasts, anomalies, filled gaps or classes."),
     },
 }

@@ -145,7 +145,7 @@ class BestEpoch(pl.Callback):
 
 
 def train(
-    data: MemoryData,
+    data: ForecastingData,
     task: SSMTask,
     *,
     max_epochs: int,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..ssmcore.training import SSMTask, load_weights, save_model_folder
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from .inputs import as_dataset
+from .kalman import Missing, kalman_impute
 from .loading import read_run
 from .models import create_model
 from .scaling import Scaler
@@ -381,9 +382,15 @@ def _simple(name: str, fill: Callable[[Array], Array]) -> Callable[[xr.Dataset],
     return apply
 
 
+def _kalman(name: str, missing: Missing) -> Callable[[xr.Dataset], xr.Dataset]:
+    return lambda ds: _filled(canonical(ds), kalman_impute(ds, missing), name)
+
+
 METHODS: dict[str, Callable[[xr.Dataset], xr.Dataset]] = {  # they need no training
     "last_value": _simple("last_value", _fill_last),
     "linear": _simple("linear", _fill_linear),
+    "kalman": _kalman("kalman", "mar"),
+    "kalman_mnar": _kalman("kalman_mnar", "mnar"),
 }
 
 

@@ -15,6 +15,7 @@ from .verbs import Ids, read_file
 
 __all__ = ["classify", "convert", "detect", "impute"]
 
+BASELINES = ("last_value", "linear")
 SERIES = (".nc", ".zarr", ".csv", ".parquet")
 
 
@@ -140,7 +141,8 @@ def impute(
         data: Series: .nc, .zarr, .csv or .parquet.
         out: Where the filled series go: .nc, .zarr, .csv or .parquet; the first two say what was filled (`imputed`).
         checkpoint: Model folder, run folder or .ckpt file of an imputer. Left out, `method` fills.
-        method: "linear" or "last_value".
+        method: "linear", "last_value", or a linear-Gaussian state-space model fitted to each series, "kalman", or
+            "kalman_mnar" for gaps that depend on the level.
         hide: Share of the blocks of observed steps to hide first, to see how well they are found again; their errors
             are printed beside those of the simple methods, and the file is filled with them in place.
         block: Steps of such a block.
@@ -167,7 +169,10 @@ def impute(
     name = method if checkpoint is None else str(checkpoint)
     if hide:
         gappy, truth = hide_blocks(ds, hide, block, seed)
-        found = {name: fill(gappy), **{each: simple(gappy) for each, simple in METHODS.items() if each != name}}
+        found = {
+            name: fill(gappy),
+            **{each: METHODS[each](gappy) for each in BASELINES if each != name},
+        }
         print_table(compare_imputations(truth, found), f"{data}: errors at hidden values, in standard deviations")
     filled = fill(ds)
     if Path(out).suffix in (".nc", ".zarr"):

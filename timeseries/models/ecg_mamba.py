@@ -55,7 +55,7 @@ class ECGMamba(nn.Module):
         super().__init__()
         if len(kernels) != len(strides) or any(width % 2 == 0 for width in kernels):
             raise ValueError(f"expected odd widths and as many strides, got kernels {kernels} and strides {strides}")
-        self.n_variates = n_variates
+        self.n_variates, self.strides = n_variates, tuple(strides)
         widths = [n_variates, *(max(8, d_model >> (len(kernels) - 1 - k)) for k in range(len(kernels)))]
         self.convolutions = nn.ModuleList(
             nn.Conv1d(a, b, width, stride, width // 2, bias=False)
@@ -73,9 +73,9 @@ class ECGMamba(nn.Module):
             raise ValueError(f"the model was built for {self.n_variates} variates, the data has {batch.x.shape[1]}")
         steps = batch.steps
         x = torch.where(batch.x_mask & steps[:, None], batch.x, 0.0)
-        for convolution, norm in zip(self.convolutions, self.norms):
+        for convolution, norm, stride in zip(self.convolutions, self.norms, self.strides):
             x = convolution(x)
-            steps = steps[:, :: convolution.stride[0]]  # type: ignore[union-attr,misc]
+            steps = steps[:, ::stride]
             x = torch.where(steps[:, None], F.silu(norm(x)), 0.0)  # nothing flows in from behind the end
         hidden = self.stack(self.project(x.mT), mask=steps)
         return self.head(self.dropout(masked_mean(hidden, steps, dim=1)))

@@ -1,0 +1,103 @@
+"""The protocol: every cell once, an interrupted run goes on, the table is that of the cells."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from omnissm.__main__ import main
+from omnissm.timeseries import metrics, protocol
+from omnissm.timeseries.data import Synthetic
+
+GRID = {
+    "models": {
+        "last_value": {},
+        "rlinear": {"lr": 0.01},
+        "rlinear_slow": {"model": "rlinear", "lr": 0.0001, "model_args": {}},
+    },
+    "data": {
+        "sines": {
+            "class_path": "omnissm.timeseries.data.Synthetic",
+            "init_args": {"length": 400, "variate_count": 2},
+        }
+    },
+    "horizons": [4, 8],
+    "seeds": [0, 1],
+    "training": {"lookback": 24, "max_epochs": 2},
+    "published": {"rlinear": {"sines": {4: [0.5, 0.25]}}},
+}
+
+FOUND = {"mse": 1.0, "mae": 2.0, "seconds": 0.0}
+
+
+def test_table_is_that_of_the_cells(tmp_path):
+    table = protocol.run_protocol(GRID, tmp_path, progress=False)
+    assert len(table) == 6
+    assert (table["seeds"] == 2).all()
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()]
+    assert len(cells) == 12
+    own = [c["mse"] for c in cells if c["settings"]["label"] == "rlinear" and c["settings"]["horizon"] == 4]
+    row = table.set_index(["model", "horizon"]).loc[("rlinear", 4)]
+    assert row["mse"] == pytest.approx(np.mean(own))
+    assert row["mse_std"] == pytest.approx(np.std(own, ddof=1))
+    assert (row["published_mse"], row["published_mae"]) == (0.5, 0.25)
+    assert np.isnan(table.set_index(["model", "horizon"]).loc[("last_value", 4), "published_mse"])
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv"), table, check_dtype=False)
+    data = Synthetic(length=400, variate_count=2, lookback=24, horizon=4)
+    data.setup()
+    batch = next(data.windows("test").batches(1000))
+    expected = metrics.mse(batch.y, batch.x[..., -1:])
+    assert table.set_index(["model", "horizon"]).loc[("last_value", 4), "mse"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    made = []
+
+    def broken(cell):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(cell)
+        return FOUND
+
+    monkeypatch.setattr(protocol, "run_cell", broken)
+    with pytest.raises(KeyboardInterrupt):
+        protocol.run_protocol(GRID, tmp_path, progress=False)
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 2
+    more = []
+    monkeypatch.setattr(
+        protocol, "run_cell", lambda cell: more.append(cell) or {"mse": 1.0, "mae": 2.0, "seconds": 0.0}
+    )
+    protocol.run_protocol(GRID, tmp_path, progress=False)
+    assert len(made) + len(more) == 12
+    assert not [cell for cell in more if cell in made]
+    (damaged := next((tmp_path / "cells").iterdir())).write_text("{")
+    protocol.run_protocol({**GRID, "training": {"lookback": 24, "max_epochs": 2}}, tmp_path, progress=False)
+    assert json.loads(damaged.read_text())["mae"] == 2.0
+    assert len(more) == 10
+    protocol.run_protocol({**GRID, "training": {"lookback": 24, "max_epochs": 3}}, tmp_path, progress=False)
+    assert len(more) == 22  # other settings are other cells
+
+
+def test_verb(tmp_path, capsys):
+    small = {**GRID, "models": {"last_value": None}, "seeds": [0], "horizons": [4]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(small))
+    words = ["timeseries", "protocol", "--grid", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "last_value" in capsys.readouterr().out
+    assert "last_value" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {"rliner": {}}}, "did you mean rlinear"),
+        ({"seeds": []}, "the grid has no seeds"),
+        ({"model": {}}, "unknown keys model"),
+        ({"training": {"epochs": 3}}, "unknown setting 'epochs'"),
+    ],
+)
+def test_says_what_is_wrong(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        protocol.run_protocol({**GRID, **change}, tmp_path, progress=False)
