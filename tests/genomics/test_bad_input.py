@@ -173,3 +173,24 @@ def test_verbs_refuse_before_the_work(words, message, tmp_path, model, monkeypat
     assert main(["genomics", words[0], source, "g.fa", "--model", "m", *words[1:]]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o.tsv").exists()
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((0, -9), 1), ((-9, 2), 2), ((3, 4), 4)])
+def test_a_killed_shard_is_no_success(codes, expected, tmp_path, monkeypatch, capsys):
+    """A process that was killed has a negative exit code, below that of one that went well."""
+    left = iter(codes)
+    started = []
+
+    class Process:
+        def __init__(self, words):
+            started.append(words)
+
+        def wait(self):
+            return next(left)
+
+    monkeypatch.setattr("subprocess.Popen", Process)
+    words = ["--variants", "a.vcf", "--reference", "g.fa", "--model", "m", "--out", "o.vcf", "--devices", "2"]
+    monkeypatch.setattr("sys.argv", ["omnissm", "genomics", "score", *words])
+    assert main(["genomics", "score", *words]) == expected
+    assert [command[-3:] for command in started] == [[f"{k}/2", "--device", f"cuda:{k}"] for k in range(2)]
+    assert "--resume true goes on" in capsys.readouterr().err
