@@ -45,7 +45,7 @@ class Rate(NamedTuple):
         stage: Stage.
         name: Class, one of `CLASSES` or `POSITIONS`.
         rate: Boundaries per eligible position.
-        low, high: 95 % interval from resampling genes.
+        low, high: 95 % interval from resampling genes and the gaps between them.
         eligible: Eligible positions.
         null: Rate with what was cut and eligible of each gene and its promoter shifted by a random offset; genes only,
             what lies between them stays.
@@ -110,7 +110,8 @@ def annotate(
                 continue
             picks = rng.integers(len(counts), size=(samples, len(counts)))
             drawn = counts[picks].sum(axis=1)
-            ratios = drawn[:, 0] / np.maximum(drawn[:, 1], 1)
+            drawn = drawn[drawn[:, 1] > 0]  # a draw without the class says nothing of it
+            ratios = drawn[:, 0] / drawn[:, 1]
             low, high = np.quantile(ratios, [0.025, 0.975])
             null = moved / possible if possible else np.nan
             rates.append(Rate(stage, name, cut / eligible, float(low), float(high), int(eligible), null))
@@ -140,12 +141,13 @@ def _blocks(
         shift = int(rng.integers(len(before) + len(places)))
         blocks.append([_count(stage, places, before, shift) for stage in stages])
     rest = np.flatnonzero(between)
-    for stages in (found.forward, found.reverse):
-        counts = []
-        for stage in stages:
-            here = np.array([stage.mask[rest].sum(), stage.eligible[rest].sum()] * 2, np.int64)
-            counts.append({"all": here, "intergenic": here})
-        blocks.append(counts)
+    for gap in np.split(rest, np.flatnonzero(np.diff(rest) > 1) + 1):
+        for stages in (found.forward, found.reverse):
+            counts = []
+            for stage in stages:
+                here = np.array([stage.mask[gap].sum(), stage.eligible[gap].sum()] * 2, np.int64)
+                counts.append({"all": here, "intergenic": here})
+            blocks.append(counts)
     return blocks
 
 

@@ -89,3 +89,14 @@ def test_shifted_rates_are_shares():
         table[0, name].null * table[0, name].eligible for name in ("promoter", "start codon", "coding", "stop codon")
     )
     assert total == pytest.approx(sum(len(range(g.start + 2, g.end, 3)) for g in genes), rel=1e-9)
+
+
+def test_intervals_come_from_genes_and_gaps():
+    """Every second base is cut everywhere: no resampling gives another rate, though few blocks are intergenic."""
+    length, genes = 6000, [Feature("c", start, start + 300, "+") for start in range(100, 5000, 361)]
+    mask = np.arange(length) % 2 == 0
+    found = stages(length, mask, mask)
+    table = rates(BoundaryTrace(Interval("c", 0, length), found, found), genes)
+    for name in ("all", "coding", "promoter", "intergenic"):
+        rate = table[0, name]
+        assert 0.45 <= rate.low <= rate.rate <= rate.high <= 0.55, name
