@@ -18,6 +18,7 @@ from .likelihood import Scorer, Stage
 from .reference import Reference
 from .sequence import reverse_complement
 
+DRAWN = 600  # points along a picture of a region
 PROMOTER = 60  # bases upstream of a gene's start
 CLASSES = ("all", "promoter", "start codon", "coding", "stop codon", "intergenic")
 POSITIONS = ("codon position 1", "codon position 2", "codon position 3")
@@ -244,7 +245,14 @@ def _bars(ax: Any, rates: Sequence[Rate]) -> None:
     ax.plot(x, [100 * rate.null for rate in rates], "_", markersize=18, color="#7b8794", label="shifted at random")
     ax.set_xticks(x, [rate.name.replace(" ", "\n") for rate in rates])
     ax.set_ylabel("selected, %")
+    tops = [100 * max(rate.high, rate.rate, np.nan_to_num(rate.null)) for rate in rates]
+    ax.set_ylim(0, 1.3 * max([*tops, 1.0]))  # room for the legend
     ax.legend(loc="upper right")
+
+
+def _means(values: npt.NDArray[Any], edges: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Means of the stretches that begin at `edges`."""
+    return np.add.reduceat(values.astype(float), edges) / np.diff(edges, append=len(values))
 
 
 def plot_region(found: BoundaryTrace, genes: Sequence[Feature], out: str | Path) -> None:
@@ -263,14 +271,20 @@ def plot_region(found: BoundaryTrace, genes: Sequence[Feature], out: str | Path)
     start = found.interval.start
     with figure(2, 1, width=10, height=3.6, sharex=True) as (drawing, axes):
         top, bottom = axes[0][0], axes[1][0]
-        x = np.arange(start, found.interval.end)
-        top.plot(x, found.forward[0].prob, linewidth=0.7)
+        size = -(-len(found.interval) // DRAWN)  # of long regions means over so many bases, which ticks would fill
+        edges = np.arange(0, len(found.interval), size)
+        x = start + edges + (np.minimum(edges + size, len(found.interval)) - edges - 1) / 2
+        top.plot(x, _means(found.forward[0].prob, edges), linewidth=0.7)
         top.axhline(0.5, color="#7b8794", linewidth=0.8)
         top.set_ylabel("probability of a cut")
-        top.set_title(f"{found.interval}, stage 0 forward; ticks below: cuts of each stage")
+        below = "ticks below: cuts of each stage" if size == 1 else f"below: share of cuts; means of {size} bases"
+        top.set_title(f"{found.interval}, stage 0 forward; {below}")
         for s, stage in enumerate(found.forward):
-            cuts = start + np.flatnonzero(stage.mask)
-            bottom.vlines(cuts, s + 0.1, s + 0.9, linewidth=0.6, color=f"C{s}")
+            if size == 1:
+                bottom.vlines(start + np.flatnonzero(stage.mask), s + 0.1, s + 0.9, linewidth=0.6, color=f"C{s}")
+            else:
+                share = _means(stage.mask, edges)
+                bottom.fill_between(x, s + 0.1, s + 0.1 + 0.8 * share, step="mid", linewidth=0, color=f"C{s}")
         depth = len(found.forward)
         for gene in genes:
             if gene.interval.overlap(found.interval):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from omnissm.genomics.annotation import Feature, read_features
-from omnissm.genomics.boundaries import BoundaryTrace, annotate
+from omnissm.genomics.boundaries import BoundaryTrace, annotate, plot_region
 from omnissm.genomics.intervals import Interval
 from omnissm.genomics.likelihood import Stage
 
@@ -100,3 +100,25 @@ def test_intervals_come_from_genes_and_gaps():
     for name in ("all", "coding", "promoter", "intergenic"):
         rate = table[0, name]
         assert 0.45 <= rate.low <= rate.rate <= rate.high <= 0.55, name
+
+
+def test_pictures_of_long_regions_show_means(tmp_path, monkeypatch):
+    """600 points at most: a region of 6,000 bases is drawn as shares of ten bases, a short one as its cuts."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    lines, ticks = [], []
+    plot, vlines = Axes.plot, Axes.vlines
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: lines.append((x, y)) or plot(self, x, y, **k))
+    monkeypatch.setattr(Axes, "vlines", lambda self, x, *a, **k: ticks.append(x) or vlines(self, x, *a, **k))
+    for length in (6005, 60):
+        mask = np.arange(length) % 5 == 0
+        found = [Stage(mask, np.ones(length, bool), mask.astype(np.float32), mask.astype(np.float32))]
+        plot_region(BoundaryTrace(Interval("c", 1000, 1000 + length), found, found), [], tmp_path / f"{length}.png")
+    (x, y), (short, _) = lines
+    assert len(x) == len(y) == 546  # of 11 bases, the last of 10
+    assert y.mean() == pytest.approx(0.2, abs=0.01)
+    assert x[0] == 1005
+    assert x[-1] == 1000 + 545 * 11 + 4.5
+    assert short.tolist() == list(range(1000, 1060))
+    assert [cuts.tolist() for cuts in ticks] == [list(range(1000, 1060, 5))]
