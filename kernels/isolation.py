@@ -120,6 +120,17 @@ class _Enter(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         bad, seq_idx, ctx.kinds = inputs[:3]
         ctx.save_for_backward(bad, seq_idx)
+        ctx.save_for_forward(bad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (bad,) = ctx.saved_tensors
+        masks = {"p": bad, "f": bad[:, 0], "l": bad[:, -1]}
+        moved = (
+            tangent if tangent is None or kind == "s" else _replaced(tangent, masks[kind], 0)
+            for kind, tangent in zip(ctx.kinds, tangents[3:], strict=True)
+        )
+        return torch.zeros_like(bad, dtype=torch.float32), *moved
 
     @staticmethod
     def backward(ctx: Any, dmarker: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,6 +161,17 @@ class _Leave(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, shown, ill, ctx.ends = inputs[:4]
         ctx.save_for_backward(shown, ill)
+        ctx.save_for_forward(shown, ill)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        shown, ill = ctx.saved_tensors
+        _, _, _, _, dy, *dstates = tangents
+        masks = (shown, *(ill[:, end] for end in ctx.ends))
+        return tuple(
+            None if tangent is None else _replaced(tangent, mask, torch.nan)
+            for tangent, mask in zip((dy, *dstates), masks, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dstates: Tensor) -> tuple[Tensor | None, ...]:

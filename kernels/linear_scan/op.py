@@ -51,7 +51,7 @@ def linear_scan(
         BackendError: if `backend` is named explicitly and cannot run here; Triton takes real tensors only.
 
     16-bit inputs are accumulated in float32; autocast changes nothing. Differentiable in all floating tensors; the
-    reference and chunked paths also twice. Packing costs one masked copy of `a`.
+    reference and chunked paths also twice. Packing costs one more reading and two masked copies of the inputs.
     Source: Blelloch (1990), first-order recurrences; Gu & Dao (2023), section 3.3.
     """
     check_floating(a=a, b=b, initial_state=initial_state, allow_complex=True)

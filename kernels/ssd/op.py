@@ -57,7 +57,8 @@ def ssd(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes, devices or packing arguments disagree, g does not divide h, or chunk_size is below 1.
+        ValueError: if shapes, devices or packing arguments disagree, g does not divide h, chunk_size is below 1, or,
+            as far as a CPU in eager mode sees it, a log-decay is positive or `seq_idx` decreases.
         BackendError: if `backend` is named explicitly and cannot run here.
 
     16-bit inputs are multiplied and summed in float32. Under autocast `x`, `B` and `C` are cast; decays, weights,

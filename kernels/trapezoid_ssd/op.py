@@ -81,7 +81,8 @@ def trapezoid_ssd(
     Raises:
         TypeError: if an argument is no floating tensor, or `initial_state` no TrapezoidState.
         ValueError: if shapes, devices or packing arguments disagree, g does not divide h, there are more angles than
-            pairs, `rotation` is unknown, or chunk_size is below 1.
+            pairs, `rotation` is unknown, chunk_size is below 1, or, as far as a CPU in eager mode sees it, a log-decay
+            is positive or `seq_idx` decreases.
         BackendError: if `backend` is named explicitly and cannot run here.
 
     16-bit inputs are summed in float32; Triton rounds operands of products to them. Under autocast `x`, `B` and `C` are
