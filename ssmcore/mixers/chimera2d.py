@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import Backend, causal_conv1d, selective_scan2d
+from ...kernels import Backend, causal_conv1d, linear_scan, selective_scan2d
 from ..init import a_log_init, dt_bias_init, no_weight_decay
 
-Coupling = Literal["full", "none", "time_to_variate", "variate_to_time"]
+Coupling = Literal["full", "none", "time_to_variate", "variate_to_time", "pooled"]
 SeasonalInput = Literal["parallel", "residual", "moving_average"]
 HEADS = ("trend", "seasonal")
 
@@ -38,7 +38,9 @@ class Chimera2D(nn.Module):
         d_conv: Width of the causal convolution along j; 0 leaves it out (the SiLU stays).
         heads: "trend", "seasonal" or both.
         coupling: How the state along time (h1) and the state along variates (h2) feed each other: "full", "none",
-            "time_to_variate" (h1 into h2 only) or "variate_to_time".
+            "time_to_variate" (h1 into h2 only) or "variate_to_time". "pooled" has one state per variate instead, fed by
+            the mean of all variates' states: the order of the variates then means nothing (`bidirectional` and
+            `variate_dt` neither), and depth does not grow with their number.
         bidirectional: Scan the variates in both directions, each with its own parameters. Time is never reversed.
         gate: Multiply the output by silu(g).
         selective: Input, output and step parameters depend on the input; False: constants (steps per channel).
@@ -120,8 +122,9 @@ class Chimera2D(nn.Module):
         self.input_discretization, self.backend = input_discretization, backend
         self.coupling: Coupling = coupling if mix_variates else "none"
         self.dt_rank = dt_rank or max(1, d_model // 16)
-        self.directions = 2 if bidirectional and mix_variates else 1
-        self.kinds = 2 if mix_variates else 1  # of states
+        ordered = mix_variates and coupling != "pooled"
+        self.directions = 2 if bidirectional and ordered else 1
+        self.kinds = 2 if ordered else 1  # of states
         groups = len(heads) * self.directions  # one scan each, heads outermost
 
         self.in_proj = nn.Linear(d_model, (len(heads) + gate) * d_model, bias=False, **factory)
@@ -131,10 +134,10 @@ class Chimera2D(nn.Module):
         dt1 = [dt_bias_init((self.directions, d_model), *ranges[head], **factory) for head in heads]
         self.dt1_bias = nn.Parameter(torch.cat(dt1))
         self.A1_log = nn.Parameter(a_log_init(groups, d_model, d_state, **factory))
-        if mix_variates:
+        if ordered:
             self.dt2_bias = nn.Parameter(dt_bias_init((groups, d_model), *ranges["variate"], **factory))
             self.A4_log = nn.Parameter(a_log_init(groups, d_model, d_state, **factory))
-        if self.coupling in ("full", "variate_to_time"):
+        if self.coupling in ("full", "variate_to_time", "pooled"):
             self.theta2 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **factory))
         if self.coupling in ("full", "time_to_variate"):
             self.theta3 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **factory))
@@ -226,6 +229,9 @@ class Chimera2D(nn.Module):
         if mask is not None:
             observed = self._with_directions(mask.expand(heads, *mask.shape), 2).flatten(0, 1)
             u = torch.where(observed[..., None], z, torch.zeros_like(z))
+        coupling = self.coupling
+        if coupling == "pooled":
+            return self._pooled_scan(z, u, groups, mask, time_gap)
         (dt1, B1, C1), (dt2, B2, C2) = self._coefficients(z, groups)
         A1_log = self.A1_log[groups]
         none = torch.zeros_like(A1_log)
@@ -243,13 +249,44 @@ class Chimera2D(nn.Module):
             C2,
             self.D[groups],
             kappa=self.kappa,
-            coupling=self.coupling,
+            coupling=coupling,
             input_discretization=self.input_discretization,
             time_gap=time_gap,
             backend=self.backend,
         )
         y = y.unflatten(0, (heads, self.directions, batch))
         return y[:, 0] if self.directions == 1 else y[:, 0] + y[:, 1].flip(2)
+
+    def _pooled_scan(self, z: Tensor, u: Tensor, groups: slice, mask: Tensor | None, time_gap: Tensor | None) -> Tensor:
+        """h_ij = p_j h_i,j-1 + q_j mean_i h_i,j-1 + b_ij with the same p and q for all variates, (g, b, i, j, d).
+
+        Mean and deviation from it are recurrences of their own: m_j = (p + q)_j m_j-1 + mean_i b_ij with the mean, and
+        e_ij = p_j e_i,j-1 + b_ij - mean_i b_ij. |p| + |q| < 1, so neither grows. Jeong & Suk (2026),
+        "Permutation-Equivariant 2D State Space Models".
+        """
+        grid = z.shape[:4]
+        if mask is None:
+            mean = z.mean(2, keepdim=True)
+        else:  # steps depend on observed variates only
+            seen = mask[None, ..., None].to(z.dtype)
+            mean = (seen * z).sum(2, keepdim=True) / seen.sum(2, keepdim=True).clamp(min=1)
+        dt = self._coefficients(mean, groups)[0][0].unflatten(0, grid[:2])[..., None]  # (g, b, 1, j, d, 1)
+        B, C = (t.unflatten(0, grid[:2])[..., None, :] for t in self._coefficients(z, groups)[0][1:])
+        alpha = self.A1_log[groups, None, None, None].exp().to(dt.dtype)
+        elapsed = dt if time_gap is None else dt * time_gap[None, :, None, :, None, None].to(dt.dtype)
+        p = torch.exp(-elapsed * alpha)
+        q = -self.kappa * torch.tanh(self.theta2[groups, None, None, None]) * torch.expm1(-elapsed * alpha)
+        gain = dt if self.input_discretization == "euler" else -torch.expm1(-dt * alpha) / alpha
+        b = gain * B * u[..., None]  # (g, b, i, j, d, n)
+        pooled = b.mean(2, keepdim=True)
+        m, e = (
+            linear_scan(*(t.expand_as(like).flatten(0, 2).flatten(2) for t in (decay, like)), backend=self.backend)[0]
+            .unflatten(2, b.shape[-2:])
+            .unflatten(0, like.shape[:3])
+            for decay, like in ((p + q, pooled), (p, b - pooled))
+        )
+        y = ((m + e) * C).sum(-1) + self.D[groups, None, None, None] * u
+        return y.to(z.dtype)
 
     def _with_directions(self, t: Tensor, dim: int) -> Tensor:
         """(head, ...) -> (head, direction, ...); the second direction has dimension `dim` of `t` reversed."""
@@ -259,7 +296,7 @@ class Chimera2D(nn.Module):
         """(dt, B, C) of both kinds of states, each (g b, i, j, ...), from z (g, b, i, j, d)."""
         grid = z.shape[:4]
         found = []
-        biases = (self.dt1_bias, self.dt2_bias) if self.mix_variates else (self.dt1_bias,)
+        biases = (self.dt1_bias, self.dt2_bias) if self.kinds == 2 else (self.dt1_bias,)
         if self.selective:
             projected = torch.bmm(z.flatten(1, 3), self.x_proj[groups])
             parts = projected.split(self.kinds * [self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -273,7 +310,7 @@ class Chimera2D(nn.Module):
                 dt = F.softplus(bias).expand(-1, count, -1)
                 B, C = (t[kind, groups, None].expand(-1, count, -1) for t in (self.B_const, self.C_const))
             found.append((dt, B, C))
-        if not self.mix_variates:  # the second state neither takes anything in nor is read
+        if self.kinds == 1:  # the second state neither takes anything in nor is read
             dt, B, C = (torch.zeros_like(t) for t in found[0])
             found.append((dt, B, C))
         return [tuple(t.unflatten(1, grid[1:]).flatten(0, 1) for t in kind) for kind in found]  # type: ignore[misc]

@@ -16,6 +16,9 @@ SWITCHES = [
     {"coupling": "none"},
     {"coupling": "time_to_variate"},
     {"coupling": "variate_to_time"},
+    {"coupling": "pooled"},
+    {"coupling": "pooled", "selective": False, "input_discretization": "zoh"},
+    {"coupling": "pooled", "seasonal_input": "residual"},
     {"bidirectional": False},
     {"gate": False},
     {"selective": False},
@@ -251,3 +254,24 @@ def test_learns_a_lag_across_variates():
         losses[mixing] = loss.item()
     assert losses[True] < 0.2
     assert losses[False] > 0.8
+
+
+def test_pooled_coupling_is_the_recurrence_and_knows_no_order():
+    mixer = build(coupling="pooled").double()
+    z, gap = torch.randn(2, 3, 5, 6, 8).double(), torch.rand(3, 6).double() + 0.5
+    with torch.no_grad():
+        mixer.theta2.mul_(20)
+        y = mixer._pooled_scan(z, z, slice(0, 2), None, gap)
+        dt = mixer._coefficients(z.mean(2, keepdim=True), slice(0, 2))[0][0].unflatten(0, (2, 3))[..., None]
+        B, C = (t.unflatten(0, (2, 3))[..., None, :] for t in mixer._coefficients(z, slice(0, 2))[0][1:])
+        alpha = mixer.A1_log[:, None, None].exp()
+        h = torch.zeros(2, 3, 5, 8, 3).double()
+        for j in range(6):
+            p = torch.exp(-dt[:, :, :, j] * gap[None, :, j, None, None, None] * alpha)
+            q = mixer.kappa * torch.tanh(mixer.theta2[:, None, None]) * (1 - p)
+            h = p * h + q * h.mean(2, keepdim=True) + dt[:, :, :, j] * B[:, :, :, j] * z[:, :, :, j, :, None]
+            expected = (C[:, :, :, j] * h).sum(-1) + mixer.D[:, None, None] * z[:, :, :, j]
+            torch.testing.assert_close(y[:, :, :, j], expected, rtol=1e-10, atol=1e-10)
+    x, order = torch.randn(2, 5, 6, 8).double(), torch.randperm(5)
+    torch.testing.assert_close(mixer(x[:, order]), mixer(x)[:, order], rtol=1e-10, atol=1e-10)
+    assert (mixer(x)[:, :1] - mixer(x[:, :1])).abs().max() > 1e-6  # and yet variates see each other

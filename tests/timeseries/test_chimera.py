@@ -176,3 +176,11 @@ def test_overfits_eight_windows():
         loss.backward()
         optimizer.step()
     assert loss < 0.01 * one.y.var()
+
+
+def test_pooled_forecasts_follow_the_variates():
+    net = model(mixer={"coupling": "pooled"})
+    assert net.variate is None
+    one, order = batch(), torch.tensor([2, 0, 1])
+    permuted = one._replace(x=one.x[:, order])
+    torch.testing.assert_close(net(permuted), net(one)[:, order], rtol=1e-5, atol=1e-5)

@@ -47,6 +47,7 @@ class ChimeraForecaster(nn.Module):
             the forecast; missing inputs then become 0. False relies on the scaler of the data alone, which is better
             where the level itself tells the future.
         variate_embedding: Add a learned vector per variate. Without it the weights see no difference between variates.
+            None adds it unless the coupling is "pooled", which is there to treat all variates alike.
         linear_skip: Number of newest steps from which one linear map over all variates is added to the forecast; it
             starts at zero. 0 turns it off.
         mask_input: Give the patch embedding the mask of observed steps besides the values.
@@ -75,7 +76,7 @@ class ChimeraForecaster(nn.Module):
         dropout: float = 0.1,
         head_dropout: float = 0.1,
         instance_norm: bool = True,
-        variate_embedding: bool = True,
+        variate_embedding: bool | None = None,
         linear_skip: int = 0,
         mask_input: bool = False,
         quantiles: Sequence[float] | None = None,
@@ -101,6 +102,8 @@ class ChimeraForecaster(nn.Module):
         self.n_quantiles = len(check_quantiles(quantiles))
         self.n_tokens = (lookback - patch_len) // stride + 2
         rows = n_variates + n_past
+        if variate_embedding is None:
+            variate_embedding = (mixer or {}).get("coupling") != "pooled"
         self.embed = nn.Linear(patch_len * (2 if mask_input else 1), d_model)
         self.position = nn.Parameter(0.02 * torch.randn(self.n_tokens, d_model))
         self.variate = nn.Parameter(0.5 * torch.randn(rows, 1, d_model)) if variate_embedding else None
