@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ..kernels import causal_conv1d, gated_norm, quasiseparable, selective_scan
 
-__all__ = ["gate_norm", "quasiseparable_mix", "selective_mix", "short_conv"]
+__all__ = ["at_least_float32", "gate_norm", "quasiseparable_mix", "selective_mix", "short_conv"]
+
+
+def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of rates, step biases and skips in a model of `dtype`: 16 bits are too few for them."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
 @register_notrace_function

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import resource
+import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def time_model(
         repeats: Measurements.
 
     Returns:
-        The settings, parameters, `inference_ms` and `training_ms` per image, images per second, and on a GPU peak
-        megabytes of each.
+        The settings, parameters, `inference_ms` and `training_ms` per image, images per second, and peak megabytes of
+        each (None on a CPU where the system does not tell).
     """
     place = torch.device(device)
     torch.manual_seed(0)
@@ -78,7 +79,7 @@ def time_model(
         seconds, peak = _measure(function, place, repeats)
         row[f"{kind}_ms"] = round(seconds / batch_size * 1e3, 4)
         row[f"{kind}_images_per_s"] = round(batch_size / seconds, 2)
-        row[f"{kind}_peak_mb"] = round(peak / 2**20, 1)
+        row[f"{kind}_peak_mb"] = None if peak is None else round(peak / 2**20, 1)
     return row
 
 
@@ -88,16 +89,27 @@ def _fixed(name: str) -> bool:
     return bool(get_pretrained_cfg_value(name, "fixed_input_size"))
 
 
-def _measure(function: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, int]:
-    """Best seconds of a call, and its peak memory in bytes (on a CPU the growth of the process' largest size)."""
+def _resident(field: str) -> int | None:
+    """Bytes of this process in memory, now ("VmRSS") or at most ("VmHWM"); None outside Linux."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+
+
+def _measure(function: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, int | None]:
+    """Best seconds of a call, and its peak memory in bytes (on a CPU the growth of the process)."""
     if device.type != "cuda":
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        gc.collect()
+        before = _resident("VmRSS")
+        if before is not None:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the largest size of earlier models
         best = float("inf")
         for _ in range(repeats + 1):
             begin = time.process_time()
             function()
             best = min(best, time.process_time() - begin)
-        return best, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        largest = _resident("VmHWM")
+        return best, None if before is None or largest is None else largest - before
     for _ in range(3):
         function()
     torch.cuda.synchronize()

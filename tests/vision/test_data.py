@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from omnissm.vision.data import BadImageError, ImageFolder, SyntheticImages, TarShards, read_image
+from omnissm.vision.data import BadImageError, ImageFolder, SyntheticImages, TarShards, TorchvisionSet, read_image
 from omnissm.vision.data.base import split_off
 from omnissm.vision.data.shards import read_shards, write_shards
 from omnissm.vision.data.synthetic import create_images
@@ -117,6 +117,8 @@ def test_bad_files_are_named_and_counted(folder, caplog):
         data.on_after_batch_transfer(batch, 0)
     assert data.bad_images == [str(bad)]
     assert caplog.text.count("3.png cannot be read and is left out (1 so far)") == 1
+    data.teardown("fit")
+    assert "1 images cannot be read and were left out" in caplog.text
 
 
 def test_split_takes_from_each_class():
@@ -230,13 +232,39 @@ def test_metrics_count_every_image_once():
     assert found["val/top5"] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["quadrant"])
+def test_torchvision_set(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    labels = np.arange(20, dtype=np.uint8) % 10
+    for part, count in (("train", 20), ("t10k", 10)):
+        head = np.array([2051, count, 28, 28], dtype=">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + pixels[:count].tobytes())
+        head = np.array([2049, count], dtype=">i4").tobytes()
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + labels[:count].tobytes())
+    data = TorchvisionSet("MNIST", tmp_path, val_share=0.5, image_size=28, eval_batch_size=10)
+    assert data.num_classes == 10
+    assert {part: len(data.dataset(part)) for part in ("train", "val", "test")} == {"train": 10, "val": 10, "test": 10}
+    assert sorted(data.dataset("val").part.labels) == list(range(10))
+    batch = next(iter(data.test_dataloader()))
+    assert batch.label.tolist() == list(range(10))
+    torch.testing.assert_close(batch.image[:, 1], torch.from_numpy(pixels[:10]).float() / 255)
+    with pytest.raises(FileNotFoundError, match="download=True"):
+        TorchvisionSet("MNIST", tmp_path / "none").setup()
+
+
+@pytest.mark.parametrize("kind", ["quadrant", "signal"])
 def test_a_small_model_learns(kind):
     pl.seed_everything(0, verbose=False)
-    data = SyntheticImages(kind, image_size=16, train_samples=256, val_samples=128, batch_size=32)
+    data = SyntheticImages(
+        kind, image_size=16, train_samples=256 if kind == "quadrant" else 768, val_samples=128, batch_size=32
+    )
     options = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "headdim": 16, "d_state": 8}
     task = ImageClassification(
-        "hydra_vit_tiny_patch16_224", options, num_classes=4, optimizer=lambda g: torch.optim.AdamW(g, lr=5e-3)
+        "hydra_vit_tiny_patch16_224",
+        options,
+        num_classes=data.num_classes,
+        optimizer=lambda g: torch.optim.AdamW(g, lr=5e-3),
     )
     trainer = pl.Trainer(
         max_epochs=8, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,

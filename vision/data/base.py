@@ -205,6 +205,11 @@ class ImageData(SSMData):
                 self.bad_images.append(name)
                 log.warning("%s cannot be read and is left out (%d so far)", name, len(self.bad_images))
 
+    def teardown(self, stage: str) -> None:
+        """Say how many images were left out."""
+        if self.bad_images:
+            log.warning("%d images cannot be read and were left out", len(self.bad_images))
+
     def mixed(self, batch: ImageBatch) -> ImageBatch:
         """Mixup or CutMix of pairs, with soft labels; of an odd batch the last image is left out.
 

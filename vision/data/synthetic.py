@@ -20,7 +20,7 @@ CLASSES = {"quadrant": ["top left", "top right", "bottom left", "bottom right"],
 
 
 def create_images(
-    kind: str, count: int, size: int, patches: int = 4, strength: float = 4.0, seed: int = 0
+    kind: str, count: int, size: int, patches: int = 4, strength: float = 8.0, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images (count, size, size, 3) uint8 and labels (count,), the same for the same seed.
 
@@ -49,7 +49,7 @@ def create_images(
         pattern = np.zeros(side * side * 3)
         fixed = np.random.default_rng(20240)
         chosen = fixed.choice(pattern.size, max(1, pattern.size // 16), replace=False)
-        pattern[chosen] = fixed.choice([-1, 1], len(chosen)) * strength / np.sqrt(len(chosen)) * 2
+        pattern[chosen] = fixed.choice([-1, 1], len(chosen)) * strength / np.sqrt(len(chosen))
         labels = rng.integers(2, size=count)
         for image, label, (i, j) in zip(values, labels, rng.integers(patches, size=(count, 2)), strict=True):
             image[i * side : (i + 1) * side, j * side : (j + 1) * side] += (2 * label - 1) * pattern.reshape(
@@ -89,7 +89,7 @@ class SyntheticImages(ImageData):
         train_samples: int = 512,
         val_samples: int = 128,
         patches: int = 4,
-        strength: float = 4.0,
+        strength: float = 8.0,
         data_seed: int = 0,
         **options: Any,
     ) -> None:

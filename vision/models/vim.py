@@ -28,7 +28,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
-from ..scans import selective_mix, short_conv
+from ..scans import at_least_float32, selective_mix, short_conv
 from .settings import token_cfg
 from .token_model import Block, TokenModel, fitted, unwrapped
 
@@ -74,6 +74,8 @@ class VimMixer(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        # Rounded to 16 bits, rates near each other would become equal.
+        wide: dict[str, Any] = {"device": device, "dtype": at_least_float32(dtype)}
         self.d_inner = expand * d_model
         self.d_state = d_state
         self.dt_rank = math.ceil(d_model / 16)
@@ -95,9 +97,9 @@ class VimMixer(nn.Module):
             self.add_module(f"conv1d{end}", conv)
             self.add_module(f"x_proj{end}", x_proj)
             self.add_module(f"dt_proj{end}", dt_proj)
-            A_log = nn.Parameter(a_log_init(self.d_inner, d_state, **factory))
+            A_log = nn.Parameter(a_log_init(self.d_inner, d_state, **wide))
             self.register_parameter("A_b_log" if end else "A_log", A_log)
-            self.register_parameter(f"D{end}", nn.Parameter(torch.ones(self.d_inner, **factory)))
+            self.register_parameter(f"D{end}", nn.Parameter(torch.ones(self.d_inner, **wide)))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False, **factory)
         nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
         with torch.no_grad():

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..layers import cross_merge, cross_scan, drop_path_rates, init_linear_, pad_grid
-from ..scans import selective_mix
+from ..scans import at_least_float32, selective_mix
 from .pyramid import ChannelNorm, GridStage, Head, Pyramid, check_per_stage
 from .settings import pyramid_cfg
 from .token_model import Block, Mlp, unwrapped
@@ -76,6 +76,7 @@ class SS2D(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide: dict[str, Any] = {"device": device, "dtype": at_least_float32(dtype)}
         d_inner = int(ratio * d_model)
         self.d_inner, self.d_state, self.dt_rank = d_inner, d_state, math.ceil(d_model / 16)
         self.gated = gated
@@ -85,9 +86,9 @@ class SS2D(nn.Module):
         self.x_proj_weight = nn.Parameter(nn.init.uniform_(maps, -(d_inner**-0.5), d_inner**-0.5))
         steps = torch.empty(4, d_inner, self.dt_rank, **factory)
         self.dt_projs_weight = nn.Parameter(nn.init.uniform_(steps, -(self.dt_rank**-0.5), self.dt_rank**-0.5))
-        self.dt_projs_bias = nn.Parameter(dt_bias_init((4, d_inner), dt_min, dt_max, **factory))
-        self.A_logs = nn.Parameter(a_log_init(4 * d_inner, d_state, **factory))
-        self.Ds = nn.Parameter(torch.ones(4 * d_inner, **factory))
+        self.dt_projs_bias = nn.Parameter(dt_bias_init((4, d_inner), dt_min, dt_max, **wide))
+        self.A_logs = nn.Parameter(a_log_init(4 * d_inner, d_state, **wide))
+        self.Ds = nn.Parameter(torch.ones(4 * d_inner, **wide))
         self.out_norm = nn.LayerNorm(d_inner, **factory)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False, **factory)
         for linear in (self.in_proj, self.out_proj):
