@@ -28,6 +28,7 @@ from .matrix_mixers import QuasiseparableMixer as QuasiseparableMixer
 from .matrix_mixers import SoftmaxMixer as SoftmaxMixer
 from .matrix_mixers import ToeplitzMixer as ToeplitzMixer
 from .matrix_mixers import VandermondeMixer as VandermondeMixer
+from .nonlinear import ParaGRU as ParaGRU
 from .s4 import S4D as S4D
 from .s4_dplr import S4 as S4
 from .s5 import S5 as S5
@@ -54,6 +55,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "ParaGRU",
     "QuasiseparableMixer",
     "SoftmaxMixer",
     "ToeplitzMixer",
@@ -79,6 +81,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "paragru": ParaGRU,
     "quasiseparable": QuasiseparableMixer,
     "s4": S4,
     "s4d": S4D,

@@ -200,3 +200,15 @@ def test_toeplitz_matrix():
 def test_matrices_of_queries_and_keys(name, row):
     mixer = create_mixer(name, 4, headdim=8, qk_dim=2, max_len=3, dtype=torch.float64)
     close(mixer._matrix(waves(1, 1, 3, 2, seed=1), waves(1, 1, 3, 2, seed=2), Layout())[0, 0, 1], *row)
+
+
+def test_paragru():
+    mixer = create_mixer("paragru", 4, headdim=4, bound=2.0, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.A.copy_(0.5 * waves(3, 4, seed=2))
+        mixer.B.copy_(waves(1, 4, 3, 4, seed=3))
+        mixer.b.copy_(waves(3, 4, seed=4))
+    x = waves(1, 5, 4, seed=1)
+    h, last = mixer._solve(mixer._drive(x), torch.zeros(1, 4, dtype=torch.float64), lay_out(x))
+    close(last, -0.636156397, -0.652394010, -0.265505355, 0.239861894)
+    close(mixer._loop(mixer._drive(x), torch.zeros(1, 4, dtype=torch.float64), lay_out(x)), *h.flatten().tolist())
