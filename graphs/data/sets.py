@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..batch import Graph
-from .base import GraphData, Target
+from .base import GraphData, Level, Target
 from .packed import read_packed
 from .processed import read_processed
 from .synthetic import KINDS, create_graphs
@@ -126,25 +126,10 @@ class Cora(GraphData):
         }
 
 
-class ProcessedSet(GraphData):
-    """Graphs that PyTorch Geometric has prepared: FOLDER/processed/train.pt, val.pt and test.pt.
+class _Prepared(GraphData):
+    """Graphs of the three files in `folder`/processed."""
 
-    Args:
-        folder: The folder above `processed`.
-        target: What `y` holds: "classes", "binary" or "values".
-        level: What `y` belongs to: "graph", "node" or "link".
-        **options: Of `GraphData`.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        target: Target = "values",
-        level: Literal["graph", "node", "link"] = "graph",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.folder, self.target, self.level = folder, target, level
+    folder: str = ""
 
     def read_parts(self) -> dict[str, list[Graph]]:
         """Read the three files."""
@@ -160,7 +145,22 @@ class ProcessedSet(GraphData):
         return replace(graph, y=y)
 
 
-class LRGB(ProcessedSet):
+class ProcessedSet(_Prepared):
+    """Graphs that PyTorch Geometric has prepared: FOLDER/processed/train.pt, val.pt and test.pt.
+
+    Args:
+        folder: The folder above `processed`.
+        target: What `y` holds: "classes", "binary" or "values".
+        level: What `y` belongs to: "graph", "node" or "link".
+        **options: Of `GraphData`.
+    """
+
+    def __init__(self, folder: str, target: Target = "values", level: Level = "graph", **options: Any) -> None:
+        super().__init__(**options)
+        self.folder, self.target, self.level = folder, target, level
+
+
+class LRGB(_Prepared):
     """A set of the Long Range Graph Benchmark, prepared by `LRGBDataset(root=ROOT, name=NAME, split=...)` of PyG.
 
     Args:
@@ -177,7 +177,7 @@ class LRGB(ProcessedSet):
         root: str = "data/lrgb",
         **options: Any,
     ) -> None:
-        kinds: dict[str, tuple[Target, Literal["graph", "node", "link"]]] = {
+        kinds: dict[str, tuple[Target, Level]] = {
             "peptides-func": ("binary", "graph"),
             "peptides-struct": ("values", "graph"),
             "pascalvoc-sp": ("classes", "node"),
@@ -186,10 +186,12 @@ class LRGB(ProcessedSet):
         }
         if name not in kinds:
             raise ValueError(f"name must be one of {', '.join(kinds)}, got {name!r}.")
-        super().__init__(str(Path(root) / name), *kinds[name], **options)
+        super().__init__(**options)
+        self.folder = str(Path(root) / name)
+        self.target, self.level = kinds[name]
 
 
-class ZINC(ProcessedSet):
+class ZINC(_Prepared):
     """Constrained solubility of molecules, prepared by `ZINC(root=ROOT, subset=True, split=...)` of PyG.
 
     Args:
@@ -201,4 +203,5 @@ class ZINC(ProcessedSet):
     """
 
     def __init__(self, root: str = "data/zinc", subset: bool = True, **options: Any) -> None:
-        super().__init__(str(Path(root) / ("subset" if subset else "full")), "values", "graph", **options)
+        super().__init__(**options)
+        self.folder, self.target = str(Path(root) / ("subset" if subset else "full")), "values"
