@@ -323,3 +323,17 @@ def test_normalisation_follows_the_model():
         normalized(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), model)
     with pytest.raises(ValueError, match="in_chans=1"):
         normalized(x[:, :1], model)
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_a_model_in_sixteen_bits_keeps_its_rates(name):
+    """Rates and skips stay float32 in a model of bfloat16, which runs."""
+    model = build(name, dtype=torch.bfloat16)
+    own = {n: p.dtype for n, p in model.named_parameters() if n.rsplit(".", 1)[-1] in RATES}
+    assert set(own.values()) <= {torch.float32}
+    y = model(torch.randn(2, 3, 32, 32).bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert torch.isfinite(y).all()
+
+
+RATES = {"A_log", "A_b_log", "A_logs", "D", "D_b", "Ds", "dt_projs_bias", "dt_bias"}

@@ -321,7 +321,12 @@ def test_fx_and_script(name):
         torch.testing.assert_close(torch.jit.script(model)(x), y)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+EXPORTED_QUICKLY = ("hydra_vit_tiny_patch16_224", "vim_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in EXPORTED_QUICKLY else pytest.mark.slow) for n in FAMILIES]
+)
 def test_export_with_any_batch(name):
     model = small(name)
     batch = torch.export.Dim("batch", min=2, max=64)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...ssmcore.init import dt_bias_init
 from ..grid_mixer import Normalization, grid_mix
 from ..layers import init_linear_
+from ..scans import at_least_float32
 from .settings import token_cfg
 from .token_model import Block, TokenModel, fitted, unwrapped
 
@@ -68,6 +69,7 @@ class GridSSM(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide: dict[str, Any] = {"device": device, "dtype": at_least_float32(dtype)}
         d_inner = expand * d_model
         if d_inner % headdim:
             raise ValueError(f"headdim must divide the inner width {d_inner}, got {headdim}.")
@@ -81,8 +83,8 @@ class GridSSM(nn.Module):
         mixed = d_inner + 4 * d_state
         self.in_proj = nn.Linear(d_model, d_inner + mixed + 8 * self.nheads, bias=False, **factory)
         self.conv2d = nn.Conv2d(mixed, mixed, 3, padding=1, groups=mixed, **factory)
-        self.dt_bias = nn.Parameter(dt_bias_init(self.nheads, dt_min, dt_max, **factory))
-        self.D = nn.Parameter(torch.ones(self.nheads, **factory))
+        self.dt_bias = nn.Parameter(dt_bias_init(self.nheads, dt_min, dt_max, **wide))
+        self.D = nn.Parameter(torch.ones(self.nheads, **wide))
         self.norm = nn.RMSNorm(d_inner, eps=1e-5, **factory)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False, **factory)
         for linear in (self.in_proj, self.out_proj):

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..layers import drop_path_rates, init_linear_, pad_grid
-from ..scans import selective_mix, short_conv
+from ..scans import at_least_float32, selective_mix, short_conv
 from .pyramid import Head, Pyramid, Stage, check_per_stage
 from .settings import pyramid_cfg
 from .token_model import Block, Mlp, unwrapped
@@ -69,13 +69,14 @@ class HalfScan(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide: dict[str, Any] = {"device": device, "dtype": at_least_float32(dtype)}
         half = d_model // 2
         self.d_state, self.dt_rank = d_state, math.ceil(d_model / 16)
         self.in_proj = nn.Linear(d_model, 2 * half, bias=False, **factory)
         self.x_proj = nn.Linear(half, self.dt_rank + 2 * d_state, bias=False, **factory)
         self.dt_proj = nn.Linear(self.dt_rank, half, **factory)
-        self.A_log = nn.Parameter(a_log_init(half, d_state, **factory))
-        self.D = nn.Parameter(torch.ones(half, **factory))
+        self.A_log = nn.Parameter(a_log_init(half, d_state, **wide))
+        self.D = nn.Parameter(torch.ones(half, **wide))
         self.conv1d_x = nn.Conv1d(half, half, d_conv, groups=half, padding="same", bias=False, **factory)
         self.conv1d_z = nn.Conv1d(half, half, d_conv, groups=half, padding="same", bias=False, **factory)
         self.out_proj = nn.Linear(2 * half, d_model, bias=False, **factory)
