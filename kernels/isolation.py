@@ -65,12 +65,13 @@ def isolated(
 
     kinds = "p" * (len(positions) + len(decays)) + "f" * len(first) + "l" * len(last) + "s" * len(shared)
     given = [place for place, tensor in enumerate(groups) if tensor is not None]
-    marker, *clean = apply(_Enter, bad, seq_idx, "".join(kinds[place] for place in given), *(groups[i] for i in given))
+    enter, leave = (_Enter, _Leave) if torch.compiler.is_compiling() else (_EnterForward, _LeaveForward)
+    marker, *clean = apply(enter, bad, seq_idx, "".join(kinds[place] for place in given), *(groups[i] for i in given))
     whole: list[Tensor | None] = [None] * len(groups)
     for place, tensor in zip(given, clean, strict=True):
         whole[place] = tensor
     y, *states = scan(*whole)
-    found: tuple[Tensor, ...] = apply(_Leave, marker, shown, after | before, tuple(ends), y, *states)
+    found: tuple[Tensor, ...] = apply(leave, marker, shown, after | before, tuple(ends), y, *states)
     return found
 
 
@@ -120,17 +121,6 @@ class _Enter(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         bad, seq_idx, ctx.kinds = inputs[:3]
         ctx.save_for_backward(bad, seq_idx)
-        ctx.save_for_forward(bad)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        (bad,) = ctx.saved_tensors
-        masks = {"p": bad, "f": bad[:, 0], "l": bad[:, -1]}
-        moved = (
-            tangent if tangent is None or kind == "s" else _replaced(tangent, masks[kind], 0)
-            for kind, tangent in zip(ctx.kinds, tangents[3:], strict=True)
-        )
-        return torch.zeros_like(bad, dtype=torch.float32), *moved
 
     @staticmethod
     def backward(ctx: Any, dmarker: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,6 +133,25 @@ class _Enter(torch.autograd.Function):
             for kind, gradient, needed in zip(ctx.kinds, gradients, ctx.needs_input_grad[3:], strict=True)
         )
         return None, None, None, *found
+
+
+class _EnterForward(_Enter):
+    """With a forward-mode derivative, which torch.compile does not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _Enter.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        (bad,) = ctx.saved_tensors
+        masks = {"p": bad, "f": bad[:, 0], "l": bad[:, -1]}
+        moved = (
+            tangent if tangent is None or kind == "s" else _replaced(tangent, masks[kind], 0)
+            for kind, tangent in zip(ctx.kinds, tangents[3:], strict=True)
+        )
+        return torch.zeros_like(bad, dtype=torch.float32), *moved
 
 
 class _Leave(torch.autograd.Function):
@@ -161,17 +170,6 @@ class _Leave(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, shown, ill, ctx.ends = inputs[:4]
         ctx.save_for_backward(shown, ill)
-        ctx.save_for_forward(shown, ill)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        shown, ill = ctx.saved_tensors
-        _, _, _, _, dy, *dstates = tangents
-        masks = (shown, *(ill[:, end] for end in ctx.ends))
-        return tuple(
-            None if tangent is None else _replaced(tangent, mask, torch.nan)
-            for tangent, mask in zip((dy, *dstates), masks, strict=True)
-        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dstates: Tensor) -> tuple[Tensor | None, ...]:
@@ -184,3 +182,22 @@ class _Leave(torch.autograd.Function):
             clean.append(_replaced(dstate, wrong, 0))
             bad = bad | (wrong[:, None] & (place == place[end]))
         return torch.where(bad, torch.nan, 0.0), None, None, None, *clean
+
+
+class _LeaveForward(_Leave):
+    """With a forward-mode derivative, which torch.compile does not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _Leave.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[1:3])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        shown, ill = ctx.saved_tensors
+        _, _, _, _, dy, *dstates = tangents
+        masks = (shown, *(ill[:, end] for end in ctx.ends))
+        return tuple(
+            None if tangent is None else _replaced(tangent, mask, torch.nan)
+            for tangent, mask in zip((dy, *dstates), masks, strict=True)
+        )
