@@ -58,7 +58,7 @@ SPEC = OpSpec(
         {"b": 2, "l": 63, "h": 2, "p": 3, "n": 2, "chunk_size": 16},
         {"b": 2, "l": 64, "h": 4, "p": 8, "n": 16, "g": 2},
         {"b": 1, "l": 65, "h": 3, "p": 5, "n": 7, "weight": False, "shift": False, "state": False},
-        {"b": 3, "l": 70, "h": 3, "p": 4, "n": 3, "g": 3, "packed": True, "chunk_size": 16},
+        {"b": 2, "l": 70, "h": 3, "p": 4, "n": 3, "g": 3, "packed": True, "chunk_size": 16},
         {"b": 2, "l": 70, "h": 1, "p": 4, "n": 3, "packed": True, "shift": False},
         {"b": 1, "l": 130, "h": 2, "p": 8, "n": 16, "regime": "strong", "state": False},
     ),

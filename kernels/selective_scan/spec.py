@@ -72,8 +72,8 @@ SPEC = OpSpec(
         {"b": 1, "l": 66, "d": 3, "n": 2, "packed": True, "state": True},
         {"b": 1, "l": 14, "d": 4, "n": 2, "g": 2, "packed": True, "window": 4},
         {"b": 2, "l": 33, "d": 3, "n": 4, "complex_rates": True, "state": True, "gate": True},
-        {"b": 1, "l": 21, "d": 300, "n": 16},
-        {"b": 1, "l": 19, "d": 128, "n": 32, "g": 2, "window": 8},
+        {"b": 1, "l": 9, "d": 300, "n": 16},
+        {"b": 1, "l": 11, "d": 128, "n": 32, "g": 2, "window": 8},
     ),
     bench_sizes=(
         BenchSize({"b": 8, "l": 2048, "d": 1536, "n": 16}, torch.bfloat16, (0.32, 1.6), (0.20, 1.0)),

@@ -68,7 +68,7 @@ SPEC = OpSpec(
         {"b": 2, "l": 63, "h": 2, "p": 3, "n": 4, "chunk_size": 2},
         {"b": 2, "l": 64, "h": 4, "p": 8, "n": 16, "g": 2},
         {"b": 1, "l": 129, "h": 3, "p": 5, "n": 7, "weight": False, "D": None, "state": False},
-        {"b": 5, "l": 70, "h": 3, "p": 4, "n": 3, "g": 3, "D": "position", "packed": True, "chunk_size": 16},
+        {"b": 2, "l": 70, "h": 3, "p": 4, "n": 3, "g": 3, "D": "position", "packed": True, "chunk_size": 16},
         {"b": 1, "l": 65, "h": 2, "p": 48, "n": 100, "regime": "strong", "state": False},
         {"b": 2, "l": 130, "h": 2, "p": 8, "n": 16, "regime": "strong", "packed": True, "state": False},
     ),

@@ -92,7 +92,7 @@ SPEC = OpSpec(
         {"b": 2, "l": 64, "h": 4, "p": 8, "n": 16, "g": 2, "s": 8},
         {"b": 1, "l": 129, "h": 3, "p": 5, "n": 7, "s": 0, "parameters": False, "state": False},
         {"b": 1, "l": 50, "h": 2, "p": 6, "n": 8, "r": 3, "s": 3, "rotation": "half", "x_rank": True},
-        {"b": 5, "l": 70, "h": 3, "p": 4, "n": 9, "g": 3, "s": 2, "packed": True, "chunk_size": 16},
+        {"b": 2, "l": 70, "h": 3, "p": 4, "n": 9, "g": 3, "s": 2, "packed": True, "chunk_size": 16},
         {"b": 2, "l": 40, "h": 2, "p": 4, "n": 8, "r": 2, "g": 2, "packed": True, "x_rank": True, "chunk_size": 8},
         {"b": 1, "l": 130, "h": 2, "p": 48, "n": 36, "regime": "strong", "packed": True, "state": False},
     ),

@@ -41,7 +41,7 @@ def test_sizes(size, device):
     check_op(SPEC, {"b": 1, "l": 4, **size}, "triton", torch.float32, device)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parts_agree(packed, device):
     """Cutting a sequence into parts is a matter of speed only."""
     from omnissm.kernels.selective_scan.triton_impl import _backward, _forward
