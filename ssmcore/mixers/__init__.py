@@ -12,6 +12,9 @@ from .attention import Attention as Attention
 from .bidirectional import Bidirectional as Bidirectional
 from .chimera2d import Chimera2D as Chimera2D
 from .companion import Companion as Companion
+from .companion import apply_powers as apply_powers
+from .companion import companion_matrix as companion_matrix
+from .companion import unit_norm as unit_norm
 from .graph_ssm import GraphSSM as GraphSSM
 from .graph_ssm import GraphTopology as GraphTopology
 from .graph_ssm import graph_topology as graph_topology
@@ -60,9 +63,12 @@ __all__ = [
     "SoftmaxMixer",
     "ToeplitzMixer",
     "VandermondeMixer",
+    "apply_powers",
+    "companion_matrix",
     "create_mixer",
     "graph_topology",
     "mixer_options",
+    "unit_norm",
 ]
 
 MIXERS: dict[str, type[nn.Module]] = {
