@@ -13,6 +13,7 @@ from pandas.tseries.frequencies import to_offset
 
 from ..frames import from_wide
 from ..schema import regularize
+from ..splits import Cut
 from .base import ForecastingData
 
 LABELS = "combined_windows.json"
@@ -74,8 +75,12 @@ class NAB(ForecastingData):
     """
 
     def __init__(self, root: str, name: str, lookback: int = 96, horizon: int = 1, **options: Any) -> None:
-        super().__init__(lookback=lookback, horizon=horizon, **{"train": 0.3, "val": 0.1, "test": None, **options})
+        super().__init__(lookback=lookback, horizon=horizon, **options)
         self.root, self.series = root, name
+
+    def borders(self) -> dict[str, Cut | None]:
+        """Sizes of the parts where none are given: 30 %, 10 %, the rest."""
+        return {"train": 0.3, "val": 0.1, "test": None}
 
     def read(self) -> xr.Dataset:
         """The series with its flags."""

@@ -88,7 +88,12 @@ TABLES: dict[str, dict[str, Callable[..., nn.Module]]] = {
 
 
 def list_models(pattern: str = "*", task: Task = "forecasting") -> list[str]:
-    """Names of the models of a task that match a shell pattern, e.g. "chimera_*"."""
+    """Names of the models of a task.
+
+    Args:
+        pattern: Shell pattern, e.g. "chimera_*".
+        task: "forecasting", "classification" or "imputation".
+    """
     return sorted(fnmatch.filter(TABLES[task], pattern))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...kernels import fft_conv
 from ...ssmcore import Stack
-from ...ssmcore.mixers.companion import apply_powers, companion_matrix, unit_norm
+from ...ssmcore.mixers import apply_powers, companion_matrix, unit_norm
 from .layers import instance_statistics
 
 if TYPE_CHECKING:
