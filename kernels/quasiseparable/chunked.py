@@ -112,8 +112,9 @@ class _BothEnds(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        *_, weight_f, weight_b, _ = ctx.saved_tensors
-        arguments = _side_by_side(*ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them for one reading
+        *_, weight_f, weight_b, _ = saved
+        arguments = _side_by_side(*saved)
         dx, ddecay, dB, dC, dstate, dweight, _ = ssd_chunked_gradients(*arguments, ctx.chunk_size, dy, dfinal)
         dx_f, dx_b = _apart(dx)
         dweights: list[Tensor | None] = [None, None]
