@@ -93,7 +93,8 @@ def test_takes_one_step(path):
     assert (Path("here/run/model") / "model.safetensors").is_file()
     if any(p.requires_grad for p in done.model.net.parameters()):
         assert done.trainer.global_step == 2
-        assert torch.isfinite(done.trainer.callback_metrics["val/loss"])
+        validated = options.get("val_share", 1) > 0  # some recipes keep nothing back and take the last weights
+        assert torch.isfinite(done.trainer.callback_metrics["val/loss" if validated else "train/loss"])
 
 
 def missing_data(error: BaseException | None) -> BaseException | None:
