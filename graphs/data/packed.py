@@ -53,9 +53,8 @@ def read_packed(path: str | Path) -> tuple[list[Graph], list[str]]:
     node_ptr, edge_ptr = arrays["node_ptr"].astype(np.int64), arrays["edge_ptr"].astype(np.int64)
     graphs = len(node_ptr) - 1
     undirected = bool(arrays.get("undirected", False))
-    x, y, edge_attr = (_tensor(arrays.get(name)) for name in ("x", "y", "edge_attr"))
-    assert x is not None
-    assert y is not None
+    x, y = _tensor(arrays["x"]), _tensor(arrays["y"])
+    edge_attr = _tensor(arrays["edge_attr"]) if "edge_attr" in arrays else None
     edge_index = torch.from_numpy(arrays["edge_index"].astype(np.int64))
     expected: dict[str, tuple[Any, Any]] = {
         "node_ptr": (int(node_ptr[-1]), len(x)),
@@ -119,8 +118,6 @@ def write_packed(path: str | Path, graphs: Sequence[Graph], split: Sequence[str]
     write_atomic(path, buffer.getvalue())
 
 
-def _tensor(array: np.ndarray | None) -> Tensor | None:
+def _tensor(array: np.ndarray) -> Tensor:
     """Integers as int64, which embeddings need, and floats as float32."""
-    if array is None:
-        return None
     return torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iub" else np.float32))

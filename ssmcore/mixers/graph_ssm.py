@@ -213,12 +213,8 @@ class GraphSSM(nn.Module):
                 cycles and there is one.
         """
         z, values, inputs = self._inputs(x, graph, edge_attr)
-        total: Tensor | None = None
-        for direction, scan in enumerate(inputs):
-            y = self._scan(scan, graph, direction)
-            total = y if total is None else total + y
-        assert total is not None
-        total = total / math.sqrt(len(inputs)) + self.D.to(values.dtype)[:, None] * values
+        mixed = torch.stack([self._scan(scan, graph, direction) for direction, scan in enumerate(inputs)]).sum(0)
+        total = mixed / math.sqrt(len(inputs)) + self.D.to(values.dtype)[:, None] * values
         y = gated_norm(total.flatten(1).to(z.dtype), z, self.norm_weight, norm_before_gate=self.norm_before_gate)
         return self.out_proj(y)
 
