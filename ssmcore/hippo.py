@@ -59,8 +59,8 @@ def hippo(name: str, n: int) -> tuple[Tensor, Tensor]:
     B[0], B[2::2] = 1.0, math.sqrt(2)
     A = -torch.outer(B, B)
     pair = torch.arange(0, n, 2)
-    A[pair, pair + 1] -= math.pi * pair / 2
-    A[pair + 1, pair] += math.pi * pair / 2
+    A[pair, pair + 1] -= math.pi * pair.double() / 2
+    A[pair + 1, pair] += math.pi * pair.double() / 2
     return A, B
 
 
@@ -110,11 +110,28 @@ def normal_form(name: str, n: int) -> NormalForm:
     real = normal.diagonal().mean()
     skew = (normal - normal.mT) / 2
     frequency, V = torch.linalg.eigh(-1j * skew.to(torch.complex128))
-    frequency, V = frequency[n // 2 :].flip(0), V[:, n // 2 :].flip(1)
+    frequency, V = frequency[n // 2 :].flip(0), _true_pairs(frequency, V)[:, n // 2 :].flip(1)
     to_basis = V.mH
     return NormalForm(
         torch.complex(real.expand(n // 2), frequency), (to_basis @ P.to(V.dtype).mT).mT, to_basis @ B.to(V.dtype), V
     )
+
+
+def _true_pairs(frequency: Tensor, V: Tensor) -> Tensor:
+    """Eigenvectors (n, n) of rising frequencies whose later half is orthogonal to its own conjugate.
+
+    Those of different frequencies are anyway. Within frequency zero, as "fourier" has it twice, any basis is one of
+    eigenvectors; of a real basis (u, w) the pair is (u - i w) / sqrt(2) and (u + i w) / sqrt(2).
+    """
+    (zero,) = torch.where(frequency.abs() < 1e-9 * frequency.abs().max().clamp(min=1))
+    if not len(zero):
+        return V
+    projector = (V[:, zero] @ V[:, zero].mH).real
+    basis = torch.linalg.eigh(projector).eigenvectors[:, -len(zero) :]
+    u, w = (part.to(V.dtype) / math.sqrt(2) for part in basis.chunk(2, dim=1))
+    V = V.clone()
+    V[:, zero] = torch.cat([u - 1j * w, u + 1j * w], dim=1)
+    return V
 
 
 class PerturbedForm(NamedTuple):

@@ -33,14 +33,30 @@ def test_the_correction_makes_them_normal(name):
     torch.testing.assert_close(skew, -skew.mT, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["legs", "legt"])
-def test_normal_form_gives_the_matrix_back(name):
-    A, B = hippo(name, 16)
-    form = normal_form(name, 16)
+@pytest.mark.parametrize("n", [2, 4, 16])
+@pytest.mark.parametrize("name", HIPPO)
+def test_normal_form_gives_the_matrix_back(name, n):
+    A, B = hippo(name, n)
+    form = normal_form(name, n)
     half = form.V @ torch.diag(form.Lambda) @ form.V.mH
     P = form.V @ form.P.mT  # (n, rank) of one half
     torch.testing.assert_close(2 * half.real - (2 * P.real) @ (2 * P.real).mT, A, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(2 * (form.V @ form.B).real, B, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", HIPPO)
+def test_conjugate_pairs_are_true_pairs(name):
+    """Kept eigenvectors and their conjugates together are a unitary basis; "fourier" has frequency zero twice."""
+    form = normal_form(name, 8)
+    basis = torch.cat([form.V, form.V.conj()], dim=1)
+    torch.testing.assert_close(basis.mH @ basis, torch.eye(8, dtype=basis.dtype), rtol=0, atol=1e-12)
+    A, _ = hippo(name, 8)
+    P = rank_correction(name, 8)
+    normal = (A + P.mT @ P).to(basis.dtype)
+    torch.testing.assert_close(normal @ form.V, form.V * form.Lambda, rtol=0, atol=1e-10)
+    if name == "fourier":
+        expected = torch.pi * torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+        torch.testing.assert_close(form.Lambda.imag, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(
