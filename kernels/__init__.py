@@ -17,6 +17,8 @@ else:
     from .causal_conv1d.op import causal_conv1d as causal_conv1d
     from .causal_conv1d.step import conv_step as conv_step
     from .causal_conv1d.step import conv_step_ as conv_step_
+    from .causal_conv1d.tree import conv_tree as conv_tree
+    from .causal_conv1d.tree import conv_tree_state as conv_tree_state
     from .dag_scan.op import dag_scan as dag_scan
     from .dag_scan.order import DagOrder as DagOrder
     from .dag_scan.order import chain_order as chain_order
@@ -45,6 +47,10 @@ else:
     from .ssd.op import ssd as ssd
     from .ssd.step import ssd_step as ssd_step
     from .ssd.step import ssd_step_ as ssd_step_
+    from .ssd.tree import ssd_tree as ssd_tree
+    from .ssd.tree import ssd_tree_state as ssd_tree_state
+    from .token_tree import TokenTree as TokenTree
+    from .token_tree import token_tree as token_tree
     from .trapezoid_ssd.op import trapezoid_ssd as trapezoid_ssd
     from .trapezoid_ssd.state import TrapezoidState as TrapezoidState
     from .trapezoid_ssd.step import trapezoid_step as trapezoid_step
@@ -56,6 +62,7 @@ else:
         "ConvergenceError",
         "DagOrder",
         "GraphEdges",
+        "TokenTree",
         "TrapezoidState",
         "available_backends",
         "causal_conv1d",
@@ -63,6 +70,8 @@ else:
         "choose_method",
         "conv_step",
         "conv_step_",
+        "conv_tree",
+        "conv_tree_state",
         "cu_seqlens_to_seq_idx",
         "dag_order",
         "dag_scan",
@@ -82,6 +91,9 @@ else:
         "ssd",
         "ssd_step",
         "ssd_step_",
+        "ssd_tree",
+        "ssd_tree_state",
+        "token_tree",
         "trapezoid_ssd",
         "trapezoid_step",
         "trapezoid_step_",
