@@ -2,6 +2,9 @@
 
 Each finished cell is a file of its own in OUT/cells, written whole: an interrupted run goes on where it stopped. A
 cell's file says by what settings it was made; one of other settings is made anew.
+
+Settings of a cell, the later ones first: the fitting `cases` of its model, the model's own, `training` of the grid, the
+defaults here.
 """
 
 from __future__ import annotations
@@ -10,8 +13,11 @@ import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +26,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from .tables import print_table, write_table
+from ..ssmcore.training.checkpoints import write_atomic
+from .tables import print_table, to_markdown, write_table
 
 __all__ = ["protocol", "protocol_table", "run_cell", "run_protocol"]
 
@@ -33,31 +40,51 @@ TRAINING: dict[str, Any] = {
     "weight_decay": 0.01,
     "schedule": "cosine",
     "loss": "mse",
+    "ema": None,
     "model_args": {},
     "max_steps": -1,
 }
+PARTS = ("test", "val")
+KEYS = ("models", "data", "horizons", "seeds", "training", "published", "parts")
 
 
-def protocol(grid: Path, out: Path = Path("protocol"), table_only: bool = False) -> None:
+def protocol(
+    grid: Path,
+    out: Path = Path("protocol"),
+    table_only: bool = False,
+    jobs: int = 1,
+    root: Path | None = None,
+    accelerator: str = "auto",
+) -> None:
     """Train and test a grid of models, data sets, horizons and seeds, and write one table.
 
     Args:
         grid: YAML file with `models` (name to settings), `data` (name to class_path and init_args), `horizons`, `seeds`
-            and, if wanted, `training` (settings of all models) and `published` (model, data set, horizon to mse, mae).
-        out: Folder for the cells and the tables results.csv and results.md. Cells that are there are not made again.
+            and, if wanted, `training` (settings of all models), `published` (model, data set, horizon to mse, mae) and
+            `parts` ([val] leaves the test part alone, for choosing settings). A model's `cases` are a list of
+            settings for some `data` and `horizons`.
+        out: Folder for the cells and the tables results.csv, results.md and results.json. Cells that are there are not
+            made again.
         table_only: Only write the tables of the cells that are there.
+        jobs: Cells made at once, each in a process with one thread; models in the order of the grid, so name the
+            slowest first.
+        root: Folder of the data, in place of the `root` of every data set.
+        accelerator: "auto", "cpu" or "gpu".
 
     Raises:
         ValueError: if the grid cannot be read; the line says why.
 
     Example:
-      omnissm timeseries protocol --grid etth.yaml --out protocol
+      omnissm timeseries protocol --grid etth.yaml --out protocol --root data/ett --jobs 8
     """
     try:
         config = yaml.safe_load(grid.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{str(grid)!r} is no YAML: {' '.join(str(error).split())}") from error
-    table = protocol_table(check_grid(config), out) if table_only else run_protocol(config, out)
+    if table_only:
+        table = protocol_table(check_grid(config), out)
+    else:
+        table = run_protocol(config, out, jobs=jobs, root=root, accelerator=accelerator)
     print_table(table, str(out / "results.md"))
 
 
@@ -71,71 +98,145 @@ def check_grid(config: Any) -> dict[str, Any]:
 
     if not isinstance(config, dict):
         raise ValueError("a grid is a mapping with models, data, horizons and seeds")
-    known = {"models", "data", "horizons", "seeds", "training", "published"}
     for name in ("models", "data", "horizons", "seeds"):
         if not config.get(name):
             raise ValueError(f"the grid has no {name}; it needs models, data, horizons and seeds")
-    if unknown := set(config) - known:
-        raise ValueError(f"the grid has unknown keys {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    if unknown := set(config) - set(KEYS):
+        raise ValueError(f"the grid has unknown keys {', '.join(sorted(unknown))}; known: {', '.join(sorted(KEYS))}")
+    if unknown := set(config.get("parts") or ()) - set(PARTS):
+        raise ValueError(f"the grid has an unknown part {min(unknown)!r}; expected some of {', '.join(PARTS)}")
+    every = [config.get("training") or {}]
     for label, settings in config["models"].items():
         if (name := (settings or {}).get("model", label)) not in MODELS:
             create_model(name)  # answers with close names
-    for each in (config.get("training") or {}, *(settings or {} for settings in config["models"].values())):
-        if unknown := set(each) - set(TRAINING) - {"model"}:
+        *cases, own = *(settings or {}).get("cases", ()), settings or {}
+        every += [{key: own[key] for key in own if key not in ("model", "cases")}]
+        for case in cases:
+            every.append({key: case[key] for key in case if key not in ("data", "horizons")})
+            if unknown := {*case.get("data", ())} - {*config["data"]} or {*case.get("horizons", ())} - {
+                *config["horizons"]
+            }:
+                raise ValueError(f"a case of {label} names {min(unknown)!r}, which the grid does not have")
+    for each in every:
+        if unknown := set(each) - set(TRAINING):
             raise ValueError(f"unknown setting {min(unknown)!r}; known: {', '.join(TRAINING)}")
     return config
 
 
 def cells(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings of all cells, in the order they are made."""
+    """Settings of all cells, in the order of the table."""
     found = []
     grid = itertools.product(config["data"].items(), config["horizons"], config["models"].items(), config["seeds"])
     for (data, source), horizon, (label, own), seed in grid:
-        settings = {**TRAINING, **(config.get("training") or {}), **(own or {})}
+        layers = [TRAINING, config.get("training") or {}, own or {}]
+        for case in (own or {}).get("cases", ()):
+            if data in case.get("data", [data]) and horizon in case.get("horizons", [horizon]):
+                layers.append({key: value for key, value in case.items() if key not in ("data", "horizons")})
+        settings: dict[str, Any] = {}
+        for layer in layers:
+            arguments = {**settings.get("model_args", {}), **layer.get("model_args", {})}
+            settings = {**settings, **layer, "model_args": arguments}
+        settings.pop("cases", None)
         place = {"label": label, "data": data, "horizon": int(horizon), "seed": int(seed)}
-        found.append({**settings, "model": settings.get("model", label), "source": source, **place})
+        parts = list(config.get("parts") or PARTS)
+        found.append({**settings, "model": settings.get("model", label), "source": source, "parts": parts, **place})
     return found
 
 
-def run_protocol(config: Mapping[str, Any], out: str | Path, *, progress: bool = True) -> pd.DataFrame:
+def run_protocol(
+    config: Mapping[str, Any],
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    root: str | Path | None = None,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> pd.DataFrame:
     """Make the cells that are missing, and the table.
 
     Args:
         config: The grid, see `protocol`.
         out: Folder.
+        jobs: Cells made at once, each in a process of one thread.
+        root: Folder of the data, in place of the `root` of every data set.
+        accelerator: "auto", "cpu" or "gpu".
         progress: Say on stderr which cell is made.
 
     Returns:
         The table, see `protocol_table`.
-    """
-    from ..ssmcore.training.checkpoints import write_atomic
 
-    wanted = cells(check_grid(config))
+    Raises:
+        ValueError: if `jobs` is below 1.
+        RuntimeError: at the end, if a cell failed with several jobs; the others are made.
+    """
+    if jobs < 1:
+        raise ValueError(f"expected jobs of at least 1, got {jobs}")
+    wanted = cells(check_grid(dict(config)))
     folder = Path(out) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
-    for number, cell in enumerate(wanted, start=1):
+    missing = [cell for cell in wanted if _read(_path(folder, cell), cell) is None]
+    missing.sort(key=lambda cell: (list(config["models"]).index(cell["label"]), -cell["horizon"]))
+    made = _made(missing, functools.partial(_runnable, root=root, accelerator=accelerator), jobs)
+    failed = []
+    for number, (cell, result) in enumerate(made, start=1):
         path = _path(folder, cell)
-        if _read(path, cell) is not None:
-            continue
+        if isinstance(result, Exception):
+            failed.append(f"{path.stem}: {result}")
+        else:
+            found = {"omnissm": version("omnissm"), "settings": cell, **result}
+            write_atomic(path, json.dumps(found, indent=1) + "\n")
+            protocol_table(config, out)  # whoever looks in between sees what is done
         if progress:
-            sys.stderr.write(f"{number}/{len(wanted)} {path.stem}\n")
-        result = {"omnissm": version("omnissm"), "settings": cell, **run_cell(cell)}
-        write_atomic(path, json.dumps(result, indent=1) + "\n")
-        protocol_table(config, out)  # whoever looks in between sees what is done
+            sys.stderr.write(f"{number}/{len(missing)} {path.stem}\n")
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(missing)} cells failed; {'; '.join(failed)}")
     return protocol_table(config, out)
+
+
+def _runnable(cell: Mapping[str, Any], root: str | Path | None, accelerator: str) -> dict[str, Any]:
+    """Settings of a cell with what this machine adds, which is no part of a result."""
+    source = cell["source"]
+    if root is not None and "root" in source.get("init_args", {}):
+        source = {**source, "init_args": {**source["init_args"], "root": str(root)}}
+    return {**cell, "source": source, "accelerator": accelerator}
+
+
+def _made(
+    missing: Sequence[dict[str, Any]], runnable: Callable[[dict[str, Any]], dict[str, Any]], jobs: int
+) -> Iterator[tuple[dict[str, Any], dict[str, float] | Exception]]:
+    """Cells with their results as they come."""
+    if jobs == 1:
+        for cell in missing:
+            yield cell, run_cell(runnable(cell))
+        return
+    context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
+    with ProcessPoolExecutor(min(jobs, len(missing) or 1), context, _one_thread) as pool:
+        futures = {pool.submit(run_cell, runnable(cell)): cell for cell in missing}
+        try:
+            for future in as_completed(futures):
+                error = future.exception()
+                yield futures[future], error if isinstance(error, Exception) else future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def run_cell(cell: Mapping[str, Any]) -> dict[str, float]:
     """Train one model and test it on every test window, in scaled units.
 
     Args:
-        cell: Settings, see `cells`.
+        cell: Settings, see `cells`, and `accelerator`.
 
     Returns:
-        mse, mae, val_loss of the best epoch, epochs, parameters and seconds.
+        mse and mae of the test part, val_mse and val_mae, each where the cell's `parts` have it; epochs, parameters,
+        seconds.
     """
-    import time
-
     import torch
 
     from ..ssmcore.training import SSMTask
@@ -161,6 +262,7 @@ def run_cell(cell: Mapping[str, Any]) -> dict[str, float]:
             loss=cell["loss"],
             optimizer=functools.partial(torch.optim.AdamW, lr=cell["lr"], weight_decay=cell["weight_decay"]),
             lr_scheduler=SCHEDULES[cell["schedule"]],
+            coverages=(),
         )
         rows: list[dict[str, float]] = []
         solve = getattr(task.net, "fit_windows", None)
@@ -172,18 +274,20 @@ def run_cell(cell: Mapping[str, Any]) -> dict[str, float]:
                 task,
                 max_epochs=cell["max_epochs"],
                 early_stopping=cell["early_stopping"],
-                ema=None,
+                ema=cell["ema"],
                 validate=True,
                 progress=False,
-                trainer={"max_steps": cell["max_steps"]},
+                trainer={"max_steps": cell["max_steps"], "accelerator": cell["accelerator"]},
             )
-    net, errors = task.net.cpu().eval(), ErrorSums()
-    with torch.no_grad():
-        for batch in data.windows("test").batches(256):
-            errors.update(batch.y, net(batch), batch.y_mask)
+    net, found = task.net.cpu().eval(), {}
+    for part in cell["parts"]:
+        errors = ErrorSums()
+        with torch.no_grad():
+            for batch in data.windows(part).batches(256):
+                errors.update(batch.y, net(batch), batch.y_mask)
+        found |= {name if part == "test" else f"{part}_{name}": value for name, value in errors.compute().items()}
     return {
-        **errors.compute(),
-        "val_loss": min((row.get("val_loss", float("inf")) for row in rows), default=float("nan")),
+        **found,
         "epochs": len(rows),
         "parameters": sum(p.numel() for p in net.parameters()),
         "seconds": round(time.perf_counter() - began, 2),
@@ -193,47 +297,68 @@ def run_cell(cell: Mapping[str, Any]) -> dict[str, float]:
 def protocol_table(config: Mapping[str, Any], out: str | Path) -> pd.DataFrame:
     """Mean and spread over seeds of the cells that are there, written to results.csv and results.md.
 
+    results.md adds the means over horizons, results.json holds every cell.
+
     Args:
         config: The grid.
         out: Folder.
 
     Returns:
-        A row per data set, horizon and model: `mse`, `mae`, their standard deviations over seeds (NaN of one), number
-        of seeds, mean seconds; `published_mse` and `published_mae` where the grid has them.
+        A row per data set, horizon and model: `mse`, `mae` of the test part, their standard deviations over seeds (NaN
+        of one), `val_mse`, `val_mae`, number of seeds, mean seconds; `published_mse` and `published_mae` where the grid
+        has them, also of models that the grid does not train.
     """
     folder = Path(out) / "cells"
-    done = [(cell, _read(_path(folder, cell), cell)) for cell in cells(config)]
+    done = [found for cell in cells(config) if (found := _read(_path(folder, cell), cell)) is not None]
+    measured = ["mse", "mae", "val_mse", "val_mae", "seconds"]
+    place = ["data", "horizon", "model"]
     rows = [
-        {**{key: cell[key] for key in ("data", "horizon", "label")}, **{k: found[k] for k in ("mse", "mae", "seconds")}}
-        for cell, found in done
-        if found is not None
+        {**{key: found["settings"][key] for key in ("data", "horizon")}, "model": found["settings"]["label"]}
+        | {key: found.get(key, float("nan")) for key in measured}
+        for found in done
     ]
-    columns = ["data", "horizon", "model", "mse", "mse_std", "mae", "mae_std", "seeds", "seconds"]
-    if not rows:
-        table = pd.DataFrame(columns=columns)
-    else:
-        groups = pd.DataFrame(rows).groupby(["data", "horizon", "label"], sort=False)
-        table = groups.agg(
-            mse=("mse", "mean"),
-            mse_std=("mse", "std"),
-            mae=("mae", "mean"),
-            mae_std=("mae", "std"),
-            seeds=("mse", "size"),
-            seconds=("seconds", "mean"),
-        ).reset_index()
-        table = table.rename(columns={"label": "model"})[columns]
-    published = config.get("published") or {}
-    if published:
-        for place, name in enumerate(("published_mse", "published_mae")):
-            table[name] = [
-                published.get(row.model, {}).get(row.data, {}).get(row.horizon, (None, None))[place]
-                for row in table.itertuples()
-            ]
-            table[name] = table[name].astype(float)
+    groups = pd.DataFrame(rows, columns=[*place, *measured]).groupby(place, sort=False)
+    spread = {f"{name}_std": (name, "std") for name in ("mse", "mae")}
+    table = groups.agg(**{name: (name, "mean") for name in measured}, **spread, seeds=("seconds", "size")).reset_index()
+    table = table[[*place, "mse", "mse_std", "mae", "mae_std", "val_mse", "val_mae", "seeds", "seconds"]]
+    table = _with_published(table, config)
     Path(out).mkdir(parents=True, exist_ok=True)
-    for suffix in ("csv", "md"):
-        write_table(table, str(Path(out) / f"results.{suffix}"))
+    write_table(table, str(Path(out) / "results.csv"))
+    means = _over_horizons(table, len(config["horizons"]))
+    text = to_markdown(table) + (f"\nMeans over the horizons:\n\n{to_markdown(means)}" if len(means) else "")
+    write_atomic(Path(out) / "results.md", text)
+    write_atomic(Path(out) / "results.json", json.dumps(done, indent=1) + "\n")
     return table
+
+
+def _with_published(table: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame:
+    """The table with published errors, and with rows of the models of which only those are known."""
+    rows = [
+        {"model": model, "data": data, "horizon": horizon, "published_mse": mse, "published_mae": mae}
+        for model, sets in (config.get("published") or {}).items()
+        for data, horizons in sets.items()
+        for horizon, (mse, mae) in horizons.items()
+        if data in config["data"] and horizon in config["horizons"]
+    ]
+    if not rows:
+        return table
+    place = ["data", "horizon", "model"]
+    own, models = set(config["models"]), [*config["models"], *config["published"]]
+    published = pd.DataFrame(rows)
+    there = pd.MultiIndex.from_frame(table[place])
+    wanted = pd.MultiIndex.from_frame(published[place]).isin(there) | ~published["model"].isin(own)
+    table = table.merge(published[wanted], on=place, how="outer")
+    orders = {"data": list(config["data"]), "horizon": list(config["horizons"]), "model": models}
+    table = table.sort_values(place, key=lambda column: column.map(orders[str(column.name)].index), ignore_index=True)
+    return table.assign(seeds=table["seeds"].fillna(0).astype(int))
+
+
+def _over_horizons(table: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Means over horizons of each model and data set that has them all."""
+    columns = [name for name in ("mse", "mae", "val_mse", "val_mae", "published_mse", "published_mae") if name in table]
+    groups = table.groupby(["data", "model"], sort=False)
+    means = groups[columns].agg(lambda column: column.mean(skipna=False))
+    return means[groups.size() == count].dropna(how="all").reset_index()
 
 
 def _path(folder: Path, cell: Mapping[str, Any]) -> Path:
