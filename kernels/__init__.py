@@ -45,6 +45,7 @@ else:
     from .selective_scan.step import selective_step as selective_step
     from .selective_scan.step import selective_step_ as selective_step_
     from .ssd.op import ssd as ssd
+    from .ssd.rates import ssd_rates as ssd_rates
     from .ssd.step import ssd_step as ssd_step
     from .ssd.step import ssd_step_ as ssd_step_
     from .ssd.tree import ssd_tree as ssd_tree
@@ -89,6 +90,7 @@ else:
         "selective_step",
         "selective_step_",
         "ssd",
+        "ssd_rates",
         "ssd_step",
         "ssd_step_",
         "ssd_tree",

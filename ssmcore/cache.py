@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..kernels import TokenTree
 from .mixers.common import MixerState
+from .mixers.drafts import Draft
 from .states import NestedState
 
 _FORMAT = "omnissm-state-1"
@@ -80,6 +82,40 @@ def prefill(
         y, state = model.prefill(x[:, piece], state, **options)  # type: ignore[operator]
         outputs.append(y)
     return torch.cat(outputs, dim=1), state
+
+
+def verify(model: nn.Module, x: Tensor, state: Any, tree: TokenTree) -> tuple[Tensor, Draft]:
+    """Outputs at all nodes of a tree of continuations in one forward pass, each as after its own path alone.
+
+    Args:
+        model: With `verify`: the mixers `mamba2`, `discrete_mamba2` and causal `attention`, and what is made of them.
+        x: Input of each node, (b, l) symbols or (b, l, d).
+        state: Of the positions before the tree.
+        tree: From `omnissm.kernels.token_tree`.
+
+    Returns:
+        Outputs (b, l, ...), and a draft for `accept`.
+
+    Raises:
+        TypeError: if the model, or one of its layers, takes no trees.
+    """
+    if not hasattr(model, "verify"):
+        raise TypeError(f"{type(model).__name__} takes no trees of positions; decode step by step.")
+    return model.verify(x, state, tree)  # type: ignore[operator, no-any-return]
+
+
+def accept(draft: Draft, node: Tensor | Sequence[int]) -> Any:
+    """The state after the path to one node of each row, as if only that path had been taken in.
+
+    Args:
+        draft: From `verify`.
+        node: The last node of each row's path, (b,) integers; -1 takes none of the tree.
+
+    Raises:
+        TypeError: if `node` is not of integers.
+        ValueError: if there is no such node.
+    """
+    return draft.accept(torch.as_tensor(node, device=draft.tree.parent.device))
 
 
 def copy_state_(target: Any, source: Any) -> None:
@@ -192,4 +228,4 @@ def _difference(first: list[tuple[str, Tensor]], second: list[tuple[str, Tensor]
     return ", ".join(sorted(apart)[:5])
 
 
-__all__ = ["allocate", "copy_state_", "load_state", "prefill", "save_state"]
+__all__ = ["accept", "allocate", "copy_state_", "load_state", "prefill", "save_state", "verify"]

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..kernels import TokenTree
+from .drafts import PairDraft
 from .mixers.common import Mode, bidirectional_only, require_state
 from .states import PairState
 
@@ -109,6 +111,18 @@ class DoubleMixer(nn.Module):
         a, first = self.first.step(x, state.first)  # type: ignore[operator]
         b, second = self.second.step(x, state.second)  # type: ignore[operator]
         return self._merged(a, b), PairState(first, second)
+
+    def verify(self, x: Tensor, state: PairState, tree: TokenTree) -> tuple[Tensor, PairDraft]:
+        """Mix a tree of positions, (b, l, d), see `Stack.verify`.
+
+        Raises:
+            TypeError: if a mixer is not causal, or the state is of another kind.
+        """
+        self._require_causal()
+        require_state(state, PairState)
+        a, first = self.first.verify(x, state.first, tree)  # type: ignore[operator]
+        b, second = self.second.verify(x, state.second, tree)  # type: ignore[operator]
+        return self._merged(a, b), PairDraft(first, second)
 
     def init_state(self, batch: int, **options: Any) -> PairState:
         """State before the first position; options (`device`, `dtype`) go to both."""

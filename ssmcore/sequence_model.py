@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..kernels import TokenTree
 from .blocks import Layer, Norm, NormPosition, Stack
+from .drafts import StackDraft
 from .states import StackState
 
 
@@ -176,6 +178,11 @@ class SequenceModel(nn.Module):
         """One position: symbols (b,) or vectors (b, d_input) -> (b, vocab_size or d_output)."""
         y, state = self.stack.step(self._embed(x, None), state)
         return self._head(y), state
+
+    def verify(self, x: Tensor, state: StackState, tree: TokenTree) -> tuple[Tensor, StackDraft]:
+        """Outputs at the nodes of a tree, (b, l) symbols or (b, l, d_input), see `Stack.verify`."""
+        y, draft = self.stack.verify(self._embed(x, None), state, tree)
+        return self._head(y), draft
 
     def init_state(
         self,

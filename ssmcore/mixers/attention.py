@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import TokenTree, conv_tree
 from .common import (
     Layout,
     MixerState,
@@ -35,6 +36,7 @@ from .common import (
     total_flops,
     wide,
 )
+from .drafts import AttentionDraft
 
 Rotation = Literal["half", "interleaved"]
 
@@ -201,7 +203,7 @@ class Attention(nn.Module):
         state = self._state(x, state, layout)
         q, k, v, mlp, conv = self._project(layout.align(x), state, layout)
         y = self._attend(q, k, v, state if state.k.shape[2] else None, layout)
-        return layout.restore(self._out(y, mlp)), self._extended(state, k, v, conv, layout)
+        return layout.restore(self._out(y, mlp)), self.extended(state, k, v, conv, layout)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         """One position, (b, d).
@@ -215,6 +217,41 @@ class Attention(nn.Module):
         require_state(state, AttentionState)
         y, state = self.prefill(x[:, None], state)
         return y[:, 0], state
+
+    def verify(self, x: Tensor, state: AttentionState, tree: TokenTree) -> tuple[Tensor, AttentionDraft]:
+        """Mix a tree of positions, each of which sees the state and the path that leads to it.
+
+        Args:
+            x: (b, l, d), one position per node.
+            state: Before the tree.
+            tree: From `omnissm.kernels.token_tree`.
+
+        Returns:
+            (b, l, d), and what `accept(node)` needs to give the state after a path.
+
+        Raises:
+            ValueError: if a shape is wrong or the state does not fit.
+            TypeError: if attention is not causal or the state of another kind.
+        """
+        self._require_causal()
+        check_input(x, self.d_model)
+        require_state(state, AttentionState)
+        state = self._state(x, state, Layout())
+        conv_in, mlp = self.in_proj(x).split([self.qkv_dim, self.mlp_dim], dim=-1)
+        qkv = conv_in
+        if self.conv1d is not None:
+            qkv = conv_tree(conv_in, self.conv1d.weight[:, 0], self.conv1d.bias, tree, state.conv.to(x.dtype))
+        q, k, v = self._heads(qkv, state.length[:, None] + tree.depth)
+        left, _ = self.window
+        seen = tree.ancestors
+        if left is not None:
+            seen = seen & (tree.depth[:, :, None] - tree.depth[:, None] <= left)
+        seen = seen[:, None].expand(x.shape[0], -1, -1, -1)
+        seen = torch.cat([self._earlier(state, tree.depth), seen], dim=-1)
+        keys, values = torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2)
+        y = self._sdpa(q, keys, values, seen).transpose(1, 2).flatten(2)
+        draft = AttentionDraft(self, tree, state, None if self.conv1d is None else conv_in, k, v)
+        return self._out(y, mlp), draft
 
     def init_state(
         self,
@@ -311,12 +348,18 @@ class Attention(nn.Module):
         if self.conv1d is not None:
             before = None if state is None else state.conv
             qkv, conv = convolve(qkv, self.conv1d, before, layout, activation=None)
-        qkv = qkv.unflatten(-1, (-1, self.headdim)).transpose(1, 2)
-        q, k, v = qkv.split([self.nheads, self.kv_heads, self.kv_heads], dim=1)
+        place = None
         if self.rotary_dim:
             place = self._places(x, None if state is None else state.length, layout)
+        return *self._heads(qkv, place), mlp, conv
+
+    def _heads(self, qkv: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (b, heads, l, headdim), rotated by positions (b, l)."""
+        qkv = qkv.unflatten(-1, (-1, self.headdim)).transpose(1, 2)
+        q, k, v = qkv.split([self.nheads, self.kv_heads, self.kv_heads], dim=1)
+        if self.rotary_dim and place is not None:
             q, k = self._rotate(q, place), self._rotate(k, place)
-        return q, k, v, mlp, conv
+        return q, k, v
 
     def _places(self, x: Tensor, before: Tensor | None, layout: Layout) -> Tensor:
         """Position of every token in its own sequence, (b, l) or (1, l)."""
@@ -370,18 +413,24 @@ class Attention(nn.Module):
             seen = real if seen is None else seen & real
         if state is None:
             return k, v, seen
-        slot, batch = torch.arange(state.k.shape[2], device=k.device), k.shape[0]
-        held = slot if left is None else _ring(slot, state.length[:, None], left)
-        valid = (held >= 0) & (held < state.length[:, None])  # (b, t)
-        valid = valid[:, None, None].expand(-1, -1, length, -1)
-        if left is not None:
-            now = state.length[:, None] + place
-            valid = valid & (now[:, None, :, None] - held[:, None, None, :] <= left)
+        batch, valid = k.shape[0], self._earlier(state, place[None])
         if layout.index is not None:
             valid = valid & (layout.index == layout.index[:, :1])[:, None, :, None]
         seen = torch.ones_like(ahead, dtype=torch.bool) if seen is None else seen
         seen = torch.cat([valid, seen.expand(batch, 1, length, length)], dim=-1)
         return torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2), seen
+
+    def _earlier(self, state: AttentionState, place: Tensor) -> Tensor:
+        """Which slots of the state positions see that lie `place` (b, l) or (1, l) behind it, (b, 1, l, t)."""
+        left, _ = self.window
+        slot = torch.arange(state.k.shape[2], device=place.device)
+        held = slot if left is None else _ring(slot, state.length[:, None], left)
+        valid = (held >= 0) & (held < state.length[:, None])  # (b, t)
+        valid = valid[:, None, None].expand(-1, -1, place.shape[1], -1)
+        if left is None:
+            return valid
+        now = state.length[:, None] + place
+        return valid & (now[:, None, :, None] - held[:, None, None, :] <= left)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:
         """Outputs of all heads, (b, l, h p)."""
@@ -404,10 +453,21 @@ class Attention(nn.Module):
         """Repeat key or value heads for their query heads."""
         return t.index_select(1, torch.arange(self.nheads, device=t.device) // (self.nheads // self.kv_heads))
 
-    def _extended(
+    def extended(
         self, state: AttentionState, k: Tensor, v: Tensor, conv: Tensor | None, layout: Layout
     ) -> AttentionState:
-        """The state after this call: the last sequence of each row, each position in its slot."""
+        """The state after more positions: the last sequence of each row, each position in its slot.
+
+        Args:
+            state: Before them.
+            k: Rotated keys, (b, g, l, headdim).
+            v: Values, (b, g, l, headdim).
+            conv: State of the convolution after them, if there is one.
+            layout: Of the rows.
+
+        Raises:
+            ValueError: if a state of fixed size has no room for them.
+        """
         batch, length = k.shape[0], k.shape[2]
         left, _ = self.window
         count = k.new_full((batch,), length, dtype=torch.int64) if layout.count is None else layout.count

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import ssd, ssd_step
+from ...kernels import ssd, ssd_rates, ssd_step
 from ..init import dt_bias_init, no_weight_decay
 from .common import (
     ConvSSMState,
@@ -432,8 +432,10 @@ class Mamba2(_SSDMixer):
         return _Projected(F.silu(gate) * value if self.splits[0] else None, z, xBC, dt)
 
     def _scan_inputs(self, xBC: Tensor, dt: Tensor, layout: Layout | None = None) -> _Scan:
-        dt = softplus_steps(dt, self.dt_bias, self.dt_limit, layout)
-        return _Scan(*self._heads(xBC), -dt * wide(self.A_log).exp(), dt)
+        dt, log_decay = ssd_rates(dt, self.dt_bias, self.A_log, limit=self.dt_limit)
+        if layout is not None:
+            dt, log_decay = layout.zero_padding(dt), layout.zero_padding(log_decay)
+        return _Scan(*self._heads(xBC), log_decay, dt)
 
     def _output(self, projected: _Projected, y: Tensor) -> Tensor:
         y = y * F.silu(projected.z) if self.norm is None else self.norm(y, projected.z)

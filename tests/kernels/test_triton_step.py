@@ -1,5 +1,7 @@
 """The one-kernel forms of the steps against their torch path, pools of states and CUDA graphs."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from omnissm.kernels import (
     conv_step_,
     selective_step,
     selective_step_,
+    ssd_rates,
     ssd_step,
     ssd_step_,
     use_backend,
@@ -132,3 +135,38 @@ def test_cuda_graph(step, in_place, make, device):
     graph.replay()
     assert torch.equal(y, expected[0])
     assert torch.equal(inputs["state"], expected[1])
+
+
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.01, 0.5)], ids=["open", "limited"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "fp32", "fp64"])
+def test_rates_are_exact_from_the_smallest_step_to_the_largest(dtype, limit, device):
+    """Against float64: relative accuracy where softplus is tiny, about 1, and linear; NaN stays in its row."""
+    raw = torch.linspace(-60, 60, 4 * 7, dtype=torch.float64, device=device).reshape(4, 7).to(dtype)
+    wide = torch.cat([raw, raw], dim=1)  # rows lie apart, as parts of a projection do
+    bias = torch.linspace(-1, 1, 7, device=device)
+    A_log = torch.linspace(-2, 2, 7, device=device)
+    exact = torch.log1p(torch.exp((raw.double() + bias.double()).clamp(max=700))).clamp(*limit)
+    with torch.no_grad():
+        dt, log_decay = ssd_rates(wide[:, :7], bias, A_log, limit=limit)
+    assert dt.dtype == log_decay.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Above 20 a softplus is its argument, here and in torch; float32 rounds raw + bias, half a unit of 60 is 2e-6.
+    rtol = 1e-10 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(dt.double(), exact, rtol=rtol, atol=0)
+    torch.testing.assert_close(log_decay.double(), -exact * A_log.double().exp(), rtol=rtol, atol=0)
+    broken = raw.clone()
+    broken[1, 2] = math.nan
+    with torch.no_grad():
+        found = ssd_rates(broken, bias, A_log, limit=limit)[0]
+    assert found.isnan().nonzero().tolist() == [[1, 2]]
+
+
+def test_rates_have_the_gradients_of_their_definition(device):
+    raw, bias, A_log = (
+        torch.randn(*shape, device=device, dtype=torch.float64, requires_grad=True) for shape in [(2, 3, 4), (4,), (4,)]
+    )
+    assert torch.autograd.gradcheck(lambda *inputs: ssd_rates(*inputs, limit=(0.1, 3.0)), (raw, bias, A_log))
+
+
+def test_rates_refuse_another_number_of_heads(device):
+    with pytest.raises(ValueError, match="A_log"):
+        ssd_rates(torch.zeros(2, 4, device=device), torch.zeros(4, device=device), torch.zeros(3, device=device))
