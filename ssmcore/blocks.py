@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels import TokenTree
+from .drafts import StackDraft
 from .init import residual_init_
 from .mixers import MIXERS, create_mixer
 from .mixers.attention import Attention
@@ -183,6 +185,12 @@ class Residual(nn.Module):
         y, state = self.mixer.step(self._inner(x, self.norm), state)  # type: ignore[operator]
         return self._after(x, y), state
 
+    def verify(self, x: Tensor, state: Any, tree: TokenTree) -> tuple[Tensor, Any]:
+        """A tree of positions, (b, l, d_model), see `Stack.verify`."""
+        x = self._stream(x)
+        y, draft = self.mixer.verify(self._inner(x, self.norm), state, tree)  # type: ignore[operator]
+        return self._after(x, y), draft
+
     def _stream(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
 
@@ -352,6 +360,31 @@ class Stack(nn.Module):
             x, own = block.step(x, own)  # type: ignore[operator]
             after.append(own)
         return self.norm(x), StackState(tuple(after), state.position + 1)
+
+    def verify(self, x: Tensor, state: StackState, tree: TokenTree) -> tuple[Tensor, StackDraft]:
+        """Pass a tree of positions through, each as if it alone followed on the path that leads to it.
+
+        Args:
+            x: (b, l, d_model), one position per node.
+            state: Before the tree.
+            tree: From `omnissm.kernels.token_tree`.
+
+        Returns:
+            (b, l, d_model), and a draft whose `accept(node)` is the state after a path.
+
+        Raises:
+            TypeError: if a mixer takes no trees, or the state is of another kind.
+            ValueError: if the state does not fit.
+        """
+        for index, block in enumerate(self.blocks):
+            if not hasattr(block.mixer, "verify"):
+                raise TypeError(f"layer {index} ({type(block.mixer).__name__}) takes no trees; decode step by step.")
+        require_state(state, StackState)
+        drafts = []
+        for block, own in zip(self.blocks, self._layer_states(state)):
+            x, draft = block.verify(x, own, tree)  # type: ignore[operator]
+            drafts.append(draft)
+        return self.norm(x), StackDraft(tree, tuple(drafts), state.position)
 
     def init_state(
         self,

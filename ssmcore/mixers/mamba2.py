@@ -44,6 +44,7 @@ from .common import (
     total_flops,
     wide,
 )
+from .drafts import SSDDraft
 from .effective import effective_matrix
 
 # silu(1.278464542761) = 1: a gate that is open.
@@ -150,6 +151,32 @@ class _SSDMixer(nn.Module, ABC):
         skip = self._head_skip()
         y, ssm = ssd_step(scan.x, scan.log_decay, scan.B, scan.C, state.ssm, weight=scan.weight, D=skip)
         return self._output(projected, self._channel_skip(y, scan.x).flatten(1)), ConvSSMState(conv, ssm)
+
+    def verify(self, x: Tensor, state: ConvSSMState, tree: TokenTree) -> tuple[Tensor, SSDDraft]:
+        """Mix a tree of positions, each after the path that leads to it, (b, l, d) -> (b, l, d).
+
+        Args:
+            x: (b, l, d), one position per node.
+            state: Before the tree.
+            tree: From `omnissm.kernels.token_tree`.
+
+        Returns:
+            (b, l, d), and what `accept(node)` needs to give the state after a path.
+
+        Raises:
+            ValueError: if a shape is wrong or the state does not fit.
+            TypeError: if the state is of another kind.
+        """
+        check_input(x, self.d_model)
+        self._check(state, x)
+        projected = self._project(x)
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        xBC = conv_tree(projected.conv_in, weight, bias, tree, state.conv.to(x.dtype), activation=self.conv_activation)
+        scan = self._scan_inputs(xBC, projected.dt)
+        skip = self._head_skip()
+        y = ssd_tree(scan.x, scan.log_decay, scan.B, scan.C, tree, state.ssm, weight=scan.weight, D=skip)
+        draft = SSDDraft(tree, state, projected.conv_in, scan.x, scan.log_decay, scan.B, scan.weight)
+        return self._output(projected, self._channel_skip(y, scan.x).flatten(2)), draft
 
     def init_state(
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
