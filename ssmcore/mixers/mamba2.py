@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import ssd, ssd_rates, ssd_step
+from ...kernels import TokenTree, conv_tree, ssd, ssd_rates, ssd_step, ssd_tree
 from ..init import dt_bias_init, no_weight_decay
 from .common import (
     ConvSSMState,
