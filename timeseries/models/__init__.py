@@ -21,6 +21,7 @@ from .linear import DLinear, Ridge, RLinear
 from .naive import LastValue, SeasonalNaive, WindowMean
 from .s_mamba import SMamba
 from .spacetime import SpaceTime
+from .transformers import ITransformer, PatchTST
 from .tsm2 import TSM2
 
 __all__ = [
@@ -34,7 +35,9 @@ __all__ = [
     "DLinear",
     "ECGMamba",
     "HiSS",
+    "ITransformer",
     "LastValue",
+    "PatchTST",
     "RLinear",
     "Ridge",
     "SMamba",
@@ -65,6 +68,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "tsm2": TSM2,
     "spacetime": SpaceTime,
     "hiss": HiSS,
+    "i_transformer": ITransformer,
+    "patch_tst": PatchTST,
 }
 
 
