@@ -36,6 +36,7 @@ def forecast(
     id_column: str = "unique_id",
     values: list[str] | None = None,
     freq: str | None = None,
+    samples: int = 0,
 ) -> None:
     """Forecast what follows the end of a file's series.
 
@@ -53,6 +54,7 @@ def forecast(
         id_column: Column with the ids of a long table.
         values: Columns with the values of a table.
         freq: Frequency of the times, as a pandas alias or an integer.
+        samples: Draws from the distribution of a model that has one, in .nc and .zarr.
 
     Raises:
         ValueError: if the file or the model cannot be used; the line says why.
@@ -67,7 +69,7 @@ def forecast(
     model = load(checkpoint)
     ds, _ = read(model, checkpoint, data, time, ids, id_column, values, freq)
     known = read_future(future, model, time, ids, id_column, freq) if future else None
-    result = model.predict(ds, known, horizon, intervals=intervals)
+    result = model.predict(ds, known, horizon, intervals=intervals, samples=samples)
     write(result, out, ids)
 
 
@@ -135,8 +137,8 @@ def evaluate(
 
     Args:
         forecast: File of `backtest`: .nc or .zarr.
-        metrics: Any of mse, rmse, mae, crps (in the scaler's units, with _units in those of the data), mape, smape, nd,
-            mase, rmsse, wql, coverage, interval_width, msis.
+        metrics: Any of mse, rmse, mae, crps (in the scaler's units, with _units in those of the data), nll, mape,
+            smape, nd, mase, rmsse, wql, coverage, interval_width, msis.
         by: Keep any of series, cutoff, horizon, variate; [] gives one number.
         out: Write the table here too: .csv, .md or .nc; or - for CSV alone on standard output.
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from . import metrics as m
+from .distributions import DISTRIBUTIONS, Distribution
 from .scaling import Scaler
 
 __all__ = ["METRICS", "compute_errors"]
@@ -56,6 +58,14 @@ class _Arrays:
             raise ValueError("an interval needs two quantile levels, the forecast has one")
         return self.quantiles[..., 0], self.quantiles[..., -1], 1 - (levels[-1] - levels[0])
 
+    def distribution(self) -> tuple[Distribution, np.ndarray] | None:
+        """Family and parameters (series, cutoff, horizon, variate, p) in data units, of a forecast that has them."""
+        family = DISTRIBUTIONS.get(str(self.ds.attrs.get("distribution")))
+        if family is None or any(name not in self.ds for name in family.parameters):
+            return None
+        parts = [self.ds[name].transpose(*DIMS).to_numpy().astype(np.float64) for name in family.parameters]
+        return family, np.stack(parts, axis=-1)
+
     def seasonal(self, name: str) -> np.ndarray:
         """Seasonal error of the training part, (series, 1, 1, variate)."""
         if name not in self.ds.coords:
@@ -87,12 +97,31 @@ def _pair(function: Callable[..., Any], scale: bool) -> Metric:
     return compute
 
 
-def _of_quantiles(function: Callable[..., Any], scale: bool = False) -> Metric:
+def _crps(scale: bool) -> Metric:
+    """The score of the distribution if the forecast has one, of its samples, or of its quantiles."""
+
     def compute(a: _Arrays, axis: Any) -> Any:
+        found, target = a.distribution(), np.where(a.mask, a.target, a.mean)
+        if found is not None:
+            values = found[0].crps(found[1], target)
+            unit = a.scaled(np.ones_like(a.mean)) - a.scaled(np.zeros_like(a.mean)) if scale else 1.0
+            return m.masked_mean(values * unit, a.mask, axis=axis)
         change = a.scaled if scale else (lambda values: values)
-        return function(change(a.target), change(a.quantiles), a.levels, a.mask, axis=axis)
+        if "samples" in a.ds:
+            samples = a.ds["samples"].transpose(*DIMS, "sample").to_numpy().astype(np.float64)
+            return m.crps_samples(change(a.target), change(samples), a.mask, axis=axis)
+        return m.crps_quantiles(change(a.target), change(a.quantiles), a.levels, a.mask, axis=axis)
 
     return compute
+
+
+def _nll(a: _Arrays, axis: Any) -> Any:
+    found = a.distribution()
+    if found is None:
+        raise ValueError("nll needs the parameters of a distribution; train with distribution='normal' or another one")
+    family, y = found
+    target = torch.from_numpy(np.where(a.mask, a.target, a.mean.round()))
+    return m.masked_mean(-family.log_prob(torch.from_numpy(y), target).numpy(), a.mask, axis=axis)
 
 
 def _width(a: _Arrays, axis: Any) -> Any:
@@ -118,9 +147,10 @@ METRICS: dict[str, Metric] = {
     "nd": _pair(m.nd, False),
     "mase": lambda a, axis: m.mase(a.target, a.mean, a.seasonal("seasonal_mae"), a.mask, axis=axis),
     "rmsse": lambda a, axis: m.rmsse(a.target, a.mean, a.seasonal("seasonal_mse"), a.mask, axis=axis),
-    "wql": _of_quantiles(m.wql),
-    "crps": _of_quantiles(m.crps_quantiles, True),
-    "crps_units": _of_quantiles(m.crps_quantiles),
+    "wql": lambda a, axis: m.wql(a.target, a.quantiles, a.levels, a.mask, axis=axis),
+    "crps": _crps(True),
+    "crps_units": _crps(False),
+    "nll": _nll,
     "coverage": lambda a, axis: m.coverage(a.target, *a.outer[:2], a.mask, axis=axis),
     "interval_width": _width,
     "msis": _msis,

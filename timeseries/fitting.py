@@ -89,7 +89,18 @@ def check_trainer(options: Mapping[str, Any]) -> None:
         if name in _FIXED:
             raise TypeError(f"the trainer option {name!r} is set by Forecaster.fit; {_FIXED[name]}")
         if name not in known:
-            own = ["model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args"]
+            own = [
+                "model",
+                "lookback",
+                "horizon",
+                "scaler",
+                "loss",
+                "quantiles",
+                "fill",
+                "seed",
+                "model_args",
+                "distribution",
+            ]
             close = difflib.get_close_matches(name, [*own, "calendar", "fourier", "ids", "threads", *known], n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else "see help(Forecaster)"
             raise TypeError(f"neither Forecaster nor the trainer has an option {name!r}; {hint}")
@@ -209,6 +220,7 @@ def create_task(
     *,
     loss: str,
     quantiles: tuple[float, ...],
+    distribution: str | None,
     lr: float,
     weight_decay: float,
     schedule: str,
@@ -229,6 +241,7 @@ def create_task(
         data.covariates,
         loss=loss,  # type: ignore[arg-type]
         quantiles=list(quantiles) or None,
+        distribution=distribution,
         optimizer=functools.partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay),
         lr_scheduler=SCHEDULES[schedule],
     )

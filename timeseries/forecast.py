@@ -21,6 +21,7 @@ def forecast(
     horizon: int | None = None,
     future: xr.Dataset | xr.DataArray | None = None,
     intervals: bool | None = None,
+    samples: int = 0,
 ) -> Any:
     """Forecast what follows the end of the data; see `Forecaster.predict`.
 
@@ -30,11 +31,12 @@ def forecast(
         horizon: Steps; default the trained horizon.
         future: Future-known covariates of these steps.
         intervals: True demands conformal intervals, False leaves them out.
+        samples: Number of draws from the model's distribution, as variable `samples`.
 
     Returns:
         A forecast of the same kind as `data`: Dataset, or long frame for a long frame.
     """
-    return load(model).predict(data, future, horizon, intervals=intervals)
+    return load(model).predict(data, future, horizon, intervals=intervals, samples=samples)
 
 
 def backtest(
@@ -75,8 +77,9 @@ def evaluate(
     Args:
         forecast: Forecast Dataset, e.g. of `backtest`.
         metrics: One or several of `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's
-            scaler, where the forecast names one; the same with `_units` in those of the data; the interval metrics take
-            the widest interval.
+            scaler, where the forecast names one; the same with `_units`, and `nll`, in those of the data. `crps` is that
+            of the forecast's distribution, else of its samples, else of its quantiles; the interval metrics take the
+            widest interval.
         by: Dimensions to keep, one or several of series, cutoff, horizon and variate; () gives one number over all
             windows.
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..ssmcore.training.checkpoints import load_weights, read_model_folder, save_model_folder
 from .conformal import check_counts, conformal_radius
+from .distributions import DEFAULT_LEVELS, find_distribution
 from .files import SUFFIXES
 from .inputs import Source, as_dataset, like_source
 from .models import MODELS, create_model
@@ -60,9 +61,11 @@ class Forecaster:
         lookback: Steps seen.
         horizon: Steps forecast at once.
         scaler: "standard", "robust", "minmax", "log1p" or "none", per series and variate.
-        loss: "mse", "mae", "huber" or "pinball" (implied by quantiles).
+        loss: "mse", "mae", "huber", "pinball" (implied by quantiles) or "nll", the negative log-likelihood (implied by
+            a distribution).
         quantiles: Ascending levels in (0, 1) for a probabilistic model; None gives a point forecast, around which
-            `fit` puts split-conformal intervals.
+            `fit` puts split-conformal intervals. With a distribution they are the levels of its quantiles that a
+            forecast holds, None: seven from 0.025 to 0.975.
         fill: What stands at missing inputs: "zero" after scaling or "forward" for the last observed value; no matter to
             a model that normalises each window, where they stand at its mean, nor to the naive ones.
         seed: Seed of weights and order; the same seed gives the same forecaster.
@@ -70,6 +73,8 @@ class Forecaster:
         calendar: Give the model calendar features of past and horizon; for models that read covariates (Chimera).
         fourier: Periods in steps, for each of which such a model gets a sine and a cosine.
         ids: What the `unique_id`s of a long frame are: "variates" of one system, or separate "series".
+        distribution: "normal", "student_t", or "negative_binomial" for counts, which need scaler="none": the model
+            forecasts its parameters.
         threads: Threads of torch on the CPU while this object computes; these models are fastest on one, above all on a
             busy machine. None leaves torch's setting.
         trainer: Options of `pytorch_lightning.Trainer`, e.g. accelerator="gpu".
@@ -80,7 +85,7 @@ class Forecaster:
         intervals: {"coverages": [...], "radius": (coverage, variate, horizon)} in scaled units, or None.
 
     Raises:
-        ValueError: for an unknown model; the message names close ones.
+        ValueError: for an unknown model or distribution, with close names, and for a scaler of counts.
     """
 
     def __init__(
@@ -97,12 +102,18 @@ class Forecaster:
         calendar: bool = False,
         fourier: Sequence[float] = (),
         ids: Literal["variates", "series"] = "variates",
+        distribution: str | None = None,
         threads: int | None = 1,
         **trainer: Any,
     ) -> None:
         if model not in MODELS:
             create_model(model)  # answers with close names
-        self.model, self.lookback, self.horizon = model, lookback, horizon
+        family = find_distribution(distribution)
+        if family is not None and family.counts and scaler != "none":
+            raise ValueError(f"{family.name} is a distribution of counts, which are not scaled; pass scaler='none'")
+        if family is not None and quantiles is None:
+            quantiles = DEFAULT_LEVELS
+        self.model, self.lookback, self.horizon, self.distribution = model, lookback, horizon, distribution
         self.scaler, self.loss, self.quantiles, self.fill = scaler, loss, check_quantiles(quantiles), fill
         self.seed, self.model_args, self.calendar = seed, dict(model_args or {}), calendar
         self.fourier, self.ids, self.threads, self.trainer = tuple(fourier), ids, threads, trainer
@@ -195,6 +206,7 @@ class Forecaster:
                 memory,
                 loss=self.loss,
                 quantiles=self.quantiles,
+                distribution=self.distribution,
                 lr=lr,
                 weight_decay=weight_decay,
                 schedule=schedule,
@@ -339,6 +351,7 @@ class Forecaster:
         horizon: int | None = None,
         *,
         intervals: bool | None = None,
+        samples: int = 0,
     ) -> Any:
         """Forecast what follows the end of the data.
 
@@ -349,10 +362,14 @@ class Forecaster:
             future: Future-known covariates of the steps to forecast, where the data do not hold them already.
             horizon: Steps; beyond the trained horizon the model's own forecasts are fed back, without quantiles.
             intervals: True demands the conformal intervals, False leaves them out, None adds them if there are any.
+            samples: Number of draws from the distribution, independent between steps and variates, as variable
+                `samples`; the same seed draws the same.
 
         Returns:
-            Forecast Dataset (dimensions series, cutoff, horizon, variate[, quantile]), or for a long frame a long frame
-            with columns unique_id, ds, cutoff, MODEL, MODEL-q10, ...
+            Forecast Dataset (dimensions series, cutoff, horizon, variate[, quantile][, sample]), or for a long frame a
+            long frame with columns unique_id, ds, cutoff, MODEL, MODEL-q10, ... (without samples). With a distribution
+            `mean` and its other parameters are variables too, unless the scaler is "log1p", of which only quantiles and
+            samples come back, and `mean` is the median.
 
         Raises:
             ValueError: for data that do not fit the model, and for a series that ended more than a lookback before the
@@ -372,7 +389,7 @@ class Forecaster:
                 f"series {name!s} has no observed value in the last {self.lookback} steps (the lookback) before the "
                 "common end of the series; forecast it by itself, cut where it ends, or leave it out"
             )
-        return like_source(self._forecast(ds, range(last, last + 1), horizon, future, intervals), source)
+        return like_source(self._forecast(ds, range(last, last + 1), horizon, future, intervals, samples), source)
 
     @_with_threads
     def backtest(
@@ -384,6 +401,7 @@ class Forecaster:
         horizon: int | None = None,
         *,
         intervals: bool | None = None,
+        samples: int = 0,
         progress: bool = True,
     ) -> Any:
         """Forecast from many past cutoffs, in batches, and keep what then came beside it.
@@ -396,6 +414,7 @@ class Forecaster:
             refit: False keeps the model; n trains it anew on all data up to the cutoff, every n cutoffs.
             horizon: Steps to forecast; default the trained horizon.
             intervals: As in `predict`.
+            samples: As in `predict`.
             progress: Show a bar on stderr where that is a terminal.
 
         Returns:
@@ -413,13 +432,13 @@ class Forecaster:
         total = len(origins) * ds.sizes["series"]
         with progress_bar(total, "backtest", progress) as advance:
             if not refit:
-                result = self._forecast(ds, origins, horizon, None, intervals, advance)
+                result = self._forecast(ds, origins, horizon, None, intervals, samples, advance)
             else:
                 pieces = []
                 for begin in range(0, len(origins), int(refit)):
                     group = origins[begin : begin + int(refit)]
                     model = self._refitted(ds.isel(time=slice(0, group[0] + 1)))
-                    pieces.append(model._forecast(ds, group, horizon, None, intervals, advance))
+                    pieces.append(model._forecast(ds, group, horizon, None, intervals, samples, advance))
                 result = self._joined(pieces, ds)
                 result.attrs["refit"] = int(refit)
         return like_source(result, source)
@@ -462,9 +481,15 @@ class Forecaster:
         horizon: int | None,
         future: xr.Dataset | xr.DataArray | None,
         intervals: bool | None,
+        samples: int = 0,
         advance: Any = None,
     ) -> xr.Dataset:
         horizon = self.horizon if horizon is None else horizon
+        if samples and (self.distribution is None or horizon > self.horizon):
+            reason = "no distribution" if self.distribution is None else f"one for {self.horizon} steps, not {horizon}"
+            raise ValueError(
+                f"samples were asked for and this forecaster has {reason}; train with distribution='normal'"
+            )
         found = bool(self.quantiles) or self.intervals is not None
         usable = found and horizon <= self.horizon
         if intervals and not usable:
@@ -485,6 +510,9 @@ class Forecaster:
             future=future,
             quantiles=self.quantiles,
             intervals=self.intervals if usable and intervals is not False else None,
+            distribution=find_distribution(self.distribution),
+            samples=samples,
+            seed=self.seed,
             attrs=attrs,
             advance=advance,
         )
@@ -534,13 +562,15 @@ class Forecaster:
         net = create_model(model, **args)
         load_weights(net, folder.state, source=str(path))
         own = {k: v for k, v in args.items() if k not in _FROM_DATA}
+        distribution = args.get("distribution")
         forecaster = cls(
             model,
             args["lookback"],
             args["horizon"],
             scaler=state["scaler"]["kind"],
             loss=task.get("loss", "mse"),
-            quantiles=args.get("quantiles"),
+            quantiles=task["quantiles"] if distribution else args.get("quantiles"),
+            distribution=distribution,
             fill=state["fill"],
             seed=task.get("seed", 0),
             model_args=own,
@@ -554,10 +584,10 @@ class Forecaster:
 
 
 COVERAGES = (0.5, 0.8, 0.95)
-_FROM_DATA = ("lookback", "horizon", "n_variates", "quantiles", "n_past", "n_future", "n_static")
+_FROM_DATA = ("lookback", "horizon", "n_variates", "quantiles", "distribution", "n_past", "n_future", "n_static")
 _SETTINGS = (
     "model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args", "calendar",
-    "fourier", "ids", "threads",
+    "fourier", "ids", "distribution", "threads",
 )  # fmt: skip
 
 

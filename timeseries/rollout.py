@@ -19,6 +19,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from .conformal import interval_levels
+from .distributions import Distribution
 from .freq import infer_freq, normalize_freq, same_freq
 from .models.layers import middle_quantile
 from .scaling import Scaler
@@ -231,6 +232,9 @@ def forecast_dataset(
     future: xr.Dataset | xr.DataArray | None = None,
     quantiles: Sequence[float] = (),
     intervals: dict[str, Any] | None = None,
+    distribution: Distribution | None = None,
+    samples: int = 0,
+    seed: int = 0,
     attrs: dict[str, Any] | None = None,
     advance: Callable[..., None] | None = None,
 ) -> xr.Dataset:
@@ -243,9 +247,12 @@ def forecast_dataset(
         origins: Steps on the time axis of `ds` that are the last ones seen.
         horizon: Steps to forecast.
         future: Future-known covariates behind the end of `ds`.
-        quantiles: Levels of a probabilistic network; written up to its own horizon only, since behind it the network
-            sees a median as if it were observed.
+        quantiles: Levels of a probabilistic network, or of the distribution; written up to its own horizon only, since
+            behind it the network sees a median as if it were observed.
         intervals: {"coverages": [...], "radius": (coverage, i, h)} in scaled units, for a point network.
+        distribution: Family whose parameters the network forecasts; written up to its own horizon only.
+        samples: Number of draws from it.
+        seed: Of these draws.
         attrs: Attributes of the result.
         advance: Called with the number of windows done.
     """
@@ -260,18 +267,22 @@ def forecast_dataset(
         check_future(longer, slice(end, origins[-1] + 1 + horizon))
     targets = range(origins[0] + 1, origins[-1] + width + 1)
     windows, scaler = create_windows(longer, state, targets, width, origins.step)
-    middle = middle_quantile(quantiles) if quantiles else None
+    middle = 0 if distribution else middle_quantile(quantiles) if quantiles else None
     values = run_windows(net, windows, trained, horizon, middle, advance=advance)  # (series * cutoff, i, horizon[, q])
     mean = values if middle is None else values[..., middle]
     levels: tuple[float, ...] = tuple(quantiles)
     spread = values if quantiles and horizon <= trained else None
+    if spread is not None and distribution:
+        spread = distribution.quantiles(values, levels).astype(np.float32)
     if intervals and not quantiles:
         levels, spread = interval_levels(intervals["coverages"]), _with_intervals(mean, intervals)
     rows = np.repeat(np.arange(series), len(origins))
 
+    def laid_out(flat: Array) -> Array:
+        return np.moveaxis(flat.reshape(series, len(origins), *flat.shape[1:]), 2, 3)  # series, cutoff, horizon, i[, q]
+
     def in_units(scaled: Array) -> Array:
-        back = scaler.inverse(scaled, rows, axis=1).reshape(series, len(origins), *scaled.shape[1:])
-        return np.moveaxis(back, 2, 3)  # (series, cutoff, horizon, i[, q])
+        return laid_out(scaler.inverse(scaled, rows, axis=1))
 
     dims = ("series", "cutoff", "horizon", "variate")
     index = np.array(origins)[:, None] + np.arange(1, horizon + 1)  # (cutoff, horizon)
@@ -280,6 +291,12 @@ def forecast_dataset(
     variables: dict[str, Any] = {"mean": (dims, in_units(mean))}
     if spread is not None:
         variables["quantiles"] = ((*dims, "quantile"), in_units(spread))
+    if spread is not None and distribution:
+        moved = _parameters(distribution, values, scaler, rows)
+        variables |= {name: (dims, laid_out(part)) for name, part in moved.items()}
+        if samples:
+            drawn = distribution.sample(values, samples, np.random.default_rng(seed)).astype(np.float32)
+            variables["samples"] = ((*dims, "sample"), in_units(drawn))
     if origins[-1] + horizon < end:  # a look back, whether or not all of it was observed
         variables["target"] = (dims, known)
         variables["observed"] = (dims, np.isfinite(known))
@@ -292,6 +309,8 @@ def forecast_dataset(
     }
     if spread is not None:
         coords["quantile"] = np.array(levels)
+    if "samples" in variables:
+        coords["sample"] = np.arange(samples)
     if "units" in ds.coords:
         coords["units"] = ("variate", _names(ds["units"]))
     seasonal, units = yardstick(ds, state)
@@ -301,12 +320,23 @@ def forecast_dataset(
         "trained_horizon": trained,
         "rollout": "direct" if horizon <= trained else f"own forecasts fed back in blocks of {trained} steps",
         "intervals": "none" if spread is None else "quantiles of the model" if quantiles else "split conformal",
+        "distribution": "none" if spread is None or distribution is None else distribution.name,
         "season": state["season"],
         "scaler": units,
     }
     if state["freq"] is not None:
         about["freq"] = state["freq"]
     return xr.Dataset(variables, coords, {**(attrs or {}), **about})
+
+
+def _parameters(distribution: Distribution, values: Array, scaler: Scaler, rows: Array) -> dict[str, Array]:
+    """Parameters beside the mean in data units, (n, i, horizon) float32; none where a logarithm bends the units."""
+    if scaler.kind == "log1p":
+        return {}
+    one = np.ones((*values.shape[:2], 1))
+    center = scaler.inverse(0 * one, rows, axis=1)
+    moved = distribution.in_units(values, center, scaler.inverse(one, rows, axis=1) - center).astype(np.float32)
+    return {name: moved[..., k] for k, name in enumerate(distribution.parameters) if k}
 
 
 def _with_intervals(mean: Array, intervals: dict[str, Any]) -> Array:

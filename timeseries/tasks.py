@@ -18,6 +18,7 @@ from ..ssmcore.training import SSMTask
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from .classification import SeriesClassification as SeriesClassification
 from .conformal import conformal_radius
+from .distributions import DEFAULT_LEVELS, Distribution, find_distribution
 from .imputation import Imputation as Imputation
 from .metrics import ErrorSums
 from .models import MODELS, create_model, model_options
@@ -26,7 +27,7 @@ from .windows import WindowBatch
 
 log = logging.getLogger(__name__)
 
-Loss = Literal["mse", "mae", "huber", "pinball"]
+Loss = Literal["mse", "mae", "huber", "pinball", "nll"]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda y, target: (y - target).square(),
@@ -35,14 +36,21 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def check_loss(loss: str, quantiles: Sequence[float] | None) -> str:
-    """The loss to use: "pinball" where quantiles are given and nothing else was asked for.
+def check_loss(loss: str, quantiles: Sequence[float] | None, distribution: str | None = None) -> str:
+    """The loss to use: "nll" with a distribution, "pinball" with quantiles, where nothing else was asked for.
 
     Raises:
-        ValueError: for an unknown loss, and where loss and quantiles do not go together.
+        ValueError: for an unknown loss, and where it does not go with quantiles or the distribution.
     """
-    if loss not in (*LOSSES, "pinball"):
-        raise ValueError(f"unknown loss {loss!r}; expected mse, mae, huber or pinball")
+    if loss not in (*LOSSES, "pinball", "nll"):
+        raise ValueError(f"unknown loss {loss!r}; expected mse, mae, huber, pinball or nll")
+    if distribution or loss == "nll":
+        if not distribution or loss not in ("mse", "nll"):
+            raise ValueError(
+                f"expected a distribution with the loss 'nll' and only there, got loss {loss!r} and distribution "
+                f"{distribution!r}; e.g. loss: nll, distribution: student_t"
+            )
+        return "nll"
     if quantiles and loss == "mse":
         return "pinball"
     if (loss == "pinball") != bool(quantiles):
@@ -53,9 +61,35 @@ def check_loss(loss: str, quantiles: Sequence[float] | None) -> str:
     return loss
 
 
-def point_forecast(y: Tensor, quantiles: Sequence[float]) -> Tensor:
-    """(b, i, horizon) of a point model as it is; of (b, i, horizon, q) the quantile nearest to the median."""
+def point_forecast(y: Tensor, quantiles: Sequence[float], distribution: Distribution | None = None) -> Tensor:
+    """(b, i, horizon) of a point model as it is; of (b, i, horizon, q) the mean, or the quantile next to the median."""
+    if distribution is not None:
+        return y[..., 0]
     return y[..., middle_quantile(quantiles)] if quantiles else y
+
+
+def check_counts_of(data: Any, distribution: Distribution) -> None:
+    """A distribution of counts needs targets that are counts, as they are.
+
+    Args:
+        data: Data module.
+        distribution: The family.
+
+    Raises:
+        ValueError: if targets are scaled, negative or no whole numbers.
+    """
+    if data.scaler.kind != "none":
+        raise ValueError(
+            f"{distribution.name} is a distribution of counts, which are not scaled; got scaler {data.scaler.kind!r}, "
+            "pass scaler='none'"
+        )
+    target = data.dataset["target"].to_numpy()
+    wrong = np.isfinite(target) & ((target < 0) | (target != np.floor(target)))
+    if wrong.any():
+        raise ValueError(
+            f"{distribution.name} is a distribution of counts 0, 1, 2, ..., the data hold {target[wrong][0]:g}; "
+            "take normal or student_t"
+        )
 
 
 MAX_RESIDUALS = 20_000_000  # validation residuals kept for the intervals, 80 MB; of more, a random share
@@ -77,8 +111,11 @@ class Forecasting(SSMTask):
         n_variates: Number of variates; taken from the data module.
         covariates: Numbers of "past", "future" and "static" covariates; taken from the data module. A model that has
             no `n_past`, `n_future` or `n_static` does without them.
-        loss: "mse", "mae", "huber" or "pinball" (implied by quantiles).
-        quantiles: Ascending levels in (0, 1) of a probabilistic forecast.
+        loss: "mse", "mae", "huber", "pinball" (implied by quantiles) or "nll", the negative log-likelihood (implied by
+            a distribution).
+        quantiles: Ascending levels in (0, 1) of a probabilistic forecast; with a distribution those of its quantiles
+            that files get.
+        distribution: "normal", "student_t", or "negative_binomial" for counts, which need `scaler: none`.
         optimizer: Called with the parameter groups.
         lr_scheduler: Called with the optimiser.
         coverages: Coverages of the intervals of a point model; [] makes none.
@@ -96,6 +133,7 @@ class Forecasting(SSMTask):
         covariates: dict[str, int] | None = None,
         loss: Loss = "mse",
         quantiles: list[float] | None = None,
+        distribution: str | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         coverages: Sequence[float] = (0.5, 0.8, 0.95),
@@ -105,8 +143,10 @@ class Forecasting(SSMTask):
         super().__init__(optimizer, lr_scheduler, compile, check_finite)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.model = model
-        self.quantiles = check_quantiles(quantiles)
-        self.loss = check_loss(loss, self.quantiles)
+        self.distribution = find_distribution(distribution)
+        self.levels = check_quantiles(quantiles) or (DEFAULT_LEVELS if self.distribution else ())
+        self.quantiles = () if self.distribution else self.levels  # those that the network itself forecasts
+        self.loss = check_loss(loss, self.quantiles, distribution)
         self.args: dict[str, Any] = {"lookback": lookback, "horizon": horizon, "n_variates": n_variates}
         known = model_options(model) if model in MODELS else []
         counts = {f"n_{kind}": count for kind, count in (covariates or {}).items()}
@@ -114,21 +154,26 @@ class Forecasting(SSMTask):
         self.args |= model_args or {}
         if self.quantiles:
             self.args["quantiles"] = list(self.quantiles)
+        if self.distribution:
+            if model in MODELS and "distribution" not in known:
+                able = [name for name in MODELS if "distribution" in model_options(name)]
+                raise ValueError(f"{model} forecasts points only; for a distribution take one of {', '.join(able)}")
+            self.args["distribution"] = self.distribution.name
         self.net = create_model(model, **self.args)
         self.errors = {"val": ErrorSums(), "test": ErrorSums()}
         self.losses = {"val": [0.0, 0.0], "test": [0.0, 0.0]}  # sum and count
-        self.coverages = [] if self.quantiles else list(coverages)
+        self.coverages = [] if self.levels else list(coverages)
         self.intervals: dict[str, Any] | None = None
         self._residuals: list[npt.NDArray[Any]] = []
         self._kept, self._rng = 1.0, np.random.default_rng(0)  # share of the windows whose residuals are kept
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """(b, i, horizon), or (b, i, horizon, q) with quantiles."""
+        """(b, i, horizon), or (b, i, horizon, q) with quantiles or a distribution."""
         return self.net(batch)
 
     def model_config(self) -> dict[str, Any]:
         """Name and arguments that rebuild the network."""
-        task = {"loss": self.loss, "quantiles": list(self.quantiles)}
+        task = {"loss": self.loss, "quantiles": list(self.levels)}
         return {"model": f"timeseries/{self.model}", "args": dict(self.args), "task": task}
 
     def export_files(self) -> dict[str, str]:
@@ -141,7 +186,9 @@ class Forecasting(SSMTask):
 
     def loss_sum(self, y: Tensor, batch: WindowBatch) -> tuple[Tensor, Tensor]:
         """Sum of the loss over observed targets, and their count."""
-        if self.quantiles:
+        if self.distribution:
+            each = -self.distribution.log_prob(y, batch.y)
+        elif self.quantiles:
             levels = torch.tensor(self.quantiles, device=y.device, dtype=y.dtype)
             error = batch.y[..., None] - y
             each = torch.maximum(levels * error, (levels - 1) * error).mean(dim=-1)
@@ -150,7 +197,9 @@ class Forecasting(SSMTask):
         return torch.where(batch.y_mask, each, 0.0).sum(), batch.y_mask.sum()
 
     def on_fit_start(self) -> None:
-        """Solve a closed-form model on the training windows."""
+        """Solve a closed-form model on the training windows; see that counts are counts."""
+        if self.distribution and self.distribution.counts:
+            check_counts_of(self.trainer.datamodule, self.distribution)  # type: ignore[attr-defined]
         solve = getattr(self.net, "fit_windows", None)
         if callable(solve):
             solve(self.trainer.datamodule.windows("train"))  # type: ignore[attr-defined]
@@ -210,7 +259,7 @@ class Forecasting(SSMTask):
         total, count = self.loss_sum(y, batch)
         self.losses[part][0] += float(total)
         self.losses[part][1] += float(count)
-        self.errors[part].update(batch.y, point_forecast(y, self.quantiles), batch.y_mask)
+        self.errors[part].update(batch.y, point_forecast(y, self.quantiles, self.distribution), batch.y_mask)
         if part == "val" and self.coverages:
             self._keep(torch.where(batch.y_mask, batch.y - y, torch.nan).float().cpu().numpy())
 

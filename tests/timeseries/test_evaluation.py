@@ -27,6 +27,7 @@ def forecast():
             "target": (dims, target.astype(np.float32)),
             "mean": (dims, mean.astype(np.float32)),
             "quantiles": ((*dims, "quantile"), quantiles.astype(np.float32)),
+            "scale": (dims, rng.uniform(2, 9, shape).astype(np.float32)),
         },
         {
             "series": ["a", "b"],
@@ -37,7 +38,7 @@ def forecast():
             "seasonal_mae": (("series", "variate"), rng.uniform(1, 2, (2, 3))),
             "seasonal_mse": (("series", "variate"), rng.uniform(1, 2, (2, 3))),
         },
-        {"scaler": json.dumps(scaler.to_dict()), "model": "m"},
+        {"scaler": json.dumps(scaler.to_dict()), "model": "m", "distribution": "normal"},
     )
 
 
@@ -77,6 +78,27 @@ def test_by_hand_along_one_dimension(forecast):
     assert float(result["coverage"].sel(variate="y")) == pytest.approx((np.abs(y - f) <= 8)[keep].mean(), abs=1e-6)
 
 
+def test_crps_of_the_distribution_else_of_samples_else_of_quantiles(forecast):
+    y, f, s = (forecast[name].values.astype(float) for name in ("target", "mean", "scale"))
+    keep = np.isfinite(y)
+    unit = np.array(json.loads(forecast.attrs["scaler"])["scale"])[:, None, None, :] + 0 * y
+    result = evaluate(forecast, ("crps", "crps_units", "nll"), ())
+    assert float(result["crps_units"]) == pytest.approx(metrics.crps_normal(y, f, s))
+    assert float(result["crps"]) == pytest.approx(metrics.crps_normal(y / unit, f / unit, s / unit))
+    density = -0.5 * ((y - f) / s) ** 2 - np.log(s) - 0.5 * np.log(2 * np.pi)
+    assert float(result["nll"]) == pytest.approx(-density[keep].mean())
+    bare = forecast.drop_vars("scale")
+    levels = forecast["quantile"].values
+    quantiles = metrics.crps_quantiles(y, forecast["quantiles"].values, levels)
+    assert float(evaluate(bare, "crps_units", ())["crps_units"]) == pytest.approx(quantiles)
+    drawn = f[..., None] + s[..., None] * np.random.default_rng(0).normal(size=(*f.shape, 200))
+    sampled = bare.assign(samples=((*forecast["mean"].dims, "sample"), drawn))
+    assert float(evaluate(sampled, "crps_units", ())["crps_units"]) == pytest.approx(metrics.crps_samples(y, drawn))
+    assert float(evaluate(sampled, "crps_units", ())["crps_units"]) == pytest.approx(
+        float(result["crps_units"]), rel=0.05
+    )
+
+
 def test_observed_overrules_the_target(forecast):
     masked = forecast.assign(observed=(forecast["target"].dims, np.zeros(forecast["target"].shape, bool)))
     assert np.isnan(evaluate(masked, ("mae",), ())["mae"])
@@ -90,7 +112,9 @@ def test_refusals_name_the_way_out(forecast):
     with pytest.raises(ValueError, match="no variable 'target'"):
         evaluate(forecast.drop_vars("target"))
     with pytest.raises(ValueError, match="needs quantiles"):
-        evaluate(forecast.drop_vars("quantiles"), ("crps",))
+        evaluate(forecast.drop_vars(["quantiles", "scale"]), ("crps",))
+    with pytest.raises(ValueError, match="nll needs the parameters of a distribution"):
+        evaluate(forecast.drop_vars("scale"), ("nll",))
     with pytest.raises(ValueError, match="'seasonal_mae'"):
         evaluate(forecast.drop_vars("seasonal_mae"), ("mase",))
 

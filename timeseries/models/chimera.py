@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ssmcore import Chimera2D, Stack
-from .layers import check_quantiles, instance_statistics, noncrossing
+from .layers import Output, instance_statistics
 
 if TYPE_CHECKING:
     from ..windows import WindowBatch
@@ -52,6 +52,7 @@ class ChimeraForecaster(nn.Module):
             starts at zero. 0 turns it off.
         mask_input: Give the patch embedding the mask of observed steps besides the values.
         quantiles: Ascending levels in (0, 1); None forecasts a point.
+        distribution: "normal", "student_t" or "negative_binomial" (for counts), whose parameters are forecast instead.
         n_past: Past-only covariates; they join the grid as further rows without a forecast.
         n_future: Covariates known in advance; their patches are added to the tokens, their values in the horizon act
             linearly on each variate.
@@ -80,6 +81,7 @@ class ChimeraForecaster(nn.Module):
         linear_skip: int = 0,
         mask_input: bool = False,
         quantiles: Sequence[float] | None = None,
+        distribution: str | None = None,
         n_past: int = 0,
         n_future: int = 0,
         n_static: int = 0,
@@ -99,7 +101,7 @@ class ChimeraForecaster(nn.Module):
         self.lookback, self.horizon, self.n_variates, self.n_past = lookback, horizon, n_variates, n_past
         self.patch_len, self.stride, self.linear_skip = patch_len, stride, linear_skip
         self.instance_norm, self.mask_input = instance_norm, mask_input
-        self.n_quantiles = len(check_quantiles(quantiles))
+        self.output = Output(quantiles, distribution, instance_norm=instance_norm)
         self.n_tokens = (lookback - patch_len) // stride + 2
         rows = n_variates + n_past
         if variate_embedding is None:
@@ -113,14 +115,14 @@ class ChimeraForecaster(nn.Module):
         options = {"d_state": d_state, "dropout": dropout} | (mixer or {})
         self.stack = Stack(d_model, ["chimera2d"] * n_layer, mixer_options=options)
         self.head_dropout = nn.Dropout(head_dropout)
-        self.head = nn.Linear(self.n_tokens * d_model, horizon * max(1, self.n_quantiles))
+        self.head = nn.Linear(self.n_tokens * d_model, horizon * self.output.numbers)
         self.skip = nn.Linear(n_variates * linear_skip, n_variates * horizon, bias=False) if linear_skip else None
         for linear in (self.known_future, self.skip):
             if linear is not None:
                 nn.init.zeros_(linear.weight)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """Forecast in the units of `batch.x`: (b, i, horizon), or (b, i, horizon, q) with quantiles."""
+        """Forecast in the units of `batch.x`: (b, i, horizon), with quantiles or a distribution (b, i, horizon, q)."""
         x, mask = batch.x, batch.x_mask
         if self.n_past:
             past = self._required(batch.past, "past", self.n_past)
@@ -135,12 +137,11 @@ class ChimeraForecaster(nn.Module):
         hidden = self.stack(hidden, mask=token_mask, time_gap=token_gap)[:, : self.n_variates].flatten(2)
         y = self.head(self.head_dropout(hidden)).unflatten(-1, (self.horizon, -1))  # (b, i, horizon, q or 1)
         linear = self._linear_part(x, batch)
-        if linear is not None:  # on the lowest quantile, from which the others are counted upwards
+        if linear is not None:  # on the location, or on the lowest quantile, from which the others are counted
             y = torch.cat([y[..., :1] + linear[..., None], y[..., 1:]], dim=-1)
-        y = noncrossing(y) if self.n_quantiles else y[..., 0]
-        if statistics is None:
-            return y
-        return type(statistics)(*(part[:, : self.n_variates] for part in statistics)).denormalize(y)
+        if statistics is not None:
+            statistics = type(statistics)(*(part[:, : self.n_variates] for part in statistics))
+        return self.output(y, statistics)
 
     def _patches(self, x: Tensor) -> Tensor:
         """(b, i, lookback) -> (b, i, j, patch_len); the last value is repeated for the final patch."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ssmcore import Stack
-from .layers import check_quantiles, instance_statistics, noncrossing
+from .layers import Output, instance_statistics
 
 if TYPE_CHECKING:
     from ..windows import WindowBatch
@@ -80,6 +80,7 @@ class HiSS(nn.Module):
         high_layers: Blocks over pieces.
         dropout: Before the head.
         quantiles: Ascending levels in (0, 1); None forecasts a point.
+        distribution: "normal", "student_t" or "negative_binomial" (for counts), whose parameters are forecast instead.
         mixer: Name of a causal sequence mixer.
         mixer_options: Its options.
     """
@@ -96,12 +97,13 @@ class HiSS(nn.Module):
         high_layers: int = 2,
         dropout: float = 0.1,
         quantiles: Sequence[float] | None = None,
+        distribution: str | None = None,
         mixer: str = "mamba",
         mixer_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.horizon, self.n_variates = horizon, n_variates
-        self.n_quantiles = len(check_quantiles(quantiles))
+        self.output = Output(quantiles, distribution)
         self.embed = nn.Linear(2 * n_variates, d_model)
         self.stack = HierarchicalStack(
             d_model,
@@ -112,13 +114,12 @@ class HiSS(nn.Module):
             mixer_options=mixer_options or ({"d_state": 8, "expand": 1} if mixer == "mamba" else None),
         )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(d_model, n_variates * horizon * max(1, self.n_quantiles))
+        self.head = nn.Linear(d_model, n_variates * horizon * self.output.numbers)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """Forecast in the units of `batch.x`: (b, i, horizon), or (b, i, horizon, q) with quantiles."""
+        """Forecast in the units of `batch.x`: (b, i, horizon), with quantiles or a distribution (b, i, horizon, q)."""
         statistics = instance_statistics(batch.x, batch.x_mask)
         x = statistics.normalize(batch.x, batch.x_mask)
         hidden = self.stack(self.embed(torch.cat([x, batch.x_mask.to(x.dtype)], dim=1).mT))[:, -1]
         y = self.head(self.dropout(hidden)).unflatten(-1, (self.n_variates, self.horizon, -1))
-        y = noncrossing(y) if self.n_quantiles else y[..., 0]
-        return statistics.denormalize(y)
+        return self.output(y, statistics)

@@ -1,4 +1,4 @@
-"""Parts shared by the forecasters: instance normalisation under a mask, and non-crossing quantiles."""
+"""Parts shared by the forecasters: instance normalisation under a mask, and what a head's numbers mean."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributions import find_distribution
+
 __all__ = [
     "InstanceStatistics",
+    "Output",
     "check_quantiles",
     "instance_statistics",
     "interpolate",
@@ -51,6 +54,53 @@ def instance_statistics(x: Tensor, mask: Tensor, eps: float = 1e-5) -> InstanceS
     mean = torch.where(mask, x, 0.0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
     variance = torch.where(mask, x - mean, 0.0).square().sum(dim=-1, keepdim=True) / count.clamp(min=1)
     return InstanceStatistics(mean, torch.where(count > 0, (variance + eps).sqrt(), 1.0))
+
+
+class Output:
+    """What the numbers of a head are: a point, quantiles, or the parameters of a distribution.
+
+    Args:
+        quantiles: Ascending levels in (0, 1), or None.
+        distribution: "normal", "student_t" or "negative_binomial", or None; without quantiles.
+        instance_norm: Whether the model normalises each window, as counts need it.
+
+    Attributes:
+        numbers: Numbers of a head for each value, the first one of which is a location.
+        distribution: The family, or None.
+
+    Raises:
+        ValueError: if the two are given together, or counts come without normalisation.
+    """
+
+    def __init__(
+        self, quantiles: Sequence[float] | None = None, distribution: str | None = None, *, instance_norm: bool = True
+    ) -> None:
+        self.n_quantiles, self.distribution = len(check_quantiles(quantiles)), find_distribution(distribution)
+        if self.distribution and self.n_quantiles:
+            raise ValueError(
+                "a model has quantiles or a distribution, not both; the quantiles of a distribution are named where it "
+                "is trained"
+            )
+        if self.distribution and self.distribution.counts and not instance_norm:
+            raise ValueError(f"{self.distribution.name} needs a model with instance_norm, since counts are not scaled")
+        parameters = self.distribution.parameters if self.distribution else ()
+        self.numbers = len(parameters) or max(1, self.n_quantiles)
+
+    def __call__(self, raw: Tensor, statistics: InstanceStatistics | None = None) -> Tensor:
+        """Forecast in the units of the window from the numbers of the head.
+
+        Args:
+            raw: (b, i, horizon, numbers).
+            statistics: Those that the window was normalised by, if it was.
+
+        Returns:
+            (b, i, horizon) for a point, otherwise (b, i, horizon, q) with ascending quantiles or parameters.
+        """
+        if self.distribution is not None:
+            y = self.distribution.shaped(raw.to(torch.promote_types(raw.dtype, torch.float32)))
+            return y if statistics is None else self.distribution.denormalized(y, *statistics)
+        y = noncrossing(raw) if self.n_quantiles else raw[..., 0]
+        return y if statistics is None else statistics.denormalize(y)
 
 
 def check_quantiles(quantiles: Sequence[float] | None) -> tuple[float, ...]:

@@ -14,24 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import InstanceStatistics, check_quantiles, instance_statistics, noncrossing
+from .layers import InstanceStatistics, Output, instance_statistics
 
 if TYPE_CHECKING:
     from ..windows import WindowBatch, Windows
 
 __all__ = ["DLinear", "RLinear", "Ridge"]
-
-
-class _QuantileLinear(nn.Linear):
-    """Linear map lookback -> horizon, or -> (horizon, q) with ascending quantiles."""
-
-    def __init__(self, lookback: int, horizon: int, n_quantiles: int) -> None:
-        super().__init__(lookback, horizon * max(1, n_quantiles))
-        self.n_quantiles = n_quantiles
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return noncrossing(y.unflatten(-1, (-1, self.n_quantiles))) if self.n_quantiles else y
 
 
 class RLinear(nn.Module):
@@ -42,6 +30,7 @@ class RLinear(nn.Module):
         horizon: Steps forecast.
         n_variates: Not used; the map is shared.
         quantiles: Levels to forecast; None forecasts a point.
+        distribution: "normal", "student_t" or "negative_binomial" (for counts), whose parameters are forecast instead.
         instance_norm: False uses the global scaler only.
     """
 
@@ -52,18 +41,19 @@ class RLinear(nn.Module):
         n_variates: int,
         *,
         quantiles: Sequence[float] | None = None,
+        distribution: str | None = None,
         instance_norm: bool = True,
     ) -> None:
         super().__init__()
         self.instance_norm = instance_norm
-        self.linear = _QuantileLinear(lookback, horizon, len(check_quantiles(quantiles)))
+        self.output = Output(quantiles, distribution, instance_norm=instance_norm)
+        self.linear = nn.Linear(lookback, horizon * self.output.numbers)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """(b, i, lookback) -> (b, i, horizon) or (b, i, horizon, q)."""
-        if not self.instance_norm:
-            return self.linear(batch.x)
-        statistics = instance_statistics(batch.x, batch.x_mask)
-        return statistics.denormalize(self.linear(statistics.normalize(batch.x, batch.x_mask)))
+        """(b, i, lookback) -> (b, i, horizon), or (b, i, horizon, q) with quantiles or a distribution."""
+        statistics = instance_statistics(batch.x, batch.x_mask) if self.instance_norm else None
+        x = batch.x if statistics is None else statistics.normalize(batch.x, batch.x_mask)
+        return self.output(self.linear(x).unflatten(-1, (-1, self.output.numbers)), statistics)
 
 
 class DLinear(nn.Module):
@@ -75,6 +65,7 @@ class DLinear(nn.Module):
         n_variates: Not used; the maps are shared.
         window: Odd width of the moving average in steps; the ends are replicated.
         quantiles: Levels to forecast; None forecasts a point.
+        distribution: "normal" or "student_t", whose parameters are forecast instead.
 
     Raises:
         ValueError: if `window` is even or below 1.
@@ -88,23 +79,24 @@ class DLinear(nn.Module):
         *,
         window: int = 25,
         quantiles: Sequence[float] | None = None,
+        distribution: str | None = None,
     ) -> None:
         super().__init__()
         if window < 1 or window % 2 == 0:
             raise ValueError(f"expected an odd moving-average window of at least 1 step, got {window}; e.g. 25")
         self.window = window
-        n_quantiles = len(check_quantiles(quantiles))
-        self.trend = _QuantileLinear(lookback, horizon, 0)
-        self.rest = _QuantileLinear(lookback, horizon, n_quantiles)
+        self.output = Output(quantiles, distribution, instance_norm=False)
+        self.trend, self.rest = nn.Linear(lookback, horizon), nn.Linear(lookback, horizon * self.output.numbers)
         nn.init.constant_(self.trend.weight, 1 / lookback)
         nn.init.constant_(self.rest.weight, 1 / lookback)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """(b, i, lookback) -> (b, i, horizon) or (b, i, horizon, q)."""
+        """(b, i, lookback) -> (b, i, horizon), or (b, i, horizon, q) with quantiles or a distribution."""
         side = self.window // 2
         trend = F.avg_pool1d(F.pad(batch.x, (side, side), mode="replicate"), self.window, stride=1)
-        trend_part, rest_part = self.trend(trend), self.rest(batch.x - trend)
-        return rest_part + (trend_part if rest_part.dim() == 3 else trend_part[..., None])
+        raw = self.rest(batch.x - trend).unflatten(-1, (-1, self.output.numbers))
+        located = raw[..., :1] + self.trend(trend)[..., None]  # the other numbers are scales, or counted from this one
+        return self.output(torch.cat([located, raw[..., 1:]], dim=-1))
 
 
 class Ridge(nn.Module):

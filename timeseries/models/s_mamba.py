@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ssmcore import create_mixer
-from .layers import check_quantiles, instance_statistics, noncrossing
+from .layers import Output, instance_statistics
 
 if TYPE_CHECKING:
     from ..windows import WindowBatch
@@ -35,6 +35,7 @@ class SMamba(nn.Module):
         n_layer: Number of layers.
         dropout: After embedding, mixer and feed-forward part.
         quantiles: Ascending levels in (0, 1); None forecasts a point.
+        distribution: "normal", "student_t" or "negative_binomial" (for counts), whose parameters are forecast instead.
         n_future: Covariates known in advance, of which the lookback is one token each; they are dropped at the end.
         instance_norm: Normalise each window and variate, and undo it on the forecast.
     """
@@ -51,19 +52,20 @@ class SMamba(nn.Module):
         n_layer: int = 2,
         dropout: float = 0.1,
         quantiles: Sequence[float] | None = None,
+        distribution: str | None = None,
         n_future: int = 0,
         instance_norm: bool = True,
     ) -> None:
         super().__init__()
         self.lookback, self.horizon, self.n_future, self.instance_norm = lookback, horizon, n_future, instance_norm
-        self.n_quantiles = len(check_quantiles(quantiles))
+        self.output = Output(quantiles, distribution, instance_norm=instance_norm)
         self.embed, self.dropout = nn.Linear(lookback, d_model), nn.Dropout(dropout)
         self.layers = nn.ModuleList(_Layer(d_model, d_ff or d_model, d_state, dropout) for _ in range(n_layer))
         self.norm = nn.LayerNorm(d_model)
-        self.head = nn.Linear(d_model, horizon * max(1, self.n_quantiles))
+        self.head = nn.Linear(d_model, horizon * self.output.numbers)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """Forecast in the units of `batch.x`: (b, i, horizon), or (b, i, horizon, q) with quantiles."""
+        """Forecast in the units of `batch.x`: (b, i, horizon), with quantiles or a distribution (b, i, horizon, q)."""
         x, variates = batch.x, batch.x.shape[1]
         statistics = instance_statistics(x, batch.x_mask) if self.instance_norm else None
         if statistics is not None:
@@ -76,8 +78,7 @@ class SMamba(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         y = self.head(self.norm(hidden[:, :variates])).unflatten(-1, (self.horizon, -1))
-        y = noncrossing(y) if self.n_quantiles else y[..., 0]
-        return y if statistics is None else statistics.denormalize(y)
+        return self.output(y, statistics)
 
 
 class _Layer(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...kernels import fft_conv
 from ...ssmcore import Stack
 from ...ssmcore.mixers import apply_powers, companion_matrix, unit_norm
-from .layers import instance_statistics
+from .layers import Output, instance_statistics
 
 if TYPE_CHECKING:
     from ..windows import WindowBatch
@@ -81,9 +81,11 @@ class SpaceTime(nn.Module):
         n_layer: Companion blocks before the closed loop.
         dropout: In the blocks.
         weights: Of the losses on one-step predictions of values and of the loop's own inputs, beside 1 for the horizon.
+        quantiles: Ascending levels in (0, 1); None forecasts a point.
+        distribution: "normal" or "student_t", whose parameters are forecast instead.
 
     Raises:
-        ValueError: if the lookback is too short for the one-step losses.
+        ValueError: if the lookback is too short for the one-step losses, and for a distribution of counts.
     """
 
     def __init__(
@@ -97,19 +99,24 @@ class SpaceTime(nn.Module):
         n_layer: int = 1,
         dropout: float = 0.1,
         weights: Sequence[float] = (1.0, 1.0),
+        quantiles: Sequence[float] | None = None,
+        distribution: str | None = None,
     ) -> None:
         super().__init__()
         if lookback < 2:
             raise ValueError(f"expected a lookback of at least 2 steps, got {lookback}")
         self.horizon, self.weights = horizon, tuple(weights)
+        self.output = Output(quantiles, distribution)
+        if self.output.distribution and self.output.distribution.counts:
+            raise ValueError("spacetime feeds its own values back and forecasts no counts; take another model")
         self.skipped = min(d_state, lookback // 2)  # steps before which a prediction knows too little
         self.embed = nn.Linear(5, d_model)
         options = {"d_state": d_state, "dropout": dropout}
         self.stack = Stack(d_model, [{"mixer": "companion", "mlp": True}] * n_layer, mixer_options=options)
-        self.loop, self.head = ClosedLoop(d_model, d_state), nn.Linear(d_model, 1)
+        self.loop, self.head = ClosedLoop(d_model, d_state), nn.Linear(d_model, self.output.numbers)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """(b, i, horizon) in the units of `batch.x`."""
+        """Forecast in the units of `batch.x`: (b, i, horizon), with quantiles or a distribution (b, i, horizon, q)."""
         return self.forward_train(batch)[0]
 
     def forward_train(self, batch: WindowBatch) -> tuple[Tensor, Tensor]:
@@ -118,13 +125,13 @@ class SpaceTime(nn.Module):
         x = statistics.normalize(batch.x, batch.x_mask).flatten(0, 1)[..., None]  # (b i, l, 1)
         u = self.stack(self.embed(preprocess(x)))
         ahead, outputs, inputs = self.loop(u, self.horizon)
-        y = self.head(ahead)[..., 0].unflatten(0, batch.x.shape[:2]).clamp(-LIMIT, LIMIT)
+        y = self.head(ahead).unflatten(0, batch.x.shape[:2]).clamp(-LIMIT, LIMIT)
         span = slice(self.skipped, -1)
         known = batch.x_mask.flatten(0, 1)[:, self.skipped + 1 :, None]
-        value = torch.where(known, self.head(outputs)[:, span] - x[:, self.skipped + 1 :], 0.0)
+        value = torch.where(known, self.head(outputs)[:, span, :1] - x[:, self.skipped + 1 :], 0.0)
         own = inputs[:, span] - u[:, self.skipped + 1 :].detach()
         loss = self.weights[0] * value.square().sum() / known.sum().clamp(min=1) + self.weights[1] * own.square().mean()
-        return statistics.denormalize(y), loss
+        return self.output(y, statistics), loss
 
 
 def preprocess(x: Tensor) -> Tensor:

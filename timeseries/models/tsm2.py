@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ssmcore import create_mixer
-from .layers import check_quantiles, instance_statistics, noncrossing
+from .layers import Output, instance_statistics
 
 if TYPE_CHECKING:
     from ..windows import WindowBatch
@@ -38,6 +38,7 @@ class TSM2(nn.Module):
         stride: Steps between the starts of neighbouring patches.
         dropout: Before the head.
         quantiles: Ascending levels in (0, 1); None forecasts a point.
+        distribution: "normal", "student_t" or "negative_binomial" (for counts), whose parameters are forecast instead.
 
     Raises:
         ValueError: if the lookback is shorter than a patch.
@@ -56,6 +57,7 @@ class TSM2(nn.Module):
         stride: int = 8,
         dropout: float = 0.1,
         quantiles: Sequence[float] | None = None,
+        distribution: str | None = None,
     ) -> None:
         super().__init__()
         if lookback < patch_len:
@@ -63,7 +65,7 @@ class TSM2(nn.Module):
                 f"a patch of patch_len={patch_len} steps is longer than the lookback of {lookback}; lower patch_len"
             )
         self.horizon, self.patch_len, self.stride = horizon, patch_len, stride
-        self.n_quantiles = len(check_quantiles(quantiles))
+        self.output = Output(quantiles, distribution)
         tokens = (lookback - patch_len) // stride + 2
         self.embed = nn.Linear(patch_len, d_model)
         self.position = nn.Parameter(0.02 * torch.randn(tokens, d_model))
@@ -76,10 +78,10 @@ class TSM2(nn.Module):
         self.to_time = nn.ParameterList(_newest(2 * n + 2, 2 * n + 1) for n in range(n_layer))
         self.to_variate = nn.ParameterList(_newest(2 * n + 3, n + 1) for n in range(n_layer))
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(tokens * d_model, horizon * max(1, self.n_quantiles))
+        self.head = nn.Linear(tokens * d_model, horizon * self.output.numbers)
 
     def forward(self, batch: WindowBatch) -> Tensor:
-        """Forecast in the units of `batch.x`: (b, i, horizon), or (b, i, horizon, q) with quantiles."""
+        """Forecast in the units of `batch.x`: (b, i, horizon), with quantiles or a distribution (b, i, horizon, q)."""
         statistics = instance_statistics(batch.x, batch.x_mask)
         x = statistics.normalize(batch.x, batch.x_mask)
         x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self.stride)], dim=-1)
@@ -91,8 +93,7 @@ class TSM2(nn.Module):
             mixed = _sum([*times, *variates], self.to_variate[layer])
             variates.append(variate(mixed.transpose(1, 2)).transpose(1, 2))
         y = self.head(self.dropout(variates[-1].flatten(2))).unflatten(-1, (self.horizon, -1))
-        y = noncrossing(y) if self.n_quantiles else y[..., 0]
-        return statistics.denormalize(y)
+        return self.output(y, statistics)
 
 
 class _Gated(nn.Module):
