@@ -25,11 +25,7 @@ def dag_scan_chunked(
     x: Tensor, weight: Tensor, B: Tensor, C: Tensor, order: DagOrder, reverse: bool, max_state_bytes: int
 ) -> Tensor:
     """See `dag_scan`; `weight` (e, h) in the dtype of the sums is what an edge multiplies a state with."""
-    topology = [
-        order.perm, order.inverse, order.edge_perm, order.src, order.dst, order.row_ptr, order.out_perm,
-        order.out_row_ptr, order.level_ptr, order.edge_ptr, order.out_ptr,
-    ]  # fmt: skip
-    y, _ = apply(_DagScan, x, weight, B, C, topology, reverse, max_state_bytes)
+    y, _ = apply(DagScan, x, weight, B, C, order.tensors(), reverse, max_state_bytes)
     return y
 
 
@@ -37,8 +33,8 @@ class _Levels:
     """Edges by level, in the direction in which states flow, and against it."""
 
     def __init__(self, topology: list[Tensor]) -> None:
-        (self.perm, self.inverse, self.edge_perm, self.src, self.dst, self.row_ptr, self.out_perm, self.out_row_ptr,
-         level_ptr, edge_ptr, out_ptr) = topology  # fmt: skip
+        (self.perm, self.inverse, level_ptr, self.edge_perm, self.src, self.dst, self.row_ptr, edge_ptr, self.out_perm,
+         self.out_row_ptr, out_ptr, *_) = topology  # fmt: skip
         self.level_ptr: list[int] = level_ptr.tolist()
         self.edge_ptr: list[int] = edge_ptr.tolist()
         self.out_ptr: list[int] = out_ptr.tolist()
@@ -85,7 +81,7 @@ def node_over_heads(states: Tensor, values: Tensor, groups: int) -> Tensor:
     return (values.reshape(nodes, groups, 1, -1) @ states.view(nodes, groups, -1, size))[:, :, 0]
 
 
-def _block(x: Tensor, weight: Tensor, size: int, budget: int) -> int:
+def state_block(x: Tensor, weight: Tensor, size: int, budget: int) -> int:
     """States of one node that are worked on at once: as many as fit the budget, a power of two below all of them."""
     fitting = budget // max(1, x.numel() * weight.element_size())
     return size if fitting >= size else 1 << max(0, fitting.bit_length() - 1)
@@ -100,7 +96,7 @@ def _forward(
     inputs, keys, readers = (tensor[levels.perm].to(wide).contiguous() for tensor in (x, B, C))
     weight = weight[levels.edge_perm]
     size = B.shape[2]
-    block = _block(x, weight, size, max_state_bytes)
+    block = state_block(x, weight, size, max_state_bytes)
     y, states = torch.zeros_like(inputs), weight.new_empty(0)
     for n in range(0, size, block):
         part = slice(n, n + block)
@@ -113,7 +109,7 @@ def _forward(
 def _(
     x: Tensor, weight: Tensor, B: Tensor, C: Tensor, topology: list[Tensor], reverse: bool, max_state_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    block = _block(x, weight, B.shape[2], max_state_bytes)
+    block = state_block(x, weight, B.shape[2], max_state_bytes)
     states = weight.new_empty(*x.shape, B.shape[2]) if block == B.shape[2] else weight.new_empty(0)
     return torch.empty_like(x, memory_format=torch.contiguous_format), states
 
@@ -135,7 +131,7 @@ def _backward(
     by_scan = weight[levels.edge_perm]
     source, target = (levels.dst, levels.src) if reverse else (levels.src, levels.dst)
     groups, size = B.shape[1:]
-    block = size if kept.numel() else _block(x, weight, size, max_state_bytes)
+    block = size if kept.numel() else state_block(x, weight, size, max_state_bytes)
     dx, dweight = torch.zeros_like(inputs), torch.zeros_like(by_scan)
     dB, dC = torch.empty_like(keys), torch.empty_like(readers)
     for n in range(0, size, block):
@@ -169,7 +165,7 @@ def _(
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, B, C))
 
 
-class _DagScan(torch.autograd.Function):
+class DagScan(torch.autograd.Function):
     """The forward op with its gradient."""
 
     generate_vmap_rule = True
@@ -189,14 +185,19 @@ class _DagScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None) -> tuple[Any, ...]:
+        return DagScan.gradients(DagScanGradient, ctx, dy)
+
+    @staticmethod
+    def gradients(function: type[FirstDerivative], ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        """What `backward` returns, from the function that computes it."""
         x, weight, B, C, kept = ctx.saved_tensors
         if dy is None:
             return None, None, None, None, None, None, None
-        gradients = apply(_DagScanGradient, x, weight, B, C, kept, dy, ctx.topology, ctx.reverse, ctx.max_state_bytes)
-        return *gradients, None, None, None
+        found = apply(function, x, weight, B, C, kept, dy, ctx.topology, ctx.reverse, ctx.max_state_bytes)
+        return *found, None, None, None
 
 
-class _DagScanGradient(FirstDerivative):
+class DagScanGradient(FirstDerivative):
     name = "dag_scan"
 
     @staticmethod

@@ -11,6 +11,8 @@ from .chunked import dag_scan_chunked
 from .order import DagOrder
 from .reference import dag_scan_reference
 
+_LARGEST_STATE = 256
+
 
 def dag_scan(
     x: Tensor,
@@ -43,7 +45,7 @@ def dag_scan(
         signed: `edge_decay` is the weight, of any sign.
         max_state_bytes: States are kept for backward if they fit this many bytes, and else computed again in blocks of
             this size.
-        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
     Returns:
         y, (v, h, p) in the dtype of `x`.
@@ -51,7 +53,7 @@ def dag_scan(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if shapes or devices disagree, or `order` is that of another graph.
-        BackendError: if `backend` is named explicitly and cannot run here.
+        BackendError: if `backend` is named explicitly and cannot run here; Triton takes n <= 256.
 
     Sums are float32 (float64 for float64 inputs). Under autocast x, B and C are cast, weights are not. Differentiable
     in x, edge_decay, B and C; the reference also twice. A graph's result does not depend on its neighbours in the
@@ -84,8 +86,13 @@ def dag_scan(
         weight = weight.exp()
     if x.numel() == 0:
         return x.clone()
-    match choose(backend, x, op="dag_scan", implementations=("reference", "chunked")):
+    obstacle = None if sizes["n"] <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={sizes['n']}"
+    match choose(backend, x, op="dag_scan", obstacle=obstacle):
         case "reference":
             return dag_scan_reference(x, weight, B, C, edge_index, order, reverse)
+        case "triton":
+            from .triton_impl import dag_scan_triton
+
+            return dag_scan_triton(x, weight, B, C, order, reverse, max_state_bytes)
         case _:
             return dag_scan_chunked(x, weight, B, C, order, reverse, max_state_bytes)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 Kind = Literal["empty", "chains", "out_forest", "in_forest", "dag"]
 _LONGEST_SHOWN = 8
+_ON_CPU = ("num_nodes", "kind", "level_ptr", "edge_ptr", "out_ptr", "largest")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class DagOrder:
         out_perm: Scan edges sorted by (source, target), (e,).
         out_row_ptr: First of these that leaves each position and e, (v + 1,).
         out_ptr: First of these that leaves each level and e, (levels + 1,), on the CPU.
+        graph_ptr: Where the nodes of each graph of the batch begin in `places`, and v, (graphs + 1,).
+        places: Positions sorted by (graph, position), (v,).
+        largest: Nodes and edges of the largest graph, a number on the CPU.
         kind: "empty" (no edges), "chains" (no node with two edges in or out), "out_forest" (at most one edge into a
             node), "in_forest" (at most one edge out of a node) or "dag".
     """
@@ -48,6 +52,9 @@ class DagOrder:
     out_perm: Tensor
     out_row_ptr: Tensor
     out_ptr: Tensor
+    graph_ptr: Tensor
+    places: Tensor
+    largest: Tensor
     kind: Kind
 
     @property
@@ -65,9 +72,13 @@ class DagOrder:
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
             for field in fields(self)
-            if field.name in ("perm", "inverse", "edge_perm", "src", "dst", "row_ptr", "out_perm", "out_row_ptr")
+            if field.name not in _ON_CPU
         }
         return replace(self, **moved)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order in which the operators take them."""
+        return [getattr(self, field.name) for field in fields(self) if field.name not in ("num_nodes", "kind")]
 
 
 def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None) -> DagOrder:
@@ -112,6 +123,10 @@ def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None
     row_ptr = _pointer(dst, num_nodes)
     out_perm = torch.argsort(src * max(num_nodes, 1) + dst, stable=True)
     out_row_ptr = _pointer(src, num_nodes)
+    graph = torch.zeros_like(perm) if batch is None else batch.detach().cpu().long()[perm]
+    places = torch.argsort(graph, stable=True)
+    graph_ptr = torch.cat([graph.new_zeros(1), graph[places].unique_consecutive(return_counts=True)[1].cumsum(0)])
+    work = 1 + row_ptr.diff()[places]
     order = DagOrder(
         num_nodes=num_nodes,
         perm=perm,
@@ -125,6 +140,9 @@ def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None
         out_perm=out_perm,
         out_row_ptr=out_row_ptr,
         out_ptr=out_row_ptr[level_ptr],
+        graph_ptr=graph_ptr,
+        places=places,
+        largest=torch.segment_reduce(work.double(), "sum", offsets=graph_ptr).max().long() if num_nodes else work.sum(),
         kind=_kind(row_ptr, out_row_ptr),
     )
     return order if device.type == "cpu" else order.to(device)

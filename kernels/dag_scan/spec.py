@@ -70,7 +70,6 @@ SPEC = OpSpec(
         BenchSize({"v": 1024, "e": 1992, "h": 4, "p": 16, "n": 16}),
         BenchSize({"v": 4096, "e": 7505, "h": 4, "p": 16, "n": 16}),
     ),
-    implementations=("reference", "chunked"),
     twice_differentiable=False,
     free=("x",),
 )

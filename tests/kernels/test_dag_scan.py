@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omnissm.kernels import DagOrder, dag_order, dag_scan, ssd
+from omnissm.kernels import DagOrder, available_backends, dag_order, dag_scan, ssd
 from omnissm.kernels.dag_scan.spec import make_inputs
 from omnissm.kernels.testing import relative_error, run_with_gradients
 
@@ -37,6 +37,31 @@ def test_equals_the_dense_mask(v, e, reverse):
         found = run_with_gradients(dag_scan, inputs | {"max_state_bytes": budget}, ("y",), cotangents)
         for name, value in found.items():
             assert relative_error(value, expected[name]) < 1e-10, name
+
+
+@pytest.mark.parametrize("budget", [2**26, 2048])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("walk", [False, True], ids=["levels", "graphs"])
+def test_both_schedules_equal_the_dense_mask(walk, reverse, budget, device, monkeypatch):
+    if reason := available_backends(device)["triton"]:
+        pytest.skip(reason)
+    from omnissm.kernels.dag_scan import triton_impl
+
+    monkeypatch.setattr(triton_impl, "_STEPS_OF_A_LAUNCH", 10**6 if walk else 0)
+    inputs = inputs_of(13, 20, reverse=reverse, g=2, max_state_bytes=budget)
+    order = inputs["order"]
+    both = torch.cat([inputs["edge_index"], inputs["edge_index"] + 13], dim=1)
+    batch = torch.arange(2).repeat_interleave(13)
+    assert order.graph_ptr.tolist() == [0, 13] and int(order.largest) == 33
+    twice = {name: torch.cat([inputs[name], inputs[name].roll(1, 0)]) for name in ("x", "edge_decay", "B", "C")}
+    inputs |= twice | {"edge_index": both, "order": dag_order(both, 26, batch=batch)}
+    assert inputs["order"].graph_ptr.tolist() == [0, 13, 26]
+    inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in inputs.items()}
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    expected = run_with_gradients(dense, inputs, ("y",), cotangents)
+    found = run_with_gradients(lambda **kw: dag_scan(**kw, backend="triton"), inputs, ("y",), cotangents)
+    for name, value in found.items():
+        assert relative_error(value, expected[name]) < 1e-10, name
 
 
 def test_a_node_with_two_hundred_parents_and_parallel_edges():

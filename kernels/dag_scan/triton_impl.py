@@ -1,0 +1,196 @@
+"""The scan over a DAG in Triton: rows of states are gathered from the parents, weighted, added up and stored once.
+
+    forward    S_v = x_v B_v^T + sum_{u->v} a_uv S_u,    y_v = S_v C_v
+    backward   G_v = dy_v C_v^T + sum_{v->w} a_vw G_w,   dx_v = G_v B_v,  dB_v = G_v^T x_v,  dC_v = S_v^T dy_v,
+               da_uv = <S_u, G_v>
+
+The backward recurrence is the forward one with other tensors and the edges turned round, so one kernel does both. It
+has two schedules. By levels: a launch per level, a program per tile of its nodes and columns. By graphs, for narrow and
+deep ones: a single launch, a program per graph and column tile, which walks the nodes in order; a program reads only
+columns that it wrote. Sums have a fixed order: no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..transforms import apply, operator
+from ..triton_utils import INTERPRETED, on_device
+from .chunked import DagScan, DagScanGradient, state_block
+from .order import DagOrder
+from .triton_kernels import _dag_edges_kernel, _dag_level_kernel, _dag_maps_kernel, _dag_walk_kernel
+
+# A launch costs about as much as so many steps of a program that walks a graph.
+_STEPS_OF_A_LAUNCH = 6
+
+
+def dag_scan_triton(
+    x: Tensor, weight: Tensor, B: Tensor, C: Tensor, order: DagOrder, reverse: bool, max_state_bytes: int
+) -> Tensor:
+    """See `dag_scan`; `weight` (e, h) in the dtype of the sums is what an edge multiplies a state with."""
+    y, _ = apply(_DagScan, x, weight, B, C, order.tensors(), reverse, max_state_bytes)
+    return y
+
+
+class _Topology:
+    """What the kernels read of an order, in the direction in which states flow and against it."""
+
+    def __init__(self, tensors: list[Tensor], reverse: bool) -> None:
+        (self.perm, _, level_ptr, edge_perm, src, dst, row_ptr, _, out_perm, out_row_ptr, _, self.graph_ptr,
+         self.places, largest) = tensors  # fmt: skip
+        self.level_ptr: list[int] = level_ptr.tolist()
+        # (first edge of each node, node at the other end, edge): along the edges, and against them
+        along, against = (row_ptr, src, edge_perm), (out_row_ptr, dst[out_perm], edge_perm[out_perm])
+        self.sides = (against, along) if reverse else (along, against)
+        self.reverse = reverse
+        # Edges from where the states come from to where they go
+        self.source, self.target, self.edge = (dst, src, edge_perm) if reverse else (src, dst, edge_perm)
+        self.walk = int(largest) < _STEPS_OF_A_LAUNCH * (len(self.level_ptr) - 1)
+
+    def propagate(
+        self, x: Tensor, keys: Tensor, readers: Tensor, weight: Tensor, part: slice, y: Tensor, adjoint: bool
+    ) -> Tensor:
+        """States (v, h p, n) of one block of n by position; adds what `readers` read of them to `y`."""
+        nodes, heads, headdim = x.shape
+        groups, n = keys.shape[1:]
+        size = min(part.stop, n) - part.start
+        columns, padded = heads * headdim, triton.next_power_of_2(size)
+        block_r = max(padded, min(triton.next_power_of_2(columns * padded), 1024 if INTERPRETED else 256))
+        states = weight.new_empty(nodes, columns, size)
+        row_ptr, nbr, edge = self.sides[adjoint]
+        given = x, keys, readers, weight, self.perm, row_ptr, nbr, edge, states, y
+        options: dict[str, Any] = {
+            "HEADS": heads, "HEADDIM": headdim, "COLUMNS": columns, "GROUPS": groups, "SIZE": size, "PADDED": padded,
+            "ADD": part.start > 0, "ACC": _acc(weight), "BLOCK_R": block_r,
+        }  # fmt: skip
+        tiles = triton.cdiv(columns * padded, block_r)
+        backwards = self.reverse != adjoint
+        if self.walk:
+            warps = {} if INTERPRETED else {"num_warps": max(1, min(4, block_r // 64))}
+            _dag_walk_kernel[(len(self.graph_ptr) - 1, tiles)](
+                *given, self.graph_ptr, self.places, part.start, n, BACKWARDS=backwards, **options, **warps
+            )
+            return states
+        levels = range(len(self.level_ptr) - 1)
+        for level in reversed(levels) if backwards else levels:
+            first, last = self.level_ptr[level : level + 2]
+            block_v = min(triton.next_power_of_2(last - first), max(1, 1024 // block_r))
+            _dag_level_kernel[(triton.cdiv(last - first, block_v), tiles)](
+                *given, first, last, part.start, n, BLOCK_V=block_v, **options
+            )
+        return states
+
+
+@operator("dag_scan_triton_fwd")
+def _forward(
+    x: Tensor, weight: Tensor, B: Tensor, C: Tensor, topology: list[Tensor], reverse: bool, max_state_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs (v, h, p) in the order of the nodes, and the states by position if they fit, else nothing."""
+    x, weight, B, C = (tensor.contiguous() for tensor in (x, weight, B, C))
+    size = B.shape[2]
+    block = state_block(x, weight, size, max_state_bytes)
+    y = torch.empty_like(x, dtype=x.dtype if block == size else weight.dtype)
+    states = weight.new_empty(0)
+    with on_device(x):
+        order = _Topology(topology, reverse)
+        for n in range(0, size, block):
+            states = order.propagate(x, B, C, weight, slice(n, n + block), y, False)
+    return y.to(x.dtype), states.view(*x.shape, size) if block == size else weight.new_empty(0)
+
+
+@torch.library.register_fake("ssm::dag_scan_triton_fwd")
+def _(
+    x: Tensor, weight: Tensor, B: Tensor, C: Tensor, topology: list[Tensor], reverse: bool, max_state_bytes: int
+) -> tuple[Tensor, Tensor]:
+    block = state_block(x, weight, B.shape[2], max_state_bytes)
+    states = weight.new_empty(*x.shape, B.shape[2]) if block == B.shape[2] else weight.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), states
+
+
+@operator("dag_scan_triton_bwd")
+def _backward(
+    x: Tensor,
+    weight: Tensor,
+    B: Tensor,
+    C: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    topology: list[Tensor],
+    reverse: bool,
+    max_state_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, B, C, dy = (tensor.contiguous() for tensor in (x, weight, B, C, dy))
+    nodes, heads, headdim = x.shape
+    groups, n = B.shape[1:]
+    block = n if kept.numel() else state_block(x, weight, n, max_state_bytes)
+    dx = torch.empty_like(x, dtype=x.dtype if block == n else weight.dtype)
+    unread = torch.empty_like(dx) if block < n else dx  # outputs of the recomputed states
+    dweight, dB, dC = torch.zeros_like(weight), torch.empty_like(B), torch.empty_like(C)
+    with on_device(x):
+        order = _Topology(topology, reverse)
+        edges = len(order.source)
+        for start in range(0, n, block):
+            part = slice(start, start + block)
+            states = kept if kept.numel() else order.propagate(x, B, C, weight, part, unread, False)
+            gradients = order.propagate(dy, C, B, weight, part, dx, True)
+            size = gradients.shape[2]
+            options: dict[str, Any] = {"ACC": _acc(weight)}
+            padded, width = triton.next_power_of_2(size), heads // groups * headdim
+            block_p = max(1, min(triton.next_power_of_2(width), 256 // padded))
+            block_v = max(1, (16384 if INTERPRETED else 1024) // (padded * block_p))
+            block_v = min(block_v, triton.next_power_of_2(nodes))
+            _dag_maps_kernel[(triton.cdiv(nodes, block_v), groups)](
+                x, dy, order.perm, states, gradients, dB, dC, nodes, start, n,
+                WIDTH=width, COLUMNS=heads * headdim, GROUPS=groups, SIZE=size, PADDED=padded,
+                BLOCK_V=block_v, BLOCK_P=block_p, **options,
+            )  # fmt: skip
+            if edges:
+                block_r = min(triton.next_power_of_2(headdim * size), 128)
+                block_e = min(triton.next_power_of_2(edges), max(1, (16384 if INTERPRETED else 1024) // block_r))
+                _dag_edges_kernel[(triton.cdiv(edges, block_e), heads)](
+                    order.source, order.target, order.edge, states, gradients, dweight, edges,
+                    HEADS=heads, ROW=headdim * size, ADD=start > 0, BLOCK_E=block_e, BLOCK_R=block_r, **options,
+                )  # fmt: skip
+    return dx.to(x.dtype), dweight, dB, dC
+
+
+@torch.library.register_fake("ssm::dag_scan_triton_bwd")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    B: Tensor,
+    C: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    topology: list[Tensor],
+    reverse: bool,
+    max_state_bytes: int,
+) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, B, C))
+
+
+def _acc(weight: Tensor) -> Any:
+    return tl.float64 if weight.dtype == torch.float64 else tl.float32
+
+
+class _DagScan(DagScan):
+    """The forward op with its gradient."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return _forward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstates: Tensor | None) -> tuple[Any, ...]:
+        return DagScan.gradients(_DagScanGradient, ctx, dy)
+
+
+class _DagScanGradient(DagScanGradient):
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return _backward(*arguments)
