@@ -32,6 +32,7 @@ from .matrix_mixers import SoftmaxMixer as SoftmaxMixer
 from .matrix_mixers import ToeplitzMixer as ToeplitzMixer
 from .matrix_mixers import VandermondeMixer as VandermondeMixer
 from .nonlinear import ParaGRU as ParaGRU
+from .nonlinear import ParaLSTM as ParaLSTM
 from .s4 import S4D as S4D
 from .s4_dplr import S4 as S4
 from .s5 import S5 as S5
@@ -59,6 +60,7 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "ParaGRU",
+    "ParaLSTM",
     "QuasiseparableMixer",
     "SoftmaxMixer",
     "ToeplitzMixer",
@@ -88,6 +90,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "paragru": ParaGRU,
+    "paralstm": ParaLSTM,
     "quasiseparable": QuasiseparableMixer,
     "s4": S4,
     "s4d": S4D,

@@ -40,6 +40,7 @@ OPTIONS = {
         {"d_state": 8, "headdim": 4, "ngroups": 2, "rank": 2, "rope_fraction": 1.0, "outproj_norm": True},
     ],
     "paragru": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
+    "paralstm": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
     "quasiseparable": [{"headdim": 8, "qk_dim": 2}],
     "s4": [
         {"d_state": 4},
