@@ -102,7 +102,7 @@ def stream(
     cuda_graph: bool | None = None,
 ) -> Iterator[Tensor]:
     """The symbols of `generate` as they come, (b,) each; see there for arguments and errors."""
-    _check(ids, mask, max_new, chunk_size, temperature, top_k, top_p, repetition_penalty)
+    check_options(ids, mask, max_new, chunk_size, temperature, top_k, top_p, repetition_penalty)
     device = ids.device
     graphs = device.type == "cuda" if cuda_graph is None else cuda_graph
     if graphs and device.type != "cuda":
@@ -142,7 +142,7 @@ def _stream(
 ) -> Iterator[Tensor]:
     advance: Any = None
     with torch.no_grad():
-        logits, state = _prompt(model, ids, state, mask, chunk_size)
+        logits, state = read_prompt(model, ids, state, mask, chunk_size)
         seen = None
         if penalty != 1:
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
@@ -189,18 +189,42 @@ def sample(
     Returns:
         (b,) int64.
     """
-    logits = logits.float()
     if temperature == 0:
-        return logits.argmax(-1)
-    ordered, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+        return logits.float().argmax(-1)
+    probability, order = _ordered(logits, temperature, top_k, top_p)
+    place = torch.multinomial(probability, 1, generator=generator)
+    return order.gather(1, place)[:, 0]
+
+
+def probabilities(
+    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """What `sample` draws from.
+
+    Args:
+        logits: (b, n).
+        temperature: Divides them; above 0.
+        top_k: Keep the k largest.
+        top_p: Keep the fewest most probable ones that together reach this probability.
+
+    Returns:
+        (b, n) float32, each row of sum 1.
+    """
+    probability, order = _ordered(logits, temperature, top_k, top_p)
+    probability = probability / probability.sum(-1, keepdim=True)
+    return torch.zeros_like(probability).scatter(1, order, probability)
+
+
+def _ordered(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor]:
+    """Weights in falling order, 0 for what is left out, and whose they are, (b, n) each."""
+    ordered, order = (logits.float() / temperature).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         ordered[:, top_k:] = float("-inf")
     probability = ordered.softmax(-1)
     if top_p is not None:
         before = probability.cumsum(-1) - probability
         probability = torch.where(before < top_p, probability, 0)
-    place = torch.multinomial(probability, 1, generator=generator)
-    return order.gather(1, place)[:, 0]
+    return probability, order
 
 
 class RecordedStep:
@@ -235,10 +259,21 @@ class RecordedStep:
         return self.logits
 
 
-def _prompt(
+def read_prompt(
     model: nn.Module, ids: Tensor, state: Any, mask: Tensor | None, chunk_size: int | None
 ) -> tuple[Tensor, Any]:
-    """Logits at each row's last real symbol, (b, n), and the state after it."""
+    """Take in prompts.
+
+    Args:
+        model: As for `generate`.
+        ids: (b, l) integers.
+        state: State to go on from.
+        mask: True at real symbols, (b, l); None: all are.
+        chunk_size: Positions that are taken in at once; None: all.
+
+    Returns:
+        Logits at each row's last real symbol, (b, n), and the state after it.
+    """
     options: dict[str, Any] = {}
     if "last_only" in inspect.signature(model.prefill).parameters:  # type: ignore[arg-type]
         options["last_only"] = True
@@ -256,7 +291,7 @@ def _prompt(
     return logits, state
 
 
-def _check(
+def check_options(
     ids: Tensor,
     mask: Tensor | None,
     max_new: int,
@@ -264,8 +299,23 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    penalty: float,
+    penalty: float = 1.0,
 ) -> None:
+    """Check what `generate` takes.
+
+    Args:
+        ids: See `generate`, like all that follow.
+        mask: See there.
+        max_new: See there.
+        chunk_size: See there.
+        temperature: See there.
+        top_k: See there.
+        top_p: See there.
+        penalty: See there.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
     if ids.dim() != 2 or ids.shape[1] < 1 or ids.is_floating_point():
         raise ValueError(f"`ids` must be (b, l) integers with l >= 1, got {tuple(ids.shape)} {ids.dtype}.")
     if mask is not None and not bool(mask.any(1).all()):
@@ -284,4 +334,4 @@ def _check(
         raise ValueError(f"`repetition_penalty` must be positive, got {penalty}.")
 
 
-__all__ = ["RecordedStep", "generate", "sample", "stream"]
+__all__ = ["RecordedStep", "generate", "probabilities", "sample", "stream"]
