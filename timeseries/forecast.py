@@ -77,9 +77,9 @@ def evaluate(
     Args:
         forecast: Forecast Dataset, e.g. of `backtest`.
         metrics: One or several of `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's
-            scaler, where the forecast names one; the same with `_units`, and `nll`, in those of the data. `crps` is that
-            of the forecast's distribution, else of its samples, else of its quantiles; the interval metrics take the
-            widest interval.
+            scaler, where the forecast names one; the same with `_units`, and `nll`, in those of the data. `crps` is
+            that of the distribution of a forecast, else of its samples, else of its quantiles. The interval metrics
+            take the widest interval.
         by: Dimensions to keep, one or several of series, cutoff, horizon and variate; () gives one number over all
             windows.
 
