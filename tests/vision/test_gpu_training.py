@@ -21,8 +21,6 @@ SMALLEST = {
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", SMALLEST)
 def test_200_steps_in_bfloat16(name):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     model = create_model(name, num_classes=4, **SMALLEST[name]).cuda().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.05)
