@@ -216,8 +216,9 @@ class CausalLM(LanguageModel):
     """
 
     def targets_of(self, batch: SequenceBatch) -> Tensor:
-        """The next id of the sequence where it is A, C, G or T."""
-        return next_base_targets(batch.tokens, batch.mask, batch.seq_idx, self.is_base)
+        """The next id of the sequence where it is A, C, G or T; of the labels where the ids that are read differ."""
+        asked = batch.tokens if batch.labels is None else batch.labels
+        return next_base_targets(asked, batch.mask, batch.seq_idx, self.is_base)
 
 
 class MaskedLM(LanguageModel):

@@ -151,6 +151,7 @@ class WindowDataset(Dataset):
         weight = np.ones((len(numbers), width), np.float32)
         seq_idx = np.zeros((len(numbers), width), np.int64)
         labels = np.full((len(numbers), width), IGNORE, np.int64)
+        mutating = self.training and data.mutate > 0 and data.objective == "causal"
         for row, number in enumerate(numbers):
             places, flips, rng = self.window(number)
             at = 0
@@ -166,10 +167,13 @@ class WindowDataset(Dataset):
             seq_idx[row, at:] = len(places)
             if data.objective == "masked":
                 tokens[row], labels[row] = _mask(tokens[row], words, rng)
+            elif mutating:
+                labels[row] = tokens[row]
+                tokens[row] = _mutate(tokens[row], words, data.mutate, rng)
         return SequenceBatch(
             torch.from_numpy(tokens),
             torch.from_numpy(mask),
-            torch.from_numpy(labels) if data.objective == "masked" else None,
+            torch.from_numpy(labels) if data.objective == "masked" or mutating else None,
             torch.from_numpy(seq_idx) if data.pack else None,
             torch.from_numpy(weight) if data.soft_weight < 1 else None,
         )
@@ -197,6 +201,8 @@ class FastaWindows(SSMData):
         stride: Distance of tiled training windows; the length by default.
         epoch_size: Random windows of an epoch; by default as many as cover the part once.
         rc_prob: Share of training windows that are read on the reverse strand.
+        mutate: Share of training bases that a causal model reads as another base; what it is asked for stays. A small
+            genome is then learned by heart more slowly.
         max_n_frac: Largest share of N in a window.
         soft_mask: "upper" reads lower case as upper case; a number from 0 to 1 is its weight in the loss.
         circular: Names of circular contigs, or True.
@@ -231,6 +237,7 @@ class FastaWindows(SSMData):
         stride: int | None = None,
         epoch_size: int | None = None,
         rc_prob: float = 0.5,
+        mutate: float = 0.0,
         max_n_frac: float = 0.1,
         soft_mask: float | Literal["upper"] = "upper",
         circular: bool | list[str] = False,
@@ -249,6 +256,8 @@ class FastaWindows(SSMData):
             raise ValueError(f"expected a length of at least 2 bases, got {length}")
         if not 0 <= rc_prob <= 1:
             raise ValueError(f"expected rc_prob from 0 to 1, got {rc_prob}")
+        if not 0 <= mutate < 1:
+            raise ValueError(f"expected mutate from 0 to below 1, got {mutate}")
         self.soft_weight = 1.0 if isinstance(soft_mask, str) else float(soft_mask)
         if not 0 <= self.soft_weight <= 1:
             raise ValueError(f"expected soft_mask 'upper' or a weight from 0 to 1, got {soft_mask}")
@@ -258,6 +267,7 @@ class FastaWindows(SSMData):
         self.split_bed, self.split_blocks, self.split_pattern = split_bed, split_blocks, split_pattern
         self.gap, self.include, self.exclude = gap, include, exclude
         self.rc_prob, self.max_n_frac, self.circular, self.cache = rc_prob, max_n_frac, circular, cache
+        self.mutate = mutate
         self.pack, self.bos, self.objective = pack, bos, objective
         self.vocabulary, self.words = vocabulary, find_vocabulary(vocabulary)
         self.vocab_size = self.words.size
@@ -392,3 +402,12 @@ def _mask(
     hidden = np.where(chosen & (how < MASK_ID_SHARE), words.mask, tokens)
     swap = chosen & (how >= MASK_ID_SHARE) & (how < MASK_ID_SHARE + RANDOM_SHARE)
     return np.where(swap, words.bases[rng.integers(4, size=len(tokens))], hidden), labels
+
+
+def _mutate(tokens: npt.NDArray[np.int64], words: Any, share: float, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Ids with a share of the bases exchanged for one of the other three."""
+    bases = words.bases
+    place = np.zeros(words.size, np.int64)
+    place[bases] = np.arange(4)
+    chosen = words.is_base[tokens] & (rng.random(len(tokens)) < share)
+    return np.where(chosen, bases[(place[tokens] + rng.integers(1, 4, size=len(tokens))) % 4], tokens)

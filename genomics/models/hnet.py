@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ssmcore import Stack, account
@@ -84,6 +85,7 @@ class HNet(nn.Module):
         router_fp32: Compute boundaries in float32, see `Router`.
         vocabulary: Name of the vocabulary of the ids.
         layout: How chunks of a batch lie, see `Hierarchy`.
+        dropout: Share of what mixers and MLPs add to the stream that is dropped in training.
         device: Where to create the parameters.
         dtype: Their dtype.
 
@@ -115,10 +117,13 @@ class HNet(nn.Module):
         router_fp32: bool = True,
         vocabulary: str = "byte",
         layout: Layout = "padded",
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` is a share from 0 to below 1, got {dropout}.")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         depth = check_layout(arch_layout)
         ssm = _known("ssm_cfg", ssm_cfg, tuple(_SSM))
@@ -148,6 +153,7 @@ class HNet(nn.Module):
             "router_fp32": router_fp32,
             "vocabulary": vocabulary,
             "layout": layout,
+            "dropout": dropout,
         }
         self.vocabulary = vocabulary
         self.vocab_size = vocab_size
@@ -171,9 +177,15 @@ class HNet(nn.Module):
     def _stack(self, pattern: str, stage: int, factory: dict[str, Any]) -> Stack:
         width, hidden = self.config["d_model"][stage], self.config["d_intermediate"][stage]
         attention = {name: values[stage] for name, values in self.config["attn_cfg"].items()}
-        return build_stack(
+        stack = build_stack(
             pattern, width, mlp_hidden=hidden, ssm_cfg=self.config["ssm_cfg"], attn_cfg=attention, **factory
         )
+        if self.config["dropout"]:
+            hook = _Dropout(self.config["dropout"])
+            for name, branch in stack.named_modules():
+                if re.fullmatch(r"blocks\.\d+\.(mixer|mlp)", name):
+                    branch.register_forward_hook(hook)
+        return stack
 
     def reset_parameters(self) -> None:
         """Initial values of the paper: embedding normal(1), head and linear maps normal(0.02), see `Hierarchy`."""
@@ -326,6 +338,16 @@ class HNet(nn.Module):
     def lr_multipliers(self) -> list[float]:
         """Learning rates of the stages as multiples of a base rate, see `stage_multipliers`."""
         return stage_multipliers(self.backbone.widths, self.target_ratios)
+
+
+class _Dropout:
+    """Forward hook that drops part of a branch's output in training; names of weights stay those of published files."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return F.dropout(output, self.share, module.training)
 
 
 def check_layout(layout: Any, path: str = "arch_layout") -> int:

@@ -1,0 +1,184 @@
+"""Schedules that end by steps, clock or plateau; curves of training; and what slows learning by heart."""
+
+import math
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from omnissm.genomics import schedules
+from omnissm.genomics.curves import TrainingCurve, plot_curves, read_curve
+from omnissm.genomics.data import FastaWindows, SyntheticDNA
+from omnissm.genomics.models import create_model, from_pretrained, save_pretrained
+from omnissm.genomics.schedules import AnnealOnPlateau, WarmupStableDecay
+from omnissm.genomics.tasks import CausalLM
+
+TINY = {
+    "arch_layout": ["m1", ["T1"], "m1"],
+    "d_model": [32, 32],
+    "d_intermediate": [None, 128],
+    "ssm_cfg": {"d_state": 8},
+    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [8, 8], "window_size": [-1, -1]},
+}
+
+
+def optimizer(rate=1.0):
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+
+
+def rates(schedule, steps):
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_rate_rises_stays_and_falls_with_the_root():
+    found = rates(WarmupStableDecay(optimizer(2.0), warmup=4, decay=0.5, final=0.1, total_steps=20), 21)
+    assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert found[4:11] == pytest.approx([2.0] * 7)
+    assert found[15] == pytest.approx(2 * (0.1 + 0.9 * (1 - math.sqrt(0.5))))
+    assert found[20] == pytest.approx(0.2)
+
+
+def test_rate_follows_the_clock_where_that_is_faster(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(schedules.time, "monotonic", lambda: now[0])
+    schedule = WarmupStableDecay(optimizer(), warmup=0, decay=0.25, total_steps=1000, seconds=40.0)
+    now[0] = 137.5  # three quarters of the way down after 37.5 of 40 seconds
+    assert rates(schedule, 2)[1] == pytest.approx(1 - math.sqrt(0.75))
+    saved = schedule.state_dict()
+    now[0] = 1000.0  # another machine, another clock
+    other = WarmupStableDecay(optimizer(), warmup=0, decay=0.25, total_steps=1000, seconds=40.0)
+    other.load_state_dict(saved)
+    assert other.over == pytest.approx(37.5 / 40)
+    now[0] += 5
+    assert other.over == 1.0
+    assert rates(other, 2)[1] == 0.0
+
+
+def test_descent_on_request_ends_after_its_steps():
+    schedule = WarmupStableDecay(optimizer(), warmup=0, decay=0.2, total_steps=10**6)
+    assert rates(schedule, 10) == [1.0] * 10
+    schedule.descend(4)
+    schedule.descend(100)  # the first counts
+    assert rates(schedule, 5)[1:] == pytest.approx([1 - math.sqrt(k / 4) for k in (1, 2, 3, 4)])
+    assert schedule.over == 1.0
+
+
+@pytest.mark.parametrize("options", [{"warmup": -1}, {"decay": 0.0}, {"decay": 1.1}, {"final": -0.1}, {"seconds": 0.0}])
+def test_schedule_refuses_numbers_out_of_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        WarmupStableDecay(optimizer(), **options)
+
+
+def fit(tmp_path, callbacks, **options):
+    data = SyntheticDNA(bases=6000, length=63, batch_size=4, epoch_size=40, train=0.8, val=0.1, test=0.1)
+    task = CausalLM(
+        "hnet", TINY,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+        lr_scheduler=lambda o: WarmupStableDecay(o, warmup=2, decay=0.5),
+    )  # fmt: skip
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False, num_sanity_val_steps=0,
+        enable_checkpointing=False, enable_model_summary=False, callbacks=callbacks, check_val_every_n_epoch=None,
+        max_epochs=-1, val_check_interval=5, **options,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+    return trainer, task, data
+
+
+def test_plateau_starts_the_descent_and_its_end_stops_the_run(tmp_path):
+    # Nothing counts as better, so the second validation (step 10) begins a descent of 0.5 x 10 steps.
+    trainer, _, _ = fit(tmp_path, [AnnealOnPlateau(patience=2, min_delta=1e9, share=0.5)], max_steps=400)
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    first, last = schedule.early
+    assert first <= 15
+    assert last - first in (5, 8)
+    assert trainer.global_step == last
+    assert schedule.over == 1.0
+
+
+def test_plateau_needs_its_schedule(tmp_path):
+    callback = AnnealOnPlateau()
+    with pytest.raises(TypeError, match="WarmupStableDecay"):
+        callback.on_train_batch_end(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+
+
+def test_curve_counts_bases_and_operations(tmp_path):
+    path = tmp_path / "deep" / "curve.csv"
+    _, task, data = fit(tmp_path, [TrainingCurve(str(path), test=True)], max_steps=10)
+    rows = read_curve(path)
+    assert [row["step"] for row in rows] == [5, 10]
+    assert [row["bases"] for row in rows] == [5 * 4 * 64, 10 * 4 * 64]
+    # Operations of each stretch at the rates measured at its end.
+    expected = 0.0
+    for row in rows:
+        expected += task.net.flops(64, rates=[row["stage0_rate"]], mode="train") / 64 * 5 * 4 * 64
+        assert row["flops"] == pytest.approx(expected)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (found,) = trainer.test(task, datamodule=data, verbose=False)
+    assert rows[-1]["test_bits"] == pytest.approx(found["test/bits_per_base"], rel=1e-6)
+    assert rows[-1]["val_bits"] > 0
+    assert rows[-1]["seconds"] > rows[0]["seconds"]
+
+
+def test_curve_goes_on_from_a_checkpoint():
+    curve = TrainingCurve("curve.csv")
+    curve.rows, curve.flops, curve._bases, curve._counted = [{"step": 5.0}], 3.0, torch.tensor(640), 640
+    other = TrainingCurve("curve.csv")
+    other.load_state_dict(curve.state_dict())
+    assert other.rows == curve.rows
+    assert other.flops == 3.0
+    assert int(other._bases) == 640
+    assert other._counted == 640
+
+
+def test_plot_of_curves(tmp_path):
+    rows = [{"flops": 1e12, "test_bits": 1.98}, {"flops": 1e13, "test_bits": 1.95}, {"flops": 2e13}]
+    out = tmp_path / "curves.png"
+    plot_curves({"a": rows, "b": rows[:2]}, out, lines={"Markov, order 7": 1.931})
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="val_bits"):
+        plot_curves({"a": rows}, out, metric="val_bits")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no curve"):
+        read_curve(tmp_path / "other.csv")
+
+
+def test_mutated_bases_are_read_and_the_true_ones_asked(tmp_path):
+    (tmp_path / "a.fa").write_text(">a\n" + "ACGTTGCAAN" * 400 + "\n")
+    options = {"length": 500, "batch_size": 8, "train": 1.0, "val": 0.0, "test": 0.0, "rc_prob": 0.0, "max_n_frac": 0.2}
+    plain, noisy = (FastaWindows(str(tmp_path / "a.fa"), mutate=share, **options) for share in (0.0, 0.1))
+    first, second = (data.windows("train").__getitems__(range(8)) for data in (plain, noisy))
+    assert first.labels is None
+    assert torch.equal(second.labels, first.tokens)
+    changed = second.tokens != second.labels
+    bases = torch.from_numpy(np.isin(first.tokens.numpy(), list(b"ACGT")))
+    assert not (changed & ~bases).any()  # start ids and N stay
+    assert changed[bases].double().mean().item() == pytest.approx(0.1, abs=0.02)  # 3,600 draws, sd 0.005
+    assert set(second.tokens[changed].tolist()) <= set(b"ACGT")
+    task = CausalLM("hnet", TINY)
+    assert torch.equal(task.targets_of(first), task.targets_of(second))
+    again = noisy.windows("train").__getitems__(range(8))
+    assert torch.equal(second.tokens, again.tokens)
+    with pytest.raises(ValueError, match="mutate"):
+        FastaWindows("a.fa", mutate=1.0)
+
+
+def test_dropout_acts_in_training_only_and_keeps_the_names(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("hnet", **TINY, dropout=0.5)
+    plain = create_model("hnet", **TINY)
+    plain.load_state_dict(model.state_dict())
+    tokens = torch.randint(65, 85, (2, 40))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    assert torch.equal(model.eval()(tokens), plain.eval()(tokens))
+    folder = save_pretrained(model, tmp_path / "model")
+    assert from_pretrained(folder).config["dropout"] == 0.5
+    with pytest.raises(ValueError, match="dropout"):
+        create_model("hnet", **TINY, dropout=1.0)
