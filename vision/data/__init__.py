@@ -2,7 +2,11 @@
 
 from .base import ImageData as ImageData
 from .batches import ImageBatch as ImageBatch
+from .coco import CocoBoxes as CocoBoxes
+from .dense_batches import DetectionBatch as DetectionBatch
+from .dense_batches import SegmentationBatch as SegmentationBatch
 from .folder import ImageFolder as ImageFolder
+from .masks import MaskFolder as MaskFolder
 from .reading import BadImageError as BadImageError
 from .reading import read_image as read_image
 from .shards import TarShards as TarShards
@@ -11,9 +15,13 @@ from .torchvision_sets import TorchvisionSet as TorchvisionSet
 
 __all__ = [
     "BadImageError",
+    "CocoBoxes",
+    "DetectionBatch",
     "ImageBatch",
     "ImageData",
     "ImageFolder",
+    "MaskFolder",
+    "SegmentationBatch",
     "SyntheticImages",
     "TarShards",
     "TorchvisionSet",
