@@ -147,7 +147,8 @@ def dechunk(z: Tensor, boundaries: Boundaries, chunks: Chunks, state: Tensor | N
     if chunks.mask is not None:
         prob = prob * chunks.mask  # weight 0 leaves the mean as it is
     begin = state if state is None or chunks.fresh is None else state * ~chunks.fresh[:, None]
-    smooth, last = ema_scan(z.to(dtype), prob, begin, seq_idx=chunks.seq_idx)
+    with torch.autocast(z.device.type, enabled=False):  # the means stay wide
+        smooth, last = ema_scan(z.to(dtype), prob, begin, seq_idx=chunks.seq_idx)
     if flat:
         place = (mask.flatten().cumsum(0) - 1).clamp(min=0)
         u = smooth[0][place].unflatten(0, (batch, length))

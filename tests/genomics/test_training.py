@@ -13,6 +13,7 @@ from omnissm.genomics.data import FastaWindows, SyntheticDNA
 from omnissm.genomics.models import create_model, from_pretrained, save_pretrained
 from omnissm.genomics.schedules import AnnealOnPlateau, WarmupStableDecay
 from omnissm.genomics.tasks import CausalLM
+from omnissm.ssmcore.chunking import FixedRouter, chunk, dechunk
 
 TINY = {
     "arch_layout": ["m1", ["T1"], "m1"],
@@ -182,3 +183,16 @@ def test_dropout_acts_in_training_only_and_keeps_the_names(tmp_path):
     assert from_pretrained(folder).config["dropout"] == 0.5
     with pytest.raises(ValueError, match="dropout"):
         create_model("hnet", **TINY, dropout=1.0)
+
+
+def test_means_of_chunks_stay_wide_under_autocast():
+    torch.manual_seed(0)
+    x = torch.randn(2, 30, 8)
+    boundaries = FixedRouter(3)(x)
+    z = torch.randn(2, 10, 8)
+    exact, last = dechunk(z, boundaries, chunk(x, boundaries))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, state = dechunk(z, boundaries, chunk(x, boundaries))
+    assert found.dtype == state.dtype == torch.float32
+    assert torch.equal(found, exact)
+    assert torch.equal(state, last)
