@@ -85,12 +85,20 @@ def _gated_norm_bwd_kernel(
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0)
     dweight = tl.zeros([BLOCK_R, BLOCK_N], ACC)
     begin = tl.program_id(0).to(tl.int64) * rows_per_program
-    for start in range(begin, tl.minimum(begin + rows_per_program, rows), BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)[:, None]
-        ok = (row < rows) & inside
-        x = tl.load(x_ptr + row * x_stride + channel, mask=ok, other=0.0).to(ACC)
-        z = tl.load(z_ptr + row * z_stride + channel, mask=ok, other=0.0).to(ACC)
-        dy = tl.load(dy_ptr + row * channels + channel, mask=ok, other=0.0).to(ACC)
+    end = tl.minimum(begin + rows_per_program, rows)
+    row = begin + tl.arange(0, BLOCK_R)[:, None]
+    ok = (row < end) & inside
+    x_ahead = tl.load(x_ptr + row * x_stride + channel, mask=ok, other=0.0)
+    z_ahead = tl.load(z_ptr + row * z_stride + channel, mask=ok, other=0.0)
+    dy_ahead = tl.load(dy_ptr + row * channels + channel, mask=ok, other=0.0)
+    for start in range(begin, end, BLOCK_R):
+        x, z, dy = x_ahead.to(ACC), z_ahead.to(ACC), dy_ahead.to(ACC)
+        # The next rows arrive while these are summed over.
+        row = start + BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        ok = (row < end) & inside
+        x_ahead = tl.load(x_ptr + row * x_stride + channel, mask=ok, other=0.0)
+        z_ahead = tl.load(z_ptr + row * z_stride + channel, mask=ok, other=0.0)
+        dy_ahead = tl.load(dy_ptr + row * channels + channel, mask=ok, other=0.0)
         sigmoid = tl.sigmoid(z)
         gate = z * sigmoid
         dgate = sigmoid * (1.0 + z * (1.0 - sigmoid))
@@ -111,6 +119,8 @@ def _gated_norm_bwd_kernel(
         if not NORM_FIRST:
             dx = du * gate
             dz = du * x * dgate
+        row = start + tl.arange(0, BLOCK_R)[:, None]
+        ok = (row < end) & inside
         tl.store(dx_ptr + row * channels + channel, dx, mask=ok)
         tl.store(dz_ptr + row * channels + channel, dz, mask=ok)
     out = tl.program_id(0).to(tl.int64) * channels + channel
