@@ -37,9 +37,11 @@ from .s4 import S4D as S4D
 from .s4_dplr import S4 as S4
 from .s5 import S5 as S5
 from .s6 import Mamba as Mamba
+from .sparse_context import HAX as HAX
 
 __all__ = [
     "H3",
+    "HAX",
     "MIXERS",
     "S4",
     "S4D",
@@ -83,6 +85,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "discrete_mamba2": DiscreteMamba2,
     "graph_ssm": GraphSSM,
     "h3": H3,
+    "hax": HAX,
     "hydra": Hydra,
     "lbmamba": LBMamba,
     "low_rank": LowRankMixer,

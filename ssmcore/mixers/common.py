@@ -26,12 +26,14 @@ class MixerState:
 
     Subclasses are decorated with `mixer_state`. Fields named in `recurrent` are float32 (float64 in float64 models)
     whatever the activations are; the others have the dtype of the activations. Those in `periodic` are angles, which
-    mean the same modulo 2 pi; those in `integral` are integers.
+    mean the same modulo 2 pi; those in `integral` are integers. Only choices hang on those in `choices`, which
+    therefore have no gradient.
     """
 
     recurrent: ClassVar[tuple[str, ...]] = ()
     periodic: ClassVar[tuple[str, ...]] = ()
     integral: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[tuple[str, ...]] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, for safetensors; `type(state)(**tensors)` is the way back."""

@@ -235,7 +235,9 @@ def check_sequence_gradients(mixer: nn.Module) -> None:
     if mixer.causal:
         begin = mixer.prefill(sequence_input(mixer, 5, seed=3))[1].detach()  # type: ignore[operator]
         leaves = {
-            name: tensor.requires_grad_() for name, tensor in begin.tensors().items() if tensor.is_floating_point()
+            name: tensor.requires_grad_()
+            for name, tensor in begin.tensors().items()
+            if tensor.is_floating_point() and name not in begin.choices
         }
         named |= {f"state.{name}": tensor for name, tensor in leaves.items() if tensor.numel()}
         ys = [mixer(x), mixer.prefill(x, begin)[0]]  # type: ignore[operator]
