@@ -86,7 +86,7 @@ def speculate(
         raise ValueError(f"`widths` must be at most the {logits.shape[1]} symbols, got {max(widths)}.")
     ends = torch.tensor(list(stop), dtype=torch.int64, device=device)
     found = torch.full((batch, max_new + depth + 1), pad, dtype=torch.int64, device=device)
-    length, passes, taken = torch.zeros(batch, dtype=torch.int64, device=device), 0, 0
+    length, passes, taken = torch.zeros(batch, dtype=torch.int64, device=device), 0, 0.0
     # New symbols of this round, of which the draft has seen none and the model all but the last.
     fresh, count = sample(logits, **choice, generator=generator)[:, None], torch.ones_like(length)
     running = torch.ones_like(length, dtype=torch.bool)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .cli import run_cli as run_cli
     from .data import EpochSampler as EpochSampler
     from .data import SSMData as SSMData
+    from .distillation import Distillation as Distillation
     from .export import best_checkpoint as best_checkpoint
     from .length import InitialStates as InitialStates
     from .optim import EpochDecay as EpochDecay
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .task import SSMTask as SSMTask
 
 _HOME = {
+    "Distillation": "distillation",
     "EMA": "callbacks",
     "EpochDecay": "optim",
     "EpochSampler": "data",
