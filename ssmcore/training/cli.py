@@ -40,6 +40,7 @@ from .runs import Run
 from .task import NonFiniteError, SSMTask
 
 LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary", "schema")
+LINKS += ("image_size",)
 
 _CHECKPOINT = {
     "checkpoint.mode": "min",

@@ -14,8 +14,8 @@ class SSMData(pl.LightningDataModule):
     """Data module whose facts are attributes after construction, for the command line to hand to the task.
 
     A task's constructor argument of one of these names is filled from the data module: `n_variates`, `lookback`,
-    `horizon`, `num_classes`, `vocab_size`, `vocabulary`, `schema`. A data module without the
-    attribute is refused by name.
+    `horizon`, `num_classes`, `vocab_size`, `vocabulary`, `schema`, `image_size`. A data module without
+    the attribute is refused by name.
 
     Attributes:
         seed: The data's own seed.

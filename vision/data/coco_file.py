@@ -81,9 +81,8 @@ def read_coco(path: Path, images: Path, fault: Fault, note: Note, expected: Coco
     """
     content = _content(path)
     categories, classes = _categories(path, content)
-    if expected is not None:
-        if dict(zip(categories, classes)) != dict(zip(expected.categories, expected.classes)):
-            raise ValueError(f"{path} has the categories {', '.join(classes)}, training {', '.join(expected.classes)}.")
+    if expected is not None and dict(zip(categories, classes)) != dict(zip(expected.categories, expected.classes)):
+        raise ValueError(f"{path} has the categories {', '.join(classes)}, training {', '.join(expected.classes)}.")
     number = {category: k for k, category in enumerate(categories)}
     records: dict[int, Record] = {}
     skipped: set[int] = set()
