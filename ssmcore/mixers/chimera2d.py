@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from ...kernels import Backend, causal_conv1d, linear_scan, selective_scan2d
 from ..init import a_log_init, dt_bias_init, no_weight_decay
+from .chimera2d_forms import companion_response, convolve_grid, scan_rotating
 
 Coupling = Literal["full", "none", "time_to_variate", "variate_to_time", "pooled"]
+Structure = Literal["diagonal", "companion"]
 SeasonalInput = Literal["parallel", "residual", "moving_average"]
 HEADS = ("trend", "seasonal")
+FORMS = ("companion", "companion2", "share", "theta3")
 
 
 class Chimera2D(nn.Module):
@@ -43,7 +46,12 @@ class Chimera2D(nn.Module):
             `variate_dt` neither), and depth does not grow with their number.
         bidirectional: Scan the variates in both directions, each with its own parameters. Time is never reversed.
         gate: Multiply the output by silu(g).
-        selective: Input, output and step parameters depend on the input; False: constants (steps per channel).
+        selective: Input, output and step parameters depend on the input; False: constants (steps per channel), with
+            which regular times are a convolution, the fastest form on a CPU.
+        structure: "diagonal", or "companion": companion matrices along time, which hold an autoregression of `d_state`
+            tokens exactly; constants only, without `time_gap`.
+        rotation: Periods in tokens at which states of the seasonal head turn, so that they oscillate; none: real decay.
+            Not with "pooled" or "companion".
         mix_variates: False takes h2 away, so that every variate is on its own; `coupling`, `bidirectional` and
             `variate_dt` then mean nothing.
         seasonal_input: What the seasonal head sees: its own projection ("parallel"), that minus the output of the trend
@@ -78,6 +86,8 @@ class Chimera2D(nn.Module):
         bidirectional: bool = True,
         gate: bool = True,
         selective: bool = True,
+        structure: Structure = "diagonal",
+        rotation: Sequence[float] = (),
         mix_variates: bool = True,
         seasonal_input: SeasonalInput = "parallel",
         moving_average: int = 25,
@@ -94,6 +104,7 @@ class Chimera2D(nn.Module):
     ) -> None:
         super().__init__()
         _check_choice("coupling", coupling, get_args(Coupling))
+        _check_choice("structure", structure, get_args(Structure))
         _check_choice("seasonal_input", seasonal_input, get_args(SeasonalInput))
         _check_choice("input_discretization", input_discretization, ("euler", "zoh"))
         heads = tuple(heads)
@@ -101,6 +112,18 @@ class Chimera2D(nn.Module):
             raise ValueError(f"`heads` must name one or both of {', '.join(map(repr, HEADS))}, got {heads!r}.")
         if seasonal_input != "parallel" and set(heads) != set(HEADS):
             raise ValueError(f"seasonal_input={seasonal_input!r} needs both heads, got heads={heads!r}.")
+        companion = structure == "companion"
+        if companion and (selective or coupling == "pooled" or not mix_variates):
+            raise ValueError(
+                "structure='companion' is constant and ordered; pass selective=False, mix_variates=True and a coupling "
+                f"other than 'pooled', got selective={selective}, mix_variates={mix_variates}, coupling={coupling!r}."
+            )
+        if rotation and (companion or "seasonal" not in heads or (coupling == "pooled" and mix_variates)):
+            raise ValueError(
+                "`rotation` turns the diagonal seasonal head; not with 'companion', 'pooled' or without it."
+            )
+        if any(not period >= 2 for period in rotation):
+            raise ValueError(f"`rotation` holds periods of at least 2 tokens, got {tuple(rotation)}.")
         sizes = {"d_model": d_model, "d_state": d_state, "moving_average": moving_average, "dt_rank": dt_rank or 1}
         for name, size in sizes.items():
             if size < 1:
@@ -118,6 +141,7 @@ class Chimera2D(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.heads, self.gate = d_model, d_state, d_conv, heads, gate
         self.selective, self.mix_variates, self.seasonal_input = selective, mix_variates, seasonal_input
+        self.structure, self.rotation = structure, tuple(rotation)
         self.moving_average, self.kappa = moving_average, kappa
         self.input_discretization, self.backend = input_discretization, backend
         self.coupling: Coupling = coupling if mix_variates else "none"
@@ -131,13 +155,25 @@ class Chimera2D(nn.Module):
         if d_conv:
             self.conv_weight = _uniform(d_conv**-0.5, len(heads) * d_model, d_conv, **factory)
             self.conv_bias = _uniform(d_conv**-0.5, len(heads) * d_model, **factory)
-        dt1 = [dt_bias_init((self.directions, d_model), *ranges[head], **factory) for head in heads]
-        self.dt1_bias = nn.Parameter(torch.cat(dt1))
-        self.A1_log = nn.Parameter(a_log_init(groups, d_model, d_state, **factory))
+        if companion:
+            self.companion = nn.Parameter(torch.randn(groups, d_model, d_state, **factory))
+            if coupling in ("full", "variate_to_time"):
+                self.companion2 = nn.Parameter(torch.randn(groups, d_model, d_state, **factory))
+                self.share = nn.Parameter(torch.zeros(groups, d_model, 1, **factory))
+        else:
+            dt1 = [dt_bias_init((self.directions, d_model), *ranges[head], **factory) for head in heads]
+            self.dt1_bias = nn.Parameter(torch.cat(dt1))
+            self.A1_log = nn.Parameter(a_log_init(groups, d_model, d_state, **factory))
         if ordered:
             self.dt2_bias = nn.Parameter(dt_bias_init((groups, d_model), *ranges["variate"], **factory))
             self.A4_log = nn.Parameter(a_log_init(groups, d_model, d_state, **factory))
-        if self.coupling in ("full", "variate_to_time", "pooled"):
+        if self.rotation:
+            turning = slice(heads.index("seasonal") * self.directions, (heads.index("seasonal") + 1) * self.directions)
+            steps = F.softplus(self.dt1_bias.detach()[turning])[..., None]
+            periods = torch.tensor([self.rotation[k % len(rotation)] for k in range(d_state)], device=device)
+            self.speed = nn.Parameter((2 * math.pi / periods / steps).to(self.dt1_bias.dtype))
+            self.phase = nn.Parameter(math.pi * (2 * torch.rand(self.speed.shape, **factory) - 1))
+        if self.coupling in ("full", "variate_to_time", "pooled") and not companion:
             self.theta2 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **factory))
         if self.coupling in ("full", "time_to_variate"):
             self.theta3 = nn.Parameter(0.1 * torch.randn(groups, d_model, d_state, **factory))
@@ -146,8 +182,10 @@ class Chimera2D(nn.Module):
             self.x_proj = _uniform(d_model**-0.5, groups, d_model, self.kinds * (self.dt_rank + 2 * d_state), **factory)
             self.dt_proj = _uniform(0.1 * self.dt_rank**-0.5, self.kinds, groups, self.dt_rank, d_model, **factory)
         else:
-            self.B_const = nn.Parameter(torch.ones(self.kinds, groups, d_state, **factory))
-            self.C_const = nn.Parameter(torch.randn(self.kinds, groups, d_state, **factory))
+            width = (d_model, d_state) if companion else (d_state,)
+            start = torch.randn if companion else torch.ones
+            self.B_const = nn.Parameter(start(self.kinds, groups, *width, **factory))
+            self.C_const = nn.Parameter(torch.randn(self.kinds, groups, *width, **factory))
         self.D = nn.Parameter(torch.ones(groups, d_model, **factory))
         self.out_proj = nn.Linear(d_model, d_model, bias=False, **factory)
         self.dropout = nn.Dropout(dropout)
@@ -155,11 +193,17 @@ class Chimera2D(nn.Module):
 
     def no_decay_names(self) -> tuple[str, ...]:
         """Parameters that weight decay must leave alone."""
-        names = ("A1_log", "A4_log", "theta2", "theta3", "dt1_bias", "dt2_bias", "B_const", "C_const", "conv_bias", "D")
+        names: tuple[str, ...] = ("A1_log", "A4_log", "theta2", "theta3", "dt1_bias", "dt2_bias", "B_const", "C_const")
+        names += ("conv_bias", "D", "companion", "companion2", "share", "speed", "phase")
         return tuple(name for name in names if name in self._parameters)
 
     def dt_ranges(self) -> dict[str, Tensor]:
-        """Learned steps along time of each head, all directions and channels, before the input moves them."""
+        """Learned steps along time of each head, all directions and channels, before the input moves them.
+
+        Companion matrices have none.
+        """
+        if self.structure == "companion":
+            return {}
         steps = F.softplus(self.dt1_bias.detach().float()).unflatten(0, (len(self.heads), self.directions))
         return {head: steps[index].flatten() for index, head in enumerate(self.heads)}
 
@@ -176,8 +220,10 @@ class Chimera2D(nn.Module):
             (b, i, j, d) in the dtype of `x`, or that of autocast.
 
         Raises:
-            ValueError: if a shape is wrong.
+            ValueError: if a shape is wrong, or companion matrices shall step over gaps.
         """
+        if self.structure == "companion" and time_gap is not None:
+            raise ValueError("companion matrices step from token to token; leave out `time_gap`, or use 'diagonal'.")
         if x.dim() != 4 or x.shape[-1] != self.d_model:
             raise ValueError(f"`x` must be (b, i, j, {self.d_model}), got shape {tuple(x.shape)}.")
         if mask is not None and mask.shape != x.shape[:3]:
@@ -194,6 +240,8 @@ class Chimera2D(nn.Module):
             trend, seasonal = self.heads.index("trend"), self.heads.index("seasonal")
             y = self._scan(z[trend : trend + 1], trend, mask, time_gap)
             y = y + self._scan(z[seasonal : seasonal + 1] - y, seasonal, mask, time_gap)
+        elif self.rotation and len(self.heads) == 2:  # one head turns
+            y = torch.cat([self._scan(z[k : k + 1], k, mask, time_gap) for k in (0, 1)])
         else:
             y = self._scan(z, 0, mask, time_gap)
         y = y.sum(0)
@@ -224,19 +272,74 @@ class Chimera2D(nn.Module):
         """Scan the inputs z (head, b, i, j, d) of the heads first, first + 1, ... in all directions, in one call."""
         heads, batch = z.shape[:2]
         groups = slice(first * self.directions, (first + heads) * self.directions)
+        turning = bool(self.rotation) and self.heads[first] == "seasonal"
+        if not self.selective and time_gap is None and self.coupling != "pooled":
+            return self._convolved_grid(z, groups, mask, turning)
         z = self._with_directions(z, 2).flatten(0, 1)  # (g, b, i, j, d)
         u = z
         if mask is not None:
             observed = self._with_directions(mask.expand(heads, *mask.shape), 2).flatten(0, 1)
             u = torch.where(observed[..., None], z, torch.zeros_like(z))
-        coupling = self.coupling
-        if coupling == "pooled":
+        if self.coupling == "pooled":
             return self._pooled_scan(z, u, groups, mask, time_gap)
-        (dt1, B1, C1), (dt2, B2, C2) = self._coefficients(z, groups)
+        y = self._recurrence(u.flatten(0, 1), self._coefficients(z, groups), groups, time_gap, turning)
+        y = y.unflatten(0, (heads, self.directions, batch))
+        return y[:, 0] if self.directions == 1 else y[:, 0] + y[:, 1].flip(2)
+
+    def _convolved_grid(self, z: Tensor, groups: slice, mask: Tensor | None, turning: bool) -> Tensor:
+        """The recurrence with constant parameters on inputs z (head, b, i, j, d), as a convolution."""
+        heads, _, rows, columns, d = z.shape
+        u = z if mask is None else torch.where(mask[..., None], z, torch.zeros_like(z))
+        if self.structure == "companion":
+            response = self._companion_response(groups, (rows, columns))
+        else:
+            count, wide = groups.stop - groups.start, torch.promote_types(self.D.dtype, torch.float32)
+            impulse = F.pad(
+                torch.ones(count, 1, 1, d, device=z.device, dtype=wide), (0, 0, 0, columns - 1, 0, rows - 1)
+            )
+            response = self._recurrence(impulse, self._coefficients(impulse[:, None], groups), groups, None, turning)
+        response = response.unflatten(0, (heads, self.directions))  # (head, direction, i, j, d)
+        kernel = F.pad(response[:, 0], (0, 0, 0, 0, rows - 1, 0))
+        if self.directions == 2:
+            kernel = kernel + F.pad(response[:, 1].flip(1), (0, 0, 0, 0, 0, rows - 1))
+        return convolve_grid(u, kernel).to(z.dtype)
+
+    def _companion_response(self, groups: slice, grid: tuple[int, int]) -> Tensor:
+        """(g, i, j, d), with the skip in the first cell."""
+        a4 = torch.exp(-F.softplus(self.dt2_bias[groups].float())[..., None] * self.A4_log[groups].float().exp())
+        given = {name: t[groups].float() for name, t in self._parameters.items() if t is not None and name in FORMS}
+        coupled = "companion2" in given
+        response = companion_response(
+            given["companion"],
+            given.get("companion2"),
+            torch.sigmoid(given["share"]) if coupled else a4,
+            self.kappa * torch.tanh(given["theta3"]) * (1 - a4) if "theta3" in given else None,
+            a4,
+            (self.B_const[0, groups].float(), self.B_const[1, groups].float()),
+            (self.C_const[0, groups].float(), self.C_const[1, groups].float()),
+            grid,
+            self.backend,
+        )
+        skip = F.pad(self.D[groups, None, None].float(), (0, 0, 0, grid[1] - 1, 0, grid[0] - 1))
+        return response + skip
+
+    def _recurrence(
+        self,
+        u: Tensor,
+        coefficients: list[tuple[Tensor, Tensor, Tensor]],
+        groups: slice,
+        time_gap: Tensor | None,
+        turning: bool,
+    ) -> Tensor:
+        """Scan u (g b, i, j, d) with the coefficients (dt, B, C) of both kinds of states."""
+        (dt1, B1, C1), (dt2, B2, C2) = coefficients
         A1_log = self.A1_log[groups]
         none = torch.zeros_like(A1_log)
-        y = selective_scan2d(
-            u.flatten(0, 1),
+        if turning:
+            return self._turned(u, coefficients, groups, time_gap)
+        assert self.coupling != "pooled"  # which has a scan of its own
+        return selective_scan2d(
+            u,
             dt1,
             dt2,
             A1_log,
@@ -249,13 +352,46 @@ class Chimera2D(nn.Module):
             C2,
             self.D[groups],
             kappa=self.kappa,
-            coupling=coupling,
+            coupling=self.coupling,
             input_discretization=self.input_discretization,
             time_gap=time_gap,
             backend=self.backend,
         )
-        y = y.unflatten(0, (heads, self.directions, batch))
-        return y[:, 0] if self.directions == 1 else y[:, 0] + y[:, 1].flip(2)
+
+    def _turned(
+        self, u: Tensor, coefficients: list[tuple[Tensor, Tensor, Tensor]], groups: slice, time_gap: Tensor | None
+    ) -> Tensor:
+        """The seasonal head with rotation, u (g b, i, j, d)."""
+        (dt1, B1, C1), (dt2, B2, C2) = coefficients
+        repeats = len(u) // (groups.stop - groups.start)
+
+        def spread(t: Tensor) -> Tensor:
+            return t.float().repeat_interleave(repeats, dim=0)[:, None, None]
+
+        def coupled(name: str) -> Tensor | None:
+            return (
+                self.kappa * torch.tanh(spread(self.get_parameter(name)[groups])) if name in self._parameters else None
+            )
+
+        rate = spread(self.A1_log[groups].exp())
+        c2 = coupled("theta2")
+        with torch.autocast(u.device.type, enabled=False):
+            y = scan_rotating(
+                u.float(),
+                dt1,
+                dt2,
+                rate,
+                spread(self.speed),
+                spread(self.phase),
+                spread(self.A4_log[groups].exp()) if self.mix_variates else torch.ones_like(rate),
+                torch.zeros_like(rate) if c2 is None else c2,
+                coupled("theta3"),
+                (B1.float(), B2.float(), C1.float(), C2.float()),
+                held=self.input_discretization == "zoh",
+                time_gap=None if time_gap is None else time_gap.repeat(len(u) // len(time_gap), 1),
+                backend=self.backend,
+            )
+        return (y + spread(self.D[groups]) * u).to(u.dtype)
 
     def _pooled_scan(self, z: Tensor, u: Tensor, groups: slice, mask: Tensor | None, time_gap: Tensor | None) -> Tensor:
         """h_ij = p_j h_i,j-1 + q_j mean_i h_i,j-1 + b_ij with the same p and q for all variates, (g, b, i, j, d).
