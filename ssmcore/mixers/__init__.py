@@ -24,6 +24,7 @@ from .lbmamba import LBMamba as LBMamba
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
 from .mamba3 import Mamba3 as Mamba3
+from .mambamixer import MambaMixer as MambaMixer
 from .matrix_mixers import CauchyMixer as CauchyMixer
 from .matrix_mixers import DenseMixer as DenseMixer
 from .matrix_mixers import LowRankMixer as LowRankMixer
@@ -61,6 +62,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba3",
+    "MambaMixer",
     "ParaGRU",
     "ParaLSTM",
     "QuasiseparableMixer",
@@ -92,6 +94,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
+    "mambamixer": MambaMixer,
     "paragru": ParaGRU,
     "paralstm": ParaLSTM,
     "quasiseparable": QuasiseparableMixer,

@@ -44,6 +44,10 @@ OPTIONS = {
         {"d_state": 8, "headdim": 4},
         {"d_state": 8, "headdim": 4, "ngroups": 2, "rank": 2, "rope_fraction": 1.0, "outproj_norm": True},
     ],
+    "mambamixer": [
+        {"causal": True, "d_state": 3, "n_layer": 2, "channel_width": 2},
+        {"d_state": 3, "n_layer": 2, "max_len": 256},
+    ],
     "paragru": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
     "paralstm": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
     "quasiseparable": [{"headdim": 8, "qk_dim": 2}],
