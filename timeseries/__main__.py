@@ -82,6 +82,7 @@ def backtest(
     horizon: int | None = None,
     out: str = "backtest.nc",
     intervals: bool | None = None,
+    track: float | None = None,
     time: str | None = None,
     ids: Ids | None = None,
     id_column: str = "unique_id",
@@ -100,6 +101,8 @@ def backtest(
         horizon: Steps to forecast; default as trained.
         out: Where the forecasts and what came go: .nc, .zarr, .csv or .parquet, or - for CSV on standard output.
         intervals: true demands conformal intervals, false leaves them out.
+        track: Let the intervals follow the errors of earlier cutoffs; about the share by which a miss widens one, e.g.
+            0.05.
         time: Column with the times of a table.
         ids: A long table's ids are "variates" of one system or separate "series"; left out, the table is wide. A table
             of series also gives the columns of covariates that the model reads.
@@ -113,6 +116,7 @@ def backtest(
     Example:
       omnissm timeseries backtest --checkpoint runs/NAME --data weather.nc --start 2013-11-01 --stride 24 --out bt.nc
     """
+    from .conformal import track_intervals
     from .forecast import load
     from .verbs import print_errors, read, write
 
@@ -122,6 +126,8 @@ def backtest(
     if test is not None:
         ds, start = ds.isel(time=slice(0, test.stop)), test.start if start is None else start
     result = model.backtest(ds, start, stride, refit or False, horizon, intervals=intervals)
+    if track is not None:
+        result = track_intervals(result, track)
     write(result, out, ids)
     if out != "-":
         print_errors(result)
@@ -138,7 +144,8 @@ def evaluate(
     Args:
         forecast: File of `backtest`: .nc or .zarr.
         metrics: Any of mse, rmse, mae, crps (in the scaler's units, with _units in those of the data), nll, mape,
-            smape, nd, mase, rmsse, wql, coverage, interval_width, msis.
+            smape, nd, mase, rmsse, wql, and of the widest interval, or e.g. @0.9 of that one: coverage, interval_width,
+            msis.
         by: Keep any of series, cutoff, horizon, variate; [] gives one number.
         out: Write the table here too: .csv, .md or .nc; or - for CSV alone on standard output.
 

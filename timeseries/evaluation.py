@@ -50,13 +50,20 @@ class _Arrays:
         self.levels  # noqa: B018  refuses a forecast without quantiles
         return self.ds["quantiles"].transpose(*DIMS, "quantile").to_numpy().astype(np.float64)
 
-    @property
-    def outer(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """The widest central interval and its alpha."""
+    def interval(self, coverage: float | None) -> tuple[np.ndarray, np.ndarray, float]:
+        """Ends of the central interval of this nominal coverage, of the widest one if None, and its alpha."""
         levels = self.levels
         if len(levels) < 2:
             raise ValueError("an interval needs two quantile levels, the forecast has one")
-        return self.quantiles[..., 0], self.quantiles[..., -1], 1 - (levels[-1] - levels[0])
+        if coverage is None:
+            return self.quantiles[..., 0], self.quantiles[..., -1], 1 - (levels[-1] - levels[0])
+        ends = [round((1 + sign * coverage) / 2, 6) for sign in (-1, 1)]
+        rounded = [round(q, 6) for q in levels]
+        if not set(ends) <= set(rounded):
+            there = [f"{1 - 2 * q:g}" for q in rounded if q < 0.5 and round(1 - q, 6) in rounded]
+            raise ValueError(f"the forecast has no interval of coverage {coverage:g}, only of {', '.join(there)}")
+        low, high = (rounded.index(end) for end in ends)
+        return self.quantiles[..., low], self.quantiles[..., high], 1 - coverage
 
     def distribution(self) -> tuple[Distribution, np.ndarray] | None:
         """Family and parameters (series, cutoff, horizon, variate, p) in data units, of a forecast that has them."""
@@ -86,7 +93,7 @@ def _select(saved: dict[str, Any], ds: xr.Dataset) -> Scaler:
     return Scaler.from_dict(saved)
 
 
-Metric = Callable[[_Arrays, Any], Any]
+Metric = Callable[..., Any]
 
 
 def _pair(function: Callable[..., Any], scale: bool) -> Metric:
@@ -124,13 +131,16 @@ def _nll(a: _Arrays, axis: Any) -> Any:
     return m.masked_mean(-family.log_prob(torch.from_numpy(y), target).numpy(), a.mask, axis=axis)
 
 
-def _width(a: _Arrays, axis: Any) -> Any:
-    lower, upper, _ = a.outer
-    return m.interval_width(lower, upper, a.mask, axis=axis)
+def _coverage(a: _Arrays, axis: Any, level: float | None = None) -> Any:
+    return m.coverage(a.target, *a.interval(level)[:2], a.mask, axis=axis)
 
 
-def _msis(a: _Arrays, axis: Any) -> Any:
-    return m.msis(a.target, *a.outer, a.seasonal("seasonal_mae"), a.mask, axis=axis)
+def _width(a: _Arrays, axis: Any, level: float | None = None) -> Any:
+    return m.interval_width(*a.interval(level)[:2], a.mask, axis=axis)
+
+
+def _msis(a: _Arrays, axis: Any, level: float | None = None) -> Any:
+    return m.msis(a.target, *a.interval(level), a.seasonal("seasonal_mae"), a.mask, axis=axis)
 
 
 # Errors of one scale for all variates are in the scaler's units, with `_units` in those of the data; the others, which
@@ -151,10 +161,11 @@ METRICS: dict[str, Metric] = {
     "crps": _crps(True),
     "crps_units": _crps(False),
     "nll": _nll,
-    "coverage": lambda a, axis: m.coverage(a.target, *a.outer[:2], a.mask, axis=axis),
+    "coverage": _coverage,
     "interval_width": _width,
     "msis": _msis,
 }
+INTERVALS = ("coverage", "interval_width", "msis")  # of one interval, which "@0.9" behind the name chooses
 
 
 def compute_errors(
@@ -168,7 +179,8 @@ def compute_errors(
         raise ValueError("expected a forecast Dataset with a variable 'mean', as predict and backtest return it")
     if "target" not in forecast:
         raise ValueError("the forecast has no variable 'target' to compare with; use backtest, or add what came")
-    for name, known in [*((name, METRICS) for name in metrics), *((name, DIMS) for name in by)]:
+    named = {name: _at_level(name) for name in metrics}
+    for name, known in [*((name, METRICS) for name, _ in named.values()), *((name, DIMS) for name in by)]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
@@ -176,8 +188,25 @@ def compute_errors(
     keep = [dim for dim in DIMS if dim in by]
     axis = tuple(k for k, dim in enumerate(DIMS) if dim not in keep)
     arrays = _Arrays(forecast)
-    variables: dict[str, Any] = {name: (keep, np.asarray(METRICS[name](arrays, axis), np.float64)) for name in metrics}
+    variables: dict[str, Any] = {
+        label: (keep, np.asarray(METRICS[name](arrays, axis, *level), np.float64))
+        for label, (name, level) in named.items()
+    }
     coords: dict[str, Any] = {dim: forecast[dim].to_numpy() for dim in keep}
     if "variate" in keep and "units" in forecast.coords:
         coords["units"] = ("variate", forecast["units"].to_numpy())
     return xr.Dataset(variables, coords, {"model": str(forecast.attrs.get("model", "forecast"))})
+
+
+def _at_level(name: str) -> tuple[str, tuple[float, ...]]:
+    """Metric and level of "coverage@0.9"; no level where none is named."""
+    metric, at, level = name.partition("@")
+    if not at:
+        return name, ()
+    try:
+        coverage = float(level)
+    except ValueError:
+        coverage = float("nan")
+    if metric not in INTERVALS or not 0 < coverage < 1:
+        raise ValueError(f"expected {', '.join(INTERVALS)} before @ and a coverage in (0, 1) behind it, got {name!r}")
+    return metric, (coverage,)

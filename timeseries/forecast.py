@@ -79,7 +79,7 @@ def evaluate(
         metrics: One or several of `evaluation.METRICS`. `mse`, `rmse`, `mae` and `crps` are in the units of the model's
             scaler, where the forecast names one; the same with `_units`, and `nll`, in those of the data. `crps` is
             that of the distribution of a forecast, else of its samples, else of its quantiles. The interval metrics
-            take the widest interval.
+            take the widest interval, or one that is named: `coverage@0.9`.
         by: Dimensions to keep, one or several of series, cutoff, horizon and variate; () gives one number over all
             windows.
 

@@ -129,3 +129,23 @@ def test_some_variates_of_a_forecast(forecast, names):
 
 def test_one_metric_and_one_dimension_as_text(forecast):
     xr.testing.assert_identical(evaluate(forecast, "mse", "variate"), evaluate(forecast, ("mse",), ("variate",)))
+
+
+def test_one_interval_of_several(forecast):
+    levels = [0.05, 0.25, 0.5, 0.75, 0.95]
+    spread = np.array([-3.0, -1.0, 0.0, 1.0, 3.0])
+    values = forecast["mean"].to_numpy()[..., None] + spread
+    several = forecast.drop_dims("quantile").assign_coords(quantile=levels)
+    several["quantiles"] = ((*forecast["mean"].dims, "quantile"), values)
+    found = evaluate(several, ("coverage", "coverage@0.9", "coverage@0.5", "interval_width@0.5"), ())
+    error = np.abs(several["target"] - several["mean"]).where(several["target"].notnull())
+    inside = [float((error <= radius).where(error.notnull()).mean()) for radius in (3, 1)]
+    assert [float(found["coverage@0.9"]), float(found["coverage@0.5"])] == pytest.approx(inside)
+    assert float(found["coverage"]) == float(found["coverage@0.9"])
+    assert float(found["interval_width@0.5"]) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match=r"no interval of coverage 0\.8, only of 0\.9, 0\.5"):
+        evaluate(several, ("coverage@0.8",))
+    with pytest.raises(ValueError, match="coverage, interval_width, msis before @"):
+        evaluate(several, ("mae@0.8",))
+    with pytest.raises(ValueError, match="coverage in"):
+        evaluate(several, ("coverage@90",))
