@@ -27,8 +27,10 @@ VERBS: dict[str, dict[str, tuple[str, str]]] = {
         "fit": (LIGHTNING, "Train a model as a configuration file says."),
         "validate": (LIGHTNING, "Metrics of a trained model on the validation part."),
         "test": (LIGHTNING, "Metrics of a trained model on the test part, written to metrics.json."),
-        "predict": ("omnissm.vision.__main__:predict", "Classes of new images, as a table and a contact sheet."),
+        "predict": ("omnissm.vision.__main__:predict", "Classes, boxes or masks of images: table and drawings."),
+        "evaluate": ("omnissm.vision.dense.verbs:evaluate", "Metrics by class of a segmenter or detector."),
         "export": ("omnissm.ssmcore.training.export:export", "Turn a checkpoint into a model folder."),
+        "export-graph": ("omnissm.vision.dense.verbs:export_graph", "A segmenter or detector as a graph, also ONNX."),
         "plot": ("omnissm.vision.__main__:plot", "Where a model looks: receptive fields and mixing matrices."),
         "shard": ("omnissm.vision.__main__:shard", "Pack a folder of images into tar files."),
         "benchmark": ("omnissm.vision.__main__:benchmark", "Time models side by side on this machine."),
@@ -83,7 +85,7 @@ DOMAINS = {
     "genomics": "Model DNA, and score variants.",
     "graphs": "Predict properties of graphs, nodes and links.",
     "timeseries": "Forecast, classify and complete many related series.",
-    "vision": "Classify images.",
+    "vision": "Classify images, find objects in them, and name the class of each pixel.",
 }
 DEMOS = {"timeseries": "omnissm.timeseries.demo:demo"}
 COMMANDS = {

@@ -17,8 +17,13 @@ def predict(
     batch_size: int = 32,
     device: str = "cpu",
     on_bad: Literal["raise", "skip"] = "raise",
+    drawings: str | None = None,
+    threshold: float = 0.3,
+    window: bool = False,
 ) -> None:
-    """Classes of new images, written as a table and as a contact sheet with the least certain first.
+    """Classes of new images, or the boxes or masks in them, as a table and a sheet of pictures.
+
+    A classifier's sheet has the least certain images first; those of a detector and a segmenter are drawn on.
 
     Args:
         checkpoint: Model folder, run folder or .ckpt file.
@@ -26,9 +31,12 @@ def predict(
         out: Table: .csv.
         sheet: Picture of the images with their classes: .png or .jpg; null for none.
         top: Classes named for each image.
-        batch_size: Images at a time.
+        batch_size: Images at a time of a classifier.
         device: Where to compute: cpu or cuda.
         on_bad: "raise" at a file that cannot be read, or "skip" it and say so in the table.
+        drawings: Folder for a drawing of each image and, of a segmenter, the mask; left out, none.
+        threshold: Least score of a detector's boxes.
+        window: Let a segmenter look at large images through overlapping windows instead of resizing them.
 
     Raises:
         ValueError: if an image or the model cannot be read; the line says why.
@@ -36,13 +44,20 @@ def predict(
     Example:
       omnissm vision predict --checkpoint runs/NAME --images '[photos, cat.jpg]' --out classes.csv
     """
-    from .classifier import load, write_sheet, write_table
+    from .classifier import load, stored_model, write_sheet, write_table
     from .data.reading import find_images
 
     _check_out(out, (".csv",))
     if sheet is not None:
         _check_out(sheet, (".png", ".jpg", ".jpeg"))
     paths = find_images(images)
+    stored = stored_model(checkpoint)
+    if "kind" in stored.config.get("task", {}):
+        from .dense.verbs import predict_dense
+
+        places = [Path(place) if place is not None else None for place in (sheet, drawings)]
+        predict_dense(stored, paths, Path(out), places[0], places[1], threshold, window, device, on_bad)
+        return
     model = load(checkpoint, device)
     found = list(model.predict(paths, top=top, batch_size=batch_size, on_bad=on_bad))
     write_table(found, Path(out))

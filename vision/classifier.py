@@ -15,7 +15,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint, load_weights, read_model_folder, write_atomic
+from ..ssmcore.training.checkpoints import (
+    CONFIG,
+    ModelFolder,
+    export_checkpoint,
+    load_weights,
+    read_model_folder,
+    write_atomic,
+)
 from ..ssmcore.training.export import best_checkpoint
 from .data.reading import BadImageError, read_image
 from .data.transforms import eval_transform
@@ -108,32 +115,40 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu") -> Classifi
         FileNotFoundError: if there is none.
         ValueError: if it is no image classifier.
     """
+    return _built(stored_model(checkpoint), str(checkpoint), device)
+
+
+def stored_model(checkpoint: str | Path) -> ModelFolder:
+    """Contents of a model folder, of a run's folder or of a .ckpt file, as `load` finds them.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
     path = Path(checkpoint)
     if not path.exists():
         raise FileNotFoundError(f"no model at {str(path)!r}; give a model folder, a run's folder or a .ckpt file.")
     if (path / CONFIG).is_file():
-        return _read(path, device)
+        return read_model_folder(path)
     config = path / "model" / CONFIG
     try:
         newest = best_checkpoint(path)
     except FileNotFoundError:
         if config.is_file():
-            return _read(config.parent, device)
+            return read_model_folder(config.parent)
         raise
     if config.is_file() and config.stat().st_mtime_ns >= newest.stat().st_mtime_ns:
-        return _read(config.parent, device)
+        return read_model_folder(config.parent)
     with tempfile.TemporaryDirectory() as scratch:
-        return _read(export_checkpoint(newest, Path(scratch) / "model"), device)
+        return read_model_folder(export_checkpoint(newest, Path(scratch) / "model"))
 
 
-def _read(folder: Path, device: str | torch.device) -> Classifier:
-    stored = read_model_folder(folder)
+def _built(stored: ModelFolder, source: str, device: str | torch.device) -> Classifier:
     domain, _, name = str(stored.config.get("model", "")).partition("/")
-    if domain != "vision" or "data.json" not in stored.files:
-        raise ValueError(f"{str(folder)!r} holds {stored.config.get('model')!r}, expected an image classifier.")
+    if domain != "vision" or "data.json" not in stored.files or "kind" in stored.config.get("task", {}):
+        raise ValueError(f"{source!r} holds {stored.config.get('model')!r}, expected an image classifier.")
     data: dict[str, Any] = json.loads(stored.files["data.json"])
     net = create_model(name, **stored.config.get("args", {}))
-    load_weights(net, stored.state, source=str(folder))
+    load_weights(net, stored.state, source=source)
     return Classifier(name, net.to(device).eval(), tuple(data["classes"]), data["image_size"], data["crop_pct"])
 
 

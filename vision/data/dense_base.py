@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,6 +138,12 @@ class DenseData(SSMData):
     def predict_dataloader(self) -> DataLoader:
         """The test images."""
         return self.test_dataloader()
+
+    def eval_loader(self, name: str) -> DataLoader:
+        """Any part in order and without augmentation."""
+        dataset = copy.copy(self.part(name))
+        dataset.view = None  # type: ignore[attr-defined]
+        return self._loader(dataset, self.eval_batch_size)
 
     def _loader(self, dataset: Dataset, batch_size: int, **options: Any) -> DataLoader:
         collate = type(self).collate

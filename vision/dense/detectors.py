@@ -133,7 +133,7 @@ class TorchvisionDetector(nn.Module):
             self.default_cfg = body.features.default_cfg
             sizes: dict[str, Any] = {"min_size": min(image_size), "max_size": max(image_size)}
             if self.plus:
-                options = {"rpn_anchor_generator": _anchors(len(body.kept)), **options}
+                options = {"rpn_anchor_generator": _anchors(len(body.features.strides)), **options}
             self.body = PYRAMID_DETECTORS[name](body, count, **sizes, **plain, **options)
         else:
             known = [known for known in _names() if not known.startswith(("keypoint", "mask"))]
@@ -176,7 +176,7 @@ class PyramidBackbone(nn.Module):
     """Maps of one width by name, as torchvision's detectors want them.
 
     Args:
-        features: The levels; those finer than stride 4 are left out, for one-stage detectors those finer than 8.
+        features: The levels.
         width: Channels of all maps that go out.
         more: Two coarser levels by strided convolutions (one-stage detectors) instead of one by pooling.
     """
@@ -184,14 +184,12 @@ class PyramidBackbone(nn.Module):
     def __init__(self, features: Features, width: int, more: bool) -> None:
         super().__init__()
         self.features, self.out_channels = features, width
-        self.kept = [k for k, stride in enumerate(features.strides) if stride >= (8 if more else 4)]
         extra = LastLevelP6P7(width, width) if more else LastLevelMaxPool()
-        self.pyramid = FeaturePyramidNetwork([features.channels[k] for k in self.kept], width, extra)
+        self.pyramid = FeaturePyramidNetwork(features.channels, width, extra)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (batch, 3, height, width) to maps, finest first."""
-        levels = self.features(x)
-        return self.pyramid(OrderedDict((str(n), levels[k]) for n, k in enumerate(self.kept)))
+        return self.pyramid(OrderedDict((str(k), level) for k, level in enumerate(self.features(x))))
 
 
 def pyramid_backbone(
@@ -208,7 +206,7 @@ def pyramid_backbone(
     Example:
         `torchvision.models.detection.MaskRCNN(pyramid_backbone("vmamba_tiny_s1l8"), 91)`
     """
-    return PyramidBackbone(Features(backbone, backbone_args), width, more)
+    return PyramidBackbone(Features(backbone, backbone_args, least_stride=8 if more else 4), width, more)
 
 
 def _anchors(levels: int) -> nn.Module:

@@ -23,6 +23,7 @@ class Features(nn.Module):
         backbone: Name of a model of ours or timm's that knows `features_only`.
         backbone_args: Its options; `out_indices` chooses the stages.
         norm: LayerNorm over the channels of each level.
+        least_stride: Finer levels are left out.
 
     Attributes:
         channels: Of each level.
@@ -32,7 +33,9 @@ class Features(nn.Module):
         ValueError: if the model is unknown or has neither several strides nor tokens.
     """
 
-    def __init__(self, backbone: str, backbone_args: dict[str, Any] | None = None, norm: bool = True) -> None:
+    def __init__(
+        self, backbone: str, backbone_args: dict[str, Any] | None = None, norm: bool = True, least_stride: int = 1
+    ) -> None:
         super().__init__()
         self.body = create_model(backbone, features_only=True, **(backbone_args or {}))
         info: Any = self.body.feature_info
@@ -47,6 +50,8 @@ class Features(nn.Module):
             self.strides.append(2 * self.strides[-1])
         elif sorted(set(self.strides)) != self.strides:
             raise ValueError(f"{backbone!r} has maps of strides {self.strides}, expected them to grow.")
+        self.first = sum(stride < least_stride for stride in self.strides)
+        self.channels, self.strides = self.channels[self.first :], self.strides[self.first :]
         self.norms = nn.ModuleList(ChannelNorm(c, eps=1e-6) if norm else nn.Identity() for c in self.channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -59,7 +64,7 @@ class Features(nn.Module):
             maps = [level.permute(0, 3, 1, 2) for level in maps]
         if self.simple is not None:
             maps = self.simple(maps[-1])
-        return [norm(level) for norm, level in zip(self.norms, maps)]
+        return [norm(level) for norm, level in zip(self.norms, maps[self.first :])]
 
 
 class SimplePyramid(nn.Module):

@@ -187,13 +187,10 @@ class Yolo(nn.Module):
             self.default_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
             channels = self.backbone.channels
         else:
-            features = Features(backbone, options)
-            kept = [features.strides.index(stride) for stride in YoloBackbone.strides if stride in features.strides]
-            if len(kept) != 3:
+            features = Features(backbone, options, least_stride=YoloBackbone.strides[0])
+            if tuple(features.strides) != YoloBackbone.strides:
                 raise ValueError(f"{backbone!r} has strides {features.strides}, a detector needs 8, 16 and 32.")
-            self.backbone = _Levels(features, kept)
-            self.default_cfg = features.default_cfg
-            channels = tuple(features.channels[k] for k in kept)
+            self.backbone, self.default_cfg, channels = features, features.default_cfg, tuple(features.channels)
         widths = tuple(widths or channels)
         self.num_classes = num_classes
         self.neck = YoloNeck(channels, widths, repeats or 1)
@@ -203,14 +200,3 @@ class Yolo(nn.Module):
         """Scores and distances of all cells; sides below a multiple of 32 are filled up."""
         x = F.pad(x, [0, -x.shape[3] % 32, 0, -x.shape[2] % 32])
         return self.head(self.neck(self.backbone(x)))
-
-
-class _Levels(nn.Module):
-    def __init__(self, features: Features, kept: Sequence[int]) -> None:
-        super().__init__()
-        self.features, self.kept = features, tuple(kept)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Chosen levels."""
-        levels = self.features(x)
-        return [levels[k] for k in self.kept]
