@@ -1,4 +1,4 @@
-"""Steps and log-decays of Mamba-2 from what its projection gives. Without a gradient one Triton kernel on a GPU."""
+"""Steps and log-decays of Mamba-2 from what its projection gives. In float32 without a gradient one kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def ssd_rates(
     check_devices(raw=raw, bias=bias, A_log=A_log)
     dtype = torch.promote_types(torch.promote_types(raw.dtype, bias.dtype), torch.float32)
     dtype = torch.promote_types(dtype, A_log.dtype)
-    if raw.numel() and plain_call(raw, bias, A_log) and choose("auto", raw, op="ssd_step") == "triton":
+    plain = raw.numel() > 0 and dtype == torch.float32 and plain_call(raw, bias, A_log)
+    if plain and choose("auto", raw, op="ssd_step") == "triton":
         from .triton_step import ssd_rates_triton
 
-        dt, log_decay = ssd_rates_triton(raw, bias, A_log, *limit, dtype == torch.float64)
+        dt, log_decay = ssd_rates_triton(raw, bias, A_log, *limit)
         return dt, log_decay
     dt = F.softplus(raw.to(dtype) + bias.to(dtype))
     if tuple(limit) != (0.0, math.inf):

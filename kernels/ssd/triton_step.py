@@ -95,47 +95,43 @@ def _(
 @triton.jit
 def _ssd_rates_kernel(
     raw_ptr, bias_ptr, A_log_ptr, dt_ptr, log_decay_ptr, heads, raw_stride,
-    LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    LIMITED: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK)
     ok = h < heads
-    raw = tl.load(raw_ptr + row * raw_stride + h, mask=ok, other=0.0).to(ACC)
-    raw += tl.load(bias_ptr + h, mask=ok, other=0.0).to(ACC)
+    raw = tl.load(raw_ptr + row * raw_stride + h, mask=ok, other=0.0).to(tl.float32)
+    raw += tl.load(bias_ptr + h, mask=ok, other=0.0).to(tl.float32)
     # 1 + e rounds e; what its logarithm lost comes back by the ratio of e to its rounded value.
-    e = tl.exp(tl.minimum(raw, 20.0))
+    e = tl.exp(tl.where(raw > 20.0, 20.0, raw))
     rounded = (1.0 + e) - 1.0
     log1p = tl.where(rounded == 0.0, e, tl.log(1.0 + e) * (e / rounded))
     dt = tl.where(raw > 20.0, raw, log1p)
     # A comparison with NaN is false, so that one stays in its place.
     if LIMITED:
-        dt = tl.where(dt < LOW, LOW, tl.where(dt > HIGH, HIGH, dt)).to(ACC)
-    A = tl.exp(tl.load(A_log_ptr + h, mask=ok, other=0.0).to(ACC))
+        dt = tl.where(dt < LOW, LOW, tl.where(dt > HIGH, HIGH, dt))
+    A = tl.exp(tl.load(A_log_ptr + h, mask=ok, other=0.0).to(tl.float32))
     tl.store(dt_ptr + row * heads + h, dt, mask=ok)
     tl.store(log_decay_ptr + row * heads + h, -dt * A, mask=ok)
 
 
 @operator("ssd_rates_triton")
-def ssd_rates_triton(
-    raw: Tensor, bias: Tensor, A_log: Tensor, low: float, high: float, double: bool
-) -> tuple[Tensor, Tensor]:
-    """See `ssd_rates`. `double`: in float64."""
+def ssd_rates_triton(raw: Tensor, bias: Tensor, A_log: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """See `ssd_rates`, in float32."""
     flat = raw.flatten(0, -2)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     bias, A_log = bias.contiguous(), A_log.contiguous()
     rows, heads = flat.shape
-    dtype = torch.float64 if double else torch.float32
-    dt, log_decay = (torch.empty(raw.shape, dtype=dtype, device=raw.device) for _ in range(2))
+    dt, log_decay = (torch.empty(raw.shape, dtype=torch.float32, device=raw.device) for _ in range(2))
     with on_device(raw):
         _ssd_rates_kernel[(rows,)](
             flat, bias, A_log, dt, log_decay, heads, flat.stride(0),
             LIMITED=low > 0 or high < float("inf"), LOW=low, HIGH=high,
-            ACC=tl.float64 if double else tl.float32, BLOCK=triton.next_power_of_2(heads),
+            BLOCK=triton.next_power_of_2(heads),
         )  # fmt: skip
     return dt, log_decay
 
 
 @torch.library.register_fake("ssm::ssd_rates_triton")
-def _(raw: Tensor, bias: Tensor, A_log: Tensor, low: float, high: float, double: bool) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if double else torch.float32
-    return raw.new_empty(raw.shape, dtype=dtype), raw.new_empty(raw.shape, dtype=dtype)
+def _(raw: Tensor, bias: Tensor, A_log: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    return raw.new_empty(raw.shape, dtype=torch.float32), raw.new_empty(raw.shape, dtype=torch.float32)

@@ -146,7 +146,7 @@ def test_rates_are_exact_from_the_smallest_step_to_the_largest(dtype, limit, dev
     bias = torch.linspace(-1, 1, 7, device=device)
     A_log = torch.linspace(-2, 2, 7, device=device)
     exact = torch.log1p(torch.exp((raw.double() + bias.double()).clamp(max=700))).clamp(*limit)
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("triton"):
         dt, log_decay = ssd_rates(wide[:, :7], bias, A_log, limit=limit)
     assert dt.dtype == log_decay.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # Above 20 a softplus is its argument, here and in torch; float32 rounds raw + bias, half a unit of 60 is 2e-6.
@@ -155,7 +155,7 @@ def test_rates_are_exact_from_the_smallest_step_to_the_largest(dtype, limit, dev
     torch.testing.assert_close(log_decay.double(), -exact * A_log.double().exp(), rtol=rtol, atol=0)
     broken = raw.clone()
     broken[1, 2] = math.nan
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("triton"):
         found = ssd_rates(broken, bias, A_log, limit=limit)[0]
     assert found.isnan().nonzero().tolist() == [[1, 2]]
 
