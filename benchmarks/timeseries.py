@@ -1,0 +1,249 @@
+"""Time series: what training and backtests take, anomalies on NAB, classes on two UEA sets, coverage on weather.
+
+    python benchmarks/timeseries.py nab --root data/nab
+    python benchmarks/timeseries.py classes --root data/uea --seeds 0 1 2
+    python benchmarks/timeseries.py coverage --run runs/weather
+    python benchmarks/timeseries.py epoch --root data/ett [--peer /tmp/nf/bin/python]
+    python benchmarks/timeseries.py backtest --root data/ett
+    python benchmarks/timeseries.py wide --device cuda
+
+Each writes benchmarks/results/timeseries/NAME.json, and prints it. `--peer` names a Python with neuralforecast; an
+epoch of its iTransformer is then timed in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from omnissm.ssmcore.training import write_atomic
+from omnissm.timeseries import Forecaster, anomalies, create_model, evaluate, forecast
+from omnissm.timeseries.conformal import track_intervals
+from omnissm.timeseries.data import ETT, read_nab
+from omnissm.timeseries.windows import WindowBatch
+
+RESULTS = Path(__file__).resolve().parent / "results" / "timeseries"
+NAB = (
+    "nyc_taxi",
+    "machine_temperature_system_failure",
+    "ambient_temperature_system_failure",
+    "ec2_request_latency_system_failure",
+    "art_daily_jumpsup",
+)
+NORMAL = 0.4  # first share of a series of NAB, on which models are trained and thresholds set
+PEER = Path(__file__).resolve().parent / "peers" / "neuralforecast_epoch.py"
+
+
+def nab(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Scores of one-step residuals beside rolling z-scores and random ones, on what follows the normal part."""
+    rows = []
+    for name in NAB:
+        ds = read_nab(arguments.root, name)
+        first = int(NORMAL * ds.sizes["time"])
+        normal, simple = ds.drop_vars("label").isel(time=slice(0, first)), anomalies.rolling_z_scores(ds)
+        scores = {"rolling z-score": simple}
+        for model in ("ridge", "chimera_tiny"):
+            options = {"steps": 48} if model == "ridge" else {}
+            fitted = Forecaster(model, lookback=96, horizon=1, fill="forward", model_args=options)
+            fitted.fit(normal, val=0.25, max_epochs=3, coverages=None, progress=False)
+            residual = anomalies.forecast_scores(fitted, ds.drop_vars("label"))
+            scores[model] = anomalies.residual_scores(residual, residual.isel(time=slice(0, first)))
+        found = {}
+        for label, score in scores.items():
+            each = anomalies.detect(score, score.isel(time=slice(0, first)))
+            found[label] = (each["score"].isel(time=slice(first, None)), each["threshold"])
+        found["random"] = (anomalies.random_scores(found["ridge"][0]), None)
+        table = anomalies.compare_scores(anomalies.flags_of(ds).isel(time=slice(first, None)), found)
+        rows += [{"series": name, **row} for row in table.round(4).to_dict("records")]
+    return rows
+
+
+def classes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Accuracy of the shipped configurations."""
+    from omnissm.__main__ import main
+
+    rows = []
+    for name in ("basic_motions", "japanese_vowels"):
+        for seed in arguments.seeds:
+            with tempfile.TemporaryDirectory() as scratch:
+                run = ["--run", f"{scratch}/run", "--trainer.enable_progress_bar", "false"]
+                options = ["--data.init_args.root", str(arguments.root), "--seed_everything", str(seed)]
+                began = time.process_time()
+                for verb in ("fit", "test"):
+                    words = ["-c", f"timeseries/sequence_classifier_{name}", *options] if verb == "fit" else []
+                    if main(["timeseries", verb, *words, *run]):
+                        raise SystemExit(1)
+                found = json.loads(Path(scratch, "run", "metrics.json").read_text())
+                seconds = round(time.process_time() - began, 1)
+            values = {key.removeprefix("test/"): round(value, 4) for key, value in found["metrics"].items()}
+            rows.append({"set": name, "seed": seed, **values, "parameters": found["parameters"], "cpu_s": seconds})
+    return rows
+
+
+def coverage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Coverage of the intervals of a run on its test part: as calibrated on the validation part, and tracked."""
+    model, (ds, test) = forecast.load(arguments.run), forecast.run_data(arguments.run)
+    result = model.backtest(ds.isel(time=slice(0, test.stop)), test.start, progress=False)
+    rows = []
+    for label, each in (("split", result), ("tracked", track_intervals(result, arguments.rate))):
+        for level in (0.5, 0.8, 0.9, 0.95):
+            names = (f"coverage@{level}", f"interval_width@{level}")
+            by = evaluate(each, names, "variate")
+            whole = float(evaluate(each, names[0], ())[names[0]])
+            worst = [float(by[names[0]].min()), float(by[names[0]].max())]
+            rows.append({"intervals": label, "nominal": level, "coverage": round(whole, 4)})
+            rows[-1] |= {"least_and_most_of_a_variate": [round(value, 4) for value in worst]}
+    return rows
+
+
+def epoch(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of a training epoch on ETTh1, 96 to 96, batches of 32 windows, without validation."""
+    torch.set_num_threads(1)
+    data = ETT(str(arguments.root), lookback=96, horizon=96)
+    batches = list(data.windows("train").batches(32))
+    rows = []
+    for name, options in (("chimera_tiny", {}), ("chimera_small", {}), ("i_transformer", {"d_model": 96})):
+        torch.manual_seed(0)
+        model = create_model(name, lookback=96, horizon=96, n_variates=data.n_variates, **options)
+        step = _training_step(model, torch.optim.AdamW(model.parameters(), 1e-3))
+        step(batches[0])
+        wall, cpu = time.perf_counter(), time.process_time()
+        for batch in batches[:: arguments.every]:
+            step(batch)
+        share = len(batches) / len(batches[:: arguments.every])
+        row = {"model": name, "wall_s": (time.perf_counter() - wall) * share}
+        row |= {"cpu_s": (time.process_time() - cpu) * share, "steps": len(batches), "timed": 1 / share}
+        rows.append({**row, "parameters": sum(p.numel() for p in model.parameters())})
+    if arguments.peer:
+        command = [arguments.peer, str(PEER), str(arguments.root), str(len(batches))]
+        rows.append(
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        )
+    return rows
+
+
+def backtest(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of a backtest over 2,000 origins of ETTh1, 96 to 96."""
+    torch.set_num_threads(1)
+    ds = ETT(str(arguments.root)).read()
+    rows = []
+    for name in ("chimera_tiny", "chimera_small"):
+        model = Forecaster(name, lookback=96, horizon=96).fit(
+            ds.isel(time=slice(0, 2000)), max_epochs=1, max_steps=2, progress=False
+        )
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = model.backtest(ds.isel(time=slice(0, 11520 + 2000 + 95)), start=11520, progress=False)
+        row = {"model": name, "origins": result.sizes["cutoff"], "wall_s": time.perf_counter() - wall}
+        rows.append({**row, "cpu_s": time.process_time() - cpu})
+    return rows
+
+
+def wide(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A training step on 321 variates, 96 steps to 96, batches of 32 windows, beside attention over the same tokens."""
+    device, variates = torch.device(arguments.device), arguments.variates
+    x, y = (torch.randn(arguments.batch, variates, 96, device=device) for _ in range(2))
+    batch = WindowBatch(x, torch.ones_like(x, dtype=torch.bool), y, torch.ones_like(y, dtype=torch.bool), *[None] * 6)
+    rows = []
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("chimera_base", {}),
+        ("chimera_base", {"mixer": {"coupling": "pooled"}}),
+        ("chimera_base", {"mixer": {"mix_variates": False}}),
+        ("patch_tst", {"n_layer": 3, "d_model": 128}),
+        ("s_mamba", {"d_model": 512, "d_ff": 512, "d_state": 16, "n_layer": 3}),
+    ]
+    for name, options in cases:
+        for precision in ("float32", "bfloat16"):
+            torch.manual_seed(0)
+            row: dict[str, Any] = {"model": name, "options": options, "precision": precision}
+            try:
+                model = create_model(name, lookback=96, horizon=96, n_variates=variates, **options).to(device)
+                step = _training_step(model, torch.optim.AdamW(model.parameters(), 1e-3), precision)
+                row |= _measure(lambda step=step: step(batch), device, arguments.repeat)
+                row |= {"parameters": sum(p.numel() for p in model.parameters())}
+            except (torch.OutOfMemoryError, RuntimeError, NotImplementedError) as error:
+                row |= {"failed": str(error).splitlines()[0][:200]}
+            rows.append(row)
+            print(row, file=sys.stderr, flush=True)
+    return rows
+
+
+def _training_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, precision: str = "float32"
+) -> Callable[[WindowBatch], None]:
+    def step(batch: WindowBatch) -> None:
+        with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = (model(batch) - batch.y).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _measure(run: Callable[[], None], device: torch.device, repeat: int) -> dict[str, float]:
+    """Median milliseconds, and the most memory on a GPU."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeat):
+        _wait(device)
+        began = time.perf_counter()
+        run()
+        _wait(device)
+        seconds.append(time.perf_counter() - began)
+    found = {"step_ms": round(1e3 * statistics.median(seconds), 2)}
+    if device.type == "cuda":
+        found["memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["nab", "classes", "coverage", "epoch", "backtest", "wide"])
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--run", type=Path, help="folder of a run")
+    parser.add_argument("--rate", type=float, default=0.05, help="of the tracked intervals")
+    parser.add_argument("--peer", help="a Python with neuralforecast")
+    parser.add_argument("--every", type=int, default=1, help="time every so many batches of the epoch, and scale up")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variates", type=int, default=321)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="folder of the result, by default that of the repository")
+    arguments = parser.parse_args()
+    rows = globals()[arguments.what](arguments)
+    gpu = arguments.what == "wide" and arguments.device == "cuda"
+    about = {
+        "command": f"python benchmarks/timeseries.py {arguments.what}",
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
+    out = (arguments.out or RESULTS) / f"{arguments.what}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, json.dumps(about, indent=1) + "\n")
+    print(pd.DataFrame(rows).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
