@@ -21,6 +21,11 @@ from .graph_ssm import graph_topology as graph_topology
 from .h3 import H3 as H3
 from .hydra import Hydra as Hydra
 from .lbmamba import LBMamba as LBMamba
+from .long_conv import BlockDiagLinear as BlockDiagLinear
+from .long_conv import HyenaFilter as HyenaFilter
+from .long_conv import LongConv as LongConv
+from .long_conv import MonarchMixer as MonarchMixer
+from .long_conv import MonarchMLP as MonarchMLP
 from .mamba2 import DiscreteMamba2 as DiscreteMamba2
 from .mamba2 import Mamba2 as Mamba2
 from .mamba3 import Mamba3 as Mamba3
@@ -49,6 +54,7 @@ __all__ = [
     "S5",
     "Attention",
     "Bidirectional",
+    "BlockDiagLinear",
     "CauchyMixer",
     "Chimera2D",
     "Companion",
@@ -57,12 +63,16 @@ __all__ = [
     "GraphSSM",
     "GraphTopology",
     "Hydra",
+    "HyenaFilter",
     "LBMamba",
+    "LongConv",
     "LowRankMixer",
     "Mamba",
     "Mamba2",
     "Mamba3",
     "MambaMixer",
+    "MonarchMLP",
+    "MonarchMixer",
     "ParaGRU",
     "ParaLSTM",
     "QuasiseparableMixer",
@@ -90,11 +100,13 @@ MIXERS: dict[str, type[nn.Module]] = {
     "hax": HAX,
     "hydra": Hydra,
     "lbmamba": LBMamba,
+    "long_conv": LongConv,
     "low_rank": LowRankMixer,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "mamba3": Mamba3,
     "mambamixer": MambaMixer,
+    "monarch": MonarchMixer,
     "paragru": ParaGRU,
     "paralstm": ParaLSTM,
     "quasiseparable": QuasiseparableMixer,

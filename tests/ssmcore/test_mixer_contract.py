@@ -48,6 +48,12 @@ OPTIONS = {
         {"causal": True, "d_state": 3, "n_layer": 2, "channel_width": 2},
         {"d_state": 3, "n_layer": 2, "max_len": 256},
     ],
+    "long_conv": [{"max_len": 16}, {"max_len": 16, "bidirectional": True}],
+    "monarch": [
+        {"max_len": 16, "order": 8},
+        {"max_len": 64, "order": 8, "residual_conv": False},
+        {"max_len": 16, "order": 8, "bidirectional": True},
+    ],
     "paragru": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
     "paralstm": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
     "quasiseparable": [{"headdim": 8, "qk_dim": 2}],
