@@ -61,6 +61,8 @@ def progress_bar(total: int, label: str, enabled: bool = True) -> Iterator[Calla
 def roll_out(net: nn.Module, batch: WindowBatch, trained: int, horizon: int, middle: int | None = None) -> Tensor:
     """Forecast further than the model was trained for by feeding its own forecasts back as if observed.
 
+    A model with a closed loop goes on by itself.
+
     Args:
         net: Maps a WindowBatch to (b, i, trained) or (b, i, trained, q).
         batch: Its future covariates, if any, must reach to the end of the last block of `trained` steps.
@@ -74,6 +76,8 @@ def roll_out(net: nn.Module, batch: WindowBatch, trained: int, horizon: int, mid
     Raises:
         ValueError: if the model reads covariates of the past, which nobody knows inside the horizon.
     """
+    if horizon > trained and closes_loop(net):
+        return net.forward_ahead(batch, horizon)  # type: ignore[operator]
     if horizon > trained and batch.past is not None:
         raise ValueError(
             f"the model forecasts {trained} steps and reads past-only covariates, so it cannot be rolled on to "
@@ -95,6 +99,11 @@ def roll_out(net: nn.Module, batch: WindowBatch, trained: int, horizon: int, mid
             else torch.cat([gap, gap.new_ones(gap.shape[0], trained)], -1)[..., -lookback:],
         )
     return torch.cat(pieces, dim=2)[:, :, :horizon]
+
+
+def closes_loop(net: nn.Module) -> bool:
+    """Whether a model forecasts any horizon by itself."""
+    return bool(getattr(net, "closed_loop", False))
 
 
 @torch.no_grad()
@@ -318,7 +327,11 @@ def forecast_dataset(
     about = {
         "lookback": state["lookback"],
         "trained_horizon": trained,
-        "rollout": "direct" if horizon <= trained else f"own forecasts fed back in blocks of {trained} steps",
+        "rollout": "direct"
+        if horizon <= trained
+        else "closed loop"
+        if closes_loop(net)
+        else f"own forecasts fed back in blocks of {trained} steps",
         "intervals": "none" if spread is None else "quantiles of the model" if quantiles else "split conformal",
         "distribution": "none" if spread is None or distribution is None else distribution.name,
         "season": state["season"],

@@ -14,13 +14,14 @@ Space Models". The mixer is `omnissm.ssmcore.mixers.Chimera2D`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ssmcore import Chimera2D, Stack
+from .closed_loop import ClosedLoopGrid
 from .layers import Output, instance_statistics
 
 if TYPE_CHECKING:
@@ -57,10 +58,17 @@ class ChimeraForecaster(nn.Module):
         n_future: Covariates known in advance; their patches are added to the tokens, their values in the horizon act
             linearly on each variate.
         n_static: Static features of each variate, added to its tokens.
-        mixer: Further options of `Chimera2D`, such as coupling, heads, mix_variates or d_conv.
+        head: "direct", one linear map from all tokens of a variate to its horizon; or "closed_loop", a last
+            state-space layer that predicts its own next token and rolls on from there, to any horizon. It is also
+            trained to predict the next patch and its own next input inside the lookback.
+        loop_weights: Of these two losses, beside 1 for the horizon.
+        seasons: Periods in steps, at which states of the seasonal head turn so that they oscillate.
+        shuffle_variates: In training, let the blocks see the variates in another order each time, so that the forecast
+            depends less on it.
+        mixer: Further options of `Chimera2D`, such as coupling, heads, mix_variates, structure or d_conv.
 
     Raises:
-        ValueError: if the lookback is shorter than a patch, or sizes are below 1.
+        ValueError: if the lookback is shorter than a patch, sizes are below 1, or options do not go together.
     """
 
     def __init__(
@@ -85,6 +93,10 @@ class ChimeraForecaster(nn.Module):
         n_past: int = 0,
         n_future: int = 0,
         n_static: int = 0,
+        head: Literal["direct", "closed_loop"] = "direct",
+        loop_weights: Sequence[float] = (1.0, 1.0),
+        seasons: Sequence[float] = (),
+        shuffle_variates: bool = False,
         mixer: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -98,11 +110,21 @@ class ChimeraForecaster(nn.Module):
             )
         if not 0 <= linear_skip <= lookback:
             raise ValueError(f"expected linear_skip from 0 to {lookback} (the lookback), got {linear_skip}")
+        if head not in ("direct", "closed_loop"):
+            raise ValueError(f'expected head "direct" or "closed_loop", got {head!r}')
+        if any(not season >= 2 * stride for season in seasons):
+            raise ValueError(
+                f"a season of {min(seasons):g} steps is shorter than two tokens of stride {stride}; lower stride"
+            )
+        self.closed_loop, self.shuffle_variates = head == "closed_loop", shuffle_variates
         self.lookback, self.horizon, self.n_variates, self.n_past = lookback, horizon, n_variates, n_past
         self.patch_len, self.stride, self.linear_skip = patch_len, stride, linear_skip
         self.instance_norm, self.mask_input = instance_norm, mask_input
         self.output = Output(quantiles, distribution, instance_norm=instance_norm)
-        self.n_tokens = (lookback - patch_len) // stride + 2
+        if self.closed_loop:
+            self._check_loop(lookback, patch_len, stride, linear_skip)
+        self.padding = 0 if self.closed_loop else stride  # with which the last patch repeats the last value
+        self.n_tokens = (lookback - patch_len) // stride + (1 if self.closed_loop else 2)
         rows = n_variates + n_past
         if variate_embedding is None:
             variate_embedding = (mixer or {}).get("coupling") != "pooled"
@@ -113,16 +135,53 @@ class ChimeraForecaster(nn.Module):
         self.known_past = nn.Linear(n_future * patch_len, d_model, bias=False) if n_future else None
         self.known_future = nn.Linear(n_future, n_variates, bias=False) if n_future else None
         options = {"d_state": d_state, "dropout": dropout} | (mixer or {})
+        if seasons:
+            options["rotation"] = [season / stride for season in seasons]
         self.stack = Stack(d_model, ["chimera2d"] * n_layer, mixer_options=options)
         self.head_dropout = nn.Dropout(head_dropout)
-        self.head = nn.Linear(self.n_tokens * d_model, horizon * self.output.numbers)
+        if self.closed_loop:
+            mixing = {key: options[key] for key in ("bidirectional", "mix_variates", "kappa") if key in options}
+            self.loop = ClosedLoopGrid(d_model, d_state, **mixing)
+            self.loop_weights = tuple(loop_weights)
+            self.skipped = min(d_state, self.n_tokens // 2)  # tokens before which a prediction knows too little
+            self.head = nn.Linear(d_model, stride * self.output.numbers)
+        else:
+            self.head = nn.Linear(self.n_tokens * d_model, horizon * self.output.numbers)
         self.skip = nn.Linear(n_variates * linear_skip, n_variates * horizon, bias=False) if linear_skip else None
         for linear in (self.known_future, self.skip):
             if linear is not None:
                 nn.init.zeros_(linear.weight)
 
+    def _check_loop(self, lookback: int, patch_len: int, stride: int, linear_skip: int) -> None:
+        if (lookback - patch_len) % stride:
+            raise ValueError(
+                f"a closed loop needs patches that end with the lookback; {lookback} - {patch_len} steps are no "
+                f"multiple of the stride {stride}"
+            )
+        if linear_skip or (self.output.distribution and self.output.distribution.counts):
+            raise ValueError(
+                "a closed loop has no linear_skip, and feeds values back, which are no counts; leave them out"
+            )
+
     def forward(self, batch: WindowBatch) -> Tensor:
         """Forecast in the units of `batch.x`: (b, i, horizon), with quantiles or a distribution (b, i, horizon, q)."""
+        return self._forecast(batch, self.horizon)[0]
+
+    def forward_train(self, batch: WindowBatch) -> tuple[Tensor, Tensor | float]:
+        """The forecast, and the losses of a closed loop inside the lookback, in normalised units."""
+        return self._forecast(batch, self.horizon)
+
+    def forward_ahead(self, batch: WindowBatch, horizon: int) -> Tensor:
+        """A forecast of any length by a closed loop, (b, i, horizon[, q]).
+
+        Raises:
+            ValueError: with another head.
+        """
+        if not self.closed_loop:
+            raise ValueError("a direct head has one horizon; train with head='closed_loop'")
+        return self._forecast(batch, horizon)[0]
+
+    def _forecast(self, batch: WindowBatch, horizon: int) -> tuple[Tensor, Tensor | float]:
         x, mask = batch.x, batch.x_mask
         if self.n_past:
             past = self._required(batch.past, "past", self.n_past)
@@ -134,18 +193,47 @@ class ChimeraForecaster(nn.Module):
         hidden = self._tokens(x, mask, batch)
         token_mask = self._patches(mask).any(dim=-1)
         token_gap = None if batch.time_gap is None else self._token_gap(batch.time_gap)
-        hidden = self.stack(hidden, mask=token_mask, time_gap=token_gap)[:, : self.n_variates].flatten(2)
-        y = self.head(self.head_dropout(hidden)).unflatten(-1, (self.horizon, -1))  # (b, i, horizon, q or 1)
-        linear = self._linear_part(x, batch)
+        hidden = self._mixed(hidden, token_mask, token_gap)
+        extra: Tensor | float = 0.0
+        if self.closed_loop:
+            y, extra = self._rolled(hidden, x, mask, token_mask, token_gap, horizon)
+        else:
+            hidden = hidden[:, : self.n_variates].flatten(2)
+            y = self.head(self.head_dropout(hidden)).unflatten(-1, (self.horizon, -1))  # (b, i, horizon, q or 1)
+        linear = self._linear_part(x, batch, horizon)
         if linear is not None:  # on the location, or on the lowest quantile, from which the others are counted
             y = torch.cat([y[..., :1] + linear[..., None], y[..., 1:]], dim=-1)
         if statistics is not None:
             statistics = type(statistics)(*(part[:, : self.n_variates] for part in statistics))
-        return self.output(y, statistics)
+        return self.output(y, statistics), extra
+
+    def _mixed(self, hidden: Tensor, mask: Tensor, gap: Tensor | None) -> Tensor:
+        """The blocks, over variates in their order or, in training if asked for, in a random one."""
+        if not (self.shuffle_variates and self.training):
+            return self.stack(hidden, mask=mask, time_gap=gap)
+        order = torch.randperm(hidden.shape[1], device=hidden.device)
+        return self.stack(hidden[:, order], mask=mask[:, order], time_gap=gap)[:, order.argsort()]
+
+    def _rolled(
+        self, hidden: Tensor, x: Tensor, mask: Tensor, token_mask: Tensor, gap: Tensor | None, horizon: int
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers of the head (b, i, horizon, q or 1) from a rollout, and the losses inside the lookback."""
+        last = self.n_tokens - 1
+        count = -(-horizon // self.stride)  # the first piece is read at the last token of the lookback
+        outputs, ahead = self.loop(self.head_dropout(hidden), count - 1, mask=token_mask, time_gap=gap)
+        pieces = self.head(outputs).unflatten(-1, (self.stride, -1))  # (b, rows, tokens, stride, q)
+        y = pieces[:, : self.n_variates, last:].flatten(2, 3)[:, :, :horizon]
+        following, seen = (t[..., self.patch_len :].unfold(-1, self.stride, self.stride) for t in (x, mask))
+        span = slice(min(self.skipped, max(0, last - 1)), last)
+        seen = seen[:, :, span]
+        value = torch.where(seen, pieces[:, :, span, :, 0] - following[:, :, span], 0.0).square().sum()
+        own = ahead[:, :, span] - hidden[:, :, 1:][:, :, span].detach()
+        own = own.square().mean() if own.numel() else own.sum()
+        return y, self.loop_weights[0] * value / seen.sum().clamp(min=1) + self.loop_weights[1] * own
 
     def _patches(self, x: Tensor) -> Tensor:
         """(b, i, lookback) -> (b, i, j, patch_len); the last value is repeated for the final patch."""
-        return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self.stride)], dim=-1).unfold(
+        return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], self.padding)], dim=-1).unfold(
             -1, self.patch_len, self.stride
         )
 
@@ -166,20 +254,22 @@ class ChimeraForecaster(nn.Module):
             hidden = hidden + self.known_past(known.transpose(1, 2).flatten(2))[:, None]
         return hidden
 
-    def _linear_part(self, x: Tensor, batch: WindowBatch) -> Tensor | None:
+    def _linear_part(self, x: Tensor, batch: WindowBatch, horizon: int) -> Tensor | None:
         """What acts linearly on the forecast: (b, i, horizon), None without such a part."""
         y = None
         if self.skip is not None:
             y = self.skip(x[:, : self.n_variates, -self.linear_skip :].flatten(1)).unflatten(-1, (self.n_variates, -1))
         if self.known_future is not None:
             future = self._required(batch.future, "future", self.known_future.in_features)
-            known = self.known_future(future[..., self.lookback :].transpose(1, 2)).transpose(1, 2)
+            known = self.known_future(future[..., self.lookback : self.lookback + horizon].transpose(1, 2)).transpose(
+                1, 2
+            )
             y = known if y is None else y + known
         return y
 
     def _token_gap(self, gap: Tensor) -> Tensor:
         """Steps since the preceding entry (b, lookback) -> strides since the preceding token (b, j)."""
-        times = F.pad(gap, (0, self.stride), value=1.0).cumsum(dim=-1)
+        times = F.pad(gap, (0, self.padding), value=1.0).cumsum(dim=-1)
         ends = times[:, self.patch_len - 1 :: self.stride]
         return F.pad((ends[:, 1:] - ends[:, :-1]) / self.stride, (1, 0), value=1.0)
 

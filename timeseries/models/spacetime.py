@@ -68,7 +68,7 @@ class ClosedLoop(nn.Module):
 
 
 class SpaceTime(nn.Module):
-    """Forecaster of each variate by itself, all with the same weights.
+    """Forecaster of each variate by itself, all with the same weights; beyond its horizon the loop goes on.
 
     A rollout beyond 10,000 normalised units is clipped there.
 
@@ -87,6 +87,8 @@ class SpaceTime(nn.Module):
     Raises:
         ValueError: if the lookback is too short for the one-step losses, and for a distribution of counts.
     """
+
+    closed_loop = True
 
     def __init__(
         self,
@@ -117,14 +119,21 @@ class SpaceTime(nn.Module):
 
     def forward(self, batch: WindowBatch) -> Tensor:
         """Forecast in the units of `batch.x`: (b, i, horizon), with quantiles or a distribution (b, i, horizon, q)."""
-        return self.forward_train(batch)[0]
+        return self._forecast(batch, self.horizon)[0]
 
     def forward_train(self, batch: WindowBatch) -> tuple[Tensor, Tensor]:
         """The forecast, and the weighted losses of one-step predictions in normalised units."""
+        return self._forecast(batch, self.horizon)
+
+    def forward_ahead(self, batch: WindowBatch, horizon: int) -> Tensor:
+        """A forecast of any length by going on with the loop, (b, i, horizon[, q])."""
+        return self._forecast(batch, horizon)[0]
+
+    def _forecast(self, batch: WindowBatch, horizon: int) -> tuple[Tensor, Tensor]:
         statistics = instance_statistics(batch.x, batch.x_mask)
         x = statistics.normalize(batch.x, batch.x_mask).flatten(0, 1)[..., None]  # (b i, l, 1)
         u = self.stack(self.embed(preprocess(x)))
-        ahead, outputs, inputs = self.loop(u, self.horizon)
+        ahead, outputs, inputs = self.loop(u, horizon)
         y = self.head(ahead).unflatten(0, batch.x.shape[:2]).clamp(-LIMIT, LIMIT)
         span = slice(self.skipped, -1)
         known = batch.x_mask.flatten(0, 1)[:, self.skipped + 1 :, None]
