@@ -13,13 +13,12 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ...ssmcore.training import SSMData
 from ..files import open_lines
 from ..sequence import encode, normalise, reverse_complement
 from ..sequence import vocabulary as find_vocabulary
 from .batch import SequenceBatch
 from .regions import ALIASES, PARTS
-from .windows import WindowSampler, as_is
+from .samplers import ResumableData, WindowSampler
 
 Task = Literal["binary", "multiclass", "multilabel", "regression"]
 
@@ -52,7 +51,7 @@ class LabelledDataset(Dataset):
         return SequenceBatch(torch.from_numpy(tokens), torch.from_numpy(mask), labels)
 
 
-class LabelledData(SSMData):
+class LabelledData(ResumableData):
     """Base of labelled sequences; a subclass says in `rows` where they come from.
 
     Args:
@@ -195,17 +194,7 @@ class LabelledData(SSMData):
         seed = self.seed + 7_919 * self.run_seed
         dataset = LabelledDataset(self, self.parts[part], training=shuffle, seed=seed)
         sampler = WindowSampler(dataset, shuffle=shuffle, seed=seed)
-        if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            generator=sampler.generator,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=as_is,
-        )
+        return self.ordered_loader(sampler, self.batch_size, self.num_workers)
 
     def state(self) -> dict[str, Any]:
         """How a saved model reads sequences, and what its outputs mean."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ...ssmcore.training import EpochSampler, SSMData
 from ..annotation import read_bed
 from ..intervals import Interval
 from ..reference import Cache, Reference
@@ -27,6 +26,7 @@ from .regions import (
     subtract,
     with_gap,
 )
+from .samplers import LengthSampler, ResumableData, WindowSampler, check_schedule
 
 Objective = Literal["causal", "masked"]
 MASKED_SHARE, MASK_ID_SHARE, RANDOM_SHARE = 0.15, 0.8, 0.1
@@ -38,26 +38,6 @@ class Piece(NamedTuple):
 
     bases: bytes
     soft: npt.NDArray[np.bool_]
-
-
-class WindowSampler(EpochSampler):
-    """Numbers that differ in every epoch, `epoch * n + i`, so that a window is a function of its number alone."""
-
-    start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many of its samples are left out because a run stopped after them."""
-        super().set_epoch(epoch)
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        total = len(self.dataset)  # type: ignore[arg-type]
-        for number, index in enumerate(super().__iter__()):
-            if number >= self.start:
-                yield self.epoch * total + index
-
-    def __len__(self) -> int:
-        return max(0, super().__len__() - self.start)
 
 
 class WindowDataset(Dataset):
@@ -74,13 +54,10 @@ class WindowDataset(Dataset):
         self.data, self.regions, self.training, self.seed = data, list(regions), training, seed
         self.random = training and data.sampling == "random" and not data.pack
         self.rows: list[list[Interval]] = []
-        self.cumulative: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        if self.random:
-            self.cumulative = np.cumsum([self._starts(region) for region in self.regions])
-        elif data.pack:
-            self.rows = _packed(self._tiles(), data.length, int(data.bos))
-        else:
-            self.rows = [[tile] for tile in self._tiles()]
+        self.cumulative: dict[int, npt.NDArray[np.int64]] = {}  # legal starts of a length up to each region
+        if not self.random:
+            tiles = self._tiles()
+            self.rows = _packed(tiles, data.length, int(data.bos)) if data.pack else [[tile] for tile in tiles]
         if not len(self):
             raise ValueError(
                 "no window: all regions are empty or hold too many N; see length, max_n_frac and the split"
@@ -92,15 +69,16 @@ class WindowDataset(Dataset):
             return (self.data.epoch_size or max(1, total // length)) if total else 0
         return len(self.rows)
 
-    def _starts(self, region: Interval) -> int:
-        """Legal starts of a random window."""
-        if self._is_ring(region):
-            return len(region)
-        return max(1, len(region) - self.data.length + 1)
+    def _starts(self, length: int) -> npt.NDArray[np.int64]:
+        """Legal starts of a random window, summed over the regions."""
+        if length not in self.cumulative:
+            counts = [len(r) if self._is_ring(r, length) else max(1, len(r) - length + 1) for r in self.regions]
+            self.cumulative[length] = np.cumsum(counts)
+        return self.cumulative[length]
 
-    def _is_ring(self, region: Interval) -> bool:
+    def _is_ring(self, region: Interval, length: int) -> bool:
         reference = self.data.genome(region.chrom)
-        return region.chrom in reference.circular and len(region) == reference.lengths[region.chrom] >= self.data.length
+        return region.chrom in reference.circular and len(region) == reference.lengths[region.chrom] >= length
 
     def _tiles(self) -> list[Interval]:
         length = self.data.length
@@ -118,34 +96,34 @@ class WindowDataset(Dataset):
                     break
         return found
 
-    def window(self, number: int) -> tuple[list[Interval], list[bool], np.random.Generator]:
+    def window(self, number: int, length: int | None = None) -> tuple[list[Interval], list[bool], np.random.Generator]:
         """Places of a row, whether each is read on the reverse strand, and the generator for further choices."""
         rng = np.random.default_rng((self.seed, number))
         if self.random:
-            places = [self._draw(rng)]
+            places = [self._draw(rng, length or self.data.length)]
         else:
             places = self.rows[number % len(self.rows)]
         flips = [bool(self.training and rng.random() < self.data.rc_prob) for _ in places]
         return places, flips, rng
 
-    def _draw(self, rng: np.random.Generator) -> Interval:
-        place = self.regions[0]
+    def _draw(self, rng: np.random.Generator, length: int) -> Interval:
+        place, starts = self.regions[0], self._starts(length)
         for _ in range(50):  # a window of N is drawn anew
-            pick = int(rng.integers(self.cumulative[-1]))
-            k = int(np.searchsorted(self.cumulative, pick, side="right"))
+            pick = int(rng.integers(starts[-1]))
+            k = int(np.searchsorted(starts, pick, side="right"))
             region = self.regions[k]
-            start = region.start + pick - (int(self.cumulative[k - 1]) if k else 0)
-            end = start + self.data.length
-            place = Interval(region.chrom, start, end if self._is_ring(region) else min(end, region.end))
+            start = region.start + pick - (int(starts[k - 1]) if k else 0)
+            end = start + length
+            place = Interval(region.chrom, start, end if self._is_ring(region, length) else min(end, region.end))
             bases = self.data.genome(place.chrom).fetch(place.chrom, place.start, place.end)
             if 1 - is_acgt(bases).mean() <= self.data.max_n_frac:
                 break
         return place
 
-    def __getitems__(self, numbers: Sequence[int]) -> SequenceBatch:
+    def __getitems__(self, numbers: Sequence[int], length: int | None = None) -> SequenceBatch:
         data = self.data
         words = data.words
-        width = max(data.length + int(data.bos), 1)
+        width = (length or data.length) + int(data.bos)
         tokens = np.full((len(numbers), width), words.pad, np.int64)
         mask = np.zeros((len(numbers), width), bool)
         weight = np.ones((len(numbers), width), np.float32)
@@ -153,7 +131,7 @@ class WindowDataset(Dataset):
         labels = np.full((len(numbers), width), IGNORE, np.int64)
         mutating = self.training and data.mutate > 0 and data.objective == "causal"
         for row, number in enumerate(numbers):
-            places, flips, rng = self.window(number)
+            places, flips, rng = self.window(number, length)
             at = 0
             for k, (place, flip) in enumerate(zip(places, flips)):
                 piece = data.read(place, flip)
@@ -178,11 +156,14 @@ class WindowDataset(Dataset):
             torch.from_numpy(weight) if data.soft_weight < 1 else None,
         )
 
-    def __getitem__(self, number: int) -> SequenceBatch:
+    def __getitem__(self, number: int | tuple[int, list[int]]) -> SequenceBatch:
+        """One window, or the windows of a batch of another length: (length, numbers)."""
+        if isinstance(number, tuple):
+            return self.__getitems__(number[1], number[0])
         return self.__getitems__([number])
 
 
-class FastaWindows(SSMData):
+class FastaWindows(ResumableData):
     """Windows of one or several genomes, cut after the genome was split into parts.
 
     A random window is a function of (seed, epoch, index): the same for any number of workers.
@@ -212,6 +193,8 @@ class FastaWindows(SSMData):
         vocabulary: "byte", "char" or "acgt".
         batch_size: Rows of a batch.
         tokens_per_batch: Positions of a batch, instead.
+        length_schedule: Pairs [step, bases] from step 0 on: windows of training grow, with as many positions in a
+            batch; evaluation keeps `length`.
         cache: See `Reference`.
         seed: Base of all random choices.
         num_workers: Loader processes.
@@ -247,6 +230,7 @@ class FastaWindows(SSMData):
         vocabulary: str = "byte",
         batch_size: int = 16,
         tokens_per_batch: int | None = None,
+        length_schedule: list[list[int]] | None = None,
         cache: Cache = "auto",
         seed: int = 0,
         num_workers: int = 0,
@@ -261,6 +245,9 @@ class FastaWindows(SSMData):
         self.soft_weight = 1.0 if isinstance(soft_mask, str) else float(soft_mask)
         if not 0 <= self.soft_weight <= 1:
             raise ValueError(f"expected soft_mask 'upper' or a weight from 0 to 1, got {soft_mask}")
+        self.length_schedule = check_schedule(length_schedule)
+        if self.length_schedule and (sampling != "random" or pack):
+            raise ValueError("length_schedule goes with random windows; leave out pack and sampling: tiled")
         self.fasta = [fasta] if isinstance(fasta, str) else list(fasta)
         self.length, self.stride, self.epoch_size, self.sampling = length, stride, epoch_size, sampling
         self.named = {"train": train, "val": val, "test": test}
@@ -356,27 +343,18 @@ class FastaWindows(SSMData):
 
     def _loader(self, part: str, *, shuffle: bool = False) -> DataLoader[SequenceBatch]:
         dataset = self.windows(part)
-        sampler = WindowSampler(dataset, shuffle=shuffle, seed=self.seed + 7_919 * self.run_seed)
-        if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            generator=sampler.generator,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=as_is,
-        )
+        seed = self.seed + 7_919 * self.run_seed
+        if shuffle and self.length_schedule:
+            sampler: WindowSampler = LengthSampler(
+                dataset, self.length_schedule, self.batch_size, self.length, int(self.bos), seed=seed
+            )
+            return self.ordered_loader(sampler, None, self.num_workers)
+        sampler = WindowSampler(dataset, shuffle=shuffle, seed=seed)
+        return self.ordered_loader(sampler, self.batch_size, self.num_workers)
 
     def state(self) -> dict[str, Any]:
         """How a saved model reads sequences."""
         return {"vocabulary": self.vocabulary, "length": self.length, "bos": self.bos, "objective": self.objective}
-
-
-def as_is(batch: Any) -> Any:
-    """The batch as the data set made it."""
-    return batch
 
 
 def _packed(pieces: Sequence[Interval], length: int, bos: int) -> list[list[Interval]]:

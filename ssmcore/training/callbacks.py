@@ -51,8 +51,11 @@ class ResumePoint(Callback):
         self.seed = seed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the epoch from its first batch: the trainer takes the counts of the one before for a finished epoch."""
-        trainer.fit_loop.restarting = False
+        """Begin the epoch from its first batch: the trainer takes the counts of the one before for a finished epoch.
+
+        A checkpoint that was taken inside an epoch goes on there.
+        """
+        trainer.fit_loop.restarting = trainer.fit_loop.restarted_mid_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, then seed."""

@@ -8,7 +8,7 @@ import torch
 
 from omnissm.genomics.data import FastaWindows, LabelledSequences, SyntheticDNA, SyntheticLabels, synthetic_genome
 from omnissm.genomics.data.regions import check_regions, intersect, merge, split_by_blocks, split_by_share, subtract
-from omnissm.genomics.data.windows import WindowSampler
+from omnissm.genomics.data.samplers import WindowSampler
 from omnissm.genomics.genbank import translate
 from omnissm.genomics.intervals import Interval
 from omnissm.genomics.reference import Reference

@@ -10,10 +10,12 @@ import torch
 from omnissm.genomics import schedules
 from omnissm.genomics.curves import TrainingCurve, plot_curves, read_curve
 from omnissm.genomics.data import FastaWindows, SyntheticDNA
+from omnissm.genomics.data.samplers import LengthSampler, SaveInside
 from omnissm.genomics.models import create_model, from_pretrained, save_pretrained
 from omnissm.genomics.schedules import AnnealOnPlateau, WarmupStableDecay
 from omnissm.genomics.tasks import CausalLM
 from omnissm.ssmcore.chunking import FixedRouter, chunk, dechunk
+from omnissm.ssmcore.training import prepare_trainer
 
 TINY = {
     "arch_layout": ["m1", ["T1"], "m1"],
@@ -196,3 +198,69 @@ def test_means_of_chunks_stay_wide_under_autocast():
     assert found.dtype == state.dtype == torch.float32
     assert torch.equal(found, exact)
     assert torch.equal(state, last)
+
+
+class Recorder(pl.Callback):
+    """Keeps what training reads, and stops after some batches as a kill would."""
+
+    def __init__(self, stop=None):
+        self.seen, self.stop = [], stop
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.stop is not None and len(self.seen) == self.stop:
+            raise RuntimeError("killed")
+        self.seen.append((trainer.current_epoch, batch_idx, batch.tokens.clone()))
+
+
+def run(folder, workers, recorder, ckpt_path=None, **options):
+    data = SyntheticDNA(
+        bases=6000, length=63, batch_size=4, epoch_size=40, num_workers=workers, train=0.8, val=0.1, test=0.1, **options
+    )
+    trainer = pl.Trainer(
+        default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=3,
+        enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        callbacks=[SaveInside(3), recorder],
+    )  # fmt: skip
+    prepare_trainer(trainer, folder, 0)
+    trainer.fit(CausalLM("hnet", TINY), datamodule=data, ckpt_path=ckpt_path, weights_only=False)
+    return recorder.seen
+
+
+@pytest.mark.parametrize("options", [{}, {"length_schedule": [[0, 31], [12, 63], [20, 127]]}], ids=["fixed", "growing"])
+def test_a_run_killed_inside_an_epoch_goes_on_with_the_same_batches(tmp_path, options):
+    whole = run(tmp_path / "whole", 0, Recorder(), **options)
+    assert [(epoch, k) for epoch, k, _ in whole] == [(epoch, k) for epoch in range(3) for k in range(10)]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "killed", 0, Recorder(stop=17), **options)  # in batch 7 of epoch 1; kept is what was after 15
+    for workers in (0, 2):
+        rest = run(tmp_path / "killed", workers, Recorder(), tmp_path / "killed" / "last.ckpt", **options)
+        (tmp_path / "killed" / "last.ckpt").replace(tmp_path / "end.ckpt")
+        assert [(epoch, k) for epoch, k, _ in rest] == [(epoch, k) for epoch, k, _ in whole[15:]]
+        assert all(torch.equal(a, b) for (*_, a), (*_, b) in zip(rest, whole[15:], strict=True))
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path / "killed", workers, Recorder(stop=17), **options)
+
+
+def test_windows_grow_and_batches_keep_their_positions():
+    data = SyntheticDNA(
+        bases=6000, length=63, batch_size=4, epoch_size=40, train=0.8, val=0.1, test=0.1,
+        length_schedule=[[0, 31], [12, 127]],
+    )  # fmt: skip
+    loader = data.train_dataloader()
+    assert len(loader) == 10
+    assert {batch.tokens.shape for batch in loader} == {(8, 32)}
+    loader.sampler.set_epoch(1)
+    assert [batch.tokens.shape for batch in loader] == [(8, 32)] * 2 + [(2, 128)] * 8
+    assert all(batch.tokens.shape[1] == 64 for batch in data.val_dataloader())
+    ranks = [LengthSampler(data.windows("train"), [[0, 31]], 4, 63, 1, rank=k, world_size=2) for k in range(2)]
+    drawn = [[number for _, numbers in sampler for number in numbers] for sampler in ranks]
+    assert not set(drawn[0]) & set(drawn[1])
+    assert len(drawn[0]) == len(drawn[1]) == 5 * 8
+
+
+@pytest.mark.parametrize("schedule", [[[5, 100]], [[0, 100], [0, 50]], [[0, 1]], [[0]]])
+def test_bad_length_schedules(schedule):
+    with pytest.raises(ValueError, match="length_schedule"):
+        FastaWindows("a.fa", length_schedule=schedule)
+    with pytest.raises(ValueError, match="random windows"):
+        FastaWindows("a.fa", length_schedule=[[0, 100]], sampling="tiled")
