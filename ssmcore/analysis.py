@@ -3,6 +3,7 @@
     found = mixing_matrices(stack, x)                       one `MixingMatrix` per layer that has one
     draw_matrix(found[0].matrix[0], "layer 0").savefig("layer0.png")
     reach = token_jacobian(mixer, x)                        any mixer, linear in its input or not
+    block_ranks(found[0].matrix);  token_norms(stack, x);  retrieval_probe(stack, vectors, pairs=8)
 
 Ali, Zimerman & Wolf (2024), "The Hidden Attention of Mamba Models", for the matrices.
 """
@@ -10,7 +11,7 @@ Ali, Zimerman & Wolf (2024), "The Hidden Attention of Mamba Models", for the mat
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,164 @@ def span_rank(matrix: Tensor, *, tolerance: float = 1e-6) -> Tensor:
     return (values > tolerance * values[:, :1]).sum(-1)
 
 
+def block_ranks(matrix: Tensor, *, upper: bool = False, tolerance: float = 1e-6) -> Tensor:
+    """Rank of every off-diagonal block of mixing matrices: how many numbers the past hands to the future.
+
+        rank of M[k:, :k],    or of M[:k, k:] with `upper`,    for k = 1 .. l - 1
+
+    For a matrix from a state of n numbers per channel (`ssd` and all that is made of it) none exceeds n; softmax has no
+    such limit.
+
+    Args:
+        matrix: (..., l, l), float64 for reliable ranks.
+        upper: Blocks above the diagonal, of mixers that look ahead.
+        tolerance: Singular values below this share of a block's largest count as zero.
+
+    Returns:
+        (..., l - 1) integers.
+
+    Raises:
+        ValueError: if the matrices are not square.
+
+    Dao & Gu (2024), "Transformers are SSMs", section 3.2: such matrices are semiseparable.
+    """
+    if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"`matrix` must be (..., l, l), got shape {tuple(matrix.shape)}.")
+    ranks = []
+    for cut in range(1, matrix.shape[-1]):
+        block = matrix[..., :cut, cut:] if upper else matrix[..., cut:, :cut]
+        values = torch.linalg.svdvals(block)
+        ranks.append((values > tolerance * values[..., :1]).sum(-1))
+    empty = torch.zeros(*matrix.shape[:-2], 0, dtype=torch.int64, device=matrix.device)
+    return torch.stack(ranks, dim=-1) if ranks else empty
+
+
+@torch.no_grad()
+def token_norms(stack: Stack, x: Tensor, **arguments: Any) -> Tensor:
+    """Length of each token's vector in the residual stream as it passes through the layers.
+
+    Args:
+        stack: Any `Stack`; of a `SequenceModel` its `stack`, on its embeddings.
+        x: Input, (b, l, d).
+        **arguments: For the mixers, such as `mask`.
+
+    Returns:
+        (layers + 1, b, l): of the input, and after each layer. Whether lengths shrink or grow with depth tells the
+        regimes of Vo et al. (2024), "Demystifying the Token Dynamics of Deep Selective State Space Models", apart.
+    """
+    return torch.stack([torch.linalg.vector_norm(one, dim=-1) for one in _streams(stack, x, arguments)])
+
+
+class Recall(NamedTuple):
+    """Sequences of pairs, and one key whose value is asked.
+
+    Attributes:
+        ids: key, value, key, value, ..., key: (b, 2 pairs + 1) int64, keys from 0 on and values behind them.
+        answer: The value that stood behind the last key, (b,).
+    """
+
+    ids: Tensor
+    answer: Tensor
+
+
+def key_value_recall(
+    rows: int, pairs: int, *, keys: int = 32, values: int = 32, generator: torch.Generator | None = None
+) -> Recall:
+    """Draw a recall task: what stood behind this key?
+
+    Args:
+        rows: b.
+        pairs: Pairs of a row, whose keys differ.
+        keys: Symbols 0 to keys - 1.
+        values: Symbols keys to keys + values - 1.
+        generator: Source of random numbers.
+
+    Raises:
+        ValueError: if there are fewer keys than pairs, or a size is below 1.
+
+    Arora et al. (2024), "Zoology" (associative recall).
+    """
+    if min(rows, pairs, values) < 1 or keys < pairs:
+        raise ValueError(f"a row needs at least one pair and as many keys, got pairs={pairs} and keys={keys}.")
+    chosen = torch.rand(rows, keys, generator=generator).argsort(1)[:, :pairs]
+    stored = keys + torch.randint(values, (rows, pairs), generator=generator)
+    asked = torch.randint(pairs, (rows, 1), generator=generator)
+    ids = torch.stack([chosen, stored], dim=-1).flatten(1)
+    return Recall(torch.cat([ids, chosen.gather(1, asked)], dim=1), stored.gather(1, asked)[:, 0])
+
+
+def linear_probe(features: Tensor, labels: Tensor, *, train_share: float = 0.5, ridge: float = 1e-3) -> float:
+    """How well a linear map reads labels from features: its accuracy on rows it was not fitted to.
+
+    Args:
+        features: (b, d).
+        labels: (b,) integers.
+        train_share: Share of the rows, the first ones, that the map is fitted to (ridge regression on indicators).
+        ridge: Penalty, as a share of the mean variance of the features.
+
+    Returns:
+        Accuracy on the other rows.
+
+    Raises:
+        ValueError: if a part has no rows, or the numbers of rows differ.
+    """
+    fitted = int(train_share * len(features))
+    if len(features) != len(labels) or not 0 < fitted < len(features):
+        raise ValueError(
+            f"expected as many labels as features and rows in both parts, got {len(labels)} labels, {len(features)} "
+            f"features and train_share={train_share}."
+        )
+    x = features.double()
+    x = x - x[:fitted].mean(0)
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    targets = torch.nn.functional.one_hot(labels - labels.min()).double()
+    gram = x[:fitted].mT @ x[:fitted]
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = torch.linalg.solve(gram + penalty, x[:fitted].mT @ targets[:fitted])
+    guess = (x[fitted:] @ weight).argmax(-1) + labels.min()
+    return float((guess == labels[fitted:]).double().mean())
+
+
+@torch.no_grad()
+def retrieval_probe(
+    stack: Stack, embedding: Tensor, pairs: int, *, keys: int = 32, rows: int = 2000, seed: int = 0
+) -> list[float]:
+    """After which layer the stream at the last position holds the value that a key asks for.
+
+    Args:
+        stack: Causal, or seeing both directions.
+        embedding: Vectors of keys and values, (n, d); the first `keys` are keys, the others values.
+        pairs: Pairs of a sequence, see `key_value_recall`.
+        keys: How many are keys.
+        rows: Sequences; half of them fit the probe.
+        seed: Of the sequences.
+
+    Returns:
+        Accuracy of a linear probe on the stream before the first layer, and after each of them.
+
+    Raises:
+        ValueError: if there are no values, or fewer keys than pairs.
+    """
+    task = key_value_recall(
+        rows, pairs, keys=keys, values=len(embedding) - keys, generator=torch.Generator().manual_seed(seed)
+    )
+    x = embedding[task.ids.to(embedding.device)]
+    labels = task.answer.to(embedding.device)
+    return [linear_probe(stream[:, -1], labels) for stream in _streams(stack, x, {})]
+
+
+def _streams(stack: Stack, x: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
+    """The residual stream before the first layer and after each one, (b, l, d)."""
+    found = [x]
+    handles = [block.register_forward_hook(lambda _, __, y: found.append(y)) for block in stack.blocks]
+    try:
+        stack(x, **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 def draw_matrix(matrix: Tensor, title: str = "", *, heads: int = 8, floor: float = 1e-4) -> Figure:
     """Picture of a layer's matrices: one panel per head, rows are outputs, colours the logarithm of the magnitude.
 
@@ -138,4 +297,15 @@ def draw_matrix(matrix: Tensor, title: str = "", *, heads: int = 8, floor: float
     return figure
 
 
-__all__ = ["draw_matrix", "mixing_matrices", "span_rank", "token_jacobian"]
+__all__ = [
+    "Recall",
+    "block_ranks",
+    "draw_matrix",
+    "key_value_recall",
+    "linear_probe",
+    "mixing_matrices",
+    "retrieval_probe",
+    "span_rank",
+    "token_jacobian",
+    "token_norms",
+]

@@ -1,7 +1,7 @@
 """`ssd` over a tree of positions, in which every node goes on from the state of its parent.
 
 Checks many drafted continuations at once: Wu et al. (2025), "STree: Speculative Tree Decoding for Hybrid State-Space
-Models", section 3.
+Models".
 """
 
 from __future__ import annotations

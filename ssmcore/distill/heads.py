@@ -1,7 +1,7 @@
 """Which attention heads a model needs: how much worse it does without each of them.
 
 Bick, Xing & Gu (2025), "Understanding the Skill Gap in Recurrent Language Models: The Role of the Gather-and-Aggregate
-Mechanism", section 4: few heads carry what state-space models lack, and ablation finds them.
+Mechanism": few heads carry what state-space models lack, and ablation finds them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 from omnissm.ssmcore import Stack, create_mixer
-from omnissm.ssmcore.analysis import draw_matrix, mixing_matrices, span_rank, token_jacobian
+from omnissm.ssmcore.analysis import (
+    block_ranks,
+    draw_matrix,
+    key_value_recall,
+    linear_probe,
+    mixing_matrices,
+    retrieval_probe,
+    span_rank,
+    token_jacobian,
+    token_norms,
+)
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -70,3 +80,92 @@ def test_picture(tmp_path):
     draw_matrix(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"must be \(h, l, l\) or \(l, l\)"):
         draw_matrix(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("states", [1, 3, 5])
+def test_blocks_of_a_recurrence_have_at_most_the_rank_of_its_state(states):
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 8, **DOUBLE)
+    ssd = create_mixer("mamba2", 8, headdim=4, d_state=states, **DOUBLE)
+    ranks = block_ranks(ssd.mixing_matrix(x).matrix)
+    assert ranks.shape == (2, 4, 15)
+    cuts = torch.arange(1, 16)
+    full = torch.minimum(cuts, 16 - cuts)
+    assert torch.equal(ranks, full.clamp(max=states).expand_as(ranks))
+    hydra = create_mixer("hydra", 8, headdim=4, d_state=states, **DOUBLE)
+    both = hydra.mixing_matrix(x).matrix
+    for upper in (False, True):
+        assert block_ranks(both, upper=upper).max() == states
+    attention = create_mixer("attention", 8, nheads=2, **DOUBLE)
+    softmax = block_ranks(attention.mixing_matrix(10 * x).matrix, tolerance=1e-12)
+    assert softmax.max() > states
+    assert not block_ranks(attention.mixing_matrix(x).matrix, upper=True).any()
+
+
+def test_ranks_of_known_blocks():
+    matrix = torch.zeros(4, 4, **DOUBLE)
+    matrix[2, 0] = matrix[3, 1] = 1.0
+    assert block_ranks(matrix).tolist() == [1, 2, 1]
+    assert block_ranks(matrix.mT, upper=True).tolist() == [1, 2, 1]
+    assert block_ranks(torch.ones(1, 1)).shape == (0,)
+    with pytest.raises(ValueError, match=r"must be \(\.\.\., l, l\)"):
+        block_ranks(torch.ones(2, 3))
+
+
+def test_norms_through_the_layers():
+    torch.manual_seed(0)
+
+    class Double(nn.Module):
+        def forward(self, x):
+            return x
+
+    stack = Stack(4, [Double(), Double()], **DOUBLE)
+    x = torch.randn(2, 3, 4, **DOUBLE)
+    norms = token_norms(stack, x)
+    torch.testing.assert_close(norms[0], x.norm(dim=-1))
+    grown = x + stack.blocks[0].norm(x)  # a vector of root mean square 1 in the direction of x
+    torch.testing.assert_close(norms[1], grown.norm(dim=-1))
+    torch.testing.assert_close(norms[2] - norms[1], torch.full((2, 3), 2.0, **DOUBLE), rtol=1e-4, atol=0)
+    assert not stack.blocks[0]._forward_hooks
+
+
+def test_recall_asks_for_what_was_stored():
+    task = key_value_recall(50, 5, keys=9, values=4, generator=torch.Generator().manual_seed(0))
+    assert task.ids.shape == (50, 11)
+    for ids, answer in zip(task.ids.tolist(), task.answer.tolist()):
+        keys, values = ids[:-1:2], ids[1::2]
+        assert len(set(keys)) == 5
+        assert max(keys) < 9 <= min(values) <= max(values) < 13
+        assert values[keys.index(ids[-1])] == answer
+    with pytest.raises(ValueError, match="at least one pair and as many keys, got pairs=5 and keys=4"):
+        key_value_recall(1, 5, keys=4)
+
+
+def test_linear_probe():
+    torch.manual_seed(0)
+    labels = torch.randint(5, (400,)) + 7
+    told = nn.functional.one_hot(labels - 7, 5).double() @ torch.randn(5, 8, **DOUBLE)
+    assert linear_probe(told + 0.01 * torch.randn(400, 8, **DOUBLE) + 100, labels) == 1
+    assert linear_probe(torch.randn(400, 8, **DOUBLE), labels) < 0.35
+    with pytest.raises(ValueError, match="rows in both parts"):
+        linear_probe(told, labels, train_share=1.0)
+
+
+def test_the_probe_finds_the_layer_that_retrieves():
+    torch.manual_seed(0)
+    vectors = torch.randn(40, 32, **DOUBLE)
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return 0 * x
+
+    class Lookup(nn.Module):
+        """What stands behind the earlier token most like the last one."""
+
+        def forward(self, x):
+            place = (x[:, :-1] @ x[:, -1:].mT).argmax(1)
+            return x.gather(1, (place + 1)[..., None].expand(-1, x.shape[1], x.shape[2]))
+
+    before, idle, after = retrieval_probe(Stack(32, [Nothing(), Lookup()], **DOUBLE), vectors, 4, keys=20, rows=400)
+    assert before == idle < 0.3
+    assert after > 0.95
