@@ -43,6 +43,7 @@ from .s4 import S4D as S4D
 from .s4_dplr import S4 as S4
 from .s5 import S5 as S5
 from .s6 import Mamba as Mamba
+from .seqboat import SeqBoat as SeqBoat
 from .sparse_context import HAX as HAX
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "ParaGRU",
     "ParaLSTM",
     "QuasiseparableMixer",
+    "SeqBoat",
     "SoftmaxMixer",
     "ToeplitzMixer",
     "VandermondeMixer",
@@ -113,6 +115,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "s4": S4,
     "s4d": S4D,
     "s5": S5,
+    "seqboat": SeqBoat,
     "softmax_mixer": SoftmaxMixer,
     "toeplitz": ToeplitzMixer,
     "vandermonde": VandermondeMixer,

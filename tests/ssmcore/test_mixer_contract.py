@@ -57,6 +57,11 @@ OPTIONS = {
     "paragru": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
     "paralstm": [{"headdim": 4}, {"headdim": 8, "expand": 2, "d_conv": 2, "bound": 1.5}],
     "quasiseparable": [{"headdim": 8, "qk_dim": 2}],
+    "seqboat": [
+        {"n_ema": 2, "qk_dim": 3, "window": 4},
+        {"n_ema": 2, "qk_dim": 3, "window": 3, "activation": "softmax", "d_hidden": 6},
+        {"n_ema": 2, "qk_dim": 3, "window": 4, "bidirectional": True},
+    ],
     "s4": [
         {"d_state": 4},
         {"d_state": 4, "init": "legt", "n_ssm": 2},
@@ -86,6 +91,9 @@ def build(name, options, **factory):
         for parameter in mixer.parameters():  # what starts at a constant must be able to matter
             if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        if name == "seqboat":
+            mixer.hx_proj.bias[:2] = 0  # some tokens are active and some are not, and those see each other
+            mixer.distance_bias.add_(0.1)
     return mixer
 
 
