@@ -5,6 +5,10 @@ torch.fx leaves them alone and TorchScript calls them as they are, so that mixer
 
 # No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
@@ -12,7 +16,22 @@ from torch import Tensor
 
 from ..kernels import causal_conv1d, gated_norm, quasiseparable, selective_scan
 
-__all__ = ["at_least_float32", "gate_norm", "quasiseparable_mix", "selective_mix", "short_conv"]
+__all__ = ["at_least_float32", "gate_norm", "plain_scans", "quasiseparable_mix", "selective_mix", "short_conv"]
+
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_scans() -> Iterator[None]:
+    """Inside, selective scans are written in torch's own functions, so that a graph traced there needs no other.
+
+    They take memory for all states, and log2(l) steps that double the stretch of the sequence that is summed up.
+    """
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
 
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:
@@ -50,7 +69,26 @@ def selective_mix(
     wide = torch.promote_types(x.dtype, torch.float32)
     dt = F.softplus(dt.to(wide) + dt_bias.to(wide))
     A = -A_log.to(wide).exp()
+    if _PLAIN.get():
+        if window:
+            raise ValueError("a scan that looks back locally has no plain form; build the model with segment=None.")
+        return _doubled_scan(x.to(wide), dt, A, B.to(wide), C.to(wide), D.to(wide))
     return selective_scan(x, dt, A, B, C, D.to(wide), window=window or None)[0].to(wide)
+
+
+def _doubled_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """y of h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t; shapes as in `selective_mix`."""
+    if B.dim() == 3:
+        B, C = B[:, :, None], C[:, :, None]
+    length, groups = x.shape[1], B.shape[2]
+    decay = torch.exp(dt[..., None] * A).unflatten(2, (groups, -1))  # (b, l, g, d / g, n)
+    state = (dt * x)[..., None].unflatten(2, (groups, -1)) * B[:, :, :, None]
+    reach = 1
+    while reach < length:
+        state = state + decay * F.pad(state[:, :-reach], [0, 0, 0, 0, 0, 0, reach, 0])
+        decay = decay * F.pad(decay[:, :-reach], [0, 0, 0, 0, 0, 0, reach, 0])
+        reach *= 2
+    return (state * C[:, :, :, None]).sum(-1).flatten(2) + D * x
 
 
 @register_notrace_function

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ssmcore.training.checkpoints import write_atomic
+from ..scans import plain_scans
 from ..tasks import normalized
 from .detectors import YoloDetector
 from .predictor import DenseModel
@@ -41,7 +42,7 @@ def exported(model: DenseModel, batch: int | None = None) -> torch.export.Export
         raise ValueError("only detectors with detector='yolo' can be exported; those of torchvision cannot.")
     example = torch.zeros(batch or 2, 3, *model.image_size, device=next(model.net.parameters()).device)
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1, max=1024)},)
-    with torch.no_grad():
+    with torch.no_grad(), plain_scans():
         return torch.export.export(Graph(model.net).eval(), (example,), dynamic_shapes=shapes)
 
 
