@@ -1,7 +1,9 @@
 """Anomaly scores of series, thresholds from normal data, and the two baselines that every report stands beside.
 
-The score of an entry is its squared one-step residual over the median squared residual of the calibration data, per
-series and variate; over variates the largest or the mean one counts. A threshold is a quantile of the scores of data
+The score of an entry is its squared residual over the median squared residual of the calibration data, per series and
+variate; over variates the largest or the mean one counts. A residual is that of a one-step forecast (of a model with a
+distribution its deviance, twice the log of how much likelier the likeliest value was), or that of a reconstruction from
+what lies around it. A threshold is a quantile of the scores of data
 that the model was trained or calibrated on, never of those that are judged.
 """
 
@@ -18,7 +20,10 @@ import xarray as xr
 from .metrics_anomaly import average_precision, best_f1, event_f1, f1_point_adjusted, f1_score, roc_auc
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .forecaster import Forecaster
+    from .imputation import Imputer
 
 Array = npt.NDArray[Any]
 Pool = Literal["max", "mean"]
@@ -28,23 +33,28 @@ __all__ = [
     "detect",
     "flags_of",
     "forecast_scores",
+    "model_scores",
     "random_scores",
+    "reconstruction_scores",
     "residual_scores",
     "rolling_z_scores",
 ]
 
 
 def forecast_scores(model: Forecaster, ds: xr.Dataset) -> xr.DataArray:
-    """Squared one-step residuals of a forecaster.
+    """Squared one-step residuals of a forecaster, or the deviance of each value where it forecasts a distribution.
 
     Args:
         model: A trained forecaster; it sees `lookback` steps before each step that is scored.
         ds: Series with the model's variates.
 
     Returns:
-        (series, time, variate) in the units of the model's scaler, NaN at the first `lookback` steps and where nothing
-        was observed.
+        (series, time, variate) in the units of the model's scaler (a deviance has none), NaN at the first `lookback`
+        steps and where nothing was observed.
     """
+    import torch
+
+    from .distributions import find_distribution
     from .scaling import Scaler
 
     # A model of a longer horizon forecasts it whole; only its first step is scored.
@@ -52,14 +62,77 @@ def forecast_scores(model: Forecaster, ds: xr.Dataset) -> xr.DataArray:
     times = result["valid_time"].isel(horizon=0).to_numpy()
     scaler = Scaler.from_dict(model.state["scaler"])
     rows = scaler.rows(result)
-    errors = []
-    for name in ("target", "mean"):
-        values = result[name].isel(horizon=0).transpose("series", "variate", "cutoff").to_numpy()
-        errors.append(scaler.transform(values, rows, axis=1))
-    squared = np.square(errors[0].astype(np.float64) - errors[1])
+    family = find_distribution(model.distribution)
+
+    def read(name: str) -> Array:
+        return result[name].isel(horizon=0).transpose("series", "variate", "cutoff").to_numpy().astype(np.float64)
+
+    if family is not None and all(name in result for name in family.parameters):
+        y = torch.from_numpy(np.stack([read(name) for name in family.parameters], axis=-1))
+        squared = family.deviance(y, torch.from_numpy(read("target"))).numpy()
+    else:
+        squared = np.square(np.subtract(*(scaler.transform(read(name), rows, axis=1) for name in ("target", "mean"))))
     coords = {"series": result["series"].to_numpy(), "variate": result["variate"].to_numpy(), "time": times}
     scores = xr.DataArray(squared, coords, ("series", "variate", "time"), name="score")
     return scores.reindex(time=ds["time"].to_numpy()).transpose("series", "time", "variate")
+
+
+def reconstruction_scores(imputer: Imputer, ds: xr.Dataset, block: int | None = None, folds: int = 4) -> xr.DataArray:
+    """Squared residuals of every value from its reconstruction by what lies around it.
+
+    Blocks of steps are hidden in turn, all variates together, and filled in from the rest, averaged over overlapping
+    windows: no value has a part in its own reconstruction, and none is without one.
+
+    Args:
+        imputer: A trained imputer.
+        ds: Series with the model's variates.
+        block: Steps hidden together; None takes half the longest block that the imputer has learned to fill.
+        folds: Passes; in each, one block in so many is hidden.
+
+    Returns:
+        (series, time, variate) in the units of the model's scaler, NaN where nothing was observed.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    from .scaling import Scaler
+    from .schema import canonical
+
+    block = max(1, imputer.longest // 2) if block is None else block
+    if block < 1 or folds < 2:
+        raise ValueError(f"expected blocks of at least 1 step and at least 2 folds, got {block} and {folds}")
+    ds = canonical(canonical(ds).sel(variate=imputer.state["variates"]))
+    target = ds["target"]
+    fold = xr.DataArray(np.arange(ds.sizes["time"]) // block % folds, dims="time")
+    rebuilt = xr.full_like(target, np.nan)
+    for k in range(folds):
+        kept = canonical(ds.drop_vars("observed").assign(target=target.where(fold != k)))
+        filled = imputer.impute(kept)["target"].transpose(*target.dims)
+        rebuilt = rebuilt.where(fold != k, filled)
+    scaler = Scaler.from_dict(imputer.state["scaler"])
+    rows = scaler.rows(ds)
+    scaled = [scaler.transform(each.to_numpy().astype(np.float64), rows, axis=2) for each in (target, rebuilt)]
+    return target.copy(data=np.square(scaled[0] - scaled[1])).rename("score")
+
+
+def model_scores(path: str | Path, ds: xr.Dataset) -> xr.DataArray:
+    """Residuals of a saved model: one-step ones of a forecaster, those of reconstructions by an imputer.
+
+    Args:
+        path: Model folder, folder of a run, or .ckpt file.
+        ds: Series with the model's variates.
+
+    Returns:
+        As these functions, with the attribute `of`, "forecast" or "reconstruction".
+    """
+    from .forecast import load
+    from .imputation import Imputer
+    from .loading import read_run
+
+    task = read_run(path, ("forecasting", "imputation")).config.get("task", {})
+    if task.get("kind") == "imputation":
+        return reconstruction_scores(Imputer.load(path), ds).assign_attrs(of="reconstruction")
+    return forecast_scores(load(path), ds).assign_attrs(of="forecast")
 
 
 def residual_scores(residual: xr.DataArray, calibration: xr.DataArray | None = None) -> xr.DataArray:

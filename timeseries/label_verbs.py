@@ -62,11 +62,12 @@ def detect(
     values: list[str] | None = None,
     freq: str | None = None,
 ) -> None:
-    """Score each step of a file's series by how far it lies from its one-step forecast, and flag the extremes.
+    """Score each step of a file's series by how far it lies from what a model expects, and flag the extremes.
 
     Args:
         data: Series: .nc, .zarr, .csv or .parquet.
-        checkpoint: Model folder, run folder or .ckpt file of a forecaster. Left out, the scores are rolling z-scores.
+        checkpoint: Model folder, run folder or .ckpt file of a forecaster, or of an imputer whose reconstructions are
+            compared with the data. Left out, the scores are rolling z-scores.
         out: Where scores and flags go: .nc or .zarr; .csv has a row per series and step.
         calibration: First share of the steps, taken as normal: the threshold comes from its scores.
         quantile: Share of these steps that stays below the threshold.
@@ -87,7 +88,6 @@ def detect(
       omnissm timeseries detect --checkpoint runs/NAME --data machine.csv --time timestamp --out anomalies.nc
     """
     from . import anomalies
-    from .forecast import load
     from .schema import canonical
 
     _check(out, (".nc", ".zarr", ".csv"))
@@ -96,9 +96,10 @@ def detect(
     ds = canonical(_flagged(read_file(data, time, ids, id_column, values, freq), label))
     first = int(calibration * ds.sizes["time"])
     simple = anomalies.rolling_z_scores(ds, window)
-    score = simple
+    score, kind = simple, ""
     if checkpoint is not None:
-        score = anomalies.forecast_scores(load(checkpoint), ds.drop_vars("label", errors="ignore"))
+        score = anomalies.model_scores(checkpoint, ds.drop_vars("label", errors="ignore"))
+        kind = score.attrs["of"]
         score = anomalies.residual_scores(score, score.isel(time=slice(0, first)))
     found = anomalies.detect(score, score.isel(time=slice(0, first)), quantile, pool)
     found.attrs |= {"calibration": calibration, "model": "rolling_z" if checkpoint is None else str(checkpoint)}
@@ -114,7 +115,7 @@ def detect(
         return
     scores: dict[str, tuple[xr.DataArray, xr.DataArray | None]] = {}
     if checkpoint is not None:
-        scores["forecast residual"] = (found["score"], found["threshold"])
+        scores[f"{kind} residual"] = (found["score"], found["threshold"])
     normal = anomalies.detect(simple, simple.isel(time=slice(0, first)), quantile, pool)
     scores["rolling z-score"] = (normal["score"], normal["threshold"])
     scores["random"] = (anomalies.random_scores(found["score"]), None)

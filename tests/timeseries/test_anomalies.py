@@ -13,6 +13,7 @@ from omnissm.timeseries import anomalies as a
 from omnissm.timeseries import metrics_anomaly as m
 from omnissm.timeseries.data import create_synthetic, read_nab
 from omnissm.timeseries.files import write_series
+from omnissm.timeseries.imputation import Imputer
 
 
 def test_measures_by_hand():
@@ -143,3 +144,42 @@ def test_real_nab(name, shared_data):
         pytest.skip("NAB not at hand")
     ds = read_nab(root, name)
     assert 0.05 < float(ds["label"].mean()) < 0.15
+
+
+def test_reconstruction_scores(tmp_path):
+    """Spikes stand out from what lies around them; no value takes part in its own reconstruction."""
+    spikes = create_synthetic("spikes", length=700, n_variates=2)
+    bare = spikes.drop_vars("label")
+    imputer = Imputer(window=24, longest=4, model_args={"n_layer": 1, "d_model": 16})
+    imputer.fit(bare, max_epochs=2, stride=2, progress=False)
+    residual = a.reconstruction_scores(imputer, bare)
+    assert residual.dims == ("series", "time", "variate")
+    assert residual.notnull().all()
+    table = a.compare_scores(
+        a.flags_of(spikes),
+        {
+            "own": (a.residual_scores(residual).max("variate"), None),
+            "random": (a.random_scores(residual).max("variate"), None),
+        },
+    ).set_index("score")
+    assert table.loc["own", "average_precision"] > 3 * table.loc["random", "average_precision"]
+    step = 301
+    moved = bare.copy(deep=True)
+    moved["target"][{"time": step}] += 5.0
+    change = a.reconstruction_scores(imputer, moved) ** 0.5 - residual**0.5
+    assert float(abs(change.isel(time=step)).min()) > 1.0  # its own score moves by the whole change
+    path = imputer.save(tmp_path / "imputer")
+    np.testing.assert_allclose(a.model_scores(path, bare), residual, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="at least 2 folds"):
+        a.reconstruction_scores(imputer, bare, folds=1)
+
+
+def test_scores_of_a_distribution_are_deviances(tmp_path):
+    data = create_synthetic("spikes", length=500, n_variates=2).drop_vars("label")
+    model = Forecaster("rlinear", 24, 2, distribution="normal").fit(data, max_epochs=1, progress=False)
+    backtest = model.backtest(data, horizon=1, progress=False).isel(horizon=0)
+    z = (backtest["target"] - backtest["mean"]) / backtest["scale"]
+    expected = (z**2).transpose("series", "cutoff", "variate").to_numpy()
+    found = a.model_scores(model.save(tmp_path / "model"), data)
+    np.testing.assert_allclose(found.to_numpy()[:, 24:], expected, rtol=1e-4, atol=1e-5)
+    assert np.isnan(found.to_numpy()[:, :24]).all()
