@@ -79,7 +79,8 @@ class _Topology:
         levels = range(len(self.level_ptr) - 1)
         for level in reversed(levels) if backwards else levels:
             first, last = self.level_ptr[level : level + 2]
-            block_v = min(triton.next_power_of_2(last - first), max(1, 1024 // block_r))
+            # More than 16 nodes to a tile of few columns break the layouts of Triton 3.6.
+            block_v = min(triton.next_power_of_2(last - first), max(1, 1024 // block_r), 16)
             _dag_level_kernel[(triton.cdiv(last - first, block_v), tiles)](
                 *given, first, last, part.start, n, BLOCK_V=block_v, **options
             )

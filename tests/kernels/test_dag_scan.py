@@ -20,8 +20,9 @@ def dense(x, edge_decay, B, C, edge_index, order, reverse=False, signed=False, m
     weight = edge_decay if signed else edge_decay.exp()
     A = x.new_zeros(heads, nodes, nodes)
     source, target = edge_index.flip(0) if reverse else edge_index
-    A = A.index_put((torch.arange(heads)[:, None], target[None], source[None]), weight.T, accumulate=True)
-    mask = torch.linalg.inv(torch.eye(nodes, dtype=x.dtype) - A)
+    head = torch.arange(heads, device=x.device)[:, None]
+    A = A.index_put((head, target[None], source[None]), weight.T, accumulate=True)
+    mask = torch.linalg.inv(torch.eye(nodes, dtype=x.dtype, device=x.device) - A)
     B, C = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (B, C))
     kernel = torch.einsum("ihn,jhn->hij", C, B)
     return torch.einsum("hij,jhp->ihp", mask * kernel, x)
@@ -52,7 +53,8 @@ def test_both_schedules_equal_the_dense_mask(walk, reverse, budget, device, monk
     order = inputs["order"]
     both = torch.cat([inputs["edge_index"], inputs["edge_index"] + 13], dim=1)
     batch = torch.arange(2).repeat_interleave(13)
-    assert order.graph_ptr.tolist() == [0, 13] and int(order.largest) == 33
+    assert order.graph_ptr.tolist() == [0, 13]
+    assert int(order.largest) == 33
     twice = {name: torch.cat([inputs[name], inputs[name].roll(1, 0)]) for name in ("x", "edge_decay", "B", "C")}
     inputs |= twice | {"edge_index": both, "order": dag_order(both, 26, batch=batch)}
     assert inputs["order"].graph_ptr.tolist() == [0, 13, 26]
