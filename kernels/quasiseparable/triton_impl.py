@@ -32,6 +32,9 @@ from ..ssd.triton_kernels import (
     DESCENDING,
     REVERSE,
     SHIFT,
+    _dot_add,
+    _dot_nt,
+    _halves,
     _last,
     _less,
     _load_state,
@@ -129,8 +132,10 @@ def _quasiseparable_fwd_kernel(
     C_f = _tile(C_f_ptr + row * C_f_stride_b + in_group, before, steps, before_ok, C_f_stride_t, N, BLOCK_N, DOT)
     B_b = _tile(B_b_ptr + row * B_b_stride_b + in_group, begin, steps, ok, B_b_stride_t, N, BLOCK_N, DOT)
     C_b = _tile(C_b_ptr + row * C_b_stride_b + in_group, after, steps, after_ok, C_b_stride_t, N, BLOCK_N, DOT)
-    scores_f = tl.dot(C_f, tl.trans(B_f), input_precision=PRECISION, out_dtype=ACC)  # [t, s]
-    scores_b = tl.dot(C_b, tl.trans(B_b), input_precision=PRECISION, out_dtype=ACC)
+    B_f, B_f_low = _halves(B_f, PRECISION)
+    C_f, C_f_low = _halves(C_f, PRECISION)
+    B_b, B_b_low = _halves(B_b, PRECISION)
+    C_b, C_b_low = _halves(C_b, PRECISION)
     p_columns = tl.arange(0, BLOCK_P)
     y_ok = ok[:, None]
     if P < BLOCK_P:
@@ -164,23 +169,24 @@ def _quasiseparable_fwd_kernel(
         between_f = _less(row_high_f[:, None], row_low_f[:, None], high_f[None, :], low_f[None, :], EXACT)
         between_b = _less(before_high_b[None, :], before_low_b[None, :], row_high_b[:, None], row_low_b[:, None], EXACT)
         decays = tl.exp2(tl.where(linked, tl.where(past, between_f, between_b), float("-inf")))  # [t, s]
-        mixing_f = scores_f
-        mixing_b = scores_b
+        mixing_f = _dot_nt(C_f, C_f_low, B_f, B_f_low, ACC, PRECISION)
+        mixing_b = _dot_nt(C_b, C_b_low, B_b, B_b_low, ACC, PRECISION)
         if HAS_WEIGHT_F:
             mixing_f = mixing_f * _vector(weight_f_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
         if HAS_WEIGHT_B:
             mixing_b = mixing_b * _vector(weight_b_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
         if not SHIFTED:
             mixing_b = tl.where(own[:, None] == own[None, :], mixing_b + mixing_f, mixing_b)
-        mixing = (tl.where(past, mixing_f, mixing_b) * decays).to(DOT)
+        mixing, mixing_low = _halves((tl.where(past, mixing_f, mixing_b) * decays).to(DOT), PRECISION)
         border = ((row * nheads + head) * chunks + chunk) * (P * N)
-        left = _load_state(left_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-        right = _load_state(right_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        left, left_low = _halves(_load_state(left_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
+        right, right_low = _halves(_load_state(right_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
         x = _tile(x_ptr + row * x_stride_b + head * P, begin, steps, ok, x_stride_t, P, BLOCK_P, DOT)
-        y = tl.dot(C_f, tl.trans(left), input_precision=PRECISION, out_dtype=ACC) * from_left[:, None]
-        y += tl.dot(C_b, tl.trans(right), input_precision=PRECISION, out_dtype=ACC) * from_right[:, None]
+        y = _dot_nt(C_f, C_f_low, left, left_low, ACC, PRECISION) * from_left[:, None]
+        y += _dot_nt(C_b, C_b_low, right, right_low, ACC, PRECISION) * from_right[:, None]
         y += _vector(diag_ptr + vectors, begin, steps, ok, nheads, ACC)[:, None] * x.to(ACC)
-        y = tl.dot(mixing, x, y, input_precision=PRECISION, out_dtype=ACC)
+        v, v_low = _halves(x, PRECISION)
+        y = _dot_add(mixing, mixing_low, v, v_low, y, ACC, PRECISION)
         y_tile = y_ptr + vectors * P + begin * (nheads * P)
         tl.store(y_tile + (steps[:, None] * (nheads * P) + p_columns[None, :]), y, mask=y_ok)
 

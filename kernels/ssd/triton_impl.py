@@ -3,8 +3,9 @@
 Forward is one kernel with the state in registers. Where rows and heads give too few programs, rows are cut into parts:
 one sweep finds what each part adds to its state, a small kernel carries the states over the parts, and the forward
 kernel starts each part from its own. Backward is one launch of two sweeps, states from the left and their gradients
-from the right, each written at every second chunk, and one kernel for all gradients of a chunk. Only the inputs
-are kept for it. Sums over programs go through a buffer and one ordered reduction: no atomics.
+from the right, written between all chunks, and two kernels: one for all gradients of a chunk but those of B and C, one
+for these. Only the inputs are kept for it. Sums over programs go through a buffer and one ordered reduction: no
+atomics.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ def ssd_triton(
     return y.to(dtype), final
 
 
+# States and gradients of states between the kernels take about this many bytes; rows are taken in groups that do.
+_BORDER_BYTES = 2**28
+
+
 class Tiles(NamedTuple):
     """Compile-time choices of one kernel."""
 
@@ -92,21 +97,19 @@ class Sweep(NamedTuple):
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "maps") for padded p and n.
 
-    The fastest of a few on an H100. Registers are what limits them: with chunks of 64 the kernel of the links spills
-    and takes twice the time.
+    Registers and shared memory are what limits them; float32 operands take twice the space, in two parts.
     """
     if INTERPRETED:
         return Tiles(128, 4, 1)
     if dtype == torch.float64:
         return Tiles(16, 4, 1)
-    narrow = dtype.itemsize < 4
+    if dtype == torch.float32 and headdim * state > 64 * 128:
+        return Tiles(32, 8, 1)
+    if dtype == torch.float32:
+        return {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1)}.get(kernel, Tiles(64, 8, 1))
     if headdim * state > 64 * 128:
-        return Tiles(32, 8, 1) if narrow else Tiles(16, 8, 1)
-    if not narrow:
-        return Tiles(32, 4, 1) if kernel == "sweep" else Tiles(16, 4, 1)
-    if kernel in ("links", "maps"):
-        return Tiles(32, 4, 2)
-    return Tiles(64, 4, 2)
+        return Tiles(32, 8, 1)
+    return {"links": Tiles(64, 4, 1)}.get(kernel, Tiles(64, 4, 2))
 
 
 def options(x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles) -> dict[str, Any]:
@@ -123,10 +126,17 @@ def options(x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen
         "EXACT": x.dtype == torch.float32,
         "DOT": dot,
         "ACC": tl.float64 if log_decay.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": precision(x.dtype),
         "STAGES": chosen.stages,
     }
     return found if INTERPRETED else found | {"num_warps": chosen.warps}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How kernels multiply: float32 as sums of two bfloat16 numbers, unless the user allows TensorFloat-32."""
+    if INTERPRETED or dtype != torch.float32:
+        return "ieee"
+    return "bf16x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def padded(x: Tensor, n: int) -> tuple[int, int]:
@@ -291,31 +301,52 @@ def run_gradients(
         blocks: Blocks of heads per group, each with its own sum for dB and dC, 0 to choose.
     """
     x, n = sweep.values, sweep.keys.shape[3]
-    links, maps, sweeping = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
-    if chunk:
-        links, maps, sweeping = (one._replace(chunk=chunk) for one in (links, maps, sweeping))
-    sweeping, subs = border_tiles(sweeping, links)
+    chosen = gradient_tiles(x, n, chunk)
+    links = chosen[0]
     batch, length, nheads, headdim = x.shape
-    state_bytes = 2 * nheads * triton.cdiv(length, 2 * links.chunk) * headdim * n * x.element_size()
+    state_bytes = 2 * nheads * triton.cdiv(length, links.chunk) * headdim * n * x.element_size()
     group = max(1, _BORDER_BYTES // state_bytes)
     for start in range(0, batch, group):
         rows = slice(start, start + group)
-        some = sweep.cut(rows)
-        backward = Sweep(
-            dy[rows], C[rows], some.log_decay, None, None if dfinal is None else dfinal[rows],
-            sweep.mode | DESCENDING | ADJOINT,
+        some, index = sweep.cut(rows), None if seq_idx is None else seq_idx[rows]
+        run_gradients_at_once(
+            some, C[rows], None if D is None else D[rows], index, dy[rows], None if dfinal is None else dfinal[rows],
+            Gradients(*(one[rows] for one in into)), chosen, add, parts, blocks,
         )  # fmt: skip
-        index = None if seq_idx is None else seq_idx[rows]
-        forward = some._replace(mode=sweep.mode & ~SHIFT)
-        part = Gradients(*(one[rows] for one in into))
-        borders, _ = run_sweeps((forward, backward), index, sweeping, subs, parts, part.dstate)
-        _run_chunks(
-            some, C[rows], None if D is None else D[rows], index, borders, dy[rows], part, add, links, maps, blocks
-        )
 
 
-# States and gradients of states between the kernels take about this many bytes; rows are taken in groups that do.
-_BORDER_BYTES = 2**28
+def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> tuple[Tiles, Tiles, Tiles, int]:
+    """Tiles of "links", "maps" and the sweep of a gradient, and the sweep's chunks per border: one border per chunk."""
+    links, maps, sweep = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
+    if chunk:
+        links, maps, sweep = (one._replace(chunk=chunk) for one in (links, maps, sweep))
+    sweep = sweep._replace(chunk=min(sweep.chunk, links.chunk))
+    return links, maps._replace(chunk=links.chunk), sweep, links.chunk // sweep.chunk
+
+
+def run_gradients_at_once(
+    sweep: Sweep,
+    C: Tensor,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    into: Gradients,
+    chosen: tuple[Tiles, Tiles, Tiles, int],
+    add: bool = False,
+    parts: int = 0,
+    blocks: int = 0,
+) -> Tensor:
+    """`run_gradients` for all rows at once; returns the states around all chunks.
+
+    Those that enter and the gradients of those that leave, (2, b, h, chunks, p, n), both in the order of the steps.
+    """
+    links, maps, sweeping, subs = chosen
+    backward = Sweep(dy, C, sweep.log_decay, None, dfinal, sweep.mode | DESCENDING | ADJOINT)
+    forward = sweep._replace(mode=sweep.mode & ~SHIFT)
+    borders, _ = run_sweeps((forward, backward), seq_idx, sweeping, subs, parts, into.dstate)
+    _run_chunks(sweep, C, D, seq_idx, borders, dy, into, add, links, maps, blocks)
+    return borders
 
 
 def _run_chunks(
@@ -343,15 +374,13 @@ def _run_chunks(
     dB, dC = into.dB, into.dC
     if blocks > 1:
         dB, dC = (log_decay.new_empty(blocks, *one.shape) for one in (dB, dC))
-    sums = tl.bfloat16 if x.element_size() < 4 and not INTERPRETED else tl.float32
     kernel = x.new_empty(programs * blocks, links.chunk, links.chunk)
     sizes = length, nheads, repeats, blocks, block_heads
     shared = {"MODE": sweep.mode, "HAS_WEIGHT": weight is not None}
     _ssd_bwd_links_kernel[(programs * blocks,)](
         x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, into.dx, into.dlog_decay, into.dweight,
         into.dD, kernel, *sizes, *strides(x, B, C, D), ADD=add, HAS_D=D is not None,
-        LINKS=tl.float64 if x.dtype == torch.float64 else sums, **shared,
-        **options(x, n, log_decay, seq_idx, links),
+        **shared, **options(x, n, log_decay, seq_idx, links),
     )  # fmt: skip
     _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
         x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, dB, dC, batch, *sizes,
@@ -360,6 +389,32 @@ def _run_chunks(
     if blocks > 1:
         into.dB.copy_(dB.sum(0))
         into.dC.copy_(dC.sum(0))
+
+
+def run_outputs(
+    sweep: Sweep,
+    C: Tensor,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    y: Tensor,
+    final: Tensor,
+    chunk: int = 0,
+    parts: int = 0,
+) -> None:
+    """Write outputs of a recurrence and its last state to contiguous `y` and `final`; all tensors have dense rows."""
+    x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
+    (batch, length, nheads, _), (groups, n) = x.shape, B.shape[2:]
+    chosen, sweeping = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("fwd", "sweep"))
+    if chunk:
+        chosen, sweeping = chosen._replace(chunk=chunk), sweeping._replace(chunk=chunk)
+    step = max(chosen.chunk, sweeping.chunk)
+    parts, part_length = choose_parts(batch * nheads, length, step, x.device, parts)
+    (entering,) = entering_states((sweep,), seq_idx, sweeping, 1, parts, part_length)
+    _ssd_fwd_kernel[(batch * parts * nheads,)](
+        x, log_decay, B, C, weight, D, seq_idx, entering, y, final, length, nheads, nheads // groups, parts,
+        part_length, *strides(x, B, C, D), HAS_WEIGHT=weight is not None, HAS_D=D is not None,
+        HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen),
+    )  # fmt: skip
 
 
 @operator("ssd_triton_fwd")
@@ -384,23 +439,9 @@ def _forward(
         contiguous(seq_idx),
     )
     D = D if D is None or D.stride(2) == 1 else D.contiguous()
-    (batch, length, nheads, headdim), (groups, n) = x.shape, B.shape[2:]
-    chosen, subs = tiles("fwd", *padded(x, n), x.dtype), 1
-    sweep_tiles = tiles("sweep", *padded(x, n), x.dtype)
-    if chunk:
-        chosen, sweep_tiles = chosen._replace(chunk=chunk), sweep_tiles._replace(chunk=chunk)
-    y = x.new_empty(x.shape)
-    final = log_decay.new_empty(batch, nheads, headdim, n)
-    step = max(chosen.chunk, sweep_tiles.chunk)
-    parts, part_length = choose_parts(batch * nheads, length, step, x.device, parts)
+    y, final = x.new_empty(x.shape), log_decay.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
     with on_device(x):
-        sweep = Sweep(x, B, log_decay, weight, state, 0)
-        (entering,) = entering_states((sweep,), seq_idx, sweep_tiles, subs, parts, part_length)
-        _ssd_fwd_kernel[(batch * parts * nheads,)](
-            x, log_decay, B, C, weight, D, seq_idx, entering, y, final, length, nheads, nheads // groups, parts,
-            part_length, *strides(x, B, C, D), HAS_WEIGHT=weight is not None, HAS_D=D is not None,
-            HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen),
-        )  # fmt: skip
+        run_outputs(Sweep(x, B, log_decay, weight, state, 0), C, D, seq_idx, y, final, chunk, parts)
     return y, final
 
 
@@ -452,12 +493,6 @@ def _backward(
             sweep, C, D, seq_idx, dy, contiguous(dfinal), found, chunk=chunk, parts=parts, blocks=blocks
         )  # fmt: skip
     return found.dx, found.dlog_decay, found.dB, found.dC, found.dstate, found.dweight, found.dD
-
-
-def border_tiles(sweep: Tiles, gradient: Tiles) -> tuple[Tiles, int]:
-    """Tiles of a sweep and its chunks per border, such that a border stands before every second gradient chunk."""
-    chunk = min(sweep.chunk, 2 * gradient.chunk)
-    return sweep._replace(chunk=chunk), 2 * gradient.chunk // chunk
 
 
 @torch.library.register_fake("ssm::ssd_triton_bwd")

@@ -109,6 +109,37 @@ def _store_state(ptr, state, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.const
 
 
 @triton.jit
+def _halves(x, PRECISION: tl.constexpr):
+    """A dot's operand in two parts: with "bf16x3" float32 as a sum of bfloat16, up to 2^-17; else twice itself."""
+    if PRECISION == "bf16x3":
+        # Rounded as an integer: the instruction that converts one number at a time is slow.
+        high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        first, second = high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+    else:
+        first, second = x, x
+    return first, second
+
+
+@triton.jit
+def _dot_add(a, a_low, b, b_low, total, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a b of operands in two parts."""
+    if PRECISION == "bf16x3":
+        total = tl.dot(a_low, b, total, out_dtype=ACC)
+        total = tl.dot(a, b_low, total, out_dtype=ACC)
+        total = tl.dot(a, b, total, out_dtype=ACC)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+@triton.jit
+def _dot_nt(a, a_low, b, b_low, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T of operands in two parts."""
+    total = tl.zeros([a.shape[0], b.shape[0]], ACC)
+    return _dot_add(a, a_low, tl.trans(b), tl.trans(b_low), total, ACC, PRECISION)
+
+
+@triton.jit
 def _position(begin, length, BACKWARDS: tl.constexpr):
     return length - 1 - begin if BACKWARDS else begin
 
@@ -199,9 +230,14 @@ def _ssd_fwd_kernel(
         x = _tile(x_row, begin, steps, ok, x_stride_t, P, BLOCK_P, DOT)
         B = _tile(B_row, begin, steps, ok, B_stride_t, N, BLOCK_N, DOT)
         C = _tile(C_row, begin, steps, ok, C_stride_t, N, BLOCK_N, DOT)
-        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION, out_dtype=ACC) * decays
-        y = tl.dot(C, state.to(DOT), input_precision=PRECISION, out_dtype=ACC) * decay_in[:, None]
-        y += tl.dot(scores.to(DOT), x, input_precision=PRECISION, out_dtype=ACC)
+        B, B_low = _halves(B, PRECISION)
+        C, C_low = _halves(C, PRECISION)
+        scores = _dot_nt(C, C_low, B, B_low, ACC, PRECISION) * decays
+        entered, entered_low = _halves(state.to(DOT), PRECISION)
+        y = _dot_add(C, C_low, entered, entered_low, tl.zeros([Q, BLOCK_P], ACC), ACC, PRECISION) * decay_in[:, None]
+        mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
+        v, v_low = _halves(x, PRECISION)
+        y = _dot_add(mixing, mixing_low, v, v_low, y, ACC, PRECISION)
         wide = x.to(ACC)
         if HAS_D:
             D = _vector(D_ptr + row * D_stride_b + head, begin, steps, ok, D_stride_t, ACC)
@@ -212,8 +248,8 @@ def _ssd_fwd_kernel(
         if P < BLOCK_P:
             y_ok = y_ok & (p_columns < P)[None, :]
         tl.store(y_tile + y_offset, y, mask=y_ok)
-        late = (wide * decay_out[:, None]).to(DOT)
-        state = state * factor + tl.dot(tl.trans(B), late, input_precision=PRECISION, out_dtype=ACC)
+        late, late_low = _halves((wide * decay_out[:, None]).to(DOT), PRECISION)
+        state = _dot_add(tl.trans(B), tl.trans(B_low), late, late_low, state * factor, ACC, PRECISION)
     if part == parts - 1:
         _store_state(final_ptr + (row * nheads + head) * (P * N), tl.trans(state), P, N, BLOCK_P, BLOCK_N)
 
@@ -323,8 +359,9 @@ def _sweep(
                 scale = scale * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
             value = _tile(value_row, value_position, ahead, value_ok, value_stride_t, P, BLOCK_P, DOT)
             key = _tile(key_row, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
-            scaled = tl.trans((value.to(ACC) * scale[:, None]).to(DOT))
-            state = state * factor + tl.dot(scaled, key, input_precision=PRECISION, out_dtype=ACC)
+            scaled, scaled_low = _halves((value.to(ACC) * scale[:, None]).to(DOT), PRECISION)
+            key, key_low = _halves(key, PRECISION)
+            state = _dot_add(tl.trans(scaled), tl.trans(scaled_low), key, key_low, state * factor, ACC, PRECISION)
             through = through * factor
     if STORE:
         if FINAL and part == (0 if MODE & 1 else parts - 1):
@@ -486,307 +523,7 @@ def _chunk(
     return position, ahead, ok, dy_position, dy_ok, index, before, last
 
 
-@triton.jit
-def _advanced(state, value, key, scale, factor, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """The state one chunk further, [p, n]: factor * state + value^T (scale * key)."""
-    scaled = tl.trans((value.to(ACC) * scale[:, None]).to(DOT))
-    return state.to(ACC) * factor + tl.dot(scaled, key, input_precision=PRECISION, out_dtype=ACC)
-
-
 @keep_addresses_in_loops
-@triton.jit
-def _link_gradients(
-    x_ptr,
-    log_decay_ptr,
-    B_ptr,
-    C_ptr,
-    weight_ptr,
-    D_ptr,
-    seq_ptr,
-    entering_ptr,
-    leaving_ptr,
-    dy_ptr,
-    dx_ptr,
-    dlog_decay_ptr,
-    dweight_ptr,
-    dD_ptr,
-    kernel_ptr,
-    row,
-    chunk,
-    group,
-    place,
-    length,
-    nheads,
-    first_head,
-    last_head,
-    x_stride_b,
-    x_stride_t,
-    B_stride_b,
-    B_stride_t,
-    C_stride_b,
-    C_stride_t,
-    D_stride_b,
-    D_stride_t,
-    SECOND: tl.constexpr,
-    MODE: tl.constexpr,
-    ADD: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_D: tl.constexpr,
-    LINKS: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PACKED: tl.constexpr,
-    EXACT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    steps = tl.arange(0, Q)
-    begin = chunk.to(tl.int64) * Q
-    beside = begin - Q if SECOND else begin + Q
-    seq_row = seq_ptr
-    if PACKED:
-        seq_row = seq_ptr + row * length
-    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
-    other, _ahead, other_ok, other_dy, other_dy_ok, other_index, other_before, other_last = _chunk(
-        seq_row, beside, length, MODE, PACKED, Q
-    )
-    B_row = B_ptr + row * B_stride_b + group * N
-    C_row = C_ptr + row * C_stride_b + group * N
-    B = _tile(B_row, position, ahead, ok, B_stride_t, N, BLOCK_N, DOT)
-    C = _tile(C_row, position, ahead, ok, C_stride_t, N, BLOCK_N, DOT)
-    if SECOND:
-        key = _tile(B_row, other, ahead, other_ok, B_stride_t, N, BLOCK_N, DOT)
-    else:
-        key = _tile(C_row, other, ahead, other_ok, C_stride_t, N, BLOCK_N, DOT)
-    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION, out_dtype=ACC)  # [t, s]
-    upper = (steps[:, None] <= steps[None, :]).to(LINKS)
-    kernel = tl.zeros([Q, Q], ACC)  # sum over heads of (dy v^T) E
-    borders = tl.cdiv(length, 2 * Q)
-    p_columns = tl.arange(0, BLOCK_P)
-    width = nheads * P
-    transposed = ahead[None, :] * width + p_columns[:, None]
-    transposed_ok = ok[None, :]
-    if P < BLOCK_P:
-        transposed_ok = transposed_ok & (p_columns < P)[:, None]
-    for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
-        # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
-        own = steps + tl.minimum(head, 0)
-        vectors = row * length * nheads + head
-        x_row = x_ptr + row * x_stride_b + head * P
-        dy_row = dy_ptr + vectors * P
-        out = vectors + position * nheads
-        border = ((row * nheads + head) * borders + chunk // 2) * (P * N)
-        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
-        high_last, low_last = _last(high, Q), _last(low, Q)
-        decay_in = tl.exp2(_whole(high, low, EXACT))
-        decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
-        factor = tl.exp2(_whole(high_last, low_last, EXACT))
-        if PACKED:
-            decay_in = tl.where(index == before, decay_in, 0.0)
-            decay_out = tl.where(index == last, decay_out, 0.0)
-            factor = tl.where(before == last, factor, 0.0)
-
-        # Both states around this chunk; the one that is not at a border from the chunk beside.
-        entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-        leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-        decay = _vector(log_decay_ptr + vectors, other, ahead, other_ok, nheads, ACC)
-        o_high, o_low, _, _ = _log2_sums(decay, ACC, EXACT)
-        o_high_last, o_low_last = _last(o_high, Q), _last(o_low, Q)
-        o_factor = tl.exp2(_whole(o_high_last, o_low_last, EXACT))
-        if SECOND:
-            scale = tl.exp2(_less(o_high_last, o_low_last, o_high, o_low, EXACT))
-            if HAS_WEIGHT:
-                scale = scale * _vector(weight_ptr + vectors, other, ahead, other_ok, nheads, ACC)
-            if PACKED:
-                scale = tl.where(other_index == before, scale, 0.0)
-                o_factor = tl.where(other_before == before, o_factor, 0.0)
-            value = _tile(x_row, other, ahead, other_ok, x_stride_t, P, BLOCK_P, DOT)
-            moved = _advanced(entering, value, key, scale, o_factor, DOT, ACC, PRECISION)
-            passed = tl.sum(tl.sum(moved * leaving.to(ACC), 1), 0) * factor
-            entering = moved.to(DOT)
-        else:
-            scale = tl.exp2(_whole(o_high, o_low, EXACT))
-            if PACKED:
-                scale = tl.where(other_index == last, scale, 0.0)
-                o_factor = tl.where(other_last == last, o_factor, 0.0)
-            value = _tile(dy_row, other_dy, ahead, other_dy_ok, width, P, BLOCK_P, DOT)
-            moved = _advanced(leaving, value, key, scale, o_factor, DOT, ACC, PRECISION)
-            passed = tl.sum(tl.sum(moved * entering.to(ACC), 1), 0) * factor
-            leaving = moved.to(DOT)
-
-        # In this order few matrices are alive at a time; they compete for registers.
-        x = _tile(x_row, position, ahead, ok, x_stride_t, P, BLOCK_P, DOT)
-        dy = _tile(dy_row, dy_position, ahead, dy_ok, width, P, BLOCK_P, DOT)
-        read = tl.dot(entering, tl.trans(C), input_precision=PRECISION, out_dtype=ACC)  # [p, t]
-        reads = tl.sum(read * tl.trans(dy).to(ACC), 0) * decay_in
-
-        linked = own[:, None] >= own[None, :]
-        if PACKED:
-            of = index + (own - steps)
-            linked = linked & (of[:, None] == of[None, :])
-        between = _less(high[:, None], low[:, None], high[None, :], low[None, :], EXACT)
-        decays = tl.exp2(tl.where(linked, between, float("-inf")))  # [t, s]
-        products = tl.dot(dy, tl.trans(x), input_precision=PRECISION, out_dtype=ACC) * decays  # dy_t.x_s e^{u_t - u_s}
-        if HAS_D and not MODE & 8:
-            tl.store(
-                dD_ptr + out + ahead * nheads, tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1), mask=ok
-            )
-        linking = products * scores
-        if HAS_WEIGHT:
-            weight = _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
-            dweight = tl.sum(linking, 0)
-            linking = linking * weight[None, :]
-            products = products * weight[None, :]
-            decays = decays * weight[None, :]
-        kernel += products
-        # At [t, j]: what the links from j < t to i >= t pass on.
-        links = tl.dot(upper, linking.to(LINKS), input_precision=PRECISION, out_dtype=ACC)
-        found = tl.sum(tl.where(own[:, None] > own[None, :], links, reads[None, :]), 1) + passed
-
-        mixing = scores * decays
-        if HAS_D:
-            D = _vector(D_ptr + row * D_stride_b + head, position, ahead, ok, D_stride_t, ACC)
-            if not MODE & 8:
-                mixing = tl.where(own[:, None] == own[None, :], mixing + D[None, :], mixing)
-        mixing = mixing.to(DOT)
-        dx = tl.dot(leaving, tl.trans(B), input_precision=PRECISION, out_dtype=ACC)  # [p, s]
-        writes = tl.sum(dx * tl.trans(x).to(ACC), 0) * decay_out
-        if HAS_WEIGHT:
-            tl.store(dweight_ptr + out + ahead * nheads, dweight + writes, mask=ok)
-            writes = writes * weight
-            decay_out = decay_out * weight
-        found += tl.sum(tl.where(own[:, None] > own[None, :], writes[None, :], 0.0), 1)
-        tl.store(dlog_decay_ptr + out + ahead * nheads, found, mask=ok)
-        dx = tl.dot(tl.trans(dy), mixing, dx * decay_out[None, :], input_precision=PRECISION, out_dtype=ACC)
-        if HAS_D and MODE & 8:
-            # The skip reads the gradient of its own position, not of the next one.
-            direct = tl.load(dy_row + position * width + transposed, mask=transposed_ok, other=0.0).to(ACC)
-            tl.store(dD_ptr + out + ahead * nheads, tl.sum(direct * tl.trans(x).to(ACC), 0), mask=ok)
-            dx += direct * D[None, :]
-        dx_tile = dx_ptr + vectors * P + position * width + transposed
-        if ADD:
-            dx += tl.load(dx_tile, mask=transposed_ok, other=0.0).to(ACC)
-        tl.store(dx_tile, dx, mask=transposed_ok)
-    tl.store(kernel_ptr + place * (Q * Q) + (steps[:, None] * Q + steps[None, :]), kernel)
-
-
-@triton.jit
-def _map_gradients(
-    value_ptr,
-    beside_ptr,
-    log_decay_ptr,
-    key_ptr,
-    weight_ptr,
-    seq_ptr,
-    borders_ptr,
-    kernel_ptr,
-    out_ptr,
-    row,
-    chunk,
-    group,
-    block,
-    place,
-    rows,
-    groups,
-    length,
-    nheads,
-    first_head,
-    last_head,
-    value_stride_b,
-    value_stride_t,
-    key_stride_b,
-    key_stride_t,
-    OF_B: tl.constexpr,
-    MIDDLE: tl.constexpr,
-    MODE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PACKED: tl.constexpr,
-    EXACT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R); `key` is B, or C."""
-    steps = tl.arange(0, Q)
-    begin = chunk.to(tl.int64) * Q
-    seq_row = seq_ptr
-    if PACKED:
-        seq_row = seq_ptr + row * length
-    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
-    key_row = key_ptr + row * key_stride_b + group * N
-    kernel_tile = kernel_ptr + place * (Q * Q)
-    own_key = _tile(key_row, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
-    if OF_B:
-        kernel = tl.load(kernel_tile + (steps[None, :] * Q + steps[:, None])).to(DOT)
-    else:
-        kernel = tl.load(kernel_tile + (steps[:, None] * Q + steps[None, :])).to(DOT)
-    found = tl.dot(kernel, own_key, input_precision=PRECISION, out_dtype=ACC)
-    if MIDDLE:
-        beside = begin + Q if OF_B else begin - Q
-        other, _ahead, other_ok, other_dy, other_dy_ok, other_index, other_before, other_last = _chunk(
-            seq_row, beside, length, MODE, PACKED, Q
-        )
-        beside_key = _tile(key_row, other, ahead, other_ok, key_stride_t, N, BLOCK_N, DOT)
-    borders = tl.cdiv(length, 2 * Q)
-    for head in tl.range(first_head, last_head, num_stages=STAGES):
-        vectors = row * length * nheads + head
-        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
-        if OF_B:
-            decay = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT))
-            if HAS_WEIGHT:
-                decay = decay * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
-            if PACKED:
-                decay = tl.where(index == last, decay, 0.0)
-            value = _tile(
-                value_ptr + row * value_stride_b + head * P, position, ahead, ok, value_stride_t, P, BLOCK_P, DOT
-            )
-        else:
-            decay = tl.exp2(_whole(high, low, EXACT))
-            if PACKED:
-                decay = tl.where(index == before, decay, 0.0)
-            value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
-        border = ((row * nheads + head) * borders + chunk // 2) * (P * N)
-        state = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-        if MIDDLE:
-            o_decay = _vector(log_decay_ptr + vectors, other, ahead, other_ok, nheads, ACC)
-            o_high, o_low, _, _ = _log2_sums(o_decay, ACC, EXACT)
-            o_high_last, o_low_last = _last(o_high, Q), _last(o_low, Q)
-            factor = tl.exp2(_whole(o_high_last, o_low_last, EXACT))
-            if OF_B:
-                scale = tl.exp2(_whole(o_high, o_low, EXACT))
-                if PACKED:
-                    scale = tl.where(other_index == last, scale, 0.0)
-                    factor = tl.where(other_last == last, factor, 0.0)
-                value_2 = _tile(beside_ptr + vectors * P, other_dy, ahead, other_dy_ok, nheads * P, P, BLOCK_P, DOT)
-            else:
-                scale = tl.exp2(_less(o_high_last, o_low_last, o_high, o_low, EXACT))
-                if HAS_WEIGHT:
-                    scale = scale * _vector(weight_ptr + vectors, other, ahead, other_ok, nheads, ACC)
-                if PACKED:
-                    scale = tl.where(other_index == before, scale, 0.0)
-                    factor = tl.where(other_before == before, factor, 0.0)
-                beside_row = beside_ptr + row * value_stride_b + head * P
-                value_2 = _tile(beside_row, other, ahead, other_ok, value_stride_t, P, BLOCK_P, DOT)
-            state = _advanced(state, value_2, beside_key, scale, factor, DOT, ACC, PRECISION).to(DOT)
-        scaled = (value.to(ACC) * decay[:, None]).to(DOT)
-        found += tl.dot(scaled, state, input_precision=PRECISION, out_dtype=ACC)
-    columns = tl.arange(0, BLOCK_N)
-    offset = ahead[:, None] * (groups * N) + columns[None, :]
-    tile = out_ptr + ((block * rows + row) * length + position) * (groups * N) + group * N
-    tl.store(tile + offset, found, mask=ok[:, None] & (columns < N)[None, :])
-
-
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
 def _ssd_bwd_links_kernel(
     x_ptr,
@@ -821,7 +558,6 @@ def _ssd_bwd_links_kernel(
     ADD: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_D: tl.constexpr,
-    LINKS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -836,8 +572,9 @@ def _ssd_bwd_links_kernel(
 ):
     """Gradients of a chunk but for dB and dC, for one head after another of a block of a group's heads.
 
-    States are read at the borders, which stand before every second chunk; of the two around a chunk the other one is
-    computed here. Leaves K, the sum over the heads of (dy v^T) E, for the next kernel.
+    Matrices over a chunk are [s, t]: from the step that writes to the one that reads. What their entries L pass through
+    step i is the sum over s < i <= t, which is that of the rows before i less that of the columns before i, of the same
+    numbers. Leaves K^T, the sum over the heads of (v dy^T) E^T, for the next kernel.
     """
     block = tl.program_id(0) % blocks
     groups = nheads // repeats
@@ -845,24 +582,184 @@ def _ssd_bwd_links_kernel(
     chunks = tl.cdiv(length, Q)
     chunk = tl.program_id(0) // blocks // groups % chunks
     row = (tl.program_id(0) // blocks // groups // chunks).to(tl.int64)
-    first = group * repeats + block * block_heads
-    last = tl.minimum(first + block_heads, (group + 1) * repeats)
-    if chunk % 2 == 0:
-        _link_gradients(
-            x_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, D_ptr, seq_ptr, entering_ptr, leaving_ptr, dy_ptr, dx_ptr,
-            dlog_decay_ptr, dweight_ptr, dD_ptr, kernel_ptr, row, chunk, group, tl.program_id(0).to(tl.int64), length,
-            nheads, first, last, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, D_stride_b,
-            D_stride_t, False, MODE, ADD, HAS_WEIGHT, HAS_D, LINKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
-            PRECISION, STAGES,
-        )  # fmt: skip
+    first_head = group * repeats + block * block_heads
+    last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
+    steps = tl.arange(0, Q)
+    begin = chunk.to(tl.int64) * Q
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * length
+    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
+    B = _tile(B_ptr + row * B_stride_b + group * N, position, ahead, ok, B_stride_t, N, BLOCK_N, DOT)
+    C = _tile(C_ptr + row * C_stride_b + group * N, position, ahead, ok, C_stride_t, N, BLOCK_N, DOT)
+    B, B_low = _halves(B, PRECISION)
+    C, C_low = _halves(C, PRECISION)
+    kernel = tl.zeros([Q, Q], ACC)  # sum over heads of (v dy^T) E^T
+    p_columns = tl.arange(0, BLOCK_P)
+    width = nheads * P
+    offset = ahead[:, None] * width + p_columns[None, :]
+    offset_ok = ok[:, None]
+    if P < BLOCK_P:
+        offset_ok = offset_ok & (p_columns < P)[None, :]
+    for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
+        # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
+        own = steps + tl.minimum(head, 0)
+        p_own = p_columns + tl.minimum(head, 0)
+        vectors = row * length * nheads + head
+        out = vectors + position * nheads
+        border = ((row * nheads + head) * chunks + chunk) * (P * N)
+        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
+        high_last, low_last = _last(high, Q), _last(low, Q)
+        decay_in = tl.exp2(_whole(high, low, EXACT))
+        decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
+        factor = tl.exp2(_whole(high_last, low_last, EXACT))
+        linked = own[:, None] <= own[None, :]
+        if PACKED:
+            decay_in = tl.where(index == before, decay_in, 0.0)
+            decay_out = tl.where(index == last, decay_out, 0.0)
+            factor = tl.where(before == last, factor, 0.0)
+            of = index + (own - steps)
+            linked = linked & (of[:, None] == of[None, :])
+        x = _tile(x_ptr + row * x_stride_b + head * P, position, ahead, ok, x_stride_t, P, BLOCK_P, DOT)
+        gradient = _tile(dy_ptr + vectors * P, dy_position, ahead, dy_ok, width, P, BLOCK_P, DOT)
+        v, v_low = _halves(x, PRECISION)
+        dy, dy_low = _halves(gradient, PRECISION)
+
+        between = _less(high[None, :], low[None, :], high[:, None], low[:, None], EXACT)
+        decays = tl.exp2(tl.where(linked, between, float("-inf")))  # [s, t]
+        products = _dot_nt(v, v_low, dy, dy_low, ACC, PRECISION) * decays
+        scores = _dot_nt(B, B_low, C, C_low, ACC, PRECISION)
+        linking = products * scores
+        dweight = tl.sum(linking, 1)
+        if HAS_WEIGHT:
+            weight = _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
+            linking = linking * weight[:, None]
+            products = products * weight[:, None]
+        kernel += products
+        columns = tl.sum(linking, 0)
+        mixing, mixing_low = _halves((scores * decays).to(DOT), PRECISION)
+
+        entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        entering, entering_low = _halves(entering, PRECISION)
+        leaving, leaving_low = _halves(leaving, PRECISION)
+        # The trace of this one is their product; tensor cores have the time.
+        both = _dot_nt(entering, entering_low, leaving, leaving_low, ACC, PRECISION)
+        passed = tl.sum(tl.sum(tl.where(p_own[:, None] == p_own[None, :], both, 0.0), 1) * factor, 0)
+        full = gradient.to(ACC)
+        reads = tl.sum(_dot_nt(C, C_low, entering, entering_low, ACC, PRECISION) * full, 1) * decay_in
+        passed += tl.sum(reads, 0)
+        wide = x.to(ACC)
+        dx = _dot_nt(B, B_low, leaving, leaving_low, ACC, PRECISION)  # [s, p]
+        dweight += tl.sum(dx * wide, 1) * decay_out
+        dx = _dot_add(mixing, mixing_low, dy, dy_low, dx * decay_out[:, None], ACC, PRECISION)
+        change = dweight
+        if HAS_WEIGHT:
+            tl.store(dweight_ptr + out + ahead * nheads, dweight, mask=ok)
+            change = change * weight
+            dx = dx * weight[:, None]
+        change = change - reads - columns
+        found = passed + (tl.cumsum(change, 0) - change)
+        tl.store(dlog_decay_ptr + out + ahead * nheads, found, mask=ok)
+        dx_tile = dx_ptr + vectors * P + position * width + offset
+        if HAS_D:
+            # The skip reads the gradient of its own position, with a shift not of the next one.
+            direct = full
+            if MODE & 8:
+                direct = tl.load(dy_ptr + vectors * P + position * width + offset, mask=offset_ok, other=0.0).to(ACC)
+            D = _vector(D_ptr + row * D_stride_b + head, position, ahead, ok, D_stride_t, ACC)
+            tl.store(dD_ptr + out + ahead * nheads, tl.sum(direct * wide, 1), mask=ok)
+            dx += direct * D[:, None]
+        if ADD:
+            dx += tl.load(dx_tile, mask=offset_ok, other=0.0).to(ACC)
+        tl.store(dx_tile, dx, mask=offset_ok)
+    place = tl.program_id(0).to(tl.int64)
+    tl.store(kernel_ptr + place * (Q * Q) + (steps[:, None] * Q + steps[None, :]), kernel)
+
+
+@triton.jit
+def _map_gradients(
+    value_ptr,
+    log_decay_ptr,
+    key_ptr,
+    weight_ptr,
+    seq_ptr,
+    borders_ptr,
+    kernel_ptr,
+    out_ptr,
+    row,
+    chunk,
+    group,
+    block,
+    place,
+    rows,
+    groups,
+    length,
+    nheads,
+    first_head,
+    last_head,
+    value_stride_b,
+    value_stride_t,
+    key_stride_b,
+    key_stride_t,
+    OF_B: tl.constexpr,
+    MODE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R); `key` is B, or C."""
+    steps = tl.arange(0, Q)
+    begin = chunk.to(tl.int64) * Q
+    chunks = tl.cdiv(length, Q)
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * length
+    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
+    key = _tile(key_ptr + row * key_stride_b + group * N, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
+    kernel_tile = kernel_ptr + place * (Q * Q)
+    if OF_B:
+        kernel = tl.load(kernel_tile + (steps[:, None] * Q + steps[None, :])).to(DOT)
     else:
-        _link_gradients(
-            x_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, D_ptr, seq_ptr, entering_ptr, leaving_ptr, dy_ptr, dx_ptr,
-            dlog_decay_ptr, dweight_ptr, dD_ptr, kernel_ptr, row, chunk, group, tl.program_id(0).to(tl.int64), length,
-            nheads, first, last, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, D_stride_b,
-            D_stride_t, True, MODE, ADD, HAS_WEIGHT, HAS_D, LINKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
-            PRECISION, STAGES,
-        )  # fmt: skip
+        kernel = tl.load(kernel_tile + (steps[None, :] * Q + steps[:, None])).to(DOT)
+    kernel, kernel_low = _halves(kernel, PRECISION)
+    key, key_low = _halves(key, PRECISION)
+    found = _dot_add(kernel, kernel_low, key, key_low, tl.zeros([Q, BLOCK_N], ACC), ACC, PRECISION)
+    for head in tl.range(first_head, last_head, num_stages=STAGES):
+        vectors = row * length * nheads + head
+        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
+        if OF_B:
+            decay = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT))
+            if HAS_WEIGHT:
+                decay = decay * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
+            if PACKED:
+                decay = tl.where(index == last, decay, 0.0)
+            value = _tile(
+                value_ptr + row * value_stride_b + head * P, position, ahead, ok, value_stride_t, P, BLOCK_P, DOT
+            )
+        else:
+            decay = tl.exp2(_whole(high, low, EXACT))
+            if PACKED:
+                decay = tl.where(index == before, decay, 0.0)
+            value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
+        border = ((row * nheads + head) * chunks + chunk) * (P * N)
+        state = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        scaled, scaled_low = _halves((value.to(ACC) * decay[:, None]).to(DOT), PRECISION)
+        state, state_low = _halves(state, PRECISION)
+        found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
+    columns = tl.arange(0, BLOCK_N)
+    offset = ahead[:, None] * (groups * N) + columns[None, :]
+    tile = out_ptr + ((block * rows + row) * length + position) * (groups * N) + group * N
+    tl.store(tile + offset, found, mask=ok[:, None] & (columns < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
@@ -919,31 +816,14 @@ def _ssd_bwd_maps_kernel(
     last = tl.minimum(first + block_heads, (group + 1) * repeats)
     place = program.to(tl.int64)
     if of_B:
-        if chunk % 2 == 0:
-            _map_gradients(
-                x_ptr, dy_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, kernel_ptr, dB_ptr, row, chunk,
-                group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, C_stride_b,
-                C_stride_t, True, True, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
-                PRECISION, STAGES,
-            )  # fmt: skip
-        else:
-            _map_gradients(
-                x_ptr, dy_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, kernel_ptr, dB_ptr, row, chunk,
-                group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, C_stride_b,
-                C_stride_t, True, False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC,
-                PRECISION, STAGES,
-            )  # fmt: skip
-    elif chunk % 2 == 0:
         _map_gradients(
-            dy_ptr, x_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, kernel_ptr, dC_ptr, row, chunk,
-            group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, B_stride_b,
-            B_stride_t, False, False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION,
-            STAGES,
+            x_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, kernel_ptr, dB_ptr, row, chunk, group, block,
+            place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, C_stride_b, C_stride_t, True,
+            MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _map_gradients(
-            dy_ptr, x_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, kernel_ptr, dC_ptr, row, chunk,
-            group, block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, B_stride_b,
-            B_stride_t, False, True, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION,
-            STAGES,
+            dy_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, kernel_ptr, dC_ptr, row, chunk, group,
+            block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, B_stride_b, B_stride_t,
+            False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""`trapezoid_ssd` in Triton: launchers, custom ops and the autograd function around the kernels of `triton_kernels.py`.
+"""`trapezoid_ssd` in Triton: launchers, custom ops and the autograd function around the kernels of `ssd`.
 
-As in `ssd`: forward is one kernel with the state in registers, after a sweep over parts of a row where rows and heads
-alone give too few programs. Backward is one launch of two sweeps, states from the left and their gradients from the
-right, each written between all chunks, and one kernel for all gradients of a chunk. Only the inputs are kept for it.
+One kernel writes turned keys and queries per head, the weights of the inputs and skips such that what is left is `ssd`
+with as many groups as heads. For the gradient they are computed again, the kernels of `ssd` find theirs, and one more
+kernel turns them back and sums over heads. Rows are taken in groups, so that all this never exists for many at once.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ssd.triton_impl import choose_parts, contiguous, dense_rows, strides
-from ..ssd.triton_kernels import _ssd_carry_kernel
+from ..ssd.triton_impl import (
+    Gradients,
+    Sweep,
+    contiguous,
+    dense_rows,
+    gradient_tiles,
+    precision,
+    run_gradients_at_once,
+    run_outputs,
+    strides,
+)
 from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, multiprocessors, on_device
 from .state import rotate, spin
-from .triton_kernels import (
-    _trapezoid_angle_kernel,
-    _trapezoid_bwd_kernel,
-    _trapezoid_fwd_kernel,
-    _trapezoid_sweep_kernel,
-)
+from .triton_kernels import _trapezoid_angle_kernel, _trapezoid_turn_kernel, _trapezoid_unturn_kernel
 
 
 def trapezoid_ssd_triton(
@@ -76,47 +80,6 @@ def _of_last_sequence(rate: Tensor, dt: Tensor, phi: Tensor | None, seq_idx: Ten
     return total.remainder(2 * math.pi).to(rate.dtype)
 
 
-class Tiles(NamedTuple):
-    """Compile-time choices of one kernel."""
-
-    chunk: int
-    warps: int
-    stages: int
-
-
-def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
-    """Chunk, warps and pipeline stages of a kernel ("fwd", "sweep", "bwd") for padded p and n."""
-    if INTERPRETED:
-        return Tiles(64, 4, 1)
-    if dtype == torch.float64:
-        return Tiles(16, 4, 1)
-    if dtype == torch.float32 or headdim * state > 64 * 128:
-        return Tiles(32, 8, 1)
-    return {"fwd": Tiles(64, 4, 1), "sweep": Tiles(64, 4, 1), "bwd": Tiles(64, 8, 1)}[kernel]
-
-
-def _options(x: Tensor, rate: Tensor, n: int, seq_idx: Tensor | None, half: bool, chosen: Tiles) -> dict[str, Any]:
-    """Compile-time arguments that the kernels share."""
-    headdim, pairs = x.shape[3], rate.shape[2]
-    dot = tl.float32 if INTERPRETED and x.element_size() < 4 else getattr(tl, str(x.dtype).removeprefix("torch."))
-    found: dict[str, Any] = {
-        "P": headdim,
-        "N": n,
-        "S": pairs,
-        "Q": chosen.chunk,
-        "BLOCK_P": max(16, triton.next_power_of_2(headdim)),
-        "BLOCK_N": max(32, triton.next_power_of_2(n)),
-        "HALF": half,
-        "PACKED": seq_idx is not None,
-        "EXACT": x.dtype == torch.float32,
-        "DOT": dot,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        "STAGES": chosen.stages,
-    }
-    return found if INTERPRETED else found | {"num_warps": chosen.warps}
-
-
 class _Inputs(NamedTuple):
     """The inputs as the kernels read them."""
 
@@ -134,6 +97,11 @@ class _Inputs(NamedTuple):
     D: Tensor
     seq_idx: Tensor | None
 
+    def cut(self, rows: slice) -> _Inputs:
+        """The same for some rows of the batch."""
+        whole = ("B_bias", "C_bias", "D")
+        return _Inputs(*(one if one is None or name in whole else one[rows] for name, one in self._asdict().items()))
+
 
 def _readable(*tensors: Tensor | None) -> _Inputs:
     """Dense in the dimensions that the kernels take for granted: heads and width of x, B and C, all of the others."""
@@ -144,72 +112,62 @@ def _readable(*tensors: Tensor | None) -> _Inputs:
     return given._replace(x=dense_rows(given.x), B=dense_rows(given.B), C=dense_rows(given.C), **dense)
 
 
-class _Angles(NamedTuple):
-    """In half turns, from 0 to 2."""
-
-    within: Tensor  # from the start of each chunk, (b, l, h, s)
-    before: Tensor  # up to each chunk, and after the last one, (b, h, s, chunks + 1)
+# Turned keys and queries of a group of rows take about this many bytes; in the gradient, where as much again is needed
+# for their gradients and for states, half of it.
+_TURNED_BYTES = 2**29
 
 
-def _angles(given: _Inputs, chunk: int) -> _Angles:
+class _Turned(NamedTuple):
+    """What `ssd` takes."""
+
+    before: Tensor  # angles up to each chunk, and after the last one, (b, h, s, chunks + 1), in half turns from 0 to 2
+    k: Tensor  # (b, l, h, n)
+    q: Tensor
+    weight: Tensor  # (b, l, h)
+    skip: Tensor  # (b, l, h)
+
+
+def _groups(x: Tensor, n: int, budget: int) -> list[slice]:
+    """Groups of rows such that the turned keys and queries of each take about `budget` bytes."""
+    batch, length, nheads, _ = x.shape
+    rows = max(1, budget // (2 * length * nheads * n * x.element_size()))
+    return [slice(start, start + rows) for start in range(0, batch, rows)]
+
+
+def _shared(given: _Inputs, half: bool, chunk: int) -> dict[str, Any]:
+    """Compile-time arguments of the kernels."""
+    n, pairs = given.B.shape[3], given.rate.shape[2]
+    found: dict[str, Any] = {
+        "N": n,
+        "S": pairs,
+        "Q": chunk,
+        "BLOCK_N": max(32, triton.next_power_of_2(n)),
+        "HALF": half,
+        "PACKED": given.seq_idx is not None,
+        "ACC": tl.float64 if given.log_decay.dtype == torch.float64 else tl.float32,
+    }
+    return found if INTERPRETED else found | {"num_warps": 8 if chunk * n > 4096 else 4}
+
+
+def _turned(given: _Inputs, half: bool, chunk: int) -> _Turned:
     (batch, length, nheads, _), pairs = given.x.shape, given.rate.shape[2]
+    groups, n = given.B.shape[2:]
     chunks = triton.cdiv(length, chunk)
+    shared = _shared(given, half, chunk)
     totals = given.log_decay.new_empty(batch, nheads, pairs, chunks + 1)
-    within = given.log_decay.new_empty(batch, length, nheads, pairs)
-    dtype = tl.float64 if totals.dtype == torch.float64 else tl.float32
     _trapezoid_angle_kernel[(batch * chunks * nheads,)](
-        given.gamma, given.beta, given.rate, given.phi, within, totals, length, nheads, HAS_PHI=given.phi is not None,
-        S=pairs, Q=chunk, BLOCK_S=triton.next_power_of_2(pairs), ACC=dtype,
+        given.gamma, given.beta, given.rate, given.phi, totals, length, nheads, HAS_PHI=given.phi is not None,
+        S=pairs, Q=chunk, BLOCK_S=triton.next_power_of_2(pairs), ACC=shared["ACC"],
     )  # fmt: skip
     # Whole turns are taken off each term; float64 keeps the digits of the sum over chunks.
-    return _Angles(within, totals.cumsum(3, dtype=torch.float64).remainder(2.0).to(totals.dtype))
-
-
-def _sweep(
-    given: _Inputs,
-    angles: _Angles,
-    entering: Tensor | None,
-    dy: Tensor | None,
-    dfinal: Tensor | None,
-    parts: int,
-    part_chunks: int,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    store: bool,
-    shared: dict[str, Any],
-) -> None:
-    (batch, length, nheads, _), groups = given.x.shape, given.B.shape[2]
-    right = given.x if dy is None else dy
-    _trapezoid_sweep_kernel[((1 if dy is None else 2) * batch * parts * nheads,)](
-        given.x, given.B, given.B_bias, entering, right, given.C, given.C_bias, dfinal, given.log_decay, given.gamma,
-        given.beta, *angles, given.seq_idx, *outputs, batch, length, nheads, nheads // groups, parts, part_chunks,
-        *strides(given.x, given.B, right, given.C), BACKWARD=dy is not None, HAS_STATE=entering is not None,
-        HAS_DFINAL=dfinal is not None, STORE=store, **shared,
+    before = totals.cumsum(3, dtype=torch.float64).remainder(2.0).to(totals.dtype)
+    k, q = (given.x.new_empty(batch, length, nheads, n) for _ in range(2))
+    weight, skip = torch.empty_like(given.log_decay), torch.empty_like(given.log_decay)
+    _trapezoid_turn_kernel[(batch * chunks * nheads,)](
+        given.gamma, given.beta, given.rate, before, given.B, given.C, given.B_bias, given.C_bias, given.D,
+        given.seq_idx, k, q, weight, skip, length, nheads, nheads // groups, *strides(given.B, given.C), **shared,
     )  # fmt: skip
-
-
-def _entering(
-    given: _Inputs,
-    angles: _Angles,
-    dy: Tensor | None,
-    dfinal: Tensor | None,
-    parts: int,
-    part_chunks: int,
-    shared: dict[str, Any],
-) -> tuple[Tensor | None, Tensor | None]:
-    """States that enter the parts from the left, and with dy their gradients from the right, (b, h, parts, p, n)."""
-    if parts == 1:
-        return given.state, dfinal
-    sides = 1 if dy is None else 2
-    (batch, _, nheads, headdim), n = given.x.shape, given.B.shape[3]
-    ends = given.log_decay.new_empty(sides, batch, nheads, parts, headdim, n)
-    factors = given.log_decay.new_empty(sides, batch, nheads, parts)
-    _sweep(given, angles, None, dy, None, parts, part_chunks, (ends, ends, factors, ends), False, shared)
-    block = 1024 if INTERPRETED else 256
-    _ssd_carry_kernel[(sides * batch * nheads * triton.cdiv(headdim * n, block),)](
-        given.state, dfinal, ends, factors, batch * nheads, parts, headdim * n, DESCENDS=False,
-        HAS_STATE=given.state is not None, DESCENDS_2=True, HAS_STATE_2=dfinal is not None, BLOCK=block,
-    )  # fmt: skip
-    return ends[0], None if dy is None else ends[1]
+    return _Turned(before, k, q, weight, skip)
 
 
 @operator("trapezoid_ssd_triton_fwd")
@@ -233,30 +191,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, last state, last angles modulo 2 pi; `chunk` and `parts` (of a row) are 0 to be chosen."""
     given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, seq_idx)
-    (batch, length, nheads, headdim), (groups, n) = x.shape, B.shape[2:]
-    chosen, of_sweep = (tiles(kernel, headdim, n, x.dtype) for kernel in ("fwd", "sweep"))
-    chosen = chosen._replace(chunk=chunk or chosen.chunk)
-    y, final = x.new_empty(x.shape), log_decay.new_empty(batch, nheads, headdim, n)
-    parts, part_length = choose_parts(batch * nheads, length, chosen.chunk, x.device, parts)
+    n = B.shape[3]
+    y, final = x.new_empty(x.shape), log_decay.new_empty(x.shape[0], *x.shape[2:], n)
+    last = log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
     with on_device(x):
-        angles = _angles(given, chosen.chunk)
-        shared = _options(x, rate, n, seq_idx, half, of_sweep._replace(chunk=chosen.chunk))
-        entering, _ = _entering(given, angles, None, None, parts, part_length // chosen.chunk, shared)
-        _trapezoid_fwd_kernel[(batch * parts * nheads,)](
-            given.x, given.log_decay, given.gamma, given.beta, *angles, given.B, given.C, given.B_bias,
-            given.C_bias, given.D, given.seq_idx, entering, y, final, length, nheads, nheads // groups, parts,
-            part_length, *strides(given.x, given.B, given.C), HAS_STATE=entering is not None,
-            **_options(x, rate, n, seq_idx, half, chosen),
-        )  # fmt: skip
-    return y, final, angles.before[..., -1] * math.pi
-
-
-@torch.library.register_fake("ssm::trapezoid_ssd_triton_fwd")
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, log_decay, rate, B = arguments[0], arguments[1], arguments[4], arguments[5]
-    batch, _, nheads, headdim = x.shape
-    final = log_decay.new_empty(batch, nheads, headdim, B.shape[3])
-    return x.new_empty(x.shape), final, log_decay.new_empty(batch, nheads, rate.shape[2])
+        for rows in _groups(x, n, _TURNED_BYTES):
+            some = given.cut(rows)
+            turned = _turned(some, half, chunk or gradient_tiles(x, n)[0].chunk)
+            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0)
+            run_outputs(sweep, turned.q, turned.skip, some.seq_idx, y[rows], final[rows], chunk, parts)
+            torch.mul(turned.before[..., -1], math.pi, out=last[rows])
+    return y, final, last
 
 
 @operator("trapezoid_ssd_triton_bwd")
@@ -278,6 +223,7 @@ def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
     dphase: Tensor | None,
+    dphi_end: Tensor | None,
     chunk: int,
     parts: int,
     blocks: int,
@@ -287,56 +233,86 @@ def _backward(
     `dphase` is the gradient of the last angles with what they do to the last state; `blocks` (of a group's heads) is 0
     to be chosen.
     """
+    """Gradients of x to D; `blocks` (of a group's heads) is 0 to be chosen.
+
+    `dphase` is the gradient of the last angles, `dphi_end`, with what they do to the last state.
+    """
     given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, seq_idx)
-    dy, dfinal, dphase = dy.contiguous(), contiguous(dfinal), contiguous(dphase)
-    (batch, length, nheads, headdim), (groups, n), pairs = x.shape, B.shape[2:], rate.shape[2]
-    chosen, of_sweep = (tiles(kernel, headdim, n, x.dtype) for kernel in ("bwd", "sweep"))
-    if chunk:
-        chosen = chosen._replace(chunk=chunk)
-    of_sweep = of_sweep._replace(chunk=chosen.chunk)
-    chunks = triton.cdiv(length, chosen.chunk)
-    parts, part_length = choose_parts(2 * batch * nheads, length, chosen.chunk, x.device, parts)
-    borders = x.new_empty(2, batch, nheads, chunks + 1, headdim, n)
-    dstate = log_decay.new_empty(batch, nheads, headdim, n)
-    repeats, programs = nheads // groups, batch * chunks * groups
-    if blocks == 0:
-        blocks = max(1, min(repeats, 2 * multiprocessors(x.device) // programs))
-    block_heads = triton.cdiv(repeats, blocks)
-    blocks = triton.cdiv(repeats, block_heads)
-    dx = x.new_empty(x.shape)
-    dlog_decay, dgamma, ddt, dweight = (torch.empty_like(given.log_decay) for _ in range(4))
-    drate = log_decay.new_empty(blocks * groups, *rate.shape)
-    dB, dC = (log_decay.new_empty(blocks, *B.shape, dtype=x.dtype if blocks == 1 else None) for _ in range(2))
-    dB_bias, dC_bias = (log_decay.new_empty(batch * chunks, nheads, n) for _ in range(2))
-    dD, dphi = log_decay.new_empty(batch * chunks, nheads), log_decay.new_empty(batch, nheads, pairs)
+    dy, dfinal, dphase, dphi_end = dy.contiguous(), contiguous(dfinal), contiguous(dphase), contiguous(dphi_end)
+    n = B.shape[3]
+    tiles = gradient_tiles(x, n, chunk)
+    dx, dlog_decay = x.new_empty(x.shape), torch.empty_like(given.log_decay)
+    dgamma, ddt, dlater = (torch.empty_like(given.log_decay) for _ in range(3))
+    drate, dphi = torch.empty_like(given.rate), log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
+    dB, dC = x.new_empty(B.shape), x.new_empty(C.shape)
+    dstate = log_decay.new_empty(x.shape[0], *x.shape[2:], n)
+    sums: list[tuple[Tensor, ...]] = []
     with on_device(x):
-        angles = _angles(given, chosen.chunk)
-        shared = _options(x, rate, n, seq_idx, half, of_sweep)
-        part_chunks = part_length // chosen.chunk
-        left, right = _entering(given, angles, dy, dfinal, parts, part_chunks, shared)
-        outputs = borders, dstate, dstate, dstate
-        _sweep(given, angles, left, dy, right, parts, part_chunks, outputs, True, shared)
-        _trapezoid_bwd_kernel[(programs * blocks,)](
-            given.x, given.log_decay, given.gamma, given.beta, given.rate, *angles, given.B, given.C, given.B_bias,
-            given.C_bias, given.D, given.seq_idx, borders, dphase, dy, dx, dlog_decay, dgamma, ddt, dweight, drate,
-            dB, dC, dB_bias, dC_bias, dD, dphi, batch, length, nheads, repeats, blocks, block_heads,
-            *strides(given.x, given.B, given.C), HAS_DPHASE=dphase is not None, LINKS=_links(x.dtype),
-            **_options(x, rate, n, seq_idx, half, chosen),
-        )  # fmt: skip
+        for rows in _groups(x, n, _TURNED_BYTES // 2):
+            some, end = given.cut(rows), None if dfinal is None else dfinal[rows]
+            turned = _turned(some, half, tiles[0].chunk)
+            vectors = (torch.empty_like(some.log_decay) for _ in range(2))
+            into = Gradients(
+                dx[rows], dlog_decay[rows], torch.empty_like(turned.k), torch.empty_like(turned.q), *vectors,
+                dstate[rows],
+            )  # fmt: skip
+            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0)
+            borders = run_gradients_at_once(
+                sweep, turned.q, turned.skip, some.seq_idx, dy[rows], end, into, tiles, False, parts, blocks
+            )
+            outputs = dgamma[rows], ddt[rows], dlater[rows], drate[rows], dB[rows], dC[rows], dphi[rows]
+            ends = tuple(None if one is None else one[rows] for one in (dphase, dphi_end))
+            sums.append((*_unturned(some, half, tiles[0].chunk, turned, into, borders, ends, outputs, blocks),
+                         into.dD.sum((0, 1))))  # fmt: skip
     # An input weighs what it had when it came and, one position later, what beta adds to it.
-    later = dweight[:, :-1]
+    later = dlater[:, :-1]
     if seq_idx is not None:
         later = later * (seq_idx[:, 1:] == seq_idx[:, :-1])[..., None]
     ddt[:, 1:] += later
-    dB, dC = (part[0] if blocks == 1 else part.sum(0).to(x.dtype) for part in (dB, dC))
-    drate = drate[0] if blocks * groups == 1 else drate.sum(0)
-    return dx, dlog_decay, dgamma, ddt, drate, dB, dC, dstate, dphi, dB_bias.sum(0), dC_bias.sum(0), dD.sum(0)
+    dB_bias, dC_bias, dD = (
+        parts[0] if len(sums) == 1 else torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)
+    )
+    return dx, dlog_decay, dgamma, ddt, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD
 
 
-def _links(dtype: torch.dtype) -> Any:
-    if dtype == torch.float64:
-        return tl.float64
-    return tl.bfloat16 if dtype.itemsize < 4 and not INTERPRETED else tl.float32
+def _unturned(
+    given: _Inputs,
+    half: bool,
+    chunk: int,
+    turned: _Turned,
+    found: Gradients,
+    borders: Tensor,
+    ends: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, ...],
+    blocks: int,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients that are left, and return those of the biases."""
+    dgamma, ddt, dlater, drate, dB, dC, dphi = outputs
+    (batch, length, nheads, headdim), groups = given.x.shape, given.B.shape[2]
+    chunks, repeats = triton.cdiv(length, chunk), nheads // groups
+    programs = batch * chunks * groups
+    if blocks == 0:
+        blocks = max(1, min(repeats, 4 * multiprocessors(given.x.device) // programs))
+    block_heads = triton.cdiv(repeats, blocks)
+    blocks = triton.cdiv(repeats, block_heads)
+    wide = given.log_decay
+    dB_bias, dC_bias = (wide.new_empty(batch * chunks, *given.B_bias.shape) for _ in range(2))
+    dB_parts, dC_parts = (wide.new_empty(blocks, *dB.shape) if blocks > 1 else one for one in (dB, dC))
+    drate_parts = wide.new_empty(blocks * groups, *drate.shape) if blocks * groups > 1 else drate
+    _trapezoid_unturn_kernel[(programs * blocks,)](
+        given.gamma, given.beta, given.rate, turned.before, given.B, given.C, given.B_bias, given.C_bias, given.seq_idx,
+        borders[0], borders[1], *ends, found.dB, found.dC, found.dweight, found.dD, dgamma, ddt, dlater, drate_parts,
+        dB_parts, dC_parts, dB_bias, dC_bias, dphi, batch, length, nheads, repeats, blocks, block_heads,
+        *strides(given.B, given.C), P=headdim, BLOCK_P=triton.next_power_of_2(headdim),
+        HAS_DPHASE=ends[0] is not None, HAS_DPHI=ends[1] is not None, STAGES=1,
+        PRECISION=precision(given.log_decay.dtype), **_shared(given, half, chunk),
+    )  # fmt: skip
+    if blocks > 1:
+        dB.copy_(dB_parts.sum(0))
+        dC.copy_(dC_parts.sum(0))
+    if blocks * groups > 1:
+        torch.sum(drate_parts, 0, out=drate)
+    return dB_bias.sum(0), dC_bias.sum(0)
 
 
 @torch.library.register_fake("ssm::trapezoid_ssd_triton_bwd")
@@ -367,11 +343,12 @@ class _Trapezoid(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dphi: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, final = ctx.saved_tensors
         dy = torch.zeros_like(tensors[0]) if dy is None else dy
+        dphase = dphi
         if dfinal is not None:
             # The last state is turned by the last angles.
             turned = spin(dfinal, final, tensors[4].shape[2], ctx.half).sum(2)
-            dphi = turned if dphi is None else dphi + turned
-        found = list(apply(_TrapezoidGradient, *tensors, ctx.half, dy, dfinal, dphi))
+            dphase = turned if dphi is None else dphi + turned
+        found = list(apply(_TrapezoidGradient, *tensors, ctx.half, dy, dfinal, dphase, dphi))
         for place in (7, 8):
             found[place] = None if tensors[place] is None else found[place]
         return *found, None, None
