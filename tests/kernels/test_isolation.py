@@ -53,7 +53,7 @@ def run(spec: OpSpec, inputs: dict, backend: str, bad_gradient=None) -> dict[str
 
 
 def compare(found: dict, expected: dict, inputs: dict, spec: OpSpec) -> None:
-    """All that belongs to other sequences is as it was."""
+    """All that belongs to other sequences is as it was, up to the rounding of sums."""
     others = torch.ones(2, LENGTH, dtype=torch.bool)
     others[0, SICK] = False
     for name, value in found.items():
@@ -61,7 +61,10 @@ def compare(found: dict, expected: dict, inputs: dict, spec: OpSpec) -> None:
             torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
         elif name == spec.outputs[0] or has_positions(inputs[name[1:]]):
             assert expected[name][others].isfinite().all()
-            torch.testing.assert_close(value[others], expected[name][others], msg=lambda m, n=name: f"{n}: {m}")
+            close = {"rtol": 1e-5, "atol": 1e-4}
+            torch.testing.assert_close(
+                value[others], expected[name][others], **close, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def skip_unless_offered(spec: OpSpec, backend: str, device) -> None:

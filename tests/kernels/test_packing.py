@@ -156,7 +156,7 @@ def test_without_a_state(case, device):
     op, per_position, rest, options = case(1)
     inputs = {n: t.to(device) for n, t in (per_position | rest).items() if n not in STATES}
     y, *states = op(**inputs, **options, cu_seqlens=bounds(device), final_states="segments")
-    zeros = {n: torch.zeros(len(LENGTHS), *t.shape[1:], device=device).to(t) for n, t in rest.items() if n in STATES}
+    zeros = {n: t.new_zeros(len(LENGTHS), *t.shape[1:]).to(device) for n, t in rest.items() if n in STATES}
     expected, *others = op(**inputs, **zeros, **options, cu_seqlens=bounds(device), final_states="segments")
     torch.testing.assert_close(y, expected)
     for value, other in zip(states, others):

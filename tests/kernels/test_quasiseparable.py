@@ -240,7 +240,7 @@ def test_autocast_narrows_inputs_and_not_decays(backend, device):
         y, final = quasiseparable(**inputs, backend=backend)
     assert (y.dtype, final.dtype) == (torch.bfloat16, torch.float32)
     narrow = {name: inputs[name].bfloat16() for name in ("x", "B_f", "C_f", "B_b", "C_b")}
-    expected, state = quasiseparable(**inputs | narrow)
+    expected, state = quasiseparable(**inputs | narrow, backend=backend)
     torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(final, state, rtol=1e-4, atol=1e-4)
 
