@@ -251,7 +251,10 @@ def retrieval_probe(
 def _streams(stack: Stack, x: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
     """The residual stream before the first layer and after each one, (b, l, d)."""
     found = [x]
-    handles = [block.register_forward_hook(lambda _, __, y: found.append(y)) for block in stack.blocks]
+    handles = [
+        block.register_forward_hook(lambda _, __, y: found.append(y[0] if isinstance(y, tuple) else y))
+        for block in stack.blocks
+    ]
     try:
         stack(x, **arguments)
     finally:

@@ -17,6 +17,7 @@ from .init import residual_init_
 from .mixers import MIXERS, create_mixer
 from .mixers.attention import Attention
 from .mixers.common import lay_out, require_state
+from .mixers.memory import GatedMemoryUnit
 from .parallel import DoubleMixer
 from .states import PairState, StackState
 
@@ -27,6 +28,7 @@ Layer = str | Mapping[str, Any] | nn.Module
 
 LETTERS: Mapping[str, str] = {
     "c": "chimera2d",
+    "g": "gmu",
     "h": "hydra",
     "m": "mamba2",
     "s": "s4d",
@@ -165,31 +167,27 @@ class Residual(nn.Module):
         self.mlp = mlp
         self.mlp_norm = None if mlp is None else create_norm(norm, d_model, eps=eps, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, **mixer_arguments: Any) -> Tensor:
+    def forward(self, x: Tensor, *, with_output: bool = False, **mixer_arguments: Any) -> Any:
         """Pass the stream (..., d_model) through the block; keyword arguments go to the mixer.
 
-        The stream comes back in float32 (with `residual_in_fp32`), else in the dtype of `x`.
+        The stream comes back in float32 (with `residual_in_fp32`), else in the dtype of `x`; `with_output` gives the
+        mixer's output beside it.
         """
         x = self._stream(x)
-        return self._after(x, self.mixer(self._inner(x, self.norm), **mixer_arguments))
+        y = self.mixer(self._inner(x, self.norm), **mixer_arguments)
+        return (self._after(x, y), y) if with_output else self._after(x, y)
 
-    def prefill(self, x: Tensor, state: Any = None, **mixer_arguments: Any) -> tuple[Tensor, Any]:
-        """Like `forward`, going on from the mixer's state and returning the one after it."""
+    def prefill(self, x: Tensor, state: Any = None, *, with_output: bool = False, **mixer_arguments: Any) -> Any:
+        """Like `forward`, going on from the mixer's state; what that gives, and the state after it."""
         x = self._stream(x)
         y, state = self.mixer.prefill(self._inner(x, self.norm), state, **mixer_arguments)  # type: ignore[operator]
-        return self._after(x, y), state
+        return (self._after(x, y), y) if with_output else self._after(x, y), state
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, x: Tensor, state: Any, *, with_output: bool = False, **mixer_arguments: Any) -> Any:
         """One position of the stream, (b, d_model)."""
         x = self._stream(x)
-        y, state = self.mixer.step(self._inner(x, self.norm), state)  # type: ignore[operator]
-        return self._after(x, y), state
-
-    def verify(self, x: Tensor, state: Any, tree: TokenTree) -> tuple[Tensor, Any]:
-        """A tree of positions, (b, l, d_model), see `Stack.verify`."""
-        x = self._stream(x)
-        y, draft = self.mixer.verify(self._inner(x, self.norm), state, tree)  # type: ignore[operator]
-        return self._after(x, y), draft
+        y, state = self.mixer.step(self._inner(x, self.norm), state, **mixer_arguments)  # type: ignore[operator]
+        return (self._after(x, y), y) if with_output else self._after(x, y), state
 
     def _stream(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
@@ -221,7 +219,8 @@ class Stack(nn.Module):
         Stack(64, ["mamba2", "mamba2", {"mixer": "attention", "mlp": True}])
         Stack(64, 3, mixer="mamba2", attn_layers=[2])         (an MLP in all of them: mlp=True)
 
-    Two mixers side by side are a layer too: {"mixer": ["mamba2", "attention"], "merge": "sum"}, see `DoubleMixer`.
+    Two mixers side by side are a layer too: {"mixer": ["mamba2", "attention"], "merge": "sum"}, see `DoubleMixer`. A
+    gated memory unit, "g" in a pattern, reads what an earlier layer's mixer gives, {"mixer": "gmu", "reads": 0}.
 
     Args:
         d_model: Width of the stream.
@@ -286,6 +285,8 @@ class Stack(nn.Module):
                     branch = GatedMLP(d_model, hidden=mlp_hidden, **factory)
                 built = _create(d_model, options, mixer_options or {}, factory)
             self.blocks.append(Residual(d_model, built, branch, **place, **factory))
+        mixers = [block.mixer for block in self.blocks]
+        self._reads = {k: _memory(mixers, k) for k, m in enumerate(mixers) if isinstance(m, GatedMemoryUnit)}
         self.norm = nn.Identity() if norm_position == "post" else create_norm(norm, d_model, eps=eps, **factory)
         branches = sum(1 if block.mlp is None else 2 for block in self.blocks)
         for entry, block in zip(entries, self.blocks):
@@ -305,8 +306,10 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, **mixer_arguments: Any) -> Tensor:
         """Pass (..., d_model) through all blocks and the final norm; keyword arguments go to every mixer."""
+        memories: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            x = self._run(index, block, x, **mixer_arguments)
+            x = self._run(index, block, x, **mixer_arguments, **self._memory_options(index, memories))
+            x = self._kept(index, x, memories)
         return self.norm(x)
 
     def prefill(
@@ -339,8 +342,11 @@ class Stack(nn.Module):
         arguments = {name: value for name, value in given.items() if value is not None}
         before = self._layer_states(state)
         after, whole = [], x
+        memories: dict[int, Tensor] = {}
         for index, (block, own) in enumerate(zip(self.blocks, before)):
-            x, own = self._run(index, block.prefill, x, own, **arguments)  # type: ignore[arg-type]
+            options = arguments | self._memory_options(index, memories)
+            x, own = self._run(index, block.prefill, x, own, **options)  # type: ignore[arg-type]
+            x = self._kept(index, x, memories)
             after.append(own)
         # Last, since mixers say best what does not fit.
         position = _position(whole, None if state is None else state.position, mask, seq_idx, reset)
@@ -356,8 +362,10 @@ class Stack(nn.Module):
         self._require_causal()
         require_state(state, StackState)
         after = []
-        for block, own in zip(self.blocks, self._layer_states(state)):
-            x, own = block.step(x, own)  # type: ignore[operator]
+        memories: dict[int, Tensor] = {}
+        for index, (block, own) in enumerate(zip(self.blocks, self._layer_states(state))):
+            x, own = block.step(x, own, **self._memory_options(index, memories))  # type: ignore[operator]
+            x = self._kept(index, x, memories)
             after.append(own)
         return self.norm(x), StackState(tuple(after), state.position + 1)
 
@@ -412,6 +420,18 @@ class Stack(nn.Module):
         """Numbers in the states of one sequence (attention: before its first position)."""
         mixers: list[Any] = [block.mixer for block in self.blocks]
         return sum(mixer.state_numel() for mixer in mixers)
+
+    def _memory_options(self, index: int, memories: Mapping[int, Tensor]) -> dict[str, Any]:
+        """What a block is told where it reads a memory or is read."""
+        options: dict[str, Any] = {"memory": memories[self._reads[index]]} if index in self._reads else {}
+        return options | ({"with_output": True} if index in self._reads.values() else {})
+
+    def _kept(self, index: int, x: Any, memories: dict[int, Tensor]) -> Tensor:
+        """The stream, after the output of a block that is read has been put aside."""
+        if index not in self._reads.values():
+            return x
+        x, memories[index] = x
+        return x
 
     def _run(self, index: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if self.checkpoint_every and index % self.checkpoint_every == 0 and torch.is_grad_enabled():
@@ -521,6 +541,20 @@ def _create(d_model: int, options: dict[str, Any], shared: Mapping[str, Any], fa
         for part in name
     )
     return DoubleMixer(d_model, first, second, **options, **factory)
+
+
+def _memory(mixers: Sequence[nn.Module], index: int) -> int:
+    """Which layer the gated memory unit at `index` reads."""
+    reads = mixers[index].reads
+    earlier = [k for k in range(index) if not isinstance(mixers[k], GatedMemoryUnit)]
+    if isinstance(reads, int):
+        if reads not in earlier:
+            raise ValueError(f"layer {index} reads layer {reads}, expected an earlier layer with a mixer: {earlier}.")
+        return reads
+    recurrent = [k for k in earlier if not isinstance(mixers[k], Attention)]
+    if not earlier:
+        raise ValueError(f"layer {index} is a gated memory unit and has no earlier layer to read.")
+    return (recurrent or earlier)[-1]
 
 
 def _init_state(mixer: Any, batch: int, slots: int | None, options: Mapping[str, Any]) -> Any:

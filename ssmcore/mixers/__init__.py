@@ -37,6 +37,7 @@ from .matrix_mixers import QuasiseparableMixer as QuasiseparableMixer
 from .matrix_mixers import SoftmaxMixer as SoftmaxMixer
 from .matrix_mixers import ToeplitzMixer as ToeplitzMixer
 from .matrix_mixers import VandermondeMixer as VandermondeMixer
+from .memory import GatedMemoryUnit as GatedMemoryUnit
 from .nonlinear import ParaGRU as ParaGRU
 from .nonlinear import ParaLSTM as ParaLSTM
 from .s4 import S4D as S4D
@@ -61,6 +62,7 @@ __all__ = [
     "Companion",
     "DenseMixer",
     "DiscreteMamba2",
+    "GatedMemoryUnit",
     "GraphSSM",
     "GraphTopology",
     "Hydra",
@@ -97,6 +99,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "companion": Companion,
     "dense": DenseMixer,
     "discrete_mamba2": DiscreteMamba2,
+    "gmu": GatedMemoryUnit,
     "graph_ssm": GraphSSM,
     "h3": H3,
     "hax": HAX,
