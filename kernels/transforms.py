@@ -62,12 +62,29 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def unrecorded(*arguments: Any) -> Any:
+            # With gradients on, only an exported graph calls the op itself, without the function that has its gradient.
+            return _Unrecorded.apply(function, *arguments) if torch.is_grad_enabled() else function(*arguments)
+
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(f"ssm::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(f"ssm::{name}", "default", function)
+        torch.library.impl(f"ssm::{name}", "default", unrecorded)
         return getattr(torch.ops.ssm, name).default
 
     return register
+
+
+class _Unrecorded(torch.autograd.Function):
+    """A call whose inner steps are not recorded; asking for its gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("an exported graph has no gradients of scans; train the module itself and export it after.")
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:

@@ -1,8 +1,9 @@
 """Batching rules and the ways to call an autograd function."""
 
+import pytest
 import torch
 
-from omnissm.kernels import ssd
+from omnissm.kernels import selective_scan, ssd
 from omnissm.kernels.transforms import apply, fold, unfold
 
 
@@ -61,3 +62,23 @@ def test_compiles_whole_where_nothing_needs_a_gradient():
     expected, _ = ssd(x, log_decay, B, B)
     compiled = torch.compile(lambda *tensors: ssd(*tensors)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, log_decay, B, B), expected)
+
+
+def test_an_exported_module_runs_where_gradients_are_on():
+    """The graph calls the op itself; its buffers must not be recorded, and the gradient it lacks is not silent."""
+
+    class Scan(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A_log = torch.nn.Parameter(torch.zeros(300, 16))
+
+        def forward(self, u):
+            maps = u[..., None, :16]
+            return selective_scan(u, torch.ones_like(u), -self.A_log.exp(), maps, maps)[0]
+
+    module, u = Scan(), torch.randn(1, 9, 300)
+    exported = torch.export.export(module, (u,)).module()
+    y = exported(u)
+    torch.testing.assert_close(y, module(u))
+    with pytest.raises(RuntimeError, match="train the module itself"):
+        y.sum().backward()
