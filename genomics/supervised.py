@@ -1,4 +1,4 @@
-"""Supervised tasks: classes, several labels or values of whole sequences."""
+"""Supervised tasks: classes, several labels or values of whole sequences, and classes of bases."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torchmetrics.functional.classification import (
 from ..ssmcore.training import SSMTask
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from .data.batch import SequenceBatch
+from .losses import IGNORE
 from .models import create_model, from_pretrained, is_supervised, model_config, vocabulary_file
 from .models.predictor import other_strand
 
@@ -278,6 +279,79 @@ class SequenceClassification(SequencePrediction):
         }
 
 
+class TokenClassification(SequenceClassification):
+    """A class for every base; label -100 asks nothing. `AnnotatedWindows` gives labels from annotation.
+
+    Causal models see what comes before a base only, unless head_args say `echo: repeat`. Logs what
+    `SequenceClassification` logs, over all labelled bases.
+
+    Args:
+        model: Name of a model of bases, see `omnissm.genomics.list_models`.
+        model_args: Its own options.
+        num_classes: Classes; taken from the data module on the command line.
+        class_weights: Weight of each class in the loss.
+        head_args: Options of the head: echo, dropout, freeze.
+        pretrained: Model folder of a language model that takes the place of `model` and gives the first weights.
+        backbone_lr: Learning rate of that model as a multiple of the head's.
+        vocabulary: Of the ids; taken from the data module.
+        strands: "both" averages predictions over both strands in evaluation, where classes have no strand.
+        optimizer: Called with the parameter groups.
+        lr_scheduler: Called with the optimiser.
+        compile: Compile the network.
+        check_finite: Stop at a loss or gradient that is not finite.
+
+    Raises:
+        ValueError: for a model with a head of its own, or a head that pools.
+    """
+
+    def __init__(
+        self,
+        model: str = "hydra_dna_tiny",
+        model_args: dict[str, Any] | None = None,
+        num_classes: int = 2,
+        class_weights: list[float] | None = None,
+        head_args: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        backbone_lr: float = 1.0,
+        vocabulary: str = "acgt",
+        strands: Literal["one", "both"] = "one",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        compile: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        head = {"pool": "none"} | (head_args or {})
+        if head["pool"] != "none" or (pretrained is None and is_supervised(model)):
+            raise ValueError(
+                f"classes of bases need a model of bases and pool: none; got {model!r}, pool {head['pool']!r}."
+            )
+        super().__init__(
+            model, model_args, num_classes, False, class_weights, head, pretrained, backbone_lr, vocabulary, strands,
+            optimizer, lr_scheduler, compile, check_finite,
+        )  # fmt: skip
+
+    def forward(self, batch: SequenceBatch) -> Tensor:
+        """What the network says, (b, l, num_classes); in evaluation the mean over both strands if asked."""
+        y = self.net(batch.tokens, mask=batch.mask)
+        if self.training or self.strands == "one" or self.net.strands == "equivariant":
+            return y
+        other = self.net(other_strand(batch.tokens, self.net.vocabulary), mask=batch.mask.flip(1))
+        return (y + other.flip(1)) / 2
+
+    def loss(self, y: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the labelled bases."""
+        weights: Any = self.class_weights
+        return F.cross_entropy(y.flatten(0, -2), labels.flatten(), weight=weights, ignore_index=IGNORE)
+
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        """Keep outputs and labels of the labelled bases."""
+        labels = _labels(batch)
+        asked = labels != IGNORE
+        self.kept.append((self(batch)[asked].float().cpu(), labels[asked].cpu()))
+
+    test_step = validation_step
+
+
 class SequenceRegression(SequencePrediction):
     """One or several values per sequence; NaN marks a missing one.
 
@@ -355,5 +429,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "mae
 
 def _labels(batch: SequenceBatch) -> Tensor:
     if batch.labels is None:
-        raise ValueError("a supervised task needs labels; the data module gives none. Use LabelledSequences.")
+        raise ValueError(
+            "a supervised task needs labels; the data module gives none. Use LabelledSequences, GeneWindows with a"
+            " label, or AnnotatedWindows."
+        )
     return batch.labels

@@ -19,6 +19,7 @@ from .models import create_model, model_config, vocabulary_file
 from .sequence import vocabulary as find_vocabulary
 from .supervised import SequenceClassification as SequenceClassification
 from .supervised import SequenceRegression as SequenceRegression
+from .supervised import TokenClassification as TokenClassification
 
 log = logging.getLogger(__name__)
 

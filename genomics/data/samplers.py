@@ -112,9 +112,10 @@ class ResumableData(SSMData):
         if self.trainer is None:
             return {}
         loop = self.trainer.fit_loop
-        epochs = loop.epoch_progress.current
+        epochs: Any = loop.epoch_progress.current
+        progress: Any = loop.epoch_loop.batch_progress.current
         inside = epochs.started == epochs.ready and epochs.processed < epochs.ready
-        batches = loop.epoch_loop.batch_progress.current.processed if inside else 0
+        batches = progress.processed if inside else 0
         return {"epoch": self.trainer.current_epoch, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

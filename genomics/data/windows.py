@@ -324,8 +324,12 @@ class FastaWindows(ResumableData):
             training = part == "train"
             if not self.parts.get(part):
                 raise ValueError(f"part {part!r} has no bases; give it contigs, regions or a share")
-            self._datasets[part] = WindowDataset(self, self.parts[part], training=training, seed=seed)
+            self._datasets[part] = self.make_dataset(self.parts[part], training=training, seed=seed)
         return self._datasets[part]
+
+    def make_dataset(self, regions: Sequence[Interval], *, training: bool, seed: int) -> WindowDataset:
+        """The windows of some regions; a subclass may make others."""
+        return WindowDataset(self, regions, training=training, seed=seed)
 
     def train_dataloader(self) -> DataLoader[SequenceBatch]:
         """Training windows."""

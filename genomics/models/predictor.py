@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..sequence import vocabulary as read_vocabulary
 
-Pool = Literal["mean", "max", "last"]
+Pool = Literal["mean", "max", "last", "none"]
 Echo = Literal["none", "repeat", "strand"]
 
 
@@ -25,7 +25,7 @@ class SequencePredictor(nn.Module):
         model: Name of a model that gives vectors of bases.
         n_outputs: Values or classes predicted.
         model_args: Options of the model.
-        pool: "mean", "max" or "last" (the last real position).
+        pool: "mean", "max" or "last" (the last real position); "none" predicts at every position.
         echo: "none", "repeat" or "strand"; needs a causal model and doubles the length.
         dropout: Before the head.
         freeze: Train the head alone.
@@ -71,6 +71,8 @@ class SequencePredictor(nn.Module):
         if n_outputs < 1:
             raise ValueError(f"expected n_outputs of at least 1, got {n_outputs}.")
         self.backbone = create_model(model, **(dict(model_args or {}) | {"device": device, "dtype": dtype}))
+        if pool == "none" and echo == "strand":
+            raise ValueError("at every position, the second copy must run the same way: use echo 'repeat', or none.")
         if echo != "none" and not self.backbone.is_causal:
             raise ValueError(f"an echo is for causal models; {model!r} sees both directions already.")
         self.config: dict[str, Any] = {
@@ -101,7 +103,7 @@ class SequencePredictor(nn.Module):
             inner.lm_head.requires_grad_(False)  # not used here
 
     def forward(self, tokens: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
-        """Predictions (b, n_outputs) for ids (b, l).
+        """Predictions (b, n_outputs), or (b, l, n_outputs) without pooling, for ids (b, l).
 
         Args:
             tokens: Ids.
@@ -125,6 +127,8 @@ class SequencePredictor(nn.Module):
         masks = [mask, None if mask is None else mask.flip(1)]
         pooled = [pool(side, own, self.pool) for side, own in zip(sides, masks)]
         outputs = [self.head(self.dropout(vector.to(self.head.weight.dtype))) for vector in pooled]
+        if self.pool == "none":  # the other strand's vectors run the other way
+            outputs[1:] = [output.flip(1) for output in outputs[1:]]
         return torch.stack(outputs).mean(0)
 
     def _echoed(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -178,18 +182,20 @@ def other_strand(tokens: Tensor, vocabulary: str) -> Tensor:
 
 
 def pool(hidden: Tensor, mask: Tensor | None, how: str) -> Tensor:
-    """One vector per row from the real positions.
+    """One vector per row from the real positions, or those of all positions.
 
     Args:
         hidden: (b, l, d).
         mask: True at real positions, (b, l); None: all.
-        how: "mean", "max" or "last".
+        how: "mean", "max", "last" or "none".
 
     Raises:
         ValueError: for another word.
     """
     if how not in get_args(Pool):
         raise ValueError(f"`pool` must be one of {', '.join(get_args(Pool))}, got {how!r}.")
+    if how == "none":
+        return hidden
     if mask is None:
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if how == "mean":
