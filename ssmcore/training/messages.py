@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 _KEY = re.compile(
@@ -38,7 +39,9 @@ def explain(message: str, parser: Any) -> str:
         hints += _close(word, sorted(names))
     if "required: " in text and (".data" in text or ".model" in text):
         hints.append("Name a configuration with -c, or the folder of an earlier run with --run.")
-    if "lightning.pytorch" in text:
+    # Where the package `lightning` is there too, its classes are found but are none of pytorch_lightning's.
+    foreign = "does not correspond to a subclass" in text and find_spec("lightning") is not None
+    if "lightning.pytorch" in text or foreign:
         hints.append("Write pytorch_lightning instead of lightning.pytorch, or the class's name alone.")
     return " ".join([text if not hints or text.endswith((".", "?")) else f"{text}.", *hints])
 
