@@ -189,6 +189,12 @@ class Residual(nn.Module):
         y, state = self.mixer.step(self._inner(x, self.norm), state, **mixer_arguments)  # type: ignore[operator]
         return (self._after(x, y), y) if with_output else self._after(x, y), state
 
+    def verify(self, x: Tensor, state: Any, tree: TokenTree) -> tuple[Tensor, Any]:
+        """A tree of positions, (b, l, d_model), see `Stack.verify`."""
+        x = self._stream(x)
+        y, draft = self.mixer.verify(self._inner(x, self.norm), state, tree)  # type: ignore[operator]
+        return self._after(x, y), draft
+
     def _stream(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
 
