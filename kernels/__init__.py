@@ -19,6 +19,7 @@ else:
     from .causal_conv1d.step import conv_step_ as conv_step_
     from .causal_conv1d.tree import conv_tree as conv_tree
     from .causal_conv1d.tree import conv_tree_state as conv_tree_state
+    from .cross_scan.op import cross_scan as cross_scan
     from .dag_scan.op import dag_scan as dag_scan
     from .dag_scan.order import DagOrder as DagOrder
     from .dag_scan.order import chain_order as chain_order
@@ -39,6 +40,7 @@ else:
     from .overwriting import overwrite_states as overwrite_states
     from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
     from .quasiseparable.op import quasiseparable as quasiseparable
+    from .scan2d.grid import grid_scan as grid_scan
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d
     from .selective_scan.op import selective_scan as selective_scan
@@ -73,6 +75,7 @@ else:
         "conv_step_",
         "conv_tree",
         "conv_tree_state",
+        "cross_scan",
         "cu_seqlens_to_seq_idx",
         "dag_order",
         "dag_scan",
@@ -81,6 +84,7 @@ else:
         "gated_norm",
         "graph_edges",
         "graph_resolvent",
+        "grid_scan",
         "linear_scan",
         "overwrite_states",
         "quasiseparable",

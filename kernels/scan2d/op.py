@@ -15,6 +15,7 @@ from .selective import Terms, selective_scan2d_chunked
 
 Coupling = Literal["full", "none", "time_to_variate", "variate_to_time"]
 InputDiscretization = Literal["euler", "zoh"]
+_LARGEST_STATE = 256
 
 
 def scan2d(
@@ -112,7 +113,7 @@ def selective_scan2d(
         input_discretization: "euler", as above, or "zoh": (1 - exp(-dt alpha)) / alpha in place of dt in b1 and b2.
         time_gap: Time since the step before in units of the base step, positive, (b, j), or (batch, j) shared by the
             groups. Stretches the decay along time, not the input. None: 1 everywhere.
-        backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`.
 
     Returns:
         y, (b, i, j, d), in the dtype of `x`.
@@ -120,7 +121,7 @@ def selective_scan2d(
     Raises:
         TypeError: if a tensor has no floating dtype.
         ValueError: if shapes or devices disagree, i j = 0, g does not divide b, or an option is unknown.
-        BackendError: if `backend` is named explicitly and cannot run here.
+        BackendError: if `backend` is named explicitly and cannot run here; Triton takes n <= 256.
 
     16-bit inputs are computed in float32; autocast changes nothing. Differentiable in all tensors; for a second
     derivative use backend="reference".
@@ -153,8 +154,12 @@ def selective_scan2d(
     _check_choice("input_discretization", input_discretization, get_args(InputDiscretization))
     if not 0 <= kappa <= 1:
         raise ValueError(f"`kappa` must lie in [0, 1] for bounded states, got {kappa}.")
-    backend_chosen = choose(backend, x, op="selective_scan2d", implementations=("reference", "chunked"))
+    n = sizes["n"]
+    obstacle = None if 0 < n <= _LARGEST_STATE else f"Triton takes n from 1 to {_LARGEST_STATE}, got n={n}"
+    backend_chosen = choose(backend, x, op="selective_scan2d", obstacle=obstacle)
     dtype = _state_dtype(*tensors.values())
+    if backend_chosen == "triton" and x.numel() > 0:
+        return _triton(**tensors, kappa=kappa, coupling=coupling, held=input_discretization == "zoh", dtype=dtype)
     wide: dict[str, Any] = {name: tensor if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
     if backend_chosen == "reference":
         options: dict[str, Any] = {"kappa": kappa, "coupling": coupling, "input_discretization": input_discretization}
@@ -199,6 +204,37 @@ def _chunked(
     )
     y = selective_scan2d_chunked(terms, held=held)
     return torch.addcmul(y, per_batch(D, batch)[:, None, None], x)
+
+
+def _triton(
+    x: Tensor,
+    dt1: Tensor,
+    dt2: Tensor,
+    A1_log: Tensor,
+    A4_log: Tensor,
+    theta2: Tensor,
+    theta3: Tensor,
+    B1: Tensor,
+    B2: Tensor,
+    C1: Tensor,
+    C2: Tensor,
+    D: Tensor,
+    time_gap: Tensor | None,
+    *,
+    kappa: float,
+    coupling: str,
+    held: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    from .triton_impl import COUPLED, scan
+
+    A1_log, A4_log, theta2, theta3, D = (t.to(dtype) for t in (A1_log, A4_log, theta2, theta3, D))
+    r1 = None
+    if time_gap is not None:
+        r1 = dt1.to(dtype) * per_batch(time_gap.to(dtype), x.shape[0], repeat=True)[:, None, :, None]
+    c2 = kappa * theta2.tanh() if coupling in ("full", "variate_to_time") else None
+    c3 = kappa * theta3.tanh() if coupling in ("full", "time_to_variate") else None
+    return scan(x, dt1, dt2, r1, B1, B2, C1, C2, -A1_log.exp(), -A4_log.exp(), c2, c3, D, COUPLED, held, ())
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:

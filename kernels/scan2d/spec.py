@@ -1,4 +1,4 @@
-"""Inputs and sizes of `scan2d` and `selective_scan2d` for tests and benchmarks."""
+"""Inputs and sizes of `scan2d`, `selective_scan2d` and `grid_scan` for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..testing import BenchSize, OpSpec
+from .grid import grid_scan
 from .op import scan2d, selective_scan2d
 
 GRIDS = ((1, 1), (1, 7), (7, 1), (5, 9), (7, 12), (21, 64))
+SMALL_GRIDS = ((1, 1), (1, 5), (9, 1), (2, 5), (3, 2))  # what the interpreter of Triton can do
 
 
 def make_state_inputs(
@@ -74,6 +76,53 @@ def make_inputs(
     return {name: tensor.to(dtype) for name, tensor in inputs.items()} | options
 
 
+def make_grid_inputs(
+    b: int,
+    i: int,
+    j: int,
+    d: int,
+    n: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator,
+    rule: str = "mean",
+    flip: tuple[str, ...] = (),
+    skip: bool = True,
+) -> dict[str, Any]:
+    """Steps around 0.1 to 1 with decay rates around 1; parameters and steps in float32 at least."""
+    like: dict[str, Any] = {"device": device, "generator": generator}
+    wide = torch.promote_types(dtype, torch.float32)
+    inputs: dict[str, Any] = {"x": torch.randn(b, i, j, d, **like).to(dtype)}
+    for axis in ("1", "2") if rule == "mean" else ("1",):
+        inputs[f"dt{axis}"] = F.softplus(torch.randn(b, i, j, d, **like) - 1).to(dtype)
+        inputs[f"A{axis}"] = -(0.5 * torch.randn(d, n, **like)).exp().to(wide)
+        inputs[f"B{axis}"] = torch.randn(b, i, j, n, **like).to(dtype)
+    inputs["C"] = torch.randn(b, i, j, n, **like).to(dtype)
+    if skip:
+        inputs["D"] = torch.randn(d, **like).to(wide)
+    return inputs | {"rule": rule, "flip": flip}
+
+
+GRID_SPEC = OpSpec(
+    op=grid_scan,
+    make_inputs=make_grid_inputs,
+    outputs=("y",),
+    test_sizes=(
+        {"b": 1, "i": 1, "j": 1, "d": 1, "n": 1},
+        {"b": 2, "i": 2, "j": 5, "d": 3, "n": 2, "flip": ("j",)},
+        {"b": 2, "i": 3, "j": 3, "d": 5, "n": 3, "rule": "separable"},
+        {"b": 1, "i": 1, "j": 9, "d": 2, "n": 2, "flip": ("i",), "rule": "separable", "skip": False},
+        {"b": 1, "i": 9, "j": 1, "d": 3, "n": 5, "flip": ("i", "j")},
+    ),
+    bench_sizes=(
+        BenchSize({"b": 64, "i": 14, "j": 14, "d": 384, "n": 16}, torch.bfloat16, (0.30, 1.2), (0.12, 0.45)),
+        BenchSize({"b": 16, "i": 56, "j": 56, "d": 96, "n": 16}, torch.bfloat16, (0.35, 1.3), (0.15, 0.55)),
+        BenchSize({"b": 64, "i": 14, "j": 14, "d": 384, "n": 16, "rule": "separable"}, torch.bfloat16),
+    ),
+    cpu_bench_sizes=(BenchSize({"b": 8, "i": 14, "j": 14, "d": 64, "n": 16}),),
+)
+
 STATE_SPEC = OpSpec(
     op=scan2d,
     make_inputs=make_state_inputs,
@@ -93,13 +142,15 @@ SPEC = OpSpec(
     outputs=("y",),
     test_sizes=tuple(
         {"b": 2 * g, "i": i, "j": j, "d": 3, "n": n, "g": g, "gap": g == 3}
-        for (i, j), n, g in zip(GRIDS, (1, 4, 16, 4, 1, 4), (1, 2, 1, 3, 2, 1))
+        for (i, j), n, g in zip(SMALL_GRIDS, (1, 2, 16, 4, 1), (1, 2, 1, 3, 2))
     ),
-    bench_sizes=(BenchSize({"b": 128, "i": 7, "j": 12, "d": 64, "n": 8, "g": 4}),),
+    bench_sizes=(
+        BenchSize({"b": 128, "i": 7, "j": 12, "d": 64, "n": 8, "g": 4}),
+        BenchSize({"b": 32, "i": 321, "j": 96, "d": 16, "n": 16}, torch.bfloat16, (1.6, 6), (0.9, 3.5)),
+    ),
     cpu_bench_sizes=(
         BenchSize({"b": 128, "i": 7, "j": 12, "d": 32, "n": 4, "g": 4}),
         BenchSize({"b": 8, "i": 7, "j": 96, "d": 32, "n": 4, "g": 4}),
     ),
-    implementations=("reference", "chunked"),
     twice_differentiable=False,
 )

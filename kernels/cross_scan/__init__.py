@@ -1,0 +1,1 @@
+"""Selective scans of a grid along four orders of its cells."""

@@ -1,0 +1,296 @@
+"""The grid scans in Triton: one launch forwards and one backwards, states in registers.
+
+A lane holds K neighbouring states of one channel, SUB lanes hold all n of them. The grid is cut into strips of TJ
+columns. A lane walks the rows of its strip from the top with the states of the row above, TJ times K of them, in
+registers, so that a row is TJ multiply-adds one after the other and nothing is scanned. What a strip hands to the next
+one, the states of its last column, goes through memory. S strips are worked on at once, each one chunk of R rows behind
+its left neighbour; a program is a single warp, so that they wait for each other at no cost. Further strips follow once
+these are done ("panels").
+
+Of the states only those borders and every R-th row are written. The backward pass walks the strips from the right and
+their chunks from the bottom: it forms the R rows of a chunk again from the row above it and the border to its left,
+leaves them in a scratch buffer, and goes back over them with the adjoints of the row below in registers. Sums over
+channels leave a program as partial sums that are added in a fixed order: no atomics. Directions are signs of steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..transforms import FirstDerivative, apply, operator
+from ..triton_utils import INTERPRETED, multiprocessors, on_device
+from .triton_kernels import _grid_scan_bwd_kernel, _grid_scan_fwd_kernel
+
+MEAN, SEPARABLE, COUPLED = 0, 1, 2
+_RATES = {MEAN: 2, SEPARABLE: 1, COUPLED: 4}
+
+
+class Tile(NamedTuple):
+    """How lanes, columns and rows are cut; see the module."""
+
+    K: int
+    SUB: int
+    BD: int
+    S: int
+    TJ: int
+    R: int
+    panels: int
+
+
+def tile_of(x: Tensor, n: int, rule: int) -> Tile:
+    """Strips are added while programs are few; a lane has as many columns and states as fit its registers."""
+    batch, rows, columns, channels = x.shape
+    padded = triton.next_power_of_2(n)
+    k = min(2 if rule == COUPLED else 4, padded)
+    if INTERPRETED:  # it pays per operation
+        k = 2 if padded == 4 else 1
+    sub = padded // k
+    lanes = max(32, sub)  # one warp
+    bd = min(lanes // sub, triton.next_power_of_2(channels))
+    s = 1
+    widest = 4
+    while bd > 1 and s * widest < columns and batch * triton.cdiv(channels, bd) < 6 * multiprocessors(x.device):
+        bd //= 2
+        s *= 2
+    s = min(max(s, lanes // (sub * bd)), triton.next_power_of_2(triton.cdiv(columns, widest)))
+    panels = triton.cdiv(columns, s * widest)
+    tj = triton.cdiv(columns, s * panels)
+    r = triton.cdiv(rows, triton.cdiv(rows, 8))
+    return Tile(k, sub, bd, s, tj, r, panels)
+
+
+def grid_scan_triton(
+    x: Tensor,
+    dt1: Tensor,
+    A1: Tensor,
+    B1: Tensor,
+    C: Tensor,
+    dt2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    D: Tensor | None,
+    rule: str,
+    flip: tuple[str, ...],
+) -> Tensor:
+    """See `grid_scan`."""
+    A1, A2 = A1[None], None if A2 is None else A2.to(A1.dtype)[None]
+    D = None if D is None else D.to(A1.dtype)[None]
+    kind = MEAN if rule == "mean" else SEPARABLE
+    return scan(x, dt1, dt2, None, B1, B2, C, None, A1, A2, None, None, D, kind, False, flip)
+
+
+def scan(
+    x: Tensor,
+    dt1: Tensor,
+    dt2: Tensor | None,
+    r1: Tensor | None,
+    B1: Tensor,
+    B2: Tensor | None,
+    C1: Tensor,
+    C2: Tensor | None,
+    A1: Tensor,
+    A2: Tensor | None,
+    c2: Tensor | None,
+    c3: Tensor | None,
+    D: Tensor | None,
+    rule: int,
+    held: bool,
+    flip: tuple[str, ...],
+) -> Tensor:
+    """All rules; A, c (g, d, n) and D (g, d) in the dtype of the states, with b a multiple of g."""
+    tensors = (x, dt1, dt2, r1, B1, B2, C1, C2, A1, A2, c2, c3, D)
+    arguments = (rule, held, "i" in flip, "j" in flip, torch.is_grad_enabled())
+    y, _, _ = apply(_Scan, *tensors, *arguments)
+    return y
+
+
+@operator("grid_scan_triton_fwd")
+def _forward(
+    x: Tensor,
+    dt1: Tensor,
+    dt2: Tensor | None,
+    r1: Tensor | None,
+    B1: Tensor,
+    B2: Tensor | None,
+    C1: Tensor,
+    C2: Tensor | None,
+    A1: Tensor,
+    A2: Tensor | None,
+    c2: Tensor | None,
+    c3: Tensor | None,
+    D: Tensor | None,
+    rule: int,
+    held: bool,
+    flip_i: bool,
+    flip_j: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output; the states at the right borders of strips; with `save` those of every R-th row."""
+    tensors = _contiguous(x, dt1, dt2, r1, B1, B2, C1, C2, A1, A2, c2, c3, D)
+    y, border, kept = _outputs(x, A1, rule, save)
+    tile = tile_of(x, A1.shape[2], rule)
+    with on_device(x):
+        _grid_scan_fwd_kernel[_grid(x, tile)](
+            *(x if t is None else t for t in tensors), y, border, kept, *_sizes(x, A1, tile, flip_i, flip_j),
+            SAVE=save, **_options(x, A1, tile, rule, held, r1, c2, c3, D),
+        )  # fmt: skip
+    return y, border, kept
+
+
+@operator("grid_scan_triton_bwd")
+def _backward(
+    x: Tensor,
+    dt1: Tensor,
+    dt2: Tensor | None,
+    r1: Tensor | None,
+    B1: Tensor,
+    B2: Tensor | None,
+    C1: Tensor,
+    C2: Tensor | None,
+    A1: Tensor,
+    A2: Tensor | None,
+    c2: Tensor | None,
+    c3: Tensor | None,
+    D: Tensor | None,
+    border: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    rule: int,
+    held: bool,
+    flip_i: bool,
+    flip_j: bool,
+) -> list[Tensor]:
+    """Gradients of those tensors that are not None, in order."""
+    tensors = _contiguous(x, dt1, dt2, r1, B1, B2, C1, C2, A1, A2, c2, c3, D)
+    dy = dy.contiguous()
+    batch, rows, columns, channels = x.shape
+    groups, _, n = A1.shape
+    tile = tile_of(x, n, rule)
+    wide = A1.new_empty
+    lanes = tile.S * tile.BD * tile.SUB
+    programs = _grid(x, tile)[0]
+    _, saved = _values(tile, rule)
+    dx, ddt1 = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt1))
+    ddt2, dr1 = (None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dt2, r1))
+    maps = [t for t in (B1, B2, C1, C2) if t is not None]
+    dmaps = wide(programs // batch, len(maps), batch, rows, columns, n)
+    drates = wide(batch * tile.S, channels, _RATES[rule], n)
+    dD = wide(batch * tile.S, channels)
+    scratch = wide(programs, tile.R + 1, tile.TJ * saved * lanes)
+    with on_device(x):
+        _grid_scan_bwd_kernel[_grid(x, tile)](
+            *(x if t is None else t for t in tensors), dy, border, kept, torch.empty_like(border), scratch,
+            dx, ddt1, x if ddt2 is None else ddt2, x if dr1 is None else dr1, dmaps, drates, dD,
+            *_sizes(x, A1, tile, flip_i, flip_j), **_options(x, A1, tile, rule, held, r1, c2, c3, D),
+        )  # fmt: skip
+    dmaps = dmaps.sum(0)
+    drates = drates.unflatten(0, (groups, -1)).sum(1)
+    found: list[Tensor | None] = [dx, ddt1, ddt2, dr1]
+    into = iter(dmaps.unbind(0))
+    found += [None if t is None else next(into).to(t.dtype, copy=True) for t in (B1, B2, C1, C2)]
+    rates = iter(drates.unbind(2))
+    places = {MEAN: (A1, A2), SEPARABLE: (A1,), COUPLED: (A1, A2, c2, c3)}[rule]
+    found += [None if t is None else d.clone() for t, d in zip(places, rates)]
+    found.append(None if D is None else dD.unflatten(0, (groups, -1)).sum(1))
+    return [t for t in found if t is not None]
+
+
+@torch.library.register_fake("ssm::grid_scan_triton_fwd")
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(x, arguments[7], arguments[12], arguments[-1])
+
+
+@torch.library.register_fake("ssm::grid_scan_triton_bwd")
+def _(*arguments: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in arguments[:13] if t is not None]
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _grid(x: Tensor, tile: Tile) -> tuple[int]:
+    return (x.shape[0] * triton.cdiv(x.shape[3], tile.BD),)
+
+
+def _values(tile: Tile, rule: int) -> tuple[int, int]:
+    """Numbers that a lane hands on to the next cell, and that it leaves in the scratch buffer for each cell."""
+    values = 2 * tile.K if rule == COUPLED else tile.K
+    return values, values + (tile.K if rule == SEPARABLE else 0)
+
+
+def _outputs(x: Tensor, A1: Tensor, rule: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[1]
+    tile = tile_of(x, A1.shape[2], rule)
+    (programs,) = _grid(x, tile)
+    values, _ = _values(tile, rule)
+    lanes = tile.BD * tile.SUB
+    borders = tile.S * tile.panels - 1
+    kept = triton.cdiv(rows, tile.R) - 1 if save else 0
+    # One border more than is written: the slot of the last strip is addressed, though never used.
+    border = A1.new_empty(programs * (borders + 1 if borders else 0) * rows * values * lanes)
+    kept_rows = A1.new_empty(programs * kept * tile.panels * tile.TJ * values * lanes * tile.S)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), border, kept_rows
+
+
+def _sizes(x: Tensor, A1: Tensor, tile: Tile, flip_i: bool, flip_j: bool) -> tuple[int, ...]:
+    share = x.shape[0] // A1.shape[0]
+    strips = tile.S * tile.panels
+    return x.shape[1], x.shape[2], share, tile.panels, strips, -1 if flip_i else 1, -1 if flip_j else 1
+
+
+def _options(
+    x: Tensor,
+    A1: Tensor,
+    tile: Tile,
+    rule: int,
+    held: bool,
+    r1: Tensor | None,
+    c2: Tensor | None,
+    c3: Tensor | None,
+    D: Tensor | None,
+) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "RULE": rule, "HELD": held, "HAS_R": r1 is not None, "HAS_C2": c2 is not None, "HAS_C3": c3 is not None,
+        "HAS_D": D is not None, "CHANNELS": x.shape[3], "N": A1.shape[2],
+        "K": tile.K, "SUB": tile.SUB, "BD": tile.BD, "S": tile.S, "TJ": tile.TJ, "R": tile.R,
+        "PRECISE": x.element_size() >= 4, "ACC": tl.float64 if A1.dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
+    return options if INTERPRETED else options | {"num_warps": 1}
+
+
+class _Scan(torch.autograd.Function):
+    """The forward op with its gradient."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, rule, held, flip_i, flip_j, _ = inputs
+        ctx.options = (rule, held, flip_i, flip_j)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        *tensors, border, kept = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 18
+        found = iter(apply(_Gradient, *tensors, border, kept, dy, *ctx.options))
+        return *(None if t is None else next(found) for t in tensors), None, None, None, None, None
+
+
+class _Gradient(FirstDerivative):
+    name = "the grid scan"
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_backward(*arguments))
