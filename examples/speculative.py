@@ -17,7 +17,7 @@ from omnissm.ssmcore.generate import generate
 from omnissm.ssmcore.speculative import speculate
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-LENGTH, NEW, WIDTHS = 64, 200, (2, 1, 1, 1)
+LENGTH, NEW, WIDTHS = 64, min(STEPS, 200), (2, 1, 1, 1)
 
 torch.set_num_threads(1)
 files = sorted((Path(omnissm.__file__).parent / "ssmcore").rglob("*.py"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -28,7 +28,8 @@ class Distillation(SSMTask):
     `tokens` also `nats` and `teacher_nats`, the cross-entropy of the next symbol.
 
     Args:
-        teacher: With `Attention` modules; it is not changed, and no part of checkpoints.
+        teacher: With `Attention` modules; it is not changed, and no part of checkpoints. Or a path for `reader`.
+        reader: Called with the path, such as `omnissm.genomics.models.from_pretrained`; for configurations.
         keep: Heads that stay attention, by layer; see `omnissm.ssmcore.distill.convert`. None: none.
         shares: Share of the run's steps for the stages "matrix", "hidden" and "logits".
         temperature: Of the last stage.
@@ -40,14 +41,15 @@ class Distillation(SSMTask):
         check_finite: Stop at a loss or gradient that is not finite.
 
     Raises:
-        ValueError: if shares are not three numbers of sum 1, or nothing can be replaced.
+        ValueError: if shares are not three numbers of sum 1, a path has no reader, or nothing can be replaced.
     """
 
     monitor = "val/kl"
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | str,
+        reader: Callable | None = None,
         keep: dict[str, list[int]] | None = None,
         shares: tuple[float, float, float] = (0.2, 0.2, 0.6),
         temperature: float = 1.0,
@@ -62,7 +64,11 @@ class Distillation(SSMTask):
             raise ValueError(f"`shares` must be three shares (matrix, hidden, logits) of sum 1, got {tuple(shares)}.")
         if temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
-        self.net = convert(teacher, keep)
+        if isinstance(teacher, str):
+            if reader is None:
+                raise ValueError(f"`reader` must say how to read the teacher at {teacher}, got none.")
+            teacher = reader(teacher)
+        self.net = convert(teacher, keep).train()
         # In a tuple, so that it is no part of this module: neither in checkpoints nor trained.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self.net.requires_grad_(train_rest)

@@ -15,10 +15,12 @@ def test_examples_are_short():
     assert all(len(script.read_text().splitlines()) < 60 for script in SCRIPTS)
 
 
-def run(name, folder):
+def run(name, folder, *arguments):
     """Run a script in a folder; what it printed."""
     script = next(script for script in SCRIPTS if script.stem == name)
-    done = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=folder, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,3 +63,19 @@ def test_mixing_matrix(tmp_path):
     assert ahead["mamba2"] == ahead["attention"] == 0
     assert ahead["hydra"] > 0.01
     assert all((tmp_path / f"mixing_matrix_{name}.png").stat().st_size > 1000 for name in lines)
+
+
+def test_speculative(tmp_path):
+    """The same symbols, whatever the draft has learnt."""
+    lines = run("speculative", tmp_path, "8").splitlines()
+    assert lines[2] == "identical: True"
+    assert 1 <= int(lines[3].split()[1]) <= 8
+
+
+def test_distill_dna(tmp_path):
+    """A fiftieth of the steps: states shrink with the heads that go, and only the Transformer is at no gap."""
+    lines = run("distill_dna", tmp_path, "2").splitlines()[-3:]
+    gaps = [float(line.split("gap ")[1].split(",")[0]) for line in lines]
+    sizes = [int(line.split("to ")[1].split(" bytes")[0].replace(",", "")) for line in lines]
+    assert gaps[0] == 0 < min(gaps[1:])
+    assert sizes[0] > sizes[2] > sizes[1]
