@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -64,7 +65,16 @@ def average_precision() -> Metric:
     if not (_PYCOCOTOOLS_AVAILABLE or _FASTER_COCO_EVAL_AVAILABLE):
         raise ImportError('average precision needs pycocotools: pip install "omnissm[detection]"')
     backend = "pycocotools" if _PYCOCOTOOLS_AVAILABLE else "faster_coco_eval"
-    return MeanAveragePrecision(box_format="xyxy", class_metrics=True, extended_summary=True, backend=backend)
+    # its own thresholds are float32, and 0.8 then exceeds a recall of 4 / 5: COCO's are float64
+    overlaps, recalls = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
+    return MeanAveragePrecision(
+        box_format="xyxy",
+        iou_thresholds=overlaps,
+        rec_thresholds=recalls,
+        class_metrics=True,
+        extended_summary=True,
+        backend=backend,
+    )
 
 
 def precision_table(found: Mapping[str, Any], classes: Sequence[str]) -> list[dict[str, Any]]:
