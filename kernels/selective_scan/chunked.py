@@ -65,7 +65,7 @@ def selective_scan_chunked(
         own = (dt.to(y.dtype) * u.to(y.dtype)).unflatten(2, (B.shape[2], -1)) * once[..., None]
         y = y + (later - own.flatten(2))
     if D is not None:
-        y = y + D * u.to(y.dtype)
+        y = torch.addcmul(y, D.to(y.dtype), u.to(y.dtype))
     if z is not None:
         y = y * F.silu(z.to(y.dtype))
     return y.to(u.dtype), final
@@ -231,14 +231,17 @@ class _Inputs:
         everything, real, dtype = slice(None), self.A.real.dtype, self.A.dtype
         for start in self.starts(backward):
             span = slice(start, min(start + self.length, self.u.shape[0]))
-            u, dt = (self.cut(x, span, rows, columns, real) for x in (self.u, self.dt))
+            u, dt = (self.cut(x, span, rows, columns, real, copy=backward) for x in (self.u, self.dt))
             B, C = (self.cut(x, span, rows, everything, dtype) for x in (self.B, self.C))
             keep = None if self.keep is None else self.cut(self.keep, span, rows, everything, real)
             yield span, Steps(u, dt, B, C, keep)
 
-    def cut(self, x: Tensor, span: slice, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        """A part of (l, b, g, ...), contiguous."""
-        return x[span, rows, :, columns].to(dtype).contiguous()
+    def cut(
+        self, x: Tensor, span: slice, rows: slice, columns: slice, dtype: torch.dtype, copy: bool = True
+    ) -> Tensor:
+        """A part of (l, b, g, ...), contiguous; without `copy` at least in its last dimension."""
+        part = x[span, rows, :, columns].to(dtype)
+        return part if not copy and part.stride(-1) == 1 else part.contiguous()
 
 
 class _Tile:

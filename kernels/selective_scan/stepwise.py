@@ -46,7 +46,7 @@ class Steps:
     """Inputs of a block during a tile, position by position.
 
     Args:
-        u: Input, (t, b, g, d), contiguous and in the dtype of the states' real part like `dt`.
+        u: Input, (t, b, g, d), in the dtype of the states' real part like `dt`; contiguous for `backward`.
         dt: Steps, likewise.
         B: Input maps, (t, b, g, n), in the dtype of the states like `C`.
         C: Output maps.
