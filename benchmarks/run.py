@@ -1,6 +1,6 @@
 """Time the ops of `omnissm.kernels` at the sizes of their `spec.py` and write one JSON file per op and device.
 
-    python benchmarks/run.py --op linear_scan [--device cpu|cuda] [--base FILE]
+    python -m benchmarks.run --all [--device cpu|cuda] [--base FILE]      (or --op linear_scan ...)
 
 An implementation is checked before it is timed; one that is wrong is reported and not timed. See README.md here.
 """
@@ -45,11 +45,32 @@ def rms_norm_of_torch(x: Tensor, z: Tensor, weight: Tensor, eps: float, **_: Any
     return F.rms_norm(x * F.silu(z), (x.shape[-1],), weight.to(x.dtype), eps)
 
 
+def convolution_of_torch(x: Tensor, kernel: Tensor, D: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    length = x.shape[1] + kernel.shape[1]
+    wide = x.float().mT
+    y = torch.fft.irfft(torch.fft.rfft(wide, length) * torch.fft.rfft(kernel, length), length)[..., : x.shape[1]]
+    return (y + D[:, None] * wide).mT.to(x.dtype), x[:, x.shape[1] + 1 - kernel.shape[1] :].mT
+
+
+def attention_of_torch(x: Tensor, is_causal: bool = True, **_: Any) -> Tensor:
+    """Attention with as many heads of the same width; on a GPU and in 16 bit, flash attention."""
+    heads = x.transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=is_causal).transpose(1, 2)
+
+
 # What torch itself offers for the same result.
 PEERS: dict[str, dict[str, Callable[..., Any]]] = {
     "causal_conv1d": {"torch conv1d": conv1d_of_torch},
     "gated_norm": {"torch rms_norm": rms_norm_of_torch},
+    "fft_conv": {"torch fft": convolution_of_torch},
 }
+# What does another thing at the same shape, for scale: not compared with ours, and left out for very long rows.
+FOR_SCALE: dict[str, dict[str, Callable[..., Any]]] = {
+    "ssd": {"torch attention": attention_of_torch},
+    "trapezoid_ssd": {"torch attention": attention_of_torch},
+    "quasiseparable": {"torch attention": functools.partial(attention_of_torch, is_causal=False)},
+}
+LONGEST_ATTENTION = 2**17
 
 
 def read_specs() -> dict[str, OpSpec]:
@@ -137,6 +158,8 @@ def bench(spec: OpSpec, case: BenchSize, device: torch.device, timer: Timer, ban
         compiled = torch.compile(lambda **arguments: spec.op(**arguments, backend="chunked"))
         runs["chunked, torch.compile"] = compiled
     runs.update(PEERS.get(spec.name, {}))
+    for_scale = FOR_SCALE.get(spec.name, {}) if case.size.get("l", 0) <= LONGEST_ATTENTION else {}
+    runs.update(for_scale)
 
     with torch.no_grad():
         found = spec.op(**inputs, backend="chunked")
@@ -151,7 +174,9 @@ def bench(spec: OpSpec, case: BenchSize, device: torch.device, timer: Timer, ban
         if isinstance(run, str):
             row["skipped"] = run
             continue
-        if problem := find_error(spec, case, name, run, inputs, expected, device):
+        if name in for_scale:
+            row["for_scale"] = True
+        elif problem := find_error(spec, case, name, run, inputs, expected, device):
             row["wrong"] = problem
             continue
         both = training_step(run, inputs, cotangent)
@@ -181,7 +206,8 @@ def training_step(run: Callable[..., Any], inputs: dict[str, Any], cotangent: Te
 
     def step() -> Any:
         found = run(**arguments)
-        return torch.autograd.grad(found[0] if isinstance(found, tuple) else found, wanted, cotangent)
+        first = found[0] if isinstance(found, tuple) else found
+        return torch.autograd.grad(first, wanted, cotangent.view_as(first), allow_unused=True)
 
     return step
 
@@ -306,6 +332,7 @@ def report(spec: OpSpec, rows: list[dict[str, Any]], base: list[dict[str, Any]])
 def main(argv: list[str] | None = None) -> int:
     specs = read_specs()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="all ops, as without --op")
     parser.add_argument("--op", action="append", choices=sorted(specs), help="op to time (repeatable; default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--base", type=Path, help="earlier result file to compare with")
@@ -313,6 +340,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.3, help="time to spend on each number")
     parser.add_argument("--commit", help="commit to note, where the code is a copy without history")
     options = parser.parse_args(argv)
+    if options.all and options.op:
+        parser.error("--all and --op exclude each other")
 
     device = torch.device(options.device)
     timer = Timer(device, options.seconds)
