@@ -104,7 +104,7 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float64:
         return Tiles(16, 4, 1)
     if dtype == torch.float32 and headdim * state > 64 * 128:
-        return Tiles(32, 8, 1)
+        return Tiles(16, 8, 1)
     if dtype == torch.float32:
         return {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1)}.get(kernel, Tiles(64, 8, 1))
     if headdim * state > 64 * 128:

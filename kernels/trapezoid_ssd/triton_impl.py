@@ -251,9 +251,9 @@ def _backward(
         for rows in _groups(x, n, _TURNED_BYTES // 2):
             some, end = given.cut(rows), None if dfinal is None else dfinal[rows]
             turned = _turned(some, half, tiles[0].chunk)
-            vectors = (torch.empty_like(some.log_decay) for _ in range(2))
+            dweight, dskip = torch.empty_like(some.log_decay), torch.empty_like(some.log_decay)
             into = Gradients(
-                dx[rows], dlog_decay[rows], torch.empty_like(turned.k), torch.empty_like(turned.q), *vectors,
+                dx[rows], dlog_decay[rows], torch.empty_like(turned.k), torch.empty_like(turned.q), dweight, dskip,
                 dstate[rows],
             )  # fmt: skip
             sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0)
@@ -263,7 +263,7 @@ def _backward(
             outputs = dgamma[rows], ddt[rows], dlater[rows], drate[rows], dB[rows], dC[rows], dphi[rows]
             ends = tuple(None if one is None else one[rows] for one in (dphase, dphi_end))
             sums.append((*_unturned(some, half, tiles[0].chunk, turned, into, borders, ends, outputs, blocks),
-                         into.dD.sum((0, 1))))  # fmt: skip
+                         dskip.sum((0, 1))))  # fmt: skip
     # An input weighs what it had when it came and, one position later, what beta adds to it.
     later = dlater[:, :-1]
     if seq_idx is not None:
