@@ -38,7 +38,8 @@ class Segmenter(nn.Module):
         auxiliary: int = 0,
     ) -> None:
         super().__init__()
-        self.features = Features(backbone, backbone_args)
+        least = 8 if head == "segman" else 1  # its decoder leaves the finest level out
+        self.features = Features(backbone, backbone_args, least_stride=least)
         self.default_cfg = self.features.default_cfg
         self.head = create_head(head, self.features.channels, num_classes, **(head_args or {}))
         second = self.features.channels[-2]

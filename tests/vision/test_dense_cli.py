@@ -1,0 +1,139 @@
+"""The guide's commands for pixels and boxes, what they leave, and the faults of users."""
+
+import csv
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from omnissm.__main__ import main
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "dense.md"
+BOXES = importlib.util.find_spec("pycocotools") is not None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the guide's own code and its quick commands make; those of detectors need pycocotools."""
+    place = tmp_path_factory.mktemp("dense")
+    code = next(b for b in re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.M | re.S) if "cells" in b)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        exec(code, {})
+        lines = re.findall(r"^omnissm (.*)$", GUIDE.read_text(), re.M)
+        assert len(lines) == 8
+        for line in lines:
+            if "export-graph" not in line and (BOXES or "detect" not in line):
+                assert main(shlex.split(line)) == 0, line
+    return place
+
+
+def table(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_segmentation_leaves_its_files(folder):
+    rows = table(folder / "areas.csv")
+    assert len(rows) == 3 * 22
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(22, abs=1e-3)
+    found = {row["class"]: float(row["iou"]) for row in table(folder / "classes.csv")}
+    assert set(found) == {"background", "disc", "square", "mean"}
+    assert found["mean"] > 0.4  # chance is 0.27
+    mask = Image.open(folder / "drawings" / "train_0.mask.png")
+    assert (mask.mode, mask.size) == ("P", (64, 48))
+    values = np.asarray(mask)
+    row = next(r for r in rows if Path(r["path"]).stem == "train_0" and r["class"] == "disc")
+    assert (values == 1).sum() == int(row["pixels"])
+    drawn = np.asarray(Image.open(folder / "drawings" / "train_0.png")).astype(int)
+    plain = np.asarray(Image.open(folder / "cells/images/train_0.png")).astype(int)
+    assert (abs(drawn - plain).sum(-1) > 0)[values > 0].mean() > 0.9  # coloured where there is something
+    assert (drawn == plain)[values == 0].all()
+    assert min(Image.open(folder / "masks.png").size) > 100
+
+
+@pytest.mark.skipif(not BOXES, reason="needs pycocotools")
+def test_detection_leaves_its_files(folder):
+    assert [row["class"] for row in table(folder / "precision.csv")] == ["disc", "square", "mean"]
+    assert table(folder / "precision.csv")[-1]["boxes"] == "12"
+    for row in table(folder / "boxes.csv"):
+        assert row["class"] in ("disc", "square")
+        assert float(row["score"]) >= 0.05
+        assert 0 <= float(row["x0"]) <= float(row["x1"]) <= 64
+        assert 0 <= float(row["y0"]) <= float(row["y1"]) <= 48
+    assert min(Image.open(folder / "boxes.png").size) > 100
+
+
+def test_boxes_are_drawn_where_they_are():
+    from omnissm.vision.dense.detectors import Found
+    from omnissm.vision.dense.draw import colours, draw_boxes
+
+    image = torch.zeros(3, 80, 90, dtype=torch.uint8)
+    found = Found(torch.tensor([[40.0, 50, 70, 70]]), torch.tensor([0.5]), torch.tensor([1]))
+    drawn = draw_boxes(image, found, ["a", "b"])
+    assert drawn[:, 60, 40].tolist() == list(colours(2)[1])
+    assert drawn[:, 60, 55].tolist() == [0, 0, 0]
+    assert torch.equal(draw_boxes(image, Found(*(v[:0] for v in found)), ["a", "b"]), image)
+    assert len(set(colours(20))) == 20
+
+
+def test_windows_and_bad_files(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    Image.fromarray(np.full((70, 130, 3), 120, np.uint8)).save("large.png")
+    Path("cut.png").write_bytes(Path("large.png").read_bytes()[:60])
+    words = ["vision", "predict", "--checkpoint", "runs/segment", "--out", "w.csv", "--sheet", "null"]
+    assert main([*words, "--images", "[large.png, cut.png]"]) == 2
+    assert "'cut.png' cannot be read" in capsys.readouterr().err
+    assert main([*words, "--images", "[large.png, cut.png]", "--window", "true", "--on_bad", "skip"]) == 0
+    rows = table(Path("w.csv"))
+    assert sum(int(row["pixels"]) for row in rows[:3]) == 70 * 130
+    assert "cut.png" in rows[3]["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "--checkpoint", "nowhere", "--data", "cells"], "no model at 'nowhere'"),
+        (["evaluate", "--checkpoint", "runs/segment", "--data", "gone"], "'gone' does not exist"),
+        (["evaluate", "--checkpoint", "runs/segment", "--data", "cells", "--part", "test"], "no part 'test'"),
+        (["evaluate", "--checkpoint", "runs/segment", "--data", "cells", "--out", "a.txt"], ".csv"),
+        (["export-graph", "--checkpoint", "runs/segment", "--out", "a.zip"], ".pt2 or .onnx"),
+        (
+            ["fit", "--config", "segment.yaml", "--run", "other", "--model.init_args.head", "unet"],
+            "head must be one of",
+        ),
+    ],
+)
+def test_faults_of_the_user(folder, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(folder)
+    assert main(["vision", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", ["segment", "detect"])
+def test_exported_graphs_compute_the_same(folder, monkeypatch, name):
+    if name == "detect" and not BOXES:
+        pytest.skip("needs pycocotools")
+    from omnissm.vision.dense.predictor import load
+    from omnissm.vision.tasks import normalized
+
+    monkeypatch.chdir(folder)
+    assert main(["vision", "export-graph", "--checkpoint", f"runs/{name}", "--out", f"{name}.pt2"]) == 0
+    program = torch.export.load(f"{name}.pt2")
+    own = [str(node.target) for node in program.graph.nodes if "ssm" in str(node.target)]
+    assert own == []  # torch's own functions only
+    model = load(f"runs/{name}")
+    images = torch.rand(3, 3, *model.image_size)
+    with torch.no_grad():
+        expected = model.net(normalized(images, model.net))
+        found = program.module()(images)
+    for a, b in zip([expected] if name == "segment" else expected, [found] if name == "segment" else found):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
