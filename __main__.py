@@ -92,6 +92,7 @@ COMMANDS = {
     "demo": "Train, forecast and compare with simple methods on data that needs no download.",
     "doctor": "Versions, devices, and which implementations of the operations run here.",
     "configs": "List the configurations that come with the package.",
+    "mixers": "List the sequence mixers with what they can do, their state and their size.",
 }
 
 
@@ -141,6 +142,8 @@ def _dispatch(words: list[str]) -> int:
         return _list_configs(rest)
     if head == "doctor":
         return run_function("omnissm.ssmcore.doctor:doctor", rest, "omnissm doctor")
+    if head == "mixers":
+        return run_function("omnissm.ssmcore.mixers.table:mixers", rest, "omnissm mixers")
     if head == "demo":
         return _demo(rest)
     if head not in VERBS:

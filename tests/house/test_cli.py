@@ -54,7 +54,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["timeserie"], "Unknown command 'timeserie'. Did you mean 'timeseries'? `omnissm --help` shows all 7."),
+        (["timeserie"], "Unknown command 'timeserie'. Did you mean 'timeseries'? `omnissm --help` shows all 8."),
         (["timeseries", "forcast"], "Unknown timeseries verb 'forcast'. Did you mean 'forecast'?"),
         (["demo", "vission"], "Unknown demo 'vission'."),
         (["configs", "timeserie"], "Unknown configuration folder 'timeserie'. Did you mean 'timeseries'?"),
