@@ -45,6 +45,7 @@ TRAINING: dict[str, Any] = {
     "max_steps": -1,
 }
 PARTS = ("test", "val")
+PLACES = ("data", "horizons")
 KEYS = ("models", "data", "horizons", "seeds", "training", "published", "parts")
 
 
@@ -61,8 +62,8 @@ def protocol(
     Args:
         grid: YAML file with `models` (name to settings), `data` (name to class_path and init_args), `horizons`, `seeds`
             and, if wanted, `training` (settings of all models), `published` (model, data set, horizon to mse, mae) and
-            `parts` ([val] leaves the test part alone, for choosing settings). A model's `cases` are a list of
-            settings for some `data` and `horizons`.
+            `parts` ([val] leaves the test part alone, for choosing settings). A model's `data` and `horizons` restrict
+            it to these; its `cases` are a list of settings, each for the `data` and `horizons` that it names.
         out: Folder for the cells and the tables results.csv, results.md and results.json. Cells that are there are not
             made again.
         table_only: Only write the tables of the cells that are there.
@@ -109,14 +110,11 @@ def check_grid(config: Any) -> dict[str, Any]:
     for label, settings in config["models"].items():
         if (name := (settings or {}).get("model", label)) not in MODELS:
             create_model(name)  # answers with close names
-        *cases, own = *(settings or {}).get("cases", ()), settings or {}
-        every += [{key: own[key] for key in own if key not in ("model", "cases")}]
-        for case in cases:
-            every.append({key: case[key] for key in case if key not in ("data", "horizons")})
-            if unknown := {*case.get("data", ())} - {*config["data"]} or {*case.get("horizons", ())} - {
-                *config["horizons"]
-            }:
-                raise ValueError(f"a case of {label} names {min(unknown)!r}, which the grid does not have")
+        for case in (settings or {}, *(settings or {}).get("cases", ())):
+            every.append({key: case[key] for key in case if key not in ("model", "cases", *PLACES)})
+            for key in PLACES:
+                if unknown := set(case.get(key, ())) - set(config[key]):
+                    raise ValueError(f"{label} names the {key} {min(unknown)!r}, which the grid does not have")
     for each in every:
         if unknown := set(each) - set(TRAINING):
             raise ValueError(f"unknown setting {min(unknown)!r}; known: {', '.join(TRAINING)}")
@@ -128,15 +126,19 @@ def cells(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     grid = itertools.product(config["data"].items(), config["horizons"], config["models"].items(), config["seeds"])
     for (data, source), horizon, (label, own), seed in grid:
-        layers = [TRAINING, config.get("training") or {}, own or {}]
-        for case in (own or {}).get("cases", ()):
-            if data in case.get("data", [data]) and horizon in case.get("horizons", [horizon]):
-                layers.append({key: value for key, value in case.items() if key not in ("data", "horizons")})
+        fitting = [
+            case
+            for case in (own or {}, *(own or {}).get("cases", ()))
+            if data in case.get("data", [data]) and horizon in case.get("horizons", [horizon])
+        ]
+        if (own or {}) not in fitting:
+            continue
+        layers = [TRAINING, config.get("training") or {}, *fitting]
         settings: dict[str, Any] = {}
         for layer in layers:
             arguments = {**settings.get("model_args", {}), **layer.get("model_args", {})}
             settings = {**settings, **layer, "model_args": arguments}
-        settings.pop("cases", None)
+        settings = {key: value for key, value in settings.items() if key not in ("cases", *PLACES)}
         place = {"label": label, "data": data, "horizon": int(horizon), "seed": int(seed)}
         parts = list(config.get("parts") or PARTS)
         found.append({**settings, "model": settings.get("model", label), "source": source, "parts": parts, **place})

@@ -89,9 +89,64 @@ def test_verb(tmp_path, capsys):
     assert "last_value" in (tmp_path / "out" / "results.md").read_text()
 
 
+def test_cases_and_places_of_a_model():
+    own = {
+        "lr": 0.1,
+        "horizons": [8],
+        "cases": [{"data": ["sines"], "lr": 0.2, "model_args": {"instance_norm": False}}],
+    }
+    models = {"rlinear": {"cases": [{"horizons": [4], "lr": 0.3}]}, "second": {"model": "rlinear", **own}}
+    cells = protocol.cells(protocol.check_grid({**GRID, "models": models, "seeds": [0]}))
+    found = {(cell["label"], cell["horizon"]): (cell["lr"], cell["model_args"]) for cell in cells}
+    assert found == {
+        ("rlinear", 4): (0.3, {}),
+        ("rlinear", 8): (1e-3, {}),
+        ("second", 8): (0.2, {"instance_norm": False}),
+    }
+    assert not {"cases", "horizons"} & set(cells[0])
+
+
+def test_jobs_give_what_one_job_gives(tmp_path):
+    """A cell that fails leaves the others alone."""
+    grid = {**GRID, "models": {"last_value": {}, "rlinear": {}}, "horizons": [4], "seeds": [0]}
+    one = protocol.run_protocol(grid, tmp_path / "one", progress=False)
+    models = {"ridge": {"model_args": {"steps": 99}}, **grid["models"]}
+    with pytest.raises(RuntimeError, match=r"1 of 3 cells failed; sines-4-ridge-0-\w+: expected steps from 1 to 24"):
+        protocol.run_protocol({**grid, "models": models}, tmp_path / "two", jobs=2, progress=False)
+    two = pd.read_csv(tmp_path / "two" / "results.csv")
+    pd.testing.assert_frame_equal(
+        one.drop(columns="seconds"), two.drop(columns="seconds"), rtol=1e-5, check_dtype=False
+    )
+    cells = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert [cell["settings"]["label"] for cell in cells] == ["last_value", "rlinear"]
+    with pytest.raises(ValueError, match="jobs of at least 1"):
+        protocol.run_protocol(grid, tmp_path, jobs=0)
+
+
+def test_validation_alone(tmp_path):
+    table = protocol.run_protocol({**GRID, "parts": ["val"], "models": {"last_value": {}}}, tmp_path, progress=False)
+    assert table["mse"].isna().all()
+    data = Synthetic(length=400, variate_count=2, lookback=24, horizon=4)
+    data.setup()
+    batch = next(data.windows("val").batches(1000))
+    own = table[(table["model"] == "last_value") & (table["horizon"] == 4)]
+    assert own["val_mse"].item() == pytest.approx(metrics.mse(batch.y, batch.x[..., -1:]), rel=1e-6)
+    assert "Means over the horizons" in (tmp_path / "results.md").read_text()
+
+
+def test_data_may_lie_elsewhere():
+    source = {"class_path": "omnissm.timeseries.data.ETT", "init_args": {"root": "data/ett", "name": "ETTh1"}}
+    cell = protocol.cells({**GRID, "data": {"ETTh1": source}})[0]
+    moved = protocol._runnable(cell, "/elsewhere", "cpu")
+    assert moved["source"]["init_args"] == {"root": "/elsewhere", "name": "ETTh1"}
+    assert cell["source"] == source
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"models": {"rlinear": {"cases": [{"horizons": [5]}]}}}, "rlinear names the horizons 5"),
+        ({"parts": ["train"]}, "unknown part 'train'"),
         ({"models": {"rliner": {}}}, "did you mean rlinear"),
         ({"seeds": []}, "the grid has no seeds"),
         ({"model": {}}, "unknown keys model"),
