@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .models import create_model as create_model
     from .models import from_pretrained as from_pretrained
     from .models import list_models as list_models
+    from .models import pretrained_models as pretrained_models
     from .models import save_pretrained as save_pretrained
     from .reference import Reference as Reference
     from .scanning import scan as scan
@@ -35,6 +36,7 @@ _HOME = {
     "from_pretrained": "models",
     "list_models": "models",
     "merge_scores": "scoring",
+    "pretrained_models": "models",
     "read_variants": "variants",
     "read_vcf": "variants",
     "save_pretrained": "models",

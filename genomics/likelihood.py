@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .sequence import Vocabulary, encode, vocabulary
 
 Floats = npt.NDArray[np.float64]
-PIECE = 65_536  # positions that a model with states reads at once: memory peaks near a piece, however long the sequence
+WHOLE = 65_536  # longest sequence that a model with states reads at once
+PIECE = 16_384  # positions of a piece of a longer one: memory peaks near a piece, however long the sequence
 
 
 @runtime_checkable
@@ -172,7 +173,7 @@ class Scorer:
             found = self.model.log_prob(tokens, mask)  # type: ignore[operator]
         else:
             tokens, mask = self.tokens(sequences, bos=self.bos)
-            if self._states and tokens.shape[1] > PIECE:
+            if self._states and tokens.shape[1] > WHOLE:
                 found, _, _ = self._read(tokens, mask)
             else:
                 found = self.logits(tokens[:, :-1], mask[:, :-1]).gather(-1, tokens[:, 1:, None])[..., 0]

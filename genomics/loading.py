@@ -12,14 +12,14 @@ from torch import nn
 from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint
 from ..ssmcore.training.export import best_checkpoint
 from .likelihood import Scorer
-from .models import from_pretrained
+from .models import from_pretrained, pretrained_models
 from .models.official import cast_weights
 
 Dtype = Literal["float32", "bfloat16"]
 
 
 def load_model(path: str | Path) -> nn.Module:
-    """A model from a model folder, a run's folder, a `.ckpt` file, or a repository of the hub ("owner/name").
+    """A model from a model folder, a run's folder, a `.ckpt` file, the package, or a repository of the hub.
 
     Of a run's folder, `model/` is read unless the run's best checkpoint is newer.
 
@@ -28,10 +28,13 @@ def load_model(path: str | Path) -> nn.Module:
         ValueError: if a file is damaged or holds another domain's model.
     """
     name, path = str(path), Path(path)
-    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/")):
+    on_hub = name.count("/") == 1 and not name.startswith((".", "/"))
+    if not path.exists() and (on_hub or name in pretrained_models()):
         return from_pretrained(name)
     if not path.exists():
-        raise FileNotFoundError(2, "No model (expected a model folder, a run's folder or a .ckpt file)", str(path))
+        known = ", ".join(pretrained_models())
+        expected = f"a model folder, a run's folder, a .ckpt file or one of the package's models: {known}"
+        raise FileNotFoundError(2, f"No model (expected {expected})", str(path))
     config = path / "model" / CONFIG
     if path.is_dir() and (path / CONFIG).is_file():
         return from_pretrained(path)

@@ -64,8 +64,11 @@ __all__ = [
     "load_caduceus",
     "load_hnet",
     "model_options",
+    "pretrained_models",
     "save_pretrained",
 ]
+
+PACKAGED = Path(__file__).resolve().parents[1] / "pretrained"
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "hnet": HNet,
@@ -122,6 +125,11 @@ def create_model(name: str, **args: Any) -> nn.Module:
     model: Any = MODELS[name](**args)
     model.name = name
     return model
+
+
+def pretrained_models() -> list[str]:
+    """Names of the trained models that come with the package, for `from_pretrained`; each has a card, README.md."""
+    return sorted(path.parent.name for path in PACKAGED.glob("*/config.json"))
 
 
 def is_supervised(name: str) -> bool:
@@ -185,8 +193,8 @@ def from_pretrained(
     """Read a model folder, ready for evaluation.
 
     Args:
-        source: The folder, a run's folder that holds one named `model`, or a repository of the Hugging Face hub such as
-            "owner/name" (fetched once; in its offline mode only what was fetched before).
+        source: The folder, a run's folder that holds one named `model`, one of `pretrained_models()`, or a repository
+            of the Hugging Face hub such as "owner/name" (fetched once; in its offline mode only what was before).
         device: Where to put the model.
         dtype: Of the weights; None keeps what the file holds. Recurrence parameters are float32 at least.
 
@@ -195,7 +203,9 @@ def from_pretrained(
         ValueError: if the folder is damaged, holds a model of another domain, or does not fit its configuration.
     """
     path = Path(source)
-    if not path.exists() and isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/")):
+    if not path.exists() and str(source) in pretrained_models():
+        path = PACKAGED / source
+    elif not path.exists() and isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/")):
         from huggingface_hub import snapshot_download
 
         path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))

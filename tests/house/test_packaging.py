@@ -36,7 +36,8 @@ def test_wheel_holds_the_seven_folders_and_three_files(wheel):
     expected = {f"omnissm/{name}" for name in ROOT_FILES if (ROOT / name).exists()}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix == ".py" or (folder == "configs" and path.suffix == ".yaml"):
+            packaged = path.is_file() and path.relative_to(ROOT).parts[:2] == ("genomics", "pretrained")
+            if path.suffix == ".py" or (folder == "configs" and path.suffix == ".yaml") or packaged:
                 expected.add(f"omnissm/{path.relative_to(ROOT).as_posix()}")
     found = {name for name in wheel if ".dist-info/" not in name}
     assert found == expected
