@@ -7,8 +7,9 @@
     P(m_ti = 1 | z_t) = sigmoid(phi_i z_t + c_i),      m = 1 for missing,
 
 which enters as a Gaussian at the mode given the prediction: with p the sigmoid there, gradient (m - p) phi and negative
-Hessian p (1 - p) phi phi^T. (One Newton step from the predicted mean, as published,
-overshoots where p is near 0 or 1.) Everything in float64; covariances in Joseph form, symmetrised at each step.
+Hessian p (1 - p) phi phi^T. (One Newton step from the predicted mean, as published, overshoots where p is near 0 or 1.)
+Entries that go missing in blocks tell less than as many that go one by one: each counts by how many of them start one.
+Everything in float64; covariances in Joseph form, symmetrised at each step.
 Shumway & Stoffer (1982) for EM; Sunesh, Ma & Nilol (2026), "Modeling Information Blackouts in Missing Not-At-Random
 Time Series Data", for the observed mask.
 """
@@ -117,11 +118,12 @@ class LinearGaussian:
         steps, n = len(x), len(self.m0)
         kept = [np.empty((steps, n)), np.empty((steps, n, n)), np.empty((steps, n)), np.empty((steps, n, n))]
         mean, cov, total = self.m0, self.P0, 0.0
+        weight = _evidence(np.isnan(x))
         for t, row in enumerate(x):
             if t:
                 mean, cov = self.A @ mean, _symmetric(self.A @ cov @ self.A.T + self.Q)
             kept[0][t], kept[1][t] = mean, cov
-            mean, cov = self._see_mask(mean, cov, np.isnan(row))
+            mean, cov = self._see_mask(mean, cov, np.isnan(row), weight)
             seen = ~np.isnan(row)
             if seen.any():
                 mean, cov, gain = _update(mean, cov, row[seen] - self.d[seen], self.C[seen], self.R[seen])
@@ -129,17 +131,19 @@ class LinearGaussian:
             kept[2][t], kept[3][t] = mean, cov
         return Filtered(kept[0], kept[1], kept[2], kept[3], total)
 
-    def _see_mask(self, mean: Array, cov: Array, missing: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+    def _see_mask(self, mean: Array, cov: Array, missing: npt.NDArray[np.bool_], weight: Array) -> tuple[Array, Array]:
         if self.phi is None or self.c is None:
             return mean, cov
-        state = mean
+        state, predicted = mean, self.phi @ mean
+        spread = cov @ self.phi.T
+        gain = np.linalg.solve(self.phi @ spread + np.diag(4 / weight), spread.T).T
         for _ in range(8):
             # Each step maximises a parabola below the log posterior (curvature at most 1/4), so none overshoots.
-            value = self.phi @ state + 4 * (missing - _sigmoid(self.phi @ state + self.c))
-            state = _update(mean, cov, value, self.phi, np.full(len(self.c), 4.0))[0]
+            reached = self.phi @ state
+            state = mean + gain @ (reached + 4 * (missing - _sigmoid(reached + self.c)) - predicted)
         p = _sigmoid(self.phi @ state + self.c)
-        weight = np.maximum(p * (1 - p), 1e-6)
-        return state, _update(mean, cov, self.phi @ state, self.phi, 1 / weight)[1]
+        curvature = np.maximum(weight * p * (1 - p), 1e-6)
+        return state, _update(mean, cov, self.phi @ state, self.phi, 1 / curvature)[1]
 
     def smooth(self, x: Any, filtered: Filtered | None = None) -> Smoothed:
         """Backward pass (Rauch, Tung & Striebel) over x (t, v)."""
@@ -162,8 +166,8 @@ class LinearGaussian:
 
         Returns:
             The model, and the log-likelihood before each iteration. With "mar" it never falls. With "mnar" how gaps
-            depend on the state is learned from smoothed states; where all variates of a step are always missing
-            together nothing corrects these, and the fit may be worse than with "mar".
+            depend on the state is learned from states that were smoothed without the mask: too little rather than too
+            much is then ascribed to it, above all where all variates of a step are always missing together.
         """
         x = np.asarray(x, np.float64)
         model, found, count = self, [], max(1, int(np.isfinite(x).sum()))
@@ -193,7 +197,9 @@ class LinearGaussian:
         model = replace(self, A=A, Q=Q + 1e-10 * np.eye(len(Q)), C=C, d=d, R=R, m0=s.mean[0], P0=_symmetric(s.cov[0]))
         if self.phi is None or self.c is None:
             return model
-        phi, c = _logistic(s.mean, np.isnan(x), self.phi, self.c)
+        # On states that have not seen the mask: those that have would confirm any phi, which then grows without end.
+        unaware = replace(self, phi=None, c=None).smooth(x).mean
+        phi, c = _logistic(unaware, np.isnan(x), self.phi, self.c)
         return replace(model, phi=phi, c=c)
 
     def impute(self, x: Any) -> Array:
@@ -221,7 +227,7 @@ def kalman_impute(ds: xr.Dataset, missing: Missing = "mar", d_state: int | None 
     Args:
         ds: Dataset in the schema.
         missing: "mar", or "mnar" for gaps that depend on the level.
-        d_state: State size; None takes twice the number of variates, at most 8.
+        d_state: State size; None takes twice the number of variates, at most 16.
         iterations: Of EM at most.
 
     Returns:
@@ -234,7 +240,7 @@ def kalman_impute(ds: xr.Dataset, missing: Missing = "mar", d_state: int | None 
         mean, scale = np.nanmean(row[:, known], axis=0), np.nanstd(row[:, known], axis=0)
         scale = np.where(scale > 0, scale, 1.0)
         x = (row[:, known] - mean) / scale
-        model, _ = LinearGaussian.create(x, d_state or min(8, 2 * x.shape[1]), missing).fit(x, iterations)
+        model, _ = LinearGaussian.create(x, d_state or min(16, 2 * x.shape[1]), missing).fit(x, iterations)
         row[:, known] = np.where(np.isnan(x), model.impute(x) * scale + mean, row[:, known])
     return filled
 
@@ -250,16 +256,27 @@ def _update(mean: Array, cov: Array, value: Array, C: Array, R: Array) -> tuple[
     return mean + gain @ residual, _symmetric(keep @ cov @ keep.T + (gain * R) @ gain.T), float(density)
 
 
+def _evidence(missing: npt.NDArray[np.bool_]) -> Array:
+    """What a missing entry of each variate counts, (v,): 1 where gaps are independent, less if they come in blocks."""
+    count, share = missing.sum(axis=0), missing.mean(axis=0)
+    starts = missing[0] + (missing[1:] & ~missing[:-1]).sum(axis=0)
+    expected = count * (1 - share)  # starts of gaps that are independent
+    return np.clip(np.where(expected > 0, starts / np.maximum(expected, 1e-12), 1.0), 1e-3, 1.0)
+
+
 def _logistic(z: Array, missing: npt.NDArray[np.bool_], phi: Array, c: Array, steps: int = 3) -> tuple[Array, Array]:
-    """Newton steps of a logistic regression of each column of the mask on the states, slightly shrunk to 0."""
+    """Newton steps of a logistic regression of each column of the mask on the states, shrunk to 0.
+
+    The penalty is that of a prior under which the states together move the log odds by about 1 / sqrt(2).
+    """
     features = np.column_stack([z, np.ones(len(z))])
-    weights = np.column_stack([phi, c])
-    shrink = 1e-2 * len(z) ** 0.5 * np.append(np.ones(z.shape[1]), 1e-3)
+    weights, evidence = np.column_stack([phi, c]), _evidence(missing)
+    shrink = np.append(2 * z.shape[1] * z.var(axis=0), 1e-3)
     for _ in range(steps):
         for i, row in enumerate(weights):
             p = _sigmoid(features @ row)
-            gradient = features.T @ (missing[:, i] - p) - shrink * row
-            curvature = (features.T * (p * (1 - p))) @ features + np.diag(shrink)
+            gradient = evidence[i] * (features.T @ (missing[:, i] - p)) - shrink * row
+            curvature = evidence[i] * ((features.T * (p * (1 - p))) @ features) + np.diag(shrink)
             weights[i] = row + np.linalg.solve(curvature, gradient)
     return weights[:, :-1], weights[:, -1]
 

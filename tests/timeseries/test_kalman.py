@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from omnissm.timeseries.data import create_synthetic
-from omnissm.timeseries.imputation import METHODS, compare_imputations
-from omnissm.timeseries.kalman import LinearGaussian
+from omnissm.timeseries.data.nyc_weather import read_nyc_weather
+from omnissm.timeseries.imputation import METHODS, compare_imputations, hide_blocks
+from omnissm.timeseries.kalman import LinearGaussian, _evidence, kalman_impute
 
 
 @pytest.fixture
@@ -105,6 +106,32 @@ def test_beats_lines_on_blackouts():
     table = compare_imputations(truth, {name: fill(ds) for name, fill in METHODS.items()}).set_index("method")["rmse"]
     assert table["kalman_mnar"] < table["linear"] < table["last_value"]
     assert table["kalman"] < table["linear"]
+
+
+@pytest.mark.slow
+def test_beats_lines_on_hidden_weather():
+    """Blocks hidden at random: the mask tells nothing, and must not be believed to."""
+    try:
+        weather = read_nyc_weather(stations=["JFK"]).isel(time=slice(1000, 1600))
+    except ImportError as error:
+        pytest.skip(str(error))
+    gappy, truth = hide_blocks(weather, 0.15, 8)
+    filled = {name: METHODS[name](gappy) for name in ("last_value", "linear")}
+    for missing in ("mar", "mnar"):
+        values = kalman_impute(gappy, missing, iterations=5)
+        filled[missing] = filled["linear"].assign(target=(filled["linear"]["target"].dims, values))
+    rmse = compare_imputations(truth, filled).set_index("method")["rmse"]
+    assert rmse["linear"] < rmse["last_value"]
+    assert rmse["mar"] < 0.85 * rmse["linear"]
+    assert rmse["mnar"] < 0.85 * rmse["linear"]
+
+
+def test_blocks_count_less_than_scattered_gaps():
+    rng = np.random.default_rng(0)
+    scattered = rng.random((4000, 1)) < 0.2
+    blocks = np.repeat(rng.random((400, 1)) < 0.2, 10, axis=0)
+    found = _evidence(np.hstack([scattered, blocks, np.zeros((4000, 1), bool)]))
+    assert found == pytest.approx([1.0, 0.1, 1.0], abs=0.06)
 
 
 def test_bad_input():
