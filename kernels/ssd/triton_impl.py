@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..autotune import fastest
 from ..transforms import FirstDerivative, apply, fold, operator, unfold
 from ..triton_utils import INTERPRETED, multiprocessors, on_device
 from .op import heads_per_head
@@ -110,6 +111,15 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     if headdim * state > 64 * 128:
         return Tiles(32, 8, 1)
     return {"links": Tiles(64, 4, 1)}.get(kernel, Tiles(64, 4, 2))
+
+
+def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """What a search for tiles tries, see `autotune`: first the tiles of the table."""
+    first = tiles(kernel, headdim, state, dtype)
+    if INTERPRETED or dtype == torch.float64:
+        return (first,)
+    others = [Tiles(chunk, warps, stages) for chunk in (32, 64) for warps in (4, 8) for stages in (1, 2, 3)]
+    return first, *(one for one in others if one != first)
 
 
 def options(x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles) -> dict[str, Any]:
@@ -301,27 +311,59 @@ def run_gradients(
         blocks: Blocks of heads per group, each with its own sum for dB and dC, 0 to choose.
     """
     x, n = sweep.values, sweep.keys.shape[3]
-    chosen = gradient_tiles(x, n, chunk)
-    links = chosen[0]
     batch, length, nheads, headdim = x.shape
-    state_bytes = 2 * nheads * triton.cdiv(length, links.chunk) * headdim * n * x.element_size()
-    group = max(1, _BORDER_BYTES // state_bytes)
-    for start in range(0, batch, group):
-        rows = slice(start, start + group)
-        some, index = sweep.cut(rows), None if seq_idx is None else seq_idx[rows]
-        run_gradients_at_once(
-            some, C[rows], None if D is None else D[rows], index, dy[rows], None if dfinal is None else dfinal[rows],
-            Gradients(*(one[rows] for one in into)), chosen, add, parts, blocks,
-        )  # fmt: skip
+
+    def run(chosen: GradientTiles) -> None:
+        state_bytes = 2 * nheads * triton.cdiv(length, chosen.links.chunk) * headdim * n * x.element_size()
+        group = max(1, _BORDER_BYTES // state_bytes)
+        for start in range(0, batch, group):
+            rows = slice(start, start + group)
+            some, index = sweep.cut(rows), None if seq_idx is None else seq_idx[rows]
+            run_gradients_at_once(
+                some, C[rows], None if D is None else D[rows], index, dy[rows],
+                None if dfinal is None else dfinal[rows], Gradients(*(one[rows] for one in into)), chosen, add, parts,
+                blocks,
+            )  # fmt: skip
+
+    first = gradient_tiles(x, n, chunk)
+    if chunk or add:  # a search overwrites its results, and does not add to them
+        run(first)
+    else:
+        run(fastest("ssd gradient", gradient_alternatives(first, x), run, x.device, sizes=(*padded(x, n), x.dtype)))
 
 
-def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> tuple[Tiles, Tiles, Tiles, int]:
-    """Tiles of "links", "maps" and the sweep of a gradient, and the sweep's chunks per border: one border per chunk."""
+class GradientTiles(NamedTuple):
+    """Tiles of the kernels of a gradient, one border per chunk of theirs."""
+
+    links: Tiles
+    maps: Tiles
+    sweep: Tiles
+    subs: int  # chunks of the sweep per border
+
+
+def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:
+    """Those of the tables, or with another chunk."""
     links, maps, sweep = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
-    if chunk:
-        links, maps, sweep = (one._replace(chunk=chunk) for one in (links, maps, sweep))
-    sweep = sweep._replace(chunk=min(sweep.chunk, links.chunk))
-    return links, maps._replace(chunk=links.chunk), sweep, links.chunk // sweep.chunk
+    chunk = chunk or links.chunk
+    of_sweep = min(sweep.chunk, chunk)
+    return GradientTiles(
+        links._replace(chunk=chunk), maps._replace(chunk=chunk), sweep._replace(chunk=of_sweep), chunk // of_sweep
+    )
+
+
+def gradient_alternatives(first: GradientTiles, x: Tensor) -> tuple[GradientTiles, ...]:
+    """What a search tries: first the tiles of the tables."""
+    if INTERPRETED or x.dtype == torch.float64:
+        return (first,)
+    others = [
+        GradientTiles(Tiles(chunk, warps, stages), Tiles(chunk, 4, of_maps), Tiles(chunk, of_sweep, 2), 1)
+        for chunk in (32, 64)
+        for warps in (4, 8)
+        for stages in (1, 2)
+        for of_maps in (1, 2)
+        for of_sweep in (4, 8)
+    ]
+    return first, *(one for one in others if one != first)
 
 
 def run_gradients_at_once(
@@ -332,7 +374,7 @@ def run_gradients_at_once(
     dy: Tensor,
     dfinal: Tensor | None,
     into: Gradients,
-    chosen: tuple[Tiles, Tiles, Tiles, int],
+    chosen: GradientTiles,
     add: bool = False,
     parts: int = 0,
     blocks: int = 0,
@@ -404,17 +446,24 @@ def run_outputs(
     """Write outputs of a recurrence and its last state to contiguous `y` and `final`; all tensors have dense rows."""
     x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
     (batch, length, nheads, _), (groups, n) = x.shape, B.shape[2:]
-    chosen, sweeping = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("fwd", "sweep"))
+    sizes = *padded(x, n), x.dtype
+    sweeping = tiles("sweep", *sizes)
+
+    def run(chosen: Tiles) -> None:
+        of_sweep = sweeping._replace(chunk=chunk or sweeping.chunk)
+        step = max(chosen.chunk, of_sweep.chunk)
+        count, part_length = choose_parts(batch * nheads, length, step, x.device, parts)
+        (entering,) = entering_states((sweep,), seq_idx, of_sweep, 1, count, part_length)
+        _ssd_fwd_kernel[(batch * count * nheads,)](
+            x, log_decay, B, C, weight, D, seq_idx, entering, y, final, length, nheads, nheads // groups, count,
+            part_length, *strides(x, B, C, D), HAS_WEIGHT=weight is not None, HAS_D=D is not None,
+            HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen),
+        )  # fmt: skip
+
     if chunk:
-        chosen, sweeping = chosen._replace(chunk=chunk), sweeping._replace(chunk=chunk)
-    step = max(chosen.chunk, sweeping.chunk)
-    parts, part_length = choose_parts(batch * nheads, length, step, x.device, parts)
-    (entering,) = entering_states((sweep,), seq_idx, sweeping, 1, parts, part_length)
-    _ssd_fwd_kernel[(batch * parts * nheads,)](
-        x, log_decay, B, C, weight, D, seq_idx, entering, y, final, length, nheads, nheads // groups, parts,
-        part_length, *strides(x, B, C, D), HAS_WEIGHT=weight is not None, HAS_D=D is not None,
-        HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen),
-    )  # fmt: skip
+        run(tiles("fwd", *sizes)._replace(chunk=chunk))
+    else:
+        run(fastest("ssd outputs", alternatives("fwd", *sizes), run, x.device, sizes=sizes))
 
 
 @operator("ssd_triton_fwd")

@@ -197,7 +197,7 @@ def _forward(
     with on_device(x):
         for rows in _groups(x, n, _TURNED_BYTES):
             some = given.cut(rows)
-            turned = _turned(some, half, chunk or gradient_tiles(x, n)[0].chunk)
+            turned = _turned(some, half, chunk or gradient_tiles(x, n).links.chunk)
             sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0)
             run_outputs(sweep, turned.q, turned.skip, some.seq_idx, y[rows], final[rows], chunk, parts)
             torch.mul(turned.before[..., -1], math.pi, out=last[rows])
@@ -250,7 +250,7 @@ def _backward(
     with on_device(x):
         for rows in _groups(x, n, _TURNED_BYTES // 2):
             some, end = given.cut(rows), None if dfinal is None else dfinal[rows]
-            turned = _turned(some, half, tiles[0].chunk)
+            turned = _turned(some, half, tiles.links.chunk)
             dweight, dskip = torch.empty_like(some.log_decay), torch.empty_like(some.log_decay)
             into = Gradients(
                 dx[rows], dlog_decay[rows], torch.empty_like(turned.k), torch.empty_like(turned.q), dweight, dskip,
@@ -262,7 +262,7 @@ def _backward(
             )
             outputs = dgamma[rows], ddt[rows], dlater[rows], drate[rows], dB[rows], dC[rows], dphi[rows]
             ends = tuple(None if one is None else one[rows] for one in (dphase, dphi_end))
-            sums.append((*_unturned(some, half, tiles[0].chunk, turned, into, borders, ends, outputs, blocks),
+            sums.append((*_unturned(some, half, tiles.links.chunk, turned, into, borders, ends, outputs, blocks),
                          dskip.sum((0, 1))))  # fmt: skip
     # An input weighs what it had when it came and, one position later, what beta adds to it.
     later = dlater[:, :-1]
