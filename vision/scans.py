@@ -48,15 +48,31 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None, symmetric: bool) 
 
 @register_notrace_function
 @torch.jit.ignore
+def raw_steps(low: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """low weight^T + bias in at least float32: a narrow product is widened before the bias comes to it.
+
+    Args:
+        low: Steps of low rank, (b, l, r).
+        weight: (d, r).
+        bias: (d,).
+    """
+    wide = torch.promote_types(low.dtype, torch.float32)
+    if low.dtype == wide and not torch.is_autocast_enabled(low.device.type):
+        return F.linear(low, weight, bias)
+    return F.linear(low, weight).to(wide) + bias.to(wide)
+
+
+@register_notrace_function
+@torch.jit.ignore
 def selective_mix(
-    x: Tensor, dt: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, window: int
+    x: Tensor, dt: Tensor, dt_bias: Tensor | None, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, window: int
 ) -> Tensor:
     """Selective scan along dim 1 with float32 steps, rates and states.
 
     Args:
         x: Input, (b, l, d).
         dt: Steps before bias and softplus, (b, l, d).
-        dt_bias: (d,).
+        dt_bias: (d,); None where `dt` has it already.
         A_log: Logarithm of the decay rates, (d, n).
         B: Input maps, (b, l, n) or (b, l, g, n).
         C: Output maps, like `B`.
@@ -67,7 +83,7 @@ def selective_mix(
         (b, l, d) in float32, so that directions are summed before rounding.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    dt = F.softplus(dt.to(wide) + dt_bias.to(wide))
+    dt = F.softplus(dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide))
     A = -A_log.to(wide).exp()
     if _PLAIN.get():
         if window:

@@ -28,7 +28,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
-from ..scans import at_least_float32, selective_mix, short_conv
+from ..scans import at_least_float32, raw_steps, selective_mix, short_conv
 from .settings import token_cfg
 from .token_model import Block, TokenModel, fitted, unwrapped
 
@@ -130,15 +130,15 @@ class VimMixer(nn.Module):
             y = self._both_ends(u)
         else:
             y = self._one_end(u)
-        y = self.out_proj((y * F.silu(z) * self.scale).to(x.dtype))
+        y = self.out_proj((y * F.silu(z)).to(x.dtype)) * self.scale
         return y.flip(1) if self.reverse else y
 
     def _one_end(self, u: Tensor) -> Tensor:
         u = short_conv(u, self.conv1d.weight, self.conv1d.bias, False)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         window = segment(u, self.window) if self.local else 0
-        dt = F.linear(dt, self.dt_proj.weight)
-        return selective_mix(u, dt, self.dt_proj.bias, self.A_log, B, C, self.D, window)
+        dt = raw_steps(dt, self.dt_proj.weight, self.dt_proj.bias)
+        return selective_mix(u, dt, None, self.A_log, B, C, self.D, window)
 
     def _both_ends(self, u: Tensor) -> Tensor:
         """One call for both directions, side by side as two groups of channels."""
@@ -150,11 +150,13 @@ class VimMixer(nn.Module):
         forward, backward = u.chunk(2, dim=-1)
         dt_f, B_f, C_f = self.x_proj(forward).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt_b, B_b, C_b = self.x_proj_b(backward).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = torch.cat([F.linear(dt_f, self.dt_proj.weight), F.linear(dt_b, self.dt_proj_b.weight)], dim=-1)
+        # One product with a block diagonal matrix instead of two and their concatenation.
+        maps = torch.block_diag(self.dt_proj.weight, self.dt_proj_b.weight)
+        bias = torch.cat([self.dt_proj.bias, self.dt_proj_b.bias])
         y = selective_mix(
             u,
-            dt,
-            torch.cat([self.dt_proj.bias, self.dt_proj_b.bias]),
+            raw_steps(torch.cat([dt_f, dt_b], dim=-1), maps, bias),
+            None,
             torch.cat([self.A_log, self.A_b_log]),
             torch.stack([B_f, B_b], dim=2),
             torch.stack([C_f, C_b], dim=2),
