@@ -291,7 +291,7 @@ class Stack(nn.Module):
                     branch = GatedMLP(d_model, hidden=mlp_hidden, **factory)
                 built = _create(d_model, options, mixer_options or {}, factory)
             self.blocks.append(Residual(d_model, built, branch, **place, **factory))
-        mixers = [block.mixer for block in self.blocks]
+        mixers: list[Any] = [block.mixer for block in self.blocks]
         self._reads = {k: _memory(mixers, k) for k, m in enumerate(mixers) if isinstance(m, GatedMemoryUnit)}
         self.norm = nn.Identity() if norm_position == "post" else create_norm(norm, d_model, eps=eps, **factory)
         branches = sum(1 if block.mlp is None else 2 for block in self.blocks)

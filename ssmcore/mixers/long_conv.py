@@ -318,7 +318,8 @@ class HyenaFilter(nn.Module):
             angle = 2 * math.pi * place * torch.linspace(1e-4, self.bands - 1, self.bands).to(weight)
             h = torch.cat([place, angle.cos(), angle.sin()], dim=-1)
             for layer in self.hidden:
-                h = torch.sin(wide(self.frequency) * F.linear(h, wide(layer.weight), wide(layer.bias)))
+                weights = (wide(layer.get_parameter(name)) for name in ("weight", "bias"))
+                h = torch.sin(wide(self.frequency) * F.linear(h, *weights))
             taps = F.linear(h, wide(self.out.weight)) * torch.exp(-place * weight.abs())
         return taps.mT
 
@@ -360,7 +361,8 @@ class MonarchMixer(_LongConv):
         self.d_model, self.max_len, self.causal, self.residual_conv = d_model, max_len, not bidirectional, residual_conv
         self.in_proj = nn.Linear(d_model, 3 * d_model, **factory)  # [q, k, v]
         self.conv1d = depthwise_conv(3 * d_model, 3, **factory)
-        sides, sizes = 2 if bidirectional else 1, {"features": features, "order": order}
+        sides = 2 if bidirectional else 1
+        sizes: dict[str, Any] = {"features": features, "order": order}
         self.filters = nn.ModuleList(HyenaFilter(d_model, max_len, **sizes, **factory) for _ in range(sides))
         self.D = nn.Parameter(torch.randn(d_model, **real))
         if residual_conv:
