@@ -123,8 +123,8 @@ class TorchvisionDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.plus = 0 if name.startswith(("fcos", "retinanet")) else 1
-        plain = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-        self.default_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        plain: dict[str, Any] = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+        self.default_cfg: Any = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
         count = num_classes + self.plus
         if name in PYRAMID_DETECTORS:
             if backbone is None:

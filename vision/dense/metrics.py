@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,10 +64,12 @@ def average_precision() -> Metric:
 
     if not (_PYCOCOTOOLS_AVAILABLE or _FASTER_COCO_EVAL_AVAILABLE):
         raise ImportError('average precision needs pycocotools: pip install "omnissm[detection]"')
-    backend = "pycocotools" if _PYCOCOTOOLS_AVAILABLE else "faster_coco_eval"
+    backend: Literal["pycocotools", "faster_coco_eval"] = (
+        "pycocotools" if _PYCOCOTOOLS_AVAILABLE else "faster_coco_eval"
+    )
     # its own thresholds are float32, and 0.8 then exceeds a recall of 4 / 5: COCO's are float64
     overlaps, recalls = np.linspace(0.5, 0.95, 10).tolist(), np.linspace(0, 1, 101).tolist()
-    return MeanAveragePrecision(
+    metric = MeanAveragePrecision(
         box_format="xyxy",
         iou_thresholds=overlaps,
         rec_thresholds=recalls,
@@ -75,6 +77,8 @@ def average_precision() -> Metric:
         extended_summary=True,
         backend=backend,
     )
+    metric.warn_on_many_detections = False  # COCO counts the surest 100
+    return metric
 
 
 def precision_table(found: Mapping[str, Any], classes: Sequence[str]) -> list[dict[str, Any]]:

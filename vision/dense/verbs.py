@@ -7,9 +7,12 @@ import io
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...ssmcore.training.checkpoints import ModelFolder, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHEET = 24  # drawings on a sheet at most
 
@@ -32,7 +35,8 @@ def predict_dense(
     model = load(stored, device)
     names = _names(paths)
     rows: list[list[Any]] = []
-    shown, bad = [], 0
+    shown: list[tuple[str, Tensor]] = []
+    bad = 0
     for p, name in zip(model.predict(paths, threshold=threshold, window=window, on_bad=on_bad), names):
         if p.image is None:
             bad += 1

@@ -184,7 +184,7 @@ class Yolo(nn.Module):
             size = {**SIZES[backbone], **options}
             repeats = size.pop("repeats") if repeats is None else repeats
             self.backbone: nn.Module = YoloBackbone(**{k: size[k] for k in size if k != "repeats"})
-            self.default_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+            self.default_cfg: Any = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
             channels = self.backbone.channels
         else:
             features = Features(backbone, options, least_stride=YoloBackbone.strides[0])
