@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
-from .paths import cross_scan_by_direction
+from .chunked import cross_scan_chunked
 from .reference import cross_scan_reference
 
 _LARGEST_STATE = 256
@@ -63,4 +63,8 @@ def cross_scan(
     name = choose(backend, x, op="cross_scan", obstacle=obstacle)
     if name == "reference":
         return cross_scan_reference(x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), D)
-    return cross_scan_by_direction(x, dt, A, B, C, D, name)  # type: ignore[arg-type]
+    if name == "triton" and x.numel() > 0 and sizes["n"] > 0:
+        from .triton_impl import cross_scan_triton
+
+        return cross_scan_triton(x, dt, A, B, C, None if D is None else D.to(dtype))
+    return cross_scan_chunked(x, dt, A, B, C, D)

@@ -54,6 +54,8 @@ def _side_by_side(x, K: tl.constexpr):
 @triton.jit
 def _states_of(ptr, sub, ok, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
     """K neighbouring numbers for each lane, from vectors of pointers to rows of N; 0 beyond N."""
+    if K == 1:
+        return (tl.load(ptr + sub, mask=ok & (sub < N), other=0.0).to(ACC),)
     n = sub[:, None] * K + tl.arange(0, K)[None, :]
     if N % K == 0 and N & (N - 1) == 0:
         found = tl.load(ptr[:, None] + n, mask=ok[:, None], other=0.0)

@@ -1,4 +1,4 @@
-"""The chunked and Triton paths: one selective scan after the other, each added to the sum.
+"""`cross_scan` in plain PyTorch: one selective scan after the other, each added to the sum.
 
 No more than one order's inputs are laid out in its order at a time, and the skips are one product with the sum of D.
 """
@@ -8,19 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend
 from ..selective_scan.op import selective_scan
 
 
-def cross_scan_by_direction(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, backend: Backend
-) -> Tensor:
+def cross_scan_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
     """See `cross_scan`; A in the dtype of the states, which is that of the sum."""
     rows, columns = x.shape[1:3]
     total = torch.zeros_like(x, dtype=A.dtype) if D is None else x.to(A.dtype) * D.to(A.dtype).sum(0)
     for direction in range(4):
         u, steps, into, out = (_in_order(t, direction) for t in (x, dt[:, direction], B[:, direction], C[:, direction]))
-        y, _ = selective_scan(u, steps, A[direction], into, out, backend=backend)
+        y, _ = selective_scan(u, steps, A[direction], into, out, backend="chunked")
         total = total + _at_cells(y, rows, columns, direction)
     return total
 

@@ -1,0 +1,264 @@
+"""The kernels of `cross_scan`; what they compute and how is in triton_impl.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..scan2d.triton_kernels import _added, _columns, _less_one, _load_lanes, _over_states, _store_lanes, _zeros
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _place(CHANNELS: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
+    """Batch index, order and block of channels of the program; state group and channel of lanes."""
+    blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
+    row = (tl.program_id(0) // (4 * blocks)).to(tl.int64)
+    order = tl.program_id(0) // blocks % 4
+    block = tl.program_id(0) % blocks
+    lane = tl.arange(0, BD * SUB)
+    channel = block * BD + lane // SUB
+    return row, order, block, lane, lane % SUB, channel, channel < CHANNELS
+
+
+@triton.jit
+def _path(order, rows, columns):
+    """Cells of a line of the order, and the first cell and the strides between cells and lines."""
+    by_columns = order % 2 == 1
+    sign = tl.where(order >= 2, -1, 1)
+    inner = tl.where(by_columns, rows, columns)
+    first = tl.where(order >= 2, rows * columns - 1, 0)
+    return inner, first, sign * tl.where(by_columns, columns, 1), sign * tl.where(by_columns, 1, columns)
+
+
+@triton.jit
+def _cells(start, inner, first, stride, stride_of_lines, TIME: tl.constexpr):
+    """The cells of TIME positions."""
+    line, at = start // inner, start % inner
+    found = ()
+    for _ in tl.static_range(TIME):
+        found = found + ((first + line * stride_of_lines + at * stride).to(tl.int64),)
+        wraps = at + 1 == inner
+        line, at = tl.where(wraps, line + 1, line), tl.where(wraps, 0, at + 1)
+    return found
+
+
+@triton.jit
+def _maps_of(ptr, sub, ok, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """K neighbouring numbers of one row of N for each lane."""
+    if K == 1:
+        return (tl.load(ptr + sub, mask=ok & (sub < N), other=0.0).to(ACC),)
+    n = sub[:, None] * K + tl.arange(0, K)[None, :]
+    found = tl.load(ptr + n, mask=ok & (n < N), other=0.0)
+    return _columns(found.to(ACC), K)
+
+
+@triton.jit
+def _rates(A_ptr, at, sub, ok, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    n = sub[:, None] * K + tl.arange(0, K)[None, :]
+    found = tl.load(A_ptr + at[:, None] + n, mask=ok[:, None] & (n < N), other=0.0)
+    return _columns(found.to(ACC), K)
+
+
+@triton.jit
+def _fetch(
+    x_row, dt_row, B_row, C_row, cells, start, length, sub, ok,
+    CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TIME: tl.constexpr, WITH_C: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """x, dt, B (and C) of TIME positions; zeros behind the end, which change nothing."""
+    found = ()
+    for i in tl.static_range(TIME):
+        here = start + i < length
+        x = tl.load(x_row + cells[i] * CHANNELS, mask=ok & here, other=0.0).to(ACC)
+        dt = tl.load(dt_row + cells[i] * CHANNELS, mask=ok & here, other=0.0).to(ACC)
+        B = _maps_of(B_row + cells[i] * N, sub, here, N, K, ACC)
+        C = B
+        if WITH_C:
+            C = _maps_of(C_row + cells[i] * N, sub, here, N, K, ACC)
+        found = found + ((x, dt, B, C),)
+    return found
+
+
+@triton.jit
+def _advance(h, A, at, K: tl.constexpr, PRECISE: tl.constexpr):
+    """The states after a position, and its decays less one."""
+    x, dt, B, _C = at
+    scaled, u = dt * _LOG2_E, dt * x
+    new, gates = (), ()
+    for k in tl.static_range(K):
+        gate = _less_one(dt, scaled, A[k], PRECISE)
+        new = new + (h[k] + (gate * h[k] + u * B[k]),)
+        gates = gates + (gate,)
+    return new, gates
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _cross_scan_fwd_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, saved_ptr, rows, columns,
+    CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, TIME: tl.constexpr,
+    SAVED: tl.constexpr, SAVE: tl.constexpr, HAS_D: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = BD * SUB
+    row, order, _block, lane, sub, channel, ok = _place(CHANNELS, BD, SUB)
+    length = rows * columns
+    inner, first, stride, stride_of_lines = _path(order, rows, columns)
+    cells_before = (row * 4 + order) * length
+    x_row, dt_row = x_ptr + row * length * CHANNELS + channel, dt_ptr + cells_before * CHANNELS + channel
+    B_row, C_row = B_ptr + cells_before * N, C_ptr + cells_before * N
+    y_row = y_ptr + (order * (tl.num_programs(0) // (4 * ((CHANNELS + BD - 1) // BD))) + row) * length * CHANNELS
+    A = _rates(A_ptr, (order * CHANNELS + channel) * N, sub, ok, N, K, ACC)
+    skip = tl.zeros([LANES], ACC)
+    if HAS_D:
+        skip = tl.load(D_ptr + order * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
+    h = _zeros(lane, K, ACC)
+    chunks = tl.cdiv(length, SAVED)
+    saved = saved_ptr + tl.program_id(0).to(tl.int64) * chunks * (K * LANES) + lane
+    for start in range(0, length, TIME):
+        if SAVE and start % SAVED == 0:
+            _store_lanes(saved + start // SAVED * (K * LANES), h, LANES, lane >= 0, K)
+        cells = _cells(start, inner, first, stride, stride_of_lines, TIME)
+        line = _fetch(
+            x_row, dt_row, B_row, C_row, cells, start, length, sub, ok, CHANNELS, N, K, TIME, True, ACC
+        )  # fmt: skip
+        own = tl.zeros([LANES], ACC)
+        own_cell = tl.zeros([LANES], tl.int64)
+        for i in tl.static_range(TIME):
+            h, _gates = _advance(h, A, line[i], K, PRECISE)
+            C = line[i][3]
+            y = C[0] * h[0]
+            for k in tl.static_range(1, K):
+                y += C[k] * h[k]
+            y = _over_states(y, SUB)
+            if HAS_D:
+                y += skip * line[i][0]
+            own = tl.where(sub == i % SUB, y, own)
+            own_cell = tl.where(sub == i % SUB, cells[i], own_cell)
+            if i % SUB == SUB - 1 or i == TIME - 1:
+                begin = i // SUB * SUB
+                mine = ok & (begin + sub <= i) & (start + begin + sub < length)
+                tl.store(y_row + own_cell * CHANNELS + channel, own, mask=mine)
+
+
+@triton.jit
+def _side_by_side(x, LEVELS: tl.constexpr):
+    """A tuple of 2^LEVELS vectors as the columns of a tile."""
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for v in tl.static_range((1 << LEVELS) >> (level + 1)):
+            pair = tl.join(x[v], x[v + ((1 << LEVELS) >> (level + 1))])
+            joined = joined + (tl.reshape(pair, [x[0].shape[0], 2 << level]),)
+        x = joined
+    return x[0]
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _cross_scan_bwd_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, saved_ptr, scratch_ptr,
+    dx_ptr, ddt_ptr, dmaps_ptr, dA_ptr, dD_ptr, rows, columns,
+    CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, TIME: tl.constexpr,
+    LEVELS: tl.constexpr, SAVED: tl.constexpr, HAS_D: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """2^LEVELS is 2 K TIME."""
+    LANES: tl.constexpr = BD * SUB
+    SLOTS: tl.constexpr = SAVED // TIME
+    row, order, block, lane, sub, channel, ok = _place(CHANNELS, BD, SUB)
+    length = rows * columns
+    inner, first, stride, stride_of_lines = _path(order, rows, columns)
+    batch = tl.num_programs(0) // (4 * ((CHANNELS + BD - 1) // BD))
+    cells_before = (row * 4 + order) * length
+    x_row, dt_row = x_ptr + row * length * CHANNELS + channel, dt_ptr + cells_before * CHANNELS + channel
+    dy_row = dy_ptr + row * length * CHANNELS + channel
+    B_row, C_row = B_ptr + cells_before * N, C_ptr + cells_before * N
+    dx_row = dx_ptr + (order * batch + row) * length * CHANNELS
+    ddt_row = ddt_ptr + cells_before * CHANNELS
+    map_size = batch.to(tl.int64) * 4 * length * N
+    dmaps_row = dmaps_ptr + block * 2 * map_size + cells_before * N
+    A = _rates(A_ptr, (order * CHANNELS + channel) * N, sub, ok, N, K, ACC)
+    skip = tl.zeros([LANES], ACC)
+    if HAS_D:
+        skip = tl.load(D_ptr + order * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
+    chunks = tl.cdiv(length, SAVED)
+    program = tl.program_id(0).to(tl.int64)
+    saved = saved_ptr + program * chunks * (K * LANES) + lane
+    scratch = scratch_ptr + program * (SLOTS * K * LANES) + lane
+    carry, dA, dD = _zeros(lane, K, ACC), _zeros(lane, K, ACC), tl.zeros([LANES], ACC)
+    column = tl.arange(0, 2 * K * TIME)[None, :]
+    for chunk_back in range(chunks):
+        chunk = chunks - 1 - chunk_back
+        begin = chunk * SAVED
+        stretches = tl.cdiv(tl.minimum(length - begin, SAVED), TIME)
+        h = _load_lanes(saved + chunk * (K * LANES), LANES, lane >= 0, K)
+        for stretch in range(stretches):
+            _store_lanes(scratch + stretch * (K * LANES), h, LANES, lane >= 0, K)
+            if stretch < stretches - 1:
+                start = begin + stretch * TIME
+                cells = _cells(start, inner, first, stride, stride_of_lines, TIME)
+                line = _fetch(
+                    x_row, dt_row, B_row, B_row, cells, start, length, sub, ok, CHANNELS, N, K, TIME, False, ACC
+                )  # fmt: skip
+                for i in tl.static_range(TIME):
+                    h, _gates = _advance(h, A, line[i], K, PRECISE)
+        tl.debug_barrier()
+        for stretch_back in range(stretches):
+            stretch = stretches - 1 - stretch_back
+            start = begin + stretch * TIME
+            cells = _cells(start, inner, first, stride, stride_of_lines, TIME)
+            line = _fetch(
+                x_row, dt_row, B_row, C_row, cells, start, length, sub, ok, CHANNELS, N, K, TIME, True, ACC
+            )  # fmt: skip
+            dys = ()
+            for i in tl.static_range(TIME):
+                dys = dys + (tl.load(dy_row + cells[i] * CHANNELS, mask=ok & (start + i < length), other=0.0).to(ACC),)
+            now = _load_lanes(scratch + stretch * (K * LANES), LANES, lane >= 0, K)
+            states, gates = (now,), ()
+            for i in tl.static_range(TIME):
+                now, gate = _advance(now, A, line[i], K, PRECISE)
+                states, gates = states + (now,), gates + (gate,)
+            own_dx, own_ddt = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+            own_cell = tl.zeros([LANES], tl.int64)
+            sums = ()
+            for i in tl.static_range(TIME - 1, -1, -1):
+                x, dt, B, C = line[i]
+                dy = dys[i]
+                u = dt * x
+                before, after = states[i], states[i + 1]
+                into, out, new, of_A = (), (), (), ()
+                p, q = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+                for k in tl.static_range(K):
+                    G = carry[k] + C[k] * dy
+                    into = into + (tl.where(ok, G * u, 0.0),)
+                    out = out + (tl.where(ok, after[k] * dy, 0.0),)
+                    p += G * B[k]
+                    G = G + gates[i][k] * G
+                    e = G * before[k]
+                    q += e * A[k]
+                    of_A = of_A + (e * dt,)
+                    new = new + (G,)
+                carry = new
+                dA = _added(dA, of_A, K)
+                dD += dy * x
+                mine = sub == i % SUB
+                own_dx = tl.where(mine, _over_states(dt * p, SUB) + skip * dy, own_dx)
+                own_ddt = tl.where(mine, _over_states(q + x * p, SUB), own_ddt)
+                own_cell = tl.where(mine, cells[i], own_cell)
+                sums = into + out + sums
+                if i % SUB == 0:
+                    stored = ok & (i + sub < min(i + SUB, TIME)) & (start + i + sub < length)
+                    at = own_cell * CHANNELS + channel
+                    tl.store(dx_row + at, own_dx, mask=stored)
+                    tl.store(ddt_row + at, own_ddt, mask=stored)
+            tile = tl.sum(tl.reshape(_side_by_side(sums, LEVELS), [BD, SUB, 2 * K * TIME]), axis=0)  # over channels
+            # Columns are (position, map, k).
+            i = column // (2 * K)
+            t = start + i
+            cell = first + t // inner * stride_of_lines + t % inner * stride
+            n = tl.arange(0, SUB)[:, None] * K + column % K
+            at = (column // K % 2) * map_size + cell.to(tl.int64) * N + n
+            tl.store(dmaps_row + at, tile, mask=(t < length) & (n < N))
+        tl.debug_barrier()
+    out = ((row * 4 + order) * CHANNELS + channel) * N + sub * K
+    for k in tl.static_range(K):
+        tl.store(dA_ptr + out + k, dA[k], mask=ok & (sub * K + k < N))
+    tl.store(dD_ptr + (row * 4 + order) * CHANNELS + channel, dD, mask=ok & (sub == 0))
