@@ -296,3 +296,47 @@ def test_plain_scans_equal_the_op():
         with plain_scans():
             torch.testing.assert_close(mixer(x), expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(mixer(x), expected, rtol=0, atol=0)
+
+
+def test_detector_in_16_bit_stays_near():
+    net = create_detector("yolo", 2, (64, 64), backbone_args=TINY_YOLO)
+    images, boxes = torch.rand(2, 3, 64, 64), torch.tensor([[[2.0, 2, 30, 31]], [[10, 10, 60, 60]]])
+    labels = torch.tensor([[0], [1]])
+    expected = net.losses(images, boxes, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net.losses(images, boxes, labels)
+        corners = net.eval()(images)[0]
+    assert corners.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in found.values())
+    for name in ("score", "distribution"):
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_detector_learns_eight_images_by_heart():
+    pytest.importorskip("pycocotools")
+    from omnissm.vision.dense.metrics import average_precision
+
+    net = create_detector("yolo", 2, (64, 64), backbone_args=TINY_YOLO)
+    generator = torch.Generator().manual_seed(1)
+    images, boxes, labels = torch.full((8, 3, 64, 64), 0.5), torch.zeros(8, 2, 4), torch.zeros(8, 2).long()
+    for k in range(8):
+        for j in range(2):
+            w, h = torch.randint(12, 28, (2,), generator=generator).tolist()
+            x, y = 32 * j + int(torch.randint(33 - w, (), generator=generator)), 3 * k
+            label = int(torch.randint(2, (), generator=generator))
+            images[k, :, y : y + h, x : x + w] = 0
+            images[k, 2 * label, y : y + h, x : x + w] = 1
+            boxes[k, j], labels[k, j] = torch.tensor([x, y, x + w, y + h]), label
+    optimizer = torch.optim.AdamW(net.parameters(), lr=4e-3)
+    for _ in range(160):
+        optimizer.zero_grad()
+        torch.stack(list(net.losses(images, boxes, labels).values())).sum().backward()
+        optimizer.step()
+    metric = average_precision()
+    with torch.no_grad():
+        found = net.eval().detect(images, 0.001)
+    predicted = [{"boxes": f.boxes, "scores": f.scores, "labels": f.labels} for f in found]
+    metric.update(predicted, [{"boxes": b, "labels": n} for b, n in zip(boxes, labels)])
+    assert float(metric.compute()["map"]) > 0.9

@@ -151,7 +151,8 @@ class YoloHead(nn.Module):
 def decoded(raw: Raw) -> Tensor:
     """Boxes (b, A, 4) as corners in pixels: means of the distributions, in strides from the cell's centre."""
     values = torch.arange(BINS, device=raw.distances.device, dtype=torch.float32)
-    sides = (raw.distances.float().softmax(-1) @ values) * raw.strides[:, None]
+    means = (raw.distances.float().softmax(-1) * values).sum(-1)  # no matrix product: autocast would round it
+    sides = means * raw.strides[:, None]
     return torch.cat([raw.centres - sides[..., :2], raw.centres + sides[..., 2:]], dim=-1)
 
 

@@ -28,7 +28,7 @@ class ConvAct(nn.Sequential):
     ) -> None:
         super().__init__(
             nn.Conv2d(inside, outside, kernel, stride, kernel // 2, groups=groups, bias=False),
-            nn.BatchNorm2d(outside, eps=1e-3, momentum=0.03),
+            nn.BatchNorm2d(outside, eps=1e-3),
             nn.GELU() if gelu else nn.SiLU(),
         )
 
