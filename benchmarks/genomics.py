@@ -73,7 +73,8 @@ def write_snvs(path: Path, genome: Reference, places: list[int]) -> None:
 def records(options: Options, folder: Path) -> list[dict[str, Any]]:
     genome, count = random_genome(4_640_000), 200_000
     write_snvs(folder / "r.vcf", genome, sorted(random.Random(0).sample(range(4_640_000), count)))
-    contigs, policy, began = ContigMap(genome.lengths), Policy(), time.perf_counter()
+    contigs, policy = ContigMap(genome.lengths), Policy()
+    began, used = time.perf_counter(), time.process_time()
     ok = sum(
         check(record, alt, genome, contigs, policy).status == "ok"
         for record in read_variants(folder / "r.vcf")
@@ -82,7 +83,8 @@ def records(options: Options, folder: Path) -> list[dict[str, Any]]:
     seconds = time.perf_counter() - began
     if ok != count:
         raise SystemExit(f"{count - ok} records were not ok")
-    return [{"job": "records", "records": count, "seconds": round(seconds, 2), "required_s": 15}]
+    row = {"job": "records", "records": count, "seconds": round(seconds, 2)}
+    return [row | {"cpu_seconds": round(time.process_time() - used, 2), "required_s": 15}]
 
 
 def tem1(options: Options, folder: Path) -> list[dict[str, Any]]:
@@ -180,9 +182,11 @@ def long(options: Options, folder: Path) -> list[dict[str, Any]]:
 
 def train(options: Options, folder: Path) -> list[dict[str, Any]]:
     rows = []
-    for name in ("dnahnet_small", "mamba2_small", "transformer_small"):
+    for name in options.models:
         torch.manual_seed(0)
         task = CausalLM(name).to(options.device).train()
+        if options.compile:
+            task.net.compile()
         task.log = task.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         optimizer = create_optimizer(task, lambda groups: torch.optim.AdamW(groups, lr=1e-4), task.lr_scales())
         assert optimizer is not None
@@ -211,6 +215,7 @@ def train(options: Options, folder: Path) -> list[dict[str, Any]]:
         seconds = (time.perf_counter() - began) / options.steps
         flops = task.net.flops(options.window, rates=rates, mode="train") * options.rows
         row = {"job": "train", "model": name, "rows": options.rows, "length": options.window, "rates": rates}
+        row["compiled"] = options.compile
         row |= {"step_ms": round(1e3 * seconds, 1), "bases_per_s": round(tokens.numel() / seconds)}
         rows.append(row | {"tflop_per_s": round(flops / seconds / 1e12, 2), "peak_gib": peak(options)})
         print(rows[-1], flush=True)
@@ -376,6 +381,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bases", type=int, default=2**20, help="for long")
     parser.add_argument("--rows", type=int, default=4, help="for train")
     parser.add_argument("--steps", type=int, default=10, help="for train")
+    parser.add_argument("--models", nargs="+", default=list(ORDER[:3]), help="for train")
+    parser.add_argument("--compile", action="store_true", help="for train: compile the networks")
     parser.add_argument("--from", dest="source", type=Path, help="for install: results of genomics_train.py")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for DEVICE/genomics.json")
     parser.add_argument("--commit", help="commit to note, where the code is a copy without history")
