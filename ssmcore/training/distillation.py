@@ -27,6 +27,8 @@ class Distillation(SSMTask):
     and what of it is avoidable, nats per prediction) and `agreement` (share of equal best guesses); for batches with
     `tokens` also `nats` and `teacher_nats`, the cross-entropy of the next symbol.
 
+    The first two stages leave some weights out; several processes need the strategy `ddp_find_unused_parameters_true`.
+
     Args:
         teacher: With `Attention` modules; it is not changed, and no part of checkpoints. Or a path for `reader`.
         reader: Called with the path, such as `omnissm.genomics.models.from_pretrained`; for configurations.
@@ -64,15 +66,14 @@ class Distillation(SSMTask):
             raise ValueError(f"`shares` must be three shares (matrix, hidden, logits) of sum 1, got {tuple(shares)}.")
         if temperature <= 0:
             raise ValueError(f"`temperature` must be positive, got {temperature}.")
-        if isinstance(teacher, str):
-            if reader is None:
-                raise ValueError(f"`reader` must say how to read the teacher at {teacher}, got none.")
-            teacher = reader(teacher)
-        self.net = convert(teacher, keep).train()
+        if isinstance(teacher, str) and reader is None:
+            raise ValueError(f"`reader` must say how to read the teacher at {teacher}, got none.")
+        source: nn.Module = reader(teacher) if isinstance(teacher, str) and reader is not None else teacher  # type: ignore[assignment]
+        self.net = convert(source, keep).train()
         # In a tuple, so that it is no part of this module: neither in checkpoints nor trained.
-        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._teacher = (source.eval().requires_grad_(False),)
         self.net.requires_grad_(train_rest)
-        for name in attention_layers(teacher):
+        for name in attention_layers(source):
             mixer: Any = self.net.get_submodule(name)
             if not isinstance(mixer, Attention):
                 (mixer.second if isinstance(mixer, HybridAttention) else mixer).requires_grad_(True)

@@ -37,9 +37,9 @@ def inputs(length: int, *, state: bool = True, weight: bool = True, D: bool = Tr
 @pytest.mark.parametrize("parent", TREES, ids=str)
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("absent", [{}, {"state": False, "weight": False, "D": False}], ids=["all", "bare"])
-def test_every_path_is_its_scan(parent, backend, absent):
-    tree = token_tree(parent)
-    given = inputs(tree.size, **absent)
+def test_every_path_is_its_scan(parent, backend, absent, device):
+    tree = token_tree(parent).to(device)
+    given = {name: None if one is None else one.to(device) for name, one in inputs(tree.size, **absent).items()}
     y = ssd_tree(**given, tree=tree, backend=backend)
     rest = {name: value for name, value in given.items() if name not in ("C", "D")}
     for row, parents in enumerate(rows_of(parent, 2)):
@@ -52,7 +52,7 @@ def test_every_path_is_its_scan(parent, backend, absent):
                 alone[name] = None if alone[name] is None else alone[name][:, path]
             expected, last = ssd(**alone, backend="reference")
             torch.testing.assert_close(y[row, node], expected[0, -1], rtol=1e-10, atol=1e-10)
-            state = ssd_tree_state(**rest, tree=tree, node=torch.tensor([node, node]))
+            state = ssd_tree_state(**rest, tree=tree, node=torch.tensor([node, node], device=device))
             torch.testing.assert_close(state[row], last[0], rtol=1e-10, atol=1e-10)
 
 
@@ -94,11 +94,11 @@ def test_float32_keeps_its_digits_under_strong_decays():
 @pytest.mark.parametrize("parent", TREES, ids=str)
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("activation", ["silu", None])
-def test_convolution_along_every_path(parent, width, activation):
+def test_convolution_along_every_path(parent, width, activation, device):
     torch.manual_seed(0)
-    tree = token_tree(parent)
-    x, state = torch.randn(2, tree.size, 6, **DOUBLE), torch.randn(2, 6, width - 1, **DOUBLE)
-    weight, bias = torch.randn(6, width, **DOUBLE), torch.randn(6, **DOUBLE)
+    tree = token_tree(parent).to(device)
+    shapes = [(2, tree.size, 6), (2, 6, width - 1), (6, width), (6,)]
+    x, state, weight, bias = (torch.randn(shape, **DOUBLE).to(device) for shape in shapes)
     y = conv_tree(x, weight, bias, tree, state, activation=activation)
     for row, parents in enumerate(rows_of(parent, 2)):
         for node in range(tree.size):
@@ -107,9 +107,9 @@ def test_convolution_along_every_path(parent, width, activation):
                 x[row : row + 1, path], weight, bias, state[row : row + 1], activation=activation
             )
             torch.testing.assert_close(y[row, node], expected[0, -1], rtol=1e-10, atol=1e-10)
-            kept = conv_tree_state(x, tree, torch.tensor([node, node]), state)
+            kept = conv_tree_state(x, tree, torch.tensor([node, node], device=device), state)
             assert torch.equal(kept[row], last[0])
-    assert torch.equal(conv_tree_state(x, tree, torch.tensor([-1, -1]), state), state)
+    assert torch.equal(conv_tree_state(x, tree, torch.tensor([-1, -1], device=device), state), state)
     bare = conv_tree(x, weight, None, tree)
     torch.testing.assert_close(bare, conv_tree(x, weight, 0 * bias, tree, 0 * state))
 

@@ -1,5 +1,6 @@
 """Speculative decoding: the symbols of plain decoding, or draws from the same distribution, in fewer passes."""
 
+import copy
 import itertools
 
 import pytest
@@ -27,13 +28,15 @@ PROMPT = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("widths", [(1,), (3, 2, 1), (2, 2, 2, 2), (7, 1)])
 @pytest.mark.parametrize("draft", ["other", "attention", "itself"])
-def test_greedy_symbols_are_those_of_plain_decoding(widths, draft):
+def test_greedy_symbols_are_those_of_plain_decoding(widths, draft, device):
+    model, prompt = copy.deepcopy(MODEL).to(device), PROMPT.to(device)
     small = {"other": DRAFT, "attention": build("t1", 2), "itself": MODEL}[draft]
-    mask = torch.ones_like(PROMPT, dtype=torch.bool)
+    small = copy.deepcopy(small).to(device)
+    mask = torch.ones_like(prompt, dtype=torch.bool)
     mask[1, :3], mask[2, 4:] = False, False
     for length in (0, 1, 11):
-        found = speculate(MODEL, small, PROMPT, length, widths=widths, mask=mask)
-        assert torch.equal(found.ids, generate(MODEL, PROMPT, length, mask=mask))
+        found = speculate(model, small, prompt, length, widths=widths, mask=mask)
+        assert torch.equal(found.ids, generate(model, prompt, length, mask=mask))
     if draft == "itself":  # the best guess is always right
         assert found.accepted == len(widths)
         assert found.passes == -(-10 // (len(widths) + 1))
