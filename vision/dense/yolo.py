@@ -5,7 +5,7 @@
     base    64 128 256 512        1 1 3 1      1     21,822,992
     large   96 192 384 576        2 2 6 2      2     57,620,256
 
-Source: Wang, Li, Xu, Sun, Zhu (2025), Mamba YOLO. The head predicts, for each cell of three levels, one score per class
+Source: Wang et al. (2025), Mamba YOLO. The head predicts, for each cell of three levels, one score per class
 and four distances to the sides of a box, each as a distribution over 16 values (Li, Wang, Wu et al. 2020, Generalized
 focal loss, section 3).
 """

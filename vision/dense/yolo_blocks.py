@@ -5,7 +5,7 @@
     ODSS a = SiLU(BN(1x1 x));   x = a + SS2D(LN(LS a));   x + RG(LN x)
 
 SS2D is that of VMamba with 16 states, twice the width and GELU for both activations.
-Source: Wang, Li, Xu, Sun, Zhu (2025), Mamba YOLO, section 3.
+Source: Wang et al. (2025), Mamba YOLO, section 3.
 """
 
 from __future__ import annotations
