@@ -29,9 +29,10 @@ import pandas as pd
 import torch
 
 from omnissm.ssmcore.training import write_atomic
-from omnissm.timeseries import Forecaster, anomalies, create_model, evaluate, forecast
+from omnissm.timeseries import Forecaster, anomalies, create_model, evaluate
 from omnissm.timeseries.conformal import track_intervals
 from omnissm.timeseries.data import ETT, read_nab
+from omnissm.timeseries.forecast import load, run_data
 from omnissm.timeseries.windows import WindowBatch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "timeseries"
@@ -94,7 +95,7 @@ def classes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def coverage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Coverage of the intervals of a run on its test part: as calibrated on the validation part, and tracked."""
-    model, (ds, test) = forecast.load(arguments.run), forecast.run_data(arguments.run)
+    model, (ds, test) = load(arguments.run), run_data(arguments.run)
     result = model.backtest(ds.isel(time=slice(0, test.stop)), test.start, progress=False)
     rows = []
     for label, each in (("split", result), ("tracked", track_intervals(result, arguments.rate))):
@@ -140,9 +141,8 @@ def backtest(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ds = ETT(str(arguments.root)).read()
     rows = []
     for name in ("chimera_tiny", "chimera_small"):
-        model = Forecaster(name, lookback=96, horizon=96).fit(
-            ds.isel(time=slice(0, 2000)), max_epochs=1, max_steps=2, progress=False
-        )
+        model = Forecaster(name, lookback=96, horizon=96, max_steps=2)
+        model.fit(ds.isel(time=slice(0, 2000)), max_epochs=1, progress=False)
         wall, cpu = time.perf_counter(), time.process_time()
         result = model.backtest(ds.isel(time=slice(0, 11520 + 2000 + 95)), start=11520, progress=False)
         row = {"model": name, "origins": result.sizes["cutoff"], "wall_s": time.perf_counter() - wall}

@@ -52,10 +52,12 @@ def plot_anomalies(
         bottom.set_yscale("log")
         bottom.set_ylabel("anomaly score")
         if "label" in one:
+            half = (times[1] - times[0]) / 2  # a window of one step has a width too
+            shade: dict[str, Any] = {"color": PALETTE[4], "alpha": 0.25, "linewidth": 0}
             for number, (start, end) in enumerate(_stretches(one["label"].to_numpy().astype(bool))):
                 for panel in panels:
                     text = "true window" if number == 0 and panel is bottom else None
-                    panel.axvspan(times[start], times[end], color=PALETTE[4], alpha=0.18, linewidth=0, label=text)
+                    panel.axvspan(times[start] - half, times[end] + half, label=text, **shade)
         bottom.legend(fontsize=9, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.14))
         time_axis(bottom, times)
         return bottom if len(panels) == 1 else np.array(panels)
