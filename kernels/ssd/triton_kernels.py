@@ -627,17 +627,21 @@ def _ssd_bwd_links_kernel(
 
         between = _less(high[None, :], low[None, :], high[:, None], low[:, None], EXACT)
         decays = tl.exp2(tl.where(linked, between, float("-inf")))  # [s, t]
-        products = _dot_nt(v, v_low, dy, dy_low, ACC, PRECISION) * decays
-        scores = _dot_nt(B, B_low, C, C_low, ACC, PRECISION)
+        products = _dot_nt(v, v_low, dy, dy_low, ACC, PRECISION)
+        if HAS_D and not MODE & 8:
+            own_products = tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1)
+            tl.store(dD_ptr + out + ahead * nheads, own_products, mask=ok)
+        scores = _dot_nt(B, B_low, C, C_low, ACC, PRECISION) * decays
         linking = products * scores
         dweight = tl.sum(linking, 1)
         if HAS_WEIGHT:
             weight = _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
             linking = linking * weight[:, None]
-            products = products * weight[:, None]
-        kernel += products
+            decays = decays * weight[:, None]
+            scores = scores * weight[:, None]
+        kernel += products * decays
         columns = tl.sum(linking, 0)
-        mixing, mixing_low = _halves((scores * decays).to(DOT), PRECISION)
+        mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
 
         entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
         leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
@@ -646,30 +650,29 @@ def _ssd_bwd_links_kernel(
         # The trace of this one is their product; tensor cores have the time.
         both = _dot_nt(entering, entering_low, leaving, leaving_low, ACC, PRECISION)
         passed = tl.sum(tl.sum(tl.where(p_own[:, None] == p_own[None, :], both, 0.0), 1) * factor, 0)
-        full = gradient.to(ACC)
-        reads = tl.sum(_dot_nt(C, C_low, entering, entering_low, ACC, PRECISION) * full, 1) * decay_in
-        passed += tl.sum(reads, 0)
-        wide = x.to(ACC)
         dx = _dot_nt(B, B_low, leaving, leaving_low, ACC, PRECISION)  # [s, p]
-        dweight += tl.sum(dx * wide, 1) * decay_out
-        dx = _dot_add(mixing, mixing_low, dy, dy_low, dx * decay_out[:, None], ACC, PRECISION)
+        dweight += tl.sum(dx * x.to(ACC), 1) * decay_out
         change = dweight
         if HAS_WEIGHT:
             tl.store(dweight_ptr + out + ahead * nheads, dweight, mask=ok)
             change = change * weight
-            dx = dx * weight[:, None]
+            decay_out = decay_out * weight
+        dx = dx * decay_out[:, None]
+        reads = tl.sum(_dot_nt(C, C_low, entering, entering_low, ACC, PRECISION) * gradient.to(ACC), 1) * decay_in
+        if HAS_D:
+            D = _vector(D_ptr + row * D_stride_b + head, position, ahead, ok, D_stride_t, ACC)
+            if MODE & 8:
+                # The skip reads the gradient of its own position, not of the next one.
+                direct = tl.load(dy_ptr + vectors * P + position * width + offset, mask=offset_ok, other=0.0).to(ACC)
+                tl.store(dD_ptr + out + ahead * nheads, tl.sum(direct * x.to(ACC), 1), mask=ok)
+                dx += direct * D[:, None]
+            else:
+                dx += gradient.to(ACC) * D[:, None]
+        dx = _dot_add(mixing, mixing_low, dy, dy_low, dx, ACC, PRECISION)
         change = change - reads - columns
-        found = passed + (tl.cumsum(change, 0) - change)
+        found = passed + tl.sum(reads, 0) + (tl.cumsum(change, 0) - change)
         tl.store(dlog_decay_ptr + out + ahead * nheads, found, mask=ok)
         dx_tile = dx_ptr + vectors * P + position * width + offset
-        if HAS_D:
-            # The skip reads the gradient of its own position, with a shift not of the next one.
-            direct = full
-            if MODE & 8:
-                direct = tl.load(dy_ptr + vectors * P + position * width + offset, mask=offset_ok, other=0.0).to(ACC)
-            D = _vector(D_ptr + row * D_stride_b + head, position, ahead, ok, D_stride_t, ACC)
-            tl.store(dD_ptr + out + ahead * nheads, tl.sum(direct * wide, 1), mask=ok)
-            dx += direct * D[:, None]
         if ADD:
             dx += tl.load(dx_tile, mask=offset_ok, other=0.0).to(ACC)
         tl.store(dx_tile, dx, mask=offset_ok)
