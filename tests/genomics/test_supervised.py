@@ -33,7 +33,7 @@ def test_pooling():
     assert pool(-x, mask, "max").tolist() == [[0, -1], [-8, -9]]
     assert pool(x, mask, "last").tolist() == [[2, 3], [10, 11]]
     assert pool(x, None, "last").tolist() == [[4, 5], [10, 11]]
-    with pytest.raises(ValueError, match="mean, max, last, got 'sum'"):
+    with pytest.raises(ValueError, match="mean, max, last, none, got 'sum'"):
         pool(x, None, "sum")
 
 
