@@ -19,6 +19,7 @@ from ..transforms import FirstDerivative, apply, operator
 from .order import DagOrder
 
 _EDGES_AT_ONCE = 65536
+_WIDE = 32  # edges per level from which on the gradients of weights are formed level by level
 
 
 def dag_scan_chunked(
@@ -39,8 +40,15 @@ class _Levels:
         self.edge_ptr: list[int] = edge_ptr.tolist()
         self.out_ptr: list[int] = out_ptr.tolist()
 
-    def propagate_(self, states: Tensor, weight: Tensor, backwards: bool) -> Tensor:
-        """Add to each row the weighted rows before it (behind it, if backwards); `weight` (e, h) by scan edge."""
+    def propagate_(self, states: Tensor, weight: Tensor, backwards: bool, others: Tensor | None = None) -> Tensor:
+        """Add to each row the weighted rows before it (behind it, if backwards); `weight` (e, h) by scan edge.
+
+        Returns:
+            (e, h), by scan edge, the product of the row that an edge moves and the row of `others` that it moves to;
+            empty without `others`.
+        """
+        products = weight.new_empty(weight.shape if others is not None else 0)
+        order = self.out_perm if backwards else slice(None)
         levels = range(len(self.level_ptr) - 1)
         source, target, row_ptr, edge_ptr = self.src, self.dst, self.row_ptr, self.edge_ptr
         if backwards:
@@ -52,13 +60,20 @@ class _Levels:
             if begin == end:
                 continue
             first, last = self.level_ptr[level], self.level_ptr[level + 1]
-            moved = states[source[begin:end]] * weight[begin:end]
+            moved = states[source[begin:end]]
+            if others is not None:
+                products[begin:end] = (moved * others[target[begin:end]]).flatten(2).sum(2)
+            moved *= weight[begin:end]
             if states.device.type == "cpu":
                 states[first:last].index_add_(0, target[begin:end] - first, moved)
             else:  # the same sum in a fixed order, which index_add_ has on a CPU only
                 offsets = row_ptr[first : last + 1] - begin
                 states[first:last] += torch.segment_reduce(moved, "sum", offsets=offsets, axis=0, initial=0)
-        return states
+        if others is None:
+            return products
+        found = torch.empty_like(products)
+        found[order] = products
+        return found
 
 
 def node_outer(values: Tensor, vectors: Tensor) -> Tensor:
@@ -100,7 +115,8 @@ def _forward(
     y, states = torch.zeros_like(inputs), weight.new_empty(0)
     for n in range(0, size, block):
         part = slice(n, n + block)
-        states = levels.propagate_(node_outer(inputs, keys[..., part]), weight, reverse)
+        states = node_outer(inputs, keys[..., part])
+        levels.propagate_(states, weight, reverse)
         y += node_over_state(states, readers[..., part])
     return y[levels.inverse].to(x.dtype), states if block == size else weight.new_empty(0)
 
@@ -130,17 +146,25 @@ def _backward(
     inputs, keys, readers, outer = (tensor[levels.perm].to(wide).contiguous() for tensor in (x, B, C, dy))
     by_scan = weight[levels.edge_perm]
     source, target = (levels.dst, levels.src) if reverse else (levels.src, levels.dst)
+    wide_levels = len(source) >= _WIDE * (len(levels.level_ptr) - 1)
     groups, size = B.shape[1:]
     block = size if kept.numel() else state_block(x, weight, size, max_state_bytes)
     dx, dweight = torch.zeros_like(inputs), torch.zeros_like(by_scan)
     dB, dC = torch.empty_like(keys), torch.empty_like(readers)
     for n in range(0, size, block):
         part = slice(n, n + block)
-        states = kept if kept.numel() else levels.propagate_(node_outer(inputs, keys[..., part]), by_scan, reverse)
-        gradients = levels.propagate_(node_outer(outer, readers[..., part]), by_scan, not reverse)
+        states = kept
+        if not kept.numel():
+            states = node_outer(inputs, keys[..., part])
+            levels.propagate_(states, by_scan, reverse)
+        gradients = node_outer(outer, readers[..., part])
+        products = levels.propagate_(gradients, by_scan, not reverse, states if wide_levels else None)
         dx += node_over_state(gradients, keys[..., part])
         dB[..., part] = node_over_heads(gradients, inputs, groups)
         dC[..., part] = node_over_heads(states, outer, groups)
+        if wide_levels:
+            dweight += products
+            continue
         for e in range(0, len(source), _EDGES_AT_ONCE):
             edges = slice(e, e + _EDGES_AT_ONCE)
             dweight[edges] += (states[source[edges]] * gradients[target[edges]]).flatten(2).sum(2)

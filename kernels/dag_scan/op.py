@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
+from .chains import dag_scan_of_chains
 from .chunked import dag_scan_chunked
 from .order import DagOrder
 from .reference import dag_scan_reference
 
 _LARGEST_STATE = 256
+_LONG = 64
 
 
 def dag_scan(
@@ -95,4 +97,13 @@ def dag_scan(
 
             return dag_scan_triton(x, weight, B, C, order, reverse, max_state_bytes)
         case _:
+            if not signed and _is_long_line(edge_decay, order):
+                return dag_scan_of_chains(x, edge_decay.to(dtype), B, C, edge_index, order, reverse)
             return dag_scan_chunked(x, weight, B, C, order, reverse, max_state_bytes)
+
+
+def _is_long_line(edge_decay: Tensor, order: DagOrder) -> bool:
+    """Whether to scan chains as sequences: the host would wait for a level of one node after the other."""
+    if order.kind != "chains" or order.num_levels < _LONG or torch.compiler.is_compiling():
+        return False
+    return edge_decay.device.type == "cpu" and bool((edge_decay <= 0).all())

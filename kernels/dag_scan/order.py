@@ -10,6 +10,7 @@ from torch import Tensor
 
 Kind = Literal["empty", "chains", "out_forest", "in_forest", "dag"]
 _LONGEST_SHOWN = 8
+_DEEP, _NARROW = 64, 32  # from this level on, levels of so few nodes are walked node by node
 _ON_CPU = ("num_nodes", "kind", "level_ptr", "edge_ptr", "out_ptr", "largest")
 
 
@@ -193,6 +194,9 @@ def _levels(source: Tensor, target: Tensor, num_nodes: int, batch: Tensor | None
     frontier = (waiting == 0).nonzero()[:, 0]
     depth = 0
     while frontier.numel():
+        if depth >= _DEEP and frontier.numel() < _NARROW:
+            level = _levels_one_by_one(level, frontier, depth, waiting, pointer, followers)
+            break
         level[frontier] = depth
         counts = pointer[frontier + 1] - pointer[frontier]
         first = torch.repeat_interleave(pointer[frontier] - counts.cumsum(0) + counts, counts)
@@ -203,6 +207,25 @@ def _levels(source: Tensor, target: Tensor, num_nodes: int, batch: Tensor | None
     if bool((level < 0).any()):
         raise ValueError(_describe_cycle(source, target, level, batch))
     return level
+
+
+def _levels_one_by_one(
+    level: Tensor, frontier: Tensor, depth: int, waiting: Tensor, pointer: Tensor, followers: Tensor
+) -> Tensor:
+    """The rest of `_levels`, node by node, which is faster where levels have few nodes."""
+    found, left, begin, after = level.tolist(), waiting.tolist(), pointer.tolist(), followers.tolist()
+    nodes = frontier.tolist()
+    while nodes:
+        reached = []
+        for node in nodes:
+            found[node] = depth
+            for follower in after[begin[node] : begin[node + 1]]:
+                left[follower] -= 1
+                if left[follower] == 0:
+                    reached.append(follower)
+        nodes = reached
+        depth += 1
+    return torch.tensor(found)
 
 
 def _describe_cycle(source: Tensor, target: Tensor, level: Tensor, batch: Tensor | None) -> str:

@@ -95,6 +95,28 @@ def test_a_path_is_ssd():
     assert relative_error(found, y[0].flip(0)) < 1e-12
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_long_chains_are_scanned_as_sequences(reverse):
+    lengths = (90, 1, 70)
+    names = torch.randperm(161, generator=torch.Generator().manual_seed(0))
+    lines = [line for line in names.split(lengths) if len(line) > 1]
+    edge_index = torch.cat([torch.stack([line[:-1], line[1:]]) for line in lines], dim=1)
+    inputs = inputs_of(161, 0) | {"edge_index": edge_index, "order": dag_order(edge_index, 161), "reverse": reverse}
+    inputs["edge_decay"] = -torch.rand(edge_index.shape[1], 2, dtype=torch.float64)
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    expected = run_with_gradients(dense, inputs, ("y",), cotangents)
+    for name, value in run_with_gradients(dag_scan, inputs, ("y",), cotangents).items():
+        assert relative_error(value, expected[name]) < 1e-10, name
+
+
+def test_levels_of_a_deep_graph():
+    chain = torch.arange(300)
+    edge_index = torch.cat([torch.stack([chain[:-1], chain[1:]]), torch.tensor([[3, 100], [200, 299]])], dim=1)
+    assert dag_order(edge_index, 300).perm.tolist() == chain.tolist()
+    with pytest.raises(ValueError, match=r"cycle: nodes (150 -> 151|151 -> 150)"):
+        dag_order(torch.cat([edge_index, torch.tensor([[151], [150]])], dim=1), 300)
+
+
 def test_names_of_nodes_and_order_of_edges_do_not_matter():
     inputs = inputs_of(40, 80, dtype=torch.float32)
     y = dag_scan(**inputs)
