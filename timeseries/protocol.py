@@ -281,7 +281,8 @@ def run_cell(cell: Mapping[str, Any]) -> dict[str, float]:
                 progress=False,
                 trainer={"max_steps": cell["max_steps"], "accelerator": cell["accelerator"]},
             )
-    net, found = task.net.cpu().eval(), {}
+    net = task.net.cpu().eval()
+    found: dict[str, float] = {}
     for part in cell["parts"]:
         errors = ErrorSums()
         with torch.no_grad():
@@ -359,7 +360,7 @@ def _over_horizons(table: pd.DataFrame, count: int) -> pd.DataFrame:
     """Means over horizons of each model and data set that has them all."""
     columns = [name for name in ("mse", "mae", "val_mse", "val_mae", "published_mse", "published_mae") if name in table]
     groups = table.groupby(["data", "model"], sort=False)
-    means = groups[columns].agg(lambda column: column.mean(skipna=False))
+    means = groups[columns].sum(min_count=count) / count
     return means[groups.size() == count].dropna(how="all").reset_index()
 
 
