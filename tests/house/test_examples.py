@@ -79,3 +79,32 @@ def test_distill_dna(tmp_path):
     sizes = [int(line.split("to ")[1].split(" bytes")[0].replace(",", "")) for line in lines]
     assert gaps[0] == 0 < min(gaps[1:])
     assert sizes[0] > sizes[2] > sizes[1]
+
+
+def test_digits(tmp_path):
+    """Too short to learn much; the table is whole, and longer sequences need no more parameters."""
+    pytest.importorskip("sklearn")
+    lines = [line.rsplit(None, 4) for line in run("digits", tmp_path, "--epochs", "1").splitlines()]
+    assert [line[0] for line in lines] == ["s4d", "s4 (ptd)", "s5", "mamba2"]
+    assert all(0 <= float(line[1]) <= 1 for line in lines)
+    assert [int(line[4]) for line in lines] == [2 * 64 * 32, 4 * 64 * 32, 2 * 64, 2 * (128 * 32 + 3 * (128 + 64))]
+    table = (tmp_path / "digits_64.csv").read_text().splitlines()
+    assert table[0] == "mixer,accuracy,seconds,parameters,state"
+    assert len(table) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_digits_are_learned(tmp_path):
+    pytest.importorskip("sklearn")
+    lines = [line.rsplit(None, 4) for line in run("digits", tmp_path).splitlines()]
+    assert all(float(line[1]) > 0.8 for line in lines)
+
+
+def test_digits_says_what_is_missing(tmp_path):
+    if importlib.util.find_spec("sklearn"):
+        pytest.skip("scikit-learn is installed")
+    script = next(script for script in SCRIPTS if script.stem == "digits")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert 'scikit-learn is missing: pip install "omnissm[demo]"' in done.stderr
