@@ -128,7 +128,7 @@ def epoch(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         row |= {"cpu_s": (time.process_time() - cpu) * share, "steps": len(batches), "timed": 1 / share}
         rows.append({**row, "parameters": sum(p.numel() for p in model.parameters())})
     if arguments.peer:
-        command = [arguments.peer, str(PEER), str(arguments.root), str(len(batches))]
+        command = [arguments.peer, str(PEER), str(arguments.root), str(len(batches)), str(arguments.every)]
         rows.append(
             json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         )
