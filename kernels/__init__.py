@@ -31,6 +31,7 @@ else:
     from .ema_scan.op import ema_scan as ema_scan
     from .fft_conv.op import fft_conv as fft_conv
     from .gated_norm.op import gated_norm as gated_norm
+    from .gated_norm.rms import rms_norm as rms_norm
     from .graph_resolvent.edges import GraphEdges as GraphEdges
     from .graph_resolvent.edges import graph_edges as graph_edges
     from .graph_resolvent.iterative import ConvergenceError as ConvergenceError
@@ -88,6 +89,7 @@ else:
         "linear_scan",
         "overwrite_states",
         "quasiseparable",
+        "rms_norm",
         "scan2d",
         "selective_scan",
         "selective_scan2d",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import TokenTree
+from ..kernels import TokenTree, rms_norm
 from .drafts import StackDraft
 from .init import residual_init_
 from .mixers import MIXERS, create_mixer
@@ -67,10 +67,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., d_model)."""
-        if x.is_cuda and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cuda"):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel, float32 inside
+        if x.dtype == self.weight.dtype:
+            return self.rounded(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Normalise what may be wider than the weight, (..., d_model), after rounding it to the dtype of the weight."""
+        return rms_norm(x, self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Shown by repr()."""
@@ -200,6 +204,8 @@ class Residual(nn.Module):
 
     def _inner(self, x: Tensor, norm: nn.Module) -> Tensor:
         """What a branch sees, in the dtype of its parameters where the model was converted as a whole."""
+        if self.norm_position == "pre" and isinstance(norm, RMSNorm):
+            return norm.rounded(x)
         x = x.to(norm.get_parameter("weight").dtype)
         return norm(x) if self.norm_position == "pre" else x
 

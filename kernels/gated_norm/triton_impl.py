@@ -34,7 +34,7 @@ def _gated_norm_fwd_kernel(
     group_size,
     x_stride,
     z_stride,
-    eps,
+    EPS: tl.constexpr,  # a float argument would be rounded to float32
     NORM_FIRST: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -52,7 +52,7 @@ def _gated_norm_fwd_kernel(
     u = x
     if not NORM_FIRST:
         u = x * gate
-    y = u * (1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + eps))[:, None] * weight
+    y = u * (1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + EPS))[:, None] * weight
     if NORM_FIRST:
         y = y * gate
     tl.store(y_ptr + row * channels + channel, y, mask=ok)
@@ -73,7 +73,7 @@ def _gated_norm_bwd_kernel(
     group_size,
     x_stride,
     z_stride,
-    eps,
+    EPS: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -108,7 +108,7 @@ def _gated_norm_bwd_kernel(
             du = du * gate
         else:
             u = x * gate
-        r = (1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + eps))[:, None]
+        r = (1.0 / tl.sqrt(tl.sum(u * u, axis=1) / group_size + EPS))[:, None]
         if NORM_FIRST:
             dz = dy * weight * u * r * dgate
             dweight += dy * u * r * gate

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from omnissm.kernels import BackendError, available_backends, gated_norm
+from omnissm.kernels import BackendError, available_backends, gated_norm, rms_norm, use_backend
 
 
 def random_inputs(device, *shape):
@@ -151,3 +151,40 @@ def test_compiled_code_takes_the_chunked_path(device):
         torch.testing.assert_close(got, expected)
     assert counter.frame_count == 1
     assert not any("ssm" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.float32,) * 2, (torch.bfloat16,) * 2], ids=str
+)
+def test_rms_norm_rounds_a_wide_stream_first(dtypes, backend, device):
+    if reason := available_backends(device)[backend]:
+        pytest.skip(reason)
+    stream, narrow = dtypes
+    x = torch.randn(3, 5, 2 * 48, device=device, dtype=stream)[..., :48]
+    weight = torch.rand(48, device=device, dtype=narrow) + 0.5
+    rounded = x.to(narrow).double()
+    expected = rounded / (rounded.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    with torch.no_grad(), use_backend(backend):
+        y = rms_norm(x, weight)
+    assert y.dtype == narrow
+    torch.testing.assert_close(y.double(), expected, rtol=2e-6 if narrow == torch.float32 else 1.6e-2, atol=1e-6)
+
+
+def test_rms_norm_has_the_gradient_of_its_definition(device):
+    x, weight = (
+        torch.randn(*shape, device=device, dtype=torch.float64, requires_grad=True) for shape in [(2, 6), (6,)]
+    )
+    assert torch.autograd.gradcheck(lambda *inputs: rms_norm(*inputs, eps=0.1), (x, weight))
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(x, weight[:5])
+
+
+def test_a_small_eps_is_not_rounded_to_float32(device):
+    """Rows so weak that the norm is that of eps alone, in float64."""
+    if reason := available_backends(device)["triton"]:
+        pytest.skip(reason)
+    x, z = (torch.randn(2, 8, device=device, dtype=torch.float64) for _ in range(2))
+    x, weight = x * 1e-6, torch.ones(8, device=device, dtype=torch.float64)
+    chunked, triton = (gated_norm(x, z, weight, eps=1e-5, backend=name) for name in ("chunked", "triton"))
+    torch.testing.assert_close(triton, chunked, rtol=1e-12, atol=0)

@@ -1,0 +1,41 @@
+"""`rms_norm` in one kernel: read, round, norm and write once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..transforms import operator
+from ..triton_utils import on_device
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, channels, x_stride, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    ok = c < channels
+    weight = tl.load(weight_ptr + c, mask=ok, other=0.0)
+    x = tl.load(x_ptr + row * x_stride + c, mask=ok, other=0.0).to(weight.dtype).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / channels + EPS)
+    tl.store(y_ptr + row * channels + c, x * scale * weight.to(tl.float32), mask=ok)
+
+
+@operator("rms_norm_triton")
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `rms_norm`; no float64."""
+    flat, weight = x.flatten(0, -2), weight.contiguous()
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    block = triton.next_power_of_2(x.shape[-1])
+    with on_device(x):
+        _rms_norm_kernel[(flat.shape[0],)](
+            flat, weight, y, x.shape[-1], flat.stride(0), EPS=eps, BLOCK=block, num_warps=4 if block <= 2048 else 8
+        )
+    return y
+
+
+@torch.library.register_fake("ssm::rms_norm_triton")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty(x.shape, dtype=weight.dtype, device=x.device)
