@@ -1,5 +1,7 @@
 """cross_scan against single selective scans, and what turning a grid does to it; check_op runs in test_every_op."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -40,6 +42,13 @@ def test_each_order_goes_its_way(order, cell, reached):
     assert gradient[0, *cell].abs().min() > 0
     (gradient,) = torch.autograd.grad(cross_scan(**inputs)[0, *cell].sum(), x)
     assert gradient[0, *reached].abs().max() == 0
+
+
+def test_large_grids_take_the_orders_one_by_one(monkeypatch):
+    inputs = inputs_of()
+    at_once = cross_scan(**inputs)
+    monkeypatch.setattr(import_module("omnissm.kernels.cross_scan.chunked"), "_SMALL", 0)
+    torch.testing.assert_close(cross_scan(**inputs), at_once)
 
 
 def test_sums_in_float32():
