@@ -13,7 +13,7 @@ from .grid import grid_scan
 from .op import scan2d, selective_scan2d
 
 GRIDS = ((1, 1), (1, 7), (7, 1), (5, 9), (7, 12), (21, 64))
-SMALL_GRIDS = ((1, 1), (1, 5), (9, 1), (2, 5), (3, 2))  # what the interpreter of Triton can do
+SMALL_GRIDS = ((1, 1), (2, 3), (9, 1), (2, 5), (3, 2))  # what the interpreter of Triton can do
 
 
 def make_state_inputs(
@@ -110,8 +110,8 @@ GRID_SPEC = OpSpec(
     outputs=("y",),
     test_sizes=(
         {"b": 1, "i": 1, "j": 1, "d": 1, "n": 1},
-        {"b": 2, "i": 2, "j": 5, "d": 3, "n": 2, "flip": ("j",)},
-        {"b": 2, "i": 3, "j": 3, "d": 5, "n": 3, "rule": "separable"},
+        {"b": 1, "i": 2, "j": 3, "d": 3, "n": 2, "flip": ("j",)},
+        {"b": 2, "i": 3, "j": 5, "d": 5, "n": 3, "rule": "separable"},
         {"b": 1, "i": 1, "j": 9, "d": 2, "n": 2, "flip": ("i",), "rule": "separable", "skip": False},
         {"b": 1, "i": 9, "j": 1, "d": 3, "n": 5, "flip": ("i", "j")},
     ),
@@ -141,7 +141,7 @@ SPEC = OpSpec(
     make_inputs=make_inputs,
     outputs=("y",),
     test_sizes=tuple(
-        {"b": 2 * g, "i": i, "j": j, "d": 3, "n": n, "g": g, "gap": g == 3}
+        {"b": max(2, g), "i": i, "j": j, "d": 3, "n": n, "g": g, "gap": g == 3}
         for (i, j), n, g in zip(SMALL_GRIDS, (1, 2, 16, 4, 1), (1, 2, 1, 3, 2))
     ),
     bench_sizes=(

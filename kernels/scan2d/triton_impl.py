@@ -54,7 +54,8 @@ def tile_of(x: Tensor, n: int, rule: int) -> Tile:
     bd = min(lanes // sub, triton.next_power_of_2(channels))
     s = 1
     widest = 4
-    while bd > 1 and s * widest < columns and batch * triton.cdiv(channels, bd) < 6 * multiprocessors(x.device):
+    wanted = 1 if INTERPRETED else 6 * multiprocessors(x.device)
+    while bd > 1 and s * widest < columns and batch * triton.cdiv(channels, bd) < wanted:
         bd //= 2
         s *= 2
     s = min(max(s, lanes // (sub * bd)), triton.next_power_of_2(triton.cdiv(columns, widest)))
