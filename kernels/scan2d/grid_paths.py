@@ -7,6 +7,8 @@ formed again in the backward pass, so that memory is one row in every eight.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +71,7 @@ def grid_scan_chunked(
     for start in range(0, rows, _ROWS):
         part = slice(start, min(start + _ROWS, rows))
         cut = [None if t is None else t[:, part] for t in (x, dt1, B1, C, dt2, B2)]
-        arguments = (above, start == 0, mean, A1, A2, *cut)
+        arguments: tuple[Any, ...] = (above, start == 0, mean, A1, A2, *cut)
         y, above = checkpoint(_rows, *arguments, use_reentrant=False) if training else _rows(*arguments)
         found.append(y)
     return torch.cat(found, dim=1)
