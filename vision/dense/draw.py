@@ -65,26 +65,31 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_sheet(drawings: Sequence[tuple[str, Tensor]], classes: Sequence[str], out: Path, columns: int = 3) -> None:
+def write_sheet(
+    drawings: Sequence[tuple[str, Tensor]], classes: Sequence[str], out: Path, first: int = 0, columns: int = 3
+) -> None:
     """Write drawings side by side with their names below and the classes' colours above.
 
     Args:
         drawings: Names and images of bytes (3, height, width).
         classes: Names of the classes.
         out: Picture, .png or .jpg.
+        first: First class with a colour: 1 of masks, whose background is not drawn.
         columns: Images per row.
     """
     side, line, gap = 256, 18, 10
     rows = max(1, -(-len(drawings) // columns))
     sheet = Image.new("RGB", (columns * (side + gap) + gap, 2 * line + rows * (side + line + gap) + gap), "white")
     draw, left = ImageDraw.Draw(sheet), gap
-    for name, colour in zip(classes, colours(len(classes))):
+    for name, colour in list(zip(classes, colours(len(classes))))[first:]:
         draw.rectangle((left, gap, left + 10, gap + 10), fill=colour)
         draw.text((left + 15, gap), name, fill="#1f2933")
         left += 30 + round(draw.textlength(name))
     for k, (name, drawn) in enumerate(drawings):
         x, y = gap + k % columns * (side + gap), 2 * line + k // columns * (side + line + gap)
         picture = Image.fromarray(drawn.permute(1, 2, 0).cpu().numpy())
+        if (times := side // max(picture.size)) > 1:
+            picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
         picture.thumbnail((side, side))
         sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
         draw.text((x, y + side + 2), name[-36:], fill="#7b8794")

@@ -62,7 +62,7 @@ def predict_dense(
     boxes = ["path", "class", "score", "x0", "y0", "x1", "y1", "error"]
     _write_csv(boxes if model.kind == "detection" else ["path", "class", "pixels", "share", "error"], rows, out)
     if sheet is not None:
-        write_sheet(shown, model.classes, sheet)
+        write_sheet(shown, model.classes, sheet, first=int(model.kind == "segmentation"))
     left = f", {bad} could not be read" if bad else ""
     sys.stdout.write(f"{out}: {len(paths) - bad} images{left}\n")
     for place in (drawings, sheet):
