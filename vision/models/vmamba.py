@@ -36,9 +36,10 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
+from ...kernels import cross_scan
 from ...ssmcore.init import a_log_init, dt_bias_init
-from ..layers import cross_merge, cross_scan, drop_path_rates, init_linear_, pad_grid
-from ..scans import at_least_float32, selective_mix
+from ..layers import drop_path_rates, init_linear_, pad_grid
+from ..scans import at_least_float32
 from .pyramid import ChannelNorm, GridStage, Head, Pyramid, check_per_stage
 from .settings import pyramid_cfg
 from .token_model import Block, Mlp, unwrapped
@@ -135,17 +136,13 @@ def scan_four_ways(
     Returns:
         (b, i, j, d).
     """
-    rows, columns = x.shape[1:3]
-    sequences = cross_scan(x)  # (b, 4, l, d)
-    low = torch.matmul(sequences, maps.to(x.dtype).mT)  # (b, 4, l, r + 2 n)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    low = F.linear(x, maps.to(x.dtype).flatten(0, 1)).unflatten(-1, (4, -1)).movedim(-2, 1)  # (b, 4, i, j, r + 2 n)
     dt, B, C = low.split([steps.shape[2], d_state, d_state], dim=-1)
-    dt = torch.matmul(dt, steps.to(dt.dtype).mT)
-
-    def flat(t: Tensor) -> Tensor:
-        return t.transpose(1, 2).flatten(2)  # (b, l, 4 d)
-
-    y = selective_mix(flat(sequences), flat(dt), dt_bias.flatten(), A_log, B.transpose(1, 2), C.transpose(1, 2), D, 0)
-    return cross_merge(y.unflatten(2, (4, -1)).transpose(1, 2), rows, columns)
+    dt = torch.matmul(dt, steps.to(dt.dtype).mT[:, None])
+    dt = F.softplus(dt.to(wide) + dt_bias.to(wide)[:, None, None])
+    A = -A_log.to(wide).exp().unflatten(0, (4, -1))
+    return cross_scan(x, dt, A, B, C, D.to(wide).view(4, -1))
 
 
 class ConvStem(nn.Module):
