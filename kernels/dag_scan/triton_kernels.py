@@ -10,18 +10,24 @@ import triton.language as tl
 def _add_parents(
     state, begin, end, nbr_ptr, edge_ptr, weight_ptr, states_ptr, column, ok,
     HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Add a_e S_parent for the edges [begin, end) of each node of a tile; `column` (channel, state) of each lane."""
     channel, n = column
     head = channel // HEADDIM
-    for step in range(tl.max(end - begin, axis=0)):
-        here = begin + step < end
-        parent = tl.load(nbr_ptr + begin + step, mask=here, other=0).to(tl.int64)
-        edge = tl.load(edge_ptr + begin + step, mask=here, other=0).to(tl.int64)
-        both = here[:, None] & ok[None, :]
-        weight = tl.load(weight_ptr + edge[:, None] * HEADS + head[None, :], mask=both, other=0.0)
-        at = parent[:, None] * (COLUMNS * SIZE) + (channel * SIZE + n)[None, :]
-        state += weight * tl.load(states_ptr + at, mask=both, other=0.0)
+    offset = (channel * SIZE + n)[None, :]
+    for first in range(0, tl.max(end - begin, axis=0), AT_ONCE):
+        rows, weights = (), ()  # of several edges before any is used, so that their latencies overlap
+        for step in tl.static_range(AT_ONCE):
+            at = begin + first + step
+            here = at < end
+            parent = tl.load(nbr_ptr + at, mask=here, other=0).to(tl.int64)
+            edge = tl.load(edge_ptr + at, mask=here, other=0).to(tl.int64)
+            both = here[:, None] & ok[None, :]
+            weights = weights + (tl.load(weight_ptr + edge[:, None] * HEADS + head[None, :], mask=both, other=0.0),)
+            rows = rows + (tl.load(states_ptr + parent[:, None] * (COLUMNS * SIZE) + offset, mask=both, other=0.0),)
+        for step in tl.static_range(AT_ONCE):
+            state += weights[step] * rows[step]
     return state
 
 
@@ -51,7 +57,20 @@ def _node_tile(
     begin = tl.load(row_ptr + position, mask=position_ok, other=0)
     end = tl.load(row_ptr + position + 1, mask=position_ok, other=0)
     state = _add_parents(
-        state, begin, end, nbr_ptr, edge_ptr, weight_ptr, states_ptr, (channel, n), ok, HEADS, HEADDIM, COLUMNS, SIZE
+        state,
+        begin,
+        end,
+        nbr_ptr,
+        edge_ptr,
+        weight_ptr,
+        states_ptr,
+        (channel, n),
+        ok,
+        HEADS,
+        HEADDIM,
+        COLUMNS,
+        SIZE,
+        4,
     )
     at = position[:, None] * (COLUMNS * SIZE) + (channel * SIZE + n)[None, :]
     tl.store(states_ptr + at, state, mask=both)

@@ -111,7 +111,7 @@ GRID_SPEC = OpSpec(
     test_sizes=(
         {"b": 1, "i": 1, "j": 1, "d": 1, "n": 1},
         {"b": 1, "i": 2, "j": 3, "d": 3, "n": 2, "flip": ("j",)},
-        {"b": 2, "i": 3, "j": 5, "d": 5, "n": 3, "rule": "separable"},
+        {"b": 1, "i": 3, "j": 5, "d": 5, "n": 3, "rule": "separable"},
         {"b": 1, "i": 1, "j": 9, "d": 2, "n": 2, "flip": ("i",), "rule": "separable", "skip": False},
         {"b": 1, "i": 9, "j": 1, "d": 3, "n": 5, "flip": ("i", "j")},
     ),
@@ -141,8 +141,8 @@ SPEC = OpSpec(
     make_inputs=make_inputs,
     outputs=("y",),
     test_sizes=tuple(
-        {"b": max(2, g), "i": i, "j": j, "d": 3, "n": n, "g": g, "gap": g == 3}
-        for (i, j), n, g in zip(SMALL_GRIDS, (1, 2, 16, 4, 1), (1, 2, 1, 3, 2))
+        {"b": g, "i": i, "j": j, "d": 3, "n": n, "g": g, "gap": g == 3}
+        for (i, j), n, g in zip(SMALL_GRIDS, (1, 2, 5, 4, 1), (1, 2, 1, 3, 2))
     ),
     bench_sizes=(
         BenchSize({"b": 128, "i": 7, "j": 12, "d": 64, "n": 8, "g": 4}),
