@@ -143,6 +143,8 @@ def test_published_names():
 def test_transformers_gives_the_same(family, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = dict(HF[family])
+    if family == "hf_mamba2" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        config["n_groups"] = 1  # 5.17 shares B and C among the wrong heads where there are more groups
     peer_config = transformers.AutoConfig.for_model(**config)
     torch.manual_seed(0)
     peer = transformers.AutoModelForCausalLM.from_config(peer_config).eval().float()
