@@ -14,9 +14,17 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from ..kernels import causal_conv1d, gated_norm, quasiseparable, selective_scan
+from ..kernels import causal_conv1d, cross_scan, gated_norm, quasiseparable, selective_scan
 
-__all__ = ["at_least_float32", "gate_norm", "plain_scans", "quasiseparable_mix", "selective_mix", "short_conv"]
+__all__ = [
+    "at_least_float32",
+    "cross_mix",
+    "gate_norm",
+    "plain_scans",
+    "quasiseparable_mix",
+    "selective_mix",
+    "short_conv",
+]
 
 _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 
@@ -90,6 +98,23 @@ def selective_mix(
             raise ValueError("a scan that looks back locally has no plain form; build the model with segment=None.")
         return _doubled_scan(x.to(wide), dt, A, B.to(wide), C.to(wide), D.to(wide))
     return selective_scan(x, dt, A, B, C, D.to(wide), window=window or None)[0].to(wide)
+
+
+def cross_mix(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """`omnissm.kernels.cross_scan`, or inside `plain_scans` the same in torch's own functions; (b, i, j, d)."""
+    if not _PLAIN.get():
+        return cross_scan(x, dt, A, B, C, D)
+    total = torch.zeros((), dtype=dt.dtype, device=dt.device)
+    for k in range(4):  # rows, columns, and both backwards
+
+        def ordered(grid: Tensor, k: int = k) -> Tensor:
+            line = (grid.transpose(1, 2) if k % 2 else grid).flatten(1, 2)
+            return line.flip(1) if k > 1 else line
+
+        y = _doubled_scan(ordered(x.to(dt.dtype)), ordered(dt[:, k]), A[k], ordered(B[:, k]), ordered(C[:, k]), D[k])
+        y = y.flip(1) if k > 1 else y
+        total = total + (y.unflatten(1, (x.shape[2], x.shape[1])).transpose(1, 2) if k % 2 else y.view(x.shape))
+    return total
 
 
 def _doubled_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

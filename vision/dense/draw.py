@@ -29,7 +29,7 @@ def colours(count: int) -> list[Colour]:
 
 
 def draw_boxes(image: Tensor, found: Found, classes: Sequence[str]) -> Tensor:
-    """Boxes with class and score on an image of bytes (3, height, width)."""
+    """Boxes on an image of bytes (3, height, width), with class and score where it is large enough for letters."""
     if not len(found.boxes):
         return image
     palette = colours(len(classes))
@@ -37,7 +37,8 @@ def draw_boxes(image: Tensor, found: Found, classes: Sequence[str]) -> Tensor:
     boxes = found.boxes.cpu().clone()
     boxes[:, 2:] = boxes[:, 2:].maximum(boxes[:, :2])
     width = max(1, round(min(image.shape[1:]) / 200))
-    return draw_bounding_boxes(image, boxes, labels, [palette[k] for k in found.labels.tolist()], width=width)
+    legible = labels if min(image.shape[1:]) >= 128 else None
+    return draw_bounding_boxes(image, boxes, legible, [palette[k] for k in found.labels.tolist()], width=width)
 
 
 def draw_mask(image: Tensor, mask: Tensor, classes: Sequence[str], opacity: float = 0.5) -> Tensor:

@@ -41,7 +41,7 @@ def exported(model: DenseModel, batch: int | None = None) -> torch.export.Export
     if model.kind == "detection" and not isinstance(model.net, YoloDetector):
         raise ValueError("only detectors with detector='yolo' can be exported; those of torchvision cannot.")
     example = torch.zeros(batch or 2, 3, *model.image_size, device=next(model.net.parameters()).device)
-    shapes = None if batch else ({0: torch.export.Dim("batch", min=1, max=1024)},)
+    shapes = None if batch else ({0: torch.export.Dim.DYNAMIC},)
     with torch.no_grad(), plain_scans():
         return torch.export.export(Graph(model.net).eval(), (example,), dynamic_shapes=shapes)
 

@@ -36,10 +36,9 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
-from ...kernels import cross_scan
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..layers import drop_path_rates, init_linear_, pad_grid
-from ..scans import at_least_float32
+from ..scans import at_least_float32, cross_mix
 from .pyramid import ChannelNorm, GridStage, Head, Pyramid, check_per_stage
 from .settings import pyramid_cfg
 from .token_model import Block, Mlp, unwrapped
@@ -142,7 +141,7 @@ def scan_four_ways(
     dt = torch.matmul(dt, steps.to(dt.dtype).mT[:, None])
     dt = F.softplus(dt.to(wide) + dt_bias.to(wide)[:, None, None])
     A = -A_log.to(wide).exp().unflatten(0, (4, -1))
-    return cross_scan(x, dt, A, B, C, D.to(wide).view(4, -1))
+    return cross_mix(x, dt, A, B, C, D.to(wide).view(4, -1))
 
 
 class ConvStem(nn.Module):
