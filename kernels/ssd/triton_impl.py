@@ -10,6 +10,7 @@ atomics.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,7 @@ class Sweep(NamedTuple):
         )
 
 
+@functools.cache
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "maps") for padded p and n.
 
@@ -106,11 +108,13 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
         return Tiles(16, 4, 1)
     if dtype == torch.float32 and headdim * state > 64 * 128:
         return Tiles(16, 8, 1)
+    wide = headdim * state > 64 * 64
     if dtype == torch.float32:
-        return {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1)}.get(kernel, Tiles(64, 8, 1))
+        of_forward = Tiles(32 if wide else 64, 8, 1)
+        return {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": of_forward}.get(kernel, Tiles(64, 8, 1))
     if headdim * state > 64 * 128:
         return Tiles(32, 8, 1)
-    return {"links": Tiles(64, 4, 1)}.get(kernel, Tiles(64, 4, 2))
+    return ({"links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 3)} if wide else {}).get(kernel, Tiles(64, 4, 2))
 
 
 def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
