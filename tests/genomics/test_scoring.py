@@ -513,14 +513,14 @@ def test_two_hundred_thousand_records_are_read_and_checked_fast(tmp_path):
     )
     (tmp_path / "a.vcf").write_text(HEADER.replace("\tFORMAT\tS1\tS2", "") + rows)
     reference = Reference.from_sequences({"c": text})
-    contigs, start = ContigMap(reference.lengths), time.perf_counter()
+    contigs, start = ContigMap(reference.lengths), time.process_time()  # others may use the machine
     found = sum(
         check(r, alt, reference, contigs, Policy()).status == "ok"
         for r in read_variants(tmp_path / "a.vcf")
         for alt in r.alts
     )
     assert found == 200_000
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
 
 
 def test_resistance_gene(shared_data, tmp_path):
