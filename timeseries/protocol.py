@@ -104,21 +104,85 @@ def check_grid(config: Any) -> dict[str, Any]:
             raise ValueError(f"the grid has no {name}; it needs models, data, horizons and seeds")
     if unknown := set(config) - set(KEYS):
         raise ValueError(f"the grid has unknown keys {', '.join(sorted(unknown))}; known: {', '.join(sorted(KEYS))}")
+    for name in ("models", "data"):
+        _check_kind(f"{name} of the grid", config[name], dict)
+    _check_numbers("horizons", config["horizons"], least=1)
+    _check_numbers("seeds", config["seeds"], least=0)
+    _check_kind("parts of the grid", config.get("parts") or [], list)
     if unknown := set(config.get("parts") or ()) - set(PARTS):
         raise ValueError(f"the grid has an unknown part {min(unknown)!r}; expected some of {', '.join(PARTS)}")
-    every = [config.get("training") or {}]
+    _check_settings("training of the grid", config.get("training") or {})
     for label, settings in config["models"].items():
-        if (name := (settings or {}).get("model", label)) not in MODELS:
+        settings = {} if settings is None else settings
+        _check_kind(f"model {label} of the grid", settings, dict)
+        if (name := settings.get("model", label)) not in MODELS:
             create_model(name)  # answers with close names
-        for case in (settings or {}, *(settings or {}).get("cases", ())):
-            every.append({key: case[key] for key in case if key not in ("model", "cases", *PLACES)})
+        _check_kind(f"the cases of {label}", settings.get("cases", []), list)
+        for case in (settings, *settings.get("cases", ())):
+            _check_settings(f"a case of {label}", case, ("model", "cases", *PLACES))
             for key in PLACES:
+                _check_kind(f"the {key} of {label}", case.get(key, []), list)
                 if unknown := set(case.get(key, ())) - set(config[key]):
                     raise ValueError(f"{label} names the {key} {min(unknown)!r}, which the grid does not have")
-    for each in every:
-        if unknown := set(each) - set(TRAINING):
-            raise ValueError(f"unknown setting {min(unknown)!r}; known: {', '.join(TRAINING)}")
+    for label, source in config["data"].items():
+        _check_source(label, source, config["horizons"][0])
+    _check_published(config.get("published") or {})
     return config
+
+
+def _check_kind(what: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        expected = "a list" if kind is list else "a mapping from name to settings"
+        raise ValueError(f"{what} must be {expected}, got {value!r}")
+
+
+def _check_numbers(name: str, values: Any, least: int) -> None:
+    if (
+        not isinstance(values, (list, tuple))
+        or any(type(each) is not int or each < least for each in values)
+        or len(set(values)) < len(values)
+    ):
+        raise ValueError(f"{name} of the grid must be a list of different whole numbers from {least} on, got {values!r}")
+
+
+def _check_settings(what: str, settings: Any, others: Sequence[str] = ()) -> None:
+    from .fitting import SCHEDULES
+
+    _check_kind(what, settings, dict)
+    if unknown := set(settings) - {*TRAINING, *others}:
+        raise ValueError(f"unknown setting {min(unknown)!r}; known: {', '.join(TRAINING)}")
+    if (schedule := settings.get("schedule", "cosine")) not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r} in {what}; expected one of {', '.join(SCHEDULES)}")
+    _check_kind(f"model_args in {what}", settings.get("model_args", {}), dict)
+
+
+def _check_source(label: str, source: Any, horizon: int) -> None:
+    """Refuse a data module that is none or has no such options; nothing is read."""
+    _check_kind(f"data {label} of the grid", source, dict)
+    path, options = str(source.get("class_path", "")), source.get("init_args") or {}
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise ValueError(
+            f"data {label} of the grid has the class_path {path!r}, which there is not; expected one such as "
+            "omnissm.timeseries.data.ETT"
+        ) from None
+    try:
+        found(**options, lookback=TRAINING["lookback"], horizon=horizon)
+    except TypeError as error:
+        raise ValueError(f"data {label} of the grid: {error}") from None
+
+
+def _check_published(published: Any) -> None:
+    _check_kind("published of the grid", published, dict)
+    for model, sets in published.items():
+        _check_kind(f"published {model}", sets, dict)
+        for data, horizons in sets.items():
+            _check_kind(f"published {model} on {data}", horizons, dict)
+            for horizon, errors in horizons.items():
+                if not isinstance(errors, (list, tuple)) or len(errors) != 2:
+                    raise ValueError(f"published {model} on {data}, {horizon}: expected [mse, mae], got {errors!r}")
 
 
 def cells(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -366,7 +430,8 @@ def _over_horizons(table: pd.DataFrame, count: int) -> pd.DataFrame:
 
 def _path(folder: Path, cell: Mapping[str, Any]) -> Path:
     key = hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:8]
-    return folder / f"{cell['data']}-{cell['horizon']}-{cell['label']}-{cell['seed']}-{key}.json"
+    name = f"{cell['data']}-{cell['horizon']}-{cell['label']}-{cell['seed']}-{key}.json"
+    return folder / name.replace("/", "_")
 
 
 def _read(path: Path, cell: Mapping[str, Any]) -> dict[str, Any] | None:

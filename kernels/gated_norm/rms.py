@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     check_devices(x=x, weight=weight)
     fused = x.numel() > 0 and weight.dtype != torch.float64 and weight.numel() <= 16384
     if fused and plain_call(x, weight) and choose("auto", x, op="ssd_step") == "triton":
-        from .triton_rms import rms_norm_triton
+        from .triton_step import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps)
     x = x.to(weight.dtype)

@@ -39,8 +39,9 @@ from .messages import explain
 from .runs import Run
 from .task import NonFiniteError, SSMTask
 
-LINKS = ("n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary", "schema")
-LINKS += ("image_size",)
+LINKS = (
+    "n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary", "schema", "image_size",
+)  # fmt: skip
 
 _CHECKPOINT = {
     "checkpoint.mode": "min",
