@@ -40,7 +40,8 @@ from .runs import Run
 from .task import NonFiniteError, SSMTask
 
 LINKS = (
-    "n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary", "schema", "image_size",
+    "n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary", "schema",
+    "image_size",
 )  # fmt: skip
 
 _CHECKPOINT = {
