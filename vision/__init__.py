@@ -3,9 +3,10 @@
 from .models import ChimeraViT as ChimeraViT
 from .models import HydraViT as HydraViT
 from .models import MambaVision as MambaVision
+from .models import PlainMamba as PlainMamba
 from .models import Vim as Vim
 from .models import VMamba as VMamba
 from .registry import create_model as create_model
 from .registry import list_models as list_models
 
-__all__ = ["ChimeraViT", "HydraViT", "MambaVision", "VMamba", "Vim", "create_model", "list_models"]
+__all__ = ["ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "VMamba", "Vim", "create_model", "list_models"]

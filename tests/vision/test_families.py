@@ -23,6 +23,7 @@ SIZES = {
     "vim_tiny_patch16_224": {**TOKENS, "d_state": 4},
     "lbvim_tiny_patch16_224": {**TOKENS, "d_state": 4},
     "chimera_vit_tiny_patch16_224": {**TOKENS, "headdim": 8, "d_state": 4},
+    "plainmamba_l1_patch16_224": {**TOKENS, "d_state": 4},
     "vmamba_tiny_s1l8": {"dim": 8, "depths": (1, 1, 1, 1), "num_classes": 5},
     "vmamba_v0_tiny": {"dim": 8, "depths": (1, 1, 1, 1), "d_state": 4, "num_classes": 5},
     "mambavision_base": {
@@ -39,6 +40,7 @@ GOLDEN = {
     "hydra_vit_tiny_patch16_224": [-0.00735348, -0.19516188, -0.14503112, 0.02538063, 0.05884518],
     "lbvim_tiny_patch16_224": [0.02664053, 0.00820628, 0.0846936, 0.08880423, -0.06084543],
     "mambavision_base": [-1.90535554, 0.23154022, 2.23248479, 2.83800092, 1.66330114],
+    "plainmamba_l1_patch16_224": [1.09159232, -0.26472089, -1.16757855, -0.11575229, 1.2322293],
     "vim_tiny_patch16_224": [-0.22075854, 1.23759654, 0.62101784, -1.09370311, -1.12843699],
     "vmamba_tiny_s1l8": [0.33709137, 2.97652718, 3.74462532, 2.16131662, -0.77440676],
     "vmamba_v0_tiny": [0.02308195, 0.22109707, 0.28976318, 0.1911935, -0.01427492],

@@ -26,6 +26,9 @@ PARAMETERS = {
     "chimera_vit_tiny_patch16_224": 7_148_112,
     "chimera_vit_small_patch16_224": 24_410_256,
     "chimera_vit_base_patch16_224": 89_457_936,
+    "plainmamba_l1_patch16_224": 7_551_656,
+    "plainmamba_l2_patch16_224": 26_145_832,
+    "plainmamba_l3_patch16_224": 50_956_456,
     "vmamba_tiny_s1l8": 30_249_064,
     "vmamba_tiny_s2l5": 30_705_832,
     "vmamba_small_s1l20": 49_012_840,
@@ -48,6 +51,7 @@ SMALL = {
     "vim_tiny_patch16_224": {**TOKENS, "d_state": 4},
     "lbvim_tiny_patch16_224": {**TOKENS, "d_state": 4},
     "chimera_vit_tiny_patch16_224": {**TOKENS, "headdim": 8, "d_state": 4},
+    "plainmamba_l1_patch16_224": {**TOKENS, "d_state": 4},
     "vmamba_tiny_s1l8": {"dim": 8, "depths": (1, 1, 2, 1)},
     "vmamba_v0_tiny": {"dim": 8, "depths": (1, 1, 1, 1), "d_state": 4},
     "mambavision_base": {

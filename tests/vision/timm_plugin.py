@@ -13,7 +13,7 @@ import timm
 from omnissm import vision
 
 NAMES = vision.list_models()
-TOKENS = ("hydra_vit_*", "vim_*", "lbvim_*", "chimera_vit_*")
+TOKENS = ("hydra_vit_*", "vim_*", "lbvim_*", "chimera_vit_*", "plainmamba_*")
 
 
 def list_models(filter="", module="", pretrained=False, exclude_filters="", **_):

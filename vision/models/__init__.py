@@ -3,7 +3,8 @@
 from .chimera_vit import ChimeraViT as ChimeraViT
 from .hydra_vit import HydraViT as HydraViT
 from .mambavision import MambaVision as MambaVision
+from .plainmamba import PlainMamba as PlainMamba
 from .vim import Vim as Vim
 from .vmamba import VMamba as VMamba
 
-__all__ = ["ChimeraViT", "HydraViT", "MambaVision", "VMamba", "Vim"]
+__all__ = ["ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "VMamba", "Vim"]
