@@ -261,9 +261,9 @@ def lay_out(
         return Layout()
     order = count = None
     if mask is not None:
-        _check_contiguous(mask)
+        in_front = _check_contiguous(mask)
         count = mask.sum(1)
-        if align:
+        if align and in_front:
             length = mask.shape[1]
             first = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # padding in front; l in a row of nothing else
             order = torch.arange(length, device=mask.device) + first
@@ -284,15 +284,18 @@ def lay_out(
     return Layout(starts.cumsum(1, dtype=torch.int32), fresh, mask, order, count)
 
 
-def _check_contiguous(mask: Tensor) -> None:
+def _check_contiguous(mask: Tensor) -> bool:
+    """Whether padding may stand in front of real tokens; compiled code does not look."""
     if torch.compiler.is_compiling() or mask.shape[1] < 2:
-        return
+        return mask.shape[1] > 1
     begins = mask[:, :1].int().sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-    if bool((begins > 1).any()):
+    holes, in_front = torch.stack([(begins > 1).any(), ((begins > 0) & ~mask[:, 0]).any()]).tolist()  # one wait
+    if holes:
         row = int((begins > 1).int().argmax())
         raise ValueError(
             f"`mask` has a hole in row {row}: real tokens must be contiguous, with padding on the left or right only."
         )
+    return bool(in_front)
 
 
 def wide(tensor: Tensor) -> Tensor:
