@@ -149,8 +149,14 @@ def residual_scores(residual: xr.DataArray, calibration: xr.DataArray | None = N
 def rolling_z_scores(ds: xr.Dataset, window: int = 96) -> xr.DataArray:
     """Squared deviation from the mean of the `window` observed steps before, in their deviation; a baseline.
 
-    The first `window` steps are NaN, and so is what was not observed.
+    The first `window` steps are NaN, and so is what was not observed. Deviations count as at least a thousandth of that
+    of the whole series.
+
+    Raises:
+        ValueError: if the window is shorter than 2 steps.
     """
+    if window < 2:
+        raise ValueError(f"expected a window of at least 2 steps, got {window}")
     target = ds["target"] if "series" in ds["target"].dims else ds["target"].expand_dims(series=["0"])
     target = target.transpose("series", "time", "variate").astype(np.float64)
     past = target.shift(time=1).rolling(time=window, min_periods=2)
@@ -190,9 +196,14 @@ def detect(score: xr.DataArray, calibration: xr.DataArray, quantile: float = 0.9
         "mean": lambda part: part.mean("variate"),
     }
     pooled, normal = reduce[pool](score), reduce[pool](calibration)
+    usable = np.atleast_1d(normal.notnull().any("time").to_numpy())
+    if not usable.all():
+        name = score["series"].to_numpy()[int(usable.argmin())] if "series" in score.coords else usable.argmin()
+        raise ValueError(
+            f"no calibration step of series {name!s} has a score, of {normal.sizes['time']}; the first steps have none "
+            "for want of a full lookback or window: calibrate with a longer stretch, or leave out an empty series"
+        )
     threshold = normal.quantile(quantile, "time").drop_vars("quantile")
-    if bool(threshold.isnull().any()):
-        raise ValueError("no calibration step has a score; calibrate with a stretch longer than the lookback")
     about = {"quantile": quantile, "pool": pool}
     return xr.Dataset(
         {
@@ -206,14 +217,20 @@ def detect(score: xr.DataArray, calibration: xr.DataArray, quantile: float = 0.9
 
 
 def flags_of(ds: xr.Dataset) -> xr.DataArray:
-    """True at anomalous steps, (series, time): `label` of any variate.
+    """True at anomalous steps, (series, time): `label` of any variate; a missing flag counts as none.
 
     Raises:
-        ValueError: if the data have no flags over time.
+        ValueError: if the data have no flags over time, or other labels than 0 and 1.
     """
     if "label" not in ds or "time" not in ds["label"].dims:
         raise ValueError("the data have no variable 'label' over time; flags are needed to measure anomaly scores")
-    label = ds["label"].astype(bool)
+    values = ds["label"].to_numpy()
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"'label' has dtype {values.dtype}, expected flags 0 and 1, or bool")
+    wrong = values[~(np.isin(values, (0, 1)) | np.isnan(values))]
+    if wrong.size:
+        raise ValueError(f"'label' holds {wrong[0]:g}, expected flags: 0 for normal and 1 for anomalous steps")
+    label = ds["label"] == 1
     label = label.any("variate") if "variate" in label.dims else label
     label = label if "series" in label.dims else label.expand_dims(series=_series(ds))
     return label.transpose("series", "time")

@@ -26,7 +26,7 @@ from .kalman import Missing, kalman_impute
 from .loading import read_run
 from .models import create_model
 from .scaling import Scaler
-from .schema import canonical
+from .schema import canonical, validate
 from .windows import WindowBatch
 
 Array = npt.NDArray[Any]
@@ -276,10 +276,11 @@ class Imputer:
             data: As in `fit`.
 
         Returns:
-            The data with a finite `target` where there was a gap, and `imputed` (bool), True there.
+            The data with a finite `target` where there was a gap, and `imputed` (bool), True there; without variates
+            that the model does not know.
 
         Raises:
-            ValueError: if this imputer is not trained, or a variate is missing.
+            ValueError: if this imputer is not trained, the data violate the schema, or a variate is missing.
         """
         if self.net is None:
             raise ValueError("this imputer is not trained; call fit(data) or Imputer.load(folder) first")
@@ -360,7 +361,7 @@ def _filled(ds: xr.Dataset, target: Array, model: str) -> xr.Dataset:
     gaps = ~ds["observed"].transpose(*dims).to_numpy()
     return (
         ds.drop_vars("observed")
-        .assign(target=(dims, target.astype(np.float32)), imputed=(dims, gaps))
+        .assign(target=(dims, target.astype(np.float32)), imputed=(dims, gaps & np.isfinite(target)))
         .assign_attrs(imputation=model)
     )
 
@@ -375,6 +376,7 @@ def _fill_linear(values: Array) -> Array:
 
 def _simple(name: str, fill: Callable[[Array], Array]) -> Callable[[xr.Dataset], xr.Dataset]:
     def apply(ds: xr.Dataset) -> xr.Dataset:
+        validate(ds)
         ds = canonical(ds)
         values = ds["target"].transpose("series", "time", "variate").to_numpy().astype(np.float64)
         return _filled(ds, np.stack([fill(each) for each in values]), name)
@@ -383,10 +385,15 @@ def _simple(name: str, fill: Callable[[Array], Array]) -> Callable[[xr.Dataset],
 
 
 def _kalman(name: str, missing: Missing) -> Callable[[xr.Dataset], xr.Dataset]:
-    return lambda ds: _filled(canonical(ds), kalman_impute(ds, missing), name)
+    def apply(ds: xr.Dataset) -> xr.Dataset:
+        validate(ds)
+        return _filled(canonical(ds), kalman_impute(ds, missing), name)
+
+    return apply
 
 
-METHODS: dict[str, Callable[[xr.Dataset], xr.Dataset]] = {  # they need no training
+# They need no training. A series without any value of a variate keeps this gap.
+METHODS: dict[str, Callable[[xr.Dataset], xr.Dataset]] = {
     "last_value": _simple("last_value", _fill_last),
     "linear": _simple("linear", _fill_linear),
     "kalman": _kalman("kalman", "mar"),
@@ -407,7 +414,7 @@ def hide_blocks(ds: xr.Dataset, share: float = 0.1, length: int = 12, seed: int 
         The data with these values missing, and the values (NaN elsewhere), (series, time, variate).
 
     Raises:
-        ValueError: if share or length is out of range.
+        ValueError: if share or length is out of range, and if no value or all values of a variate would be hidden.
     """
     if not 0 < share < 1 or length < 1:
         raise ValueError(f"expected a share inside (0, 1) and a length of at least 1, got {share} and {length}")
@@ -417,7 +424,17 @@ def hide_blocks(ds: xr.Dataset, share: float = 0.1, length: int = 12, seed: int 
     rng = np.random.default_rng(seed)
     blocks = rng.random((series, steps // length + 1, variates)) < share
     hidden = np.repeat(blocks, length, axis=1)[:, :steps] & ds["observed"].to_numpy()
+    if not hidden.any():
+        raise ValueError(
+            f"no block of {length} steps was hidden at share {share}; raise the share or shorten the blocks"
+        )
     kept = target.where(~xr.DataArray(hidden, dims=target.dims))
+    lost = (hidden.any(axis=(0, 1)) & kept.isnull().all(("series", "time"))).to_numpy()
+    if lost.any():
+        name = target["variate"].to_numpy()[lost.argmax()]
+        raise ValueError(
+            f"blocks of {length} steps at share {share} hide all values of {name}; lower the share or shorten the blocks"
+        )
     return canonical(ds.drop_vars("observed").assign(target=kept)), target.where(hidden)
 
 
@@ -426,17 +443,23 @@ def compare_imputations(truth: xr.DataArray, filled: dict[str, xr.Dataset]) -> p
 
     Args:
         truth: Hidden values, NaN elsewhere; see `hide_blocks`.
-        filled: Name to filled data.
+        filled: Name to filled data, with `imputed`.
 
     Returns:
-        A row per method: `rmse` and `mae` in units of each variate's standard deviation over the first of the filled
-        series, and the number of values.
+        A row per method: `rmse` and `mae` in units of each variate's standard deviation over its known values, hidden
+        ones among them, and the number of values compared.
+
+    Raises:
+        ValueError: if nothing is hidden.
     """
     dims = ("series", "time", "variate")
     truth = truth if "series" in truth.dims else truth.expand_dims(series=["0"])
     known = truth.transpose(*dims).to_numpy().astype(np.float64)
-    first = next(iter(filled.values()))["target"]
-    scale = first.std(("series", "time")).to_numpy()
+    if not np.isfinite(known).any():
+        raise ValueError("there is no hidden value to compare the imputations at")
+    first = next(iter(filled.values()))
+    seen = first["target"].where(~first["imputed"]).transpose(*dims).to_numpy().astype(np.float64)
+    scale = np.nanstd(np.where(np.isfinite(known), known, seen), axis=(0, 1))
     rows = []
     for name, ds in filled.items():
         error = (ds["target"].transpose(*dims).to_numpy() - known) / np.where(scale > 0, scale, 1.0)

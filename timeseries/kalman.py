@@ -84,8 +84,10 @@ class LinearGaussian:
         x = np.asarray(x, np.float64)
         if missing not in ("mar", "mnar"):
             raise ValueError(f"missing must be 'mar' or 'mnar', got {missing!r}")
-        if d_state < 1 or x.ndim != 2 or len(x) < 3:
-            raise ValueError(f"expected a state of at least 1 and a series (t >= 3, v), got {d_state} and {x.shape}")
+        if d_state < 1:
+            raise ValueError(f"expected a state of at least 1, got d_state={d_state}")
+        if x.ndim != 2 or len(x) < 3:
+            raise ValueError(f"a state-space model needs a series (t, v) of at least 3 steps, got shape {x.shape}")
         empty = np.isnan(x).all(axis=0)
         if empty.any():
             raise ValueError(f"variate {int(empty.argmax())} has no observed value; leave it out")
@@ -237,6 +239,8 @@ def kalman_impute(ds: xr.Dataset, missing: Missing = "mar", d_state: int | None 
     filled = values.copy()
     for row in filled:
         known = np.isfinite(row).any(axis=0)
+        if not known.any():
+            continue
         mean, scale = np.nanmean(row[:, known], axis=0), np.nanstd(row[:, known], axis=0)
         scale = np.where(scale > 0, scale, 1.0)
         x = (row[:, known] - mean) / scale

@@ -88,12 +88,15 @@ def detect(
       omnissm timeseries detect --checkpoint runs/NAME --data machine.csv --time timestamp --out anomalies.nc
     """
     from . import anomalies
-    from .schema import canonical
+    from .schema import canonical, validate
 
     _check(out, (".nc", ".zarr", ".csv"))
     if not 0 < calibration < 1:
         raise ValueError(f"calibration is a share inside (0, 1), got {calibration}")
-    ds = canonical(_flagged(read_file(data, time, ids, id_column, values, freq), label))
+    ds = _flagged(read_file(data, time, ids, id_column, values, freq), label)
+    validate(ds)
+    ds = canonical(ds)
+    flags = anomalies.flags_of(ds) if "label" in ds else None
     first = int(calibration * ds.sizes["time"])
     simple = anomalies.rolling_z_scores(ds, window)
     score, kind = simple, ""
@@ -102,24 +105,26 @@ def detect(
         kind = score.attrs["of"]
         score = anomalies.residual_scores(score, score.isel(time=slice(0, first)))
     found = anomalies.detect(score, score.isel(time=slice(0, first)), quantile, pool)
+    normal = (
+        found if checkpoint is None else anomalies.detect(simple, simple.isel(time=slice(0, first)), quantile, pool)
+    )
     found.attrs |= {"calibration": calibration, "model": "rolling_z" if checkpoint is None else str(checkpoint)}
     if out.endswith(".csv"):
         write_table(found[["score", "anomaly"]].to_dataframe().reset_index(), out)
     else:
         found["target"] = ds["target"]
-        if "label" in ds:
-            found["label"] = anomalies.flags_of(ds)
+        if flags is not None:
+            found["label"] = flags
         write_series(found, out)
     sys.stdout.write(f"{out}\n")
-    if "label" not in ds:
+    if flags is None:
         return
     scores: dict[str, tuple[xr.DataArray, xr.DataArray | None]] = {}
     if checkpoint is not None:
         scores[f"{kind} residual"] = (found["score"], found["threshold"])
-    normal = anomalies.detect(simple, simple.isel(time=slice(0, first)), quantile, pool)
     scores["rolling z-score"] = (normal["score"], normal["threshold"])
     scores["random"] = (anomalies.random_scores(found["score"]), None)
-    print_table(anomalies.compare_scores(anomalies.flags_of(ds), scores), f"{data}: measures by step")
+    print_table(anomalies.compare_scores(flags, scores), f"{data}: measures by step")
 
 
 def impute(
@@ -214,6 +219,14 @@ def convert(
     """
     _check(out, (*SERIES, ".ts"))
     ds = _read(data, time, ids, id_column, values, freq)
+    held = {"target", "observed", "row"}
+    if out.endswith(".ts"):
+        held |= {"label"} if "label" in ds and ds["label"].dims == ("series",) else set()
+    elif layout == "long":
+        held |= {"past", "future", "static"}
+    lost = sorted(str(name) for name in ds.data_vars if name not in held)
+    if lost and Path(out).suffix not in (".nc", ".zarr"):
+        sys.stderr.write(f"not in {out}: {', '.join(lost)}; .nc and .zarr hold everything\n")
     if out.endswith(".ts"):
         write_ts(ds, out)
     else:
@@ -242,7 +255,7 @@ def _flagged(ds: xr.Dataset, label: str | None) -> xr.Dataset:
         raise ValueError(
             f"no variable or column {label!r} with flags; the columns are {', '.join(ds['variate'].values)}"
         )
-    flags = ds["target"].sel(variate=label, drop=True).fillna(0) > 0
+    flags = ds["target"].sel(variate=label, drop=True)
     return ds.drop_sel(variate=label).assign(label=flags)
 
 

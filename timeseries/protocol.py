@@ -83,7 +83,10 @@ def protocol(
     except yaml.YAMLError as error:
         raise ValueError(f"{str(grid)!r} is no YAML: {' '.join(str(error).split())}") from error
     if table_only:
-        table = protocol_table(check_grid(config), out)
+        checked = check_grid(config)
+        if not (out / "cells").is_dir():
+            raise ValueError(f"{str(out)!r} holds no cells; leave out --table_only, or name the folder of a run")
+        table = protocol_table(checked, out)
     else:
         table = run_protocol(config, out, jobs=jobs, root=root, accelerator=accelerator)
     print_table(table, str(out / "results.md"))
@@ -142,7 +145,9 @@ def _check_numbers(name: str, values: Any, least: int) -> None:
         or any(type(each) is not int or each < least for each in values)
         or len(set(values)) < len(values)
     ):
-        raise ValueError(f"{name} of the grid must be a list of different whole numbers from {least} on, got {values!r}")
+        raise ValueError(
+            f"{name} of the grid must be a list of different whole numbers from {least} on, got {values!r}"
+        )
 
 
 def _check_settings(what: str, settings: Any, others: Sequence[str] = ()) -> None:
@@ -237,7 +242,7 @@ def run_protocol(
     """
     if jobs < 1:
         raise ValueError(f"expected jobs of at least 1, got {jobs}")
-    wanted = cells(check_grid(dict(config)))
+    wanted = cells(check_grid(config))
     folder = Path(out) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in wanted if _read(_path(folder, cell), cell) is None]

@@ -61,6 +61,34 @@ def test_threshold_comes_from_the_calibration_alone():
         a.detect(score, normal * np.nan)
 
 
+def test_a_series_without_scores_is_named():
+    coords = {"series": ["first", "second"], "variate": ["a"]}
+    score = xr.DataArray(np.random.default_rng(0).random((2, 50, 1)), coords, ("series", "time", "variate"))
+    gone = score.where(score["series"] == "first")
+    with pytest.raises(ValueError, match="no calibration step of series second has a score, of 20"):
+        a.detect(gone, gone.isel(time=slice(0, 20)))
+    with pytest.raises(ValueError, match="of series first has a score, of 0"):
+        a.detect(score, score.isel(time=slice(0, 0)))
+
+
+def test_labels_that_are_no_flags_are_refused(tmp_path, capsys):
+    ds = create_synthetic("sines", length=300, n_variates=2)
+    with pytest.raises(ValueError, match="expected flags: 0 for normal"):
+        a.flags_of(ds.assign(label=ds["target"].isel(variate=0, drop=True)))
+    with pytest.raises(ValueError, match="dtype"):
+        a.flags_of(ds.assign(label=("time", np.full(300, "no"))))
+    flags = np.zeros(300)
+    flags[7], flags[8] = 1, np.nan
+    assert np.flatnonzero(a.flags_of(ds.assign(label=("time", flags)))).tolist() == [7]
+    write_series(ds, tmp_path / "sines.nc")
+    words = ["timeseries", "detect", "--data", str(tmp_path / "sines.nc"), "--out", str(tmp_path / "found.nc")]
+    assert main([*words, "--label", "x0"]) == 2
+    assert "expected flags" in capsys.readouterr().err
+    assert main([*words, "--window", "1"]) == 2
+    assert "window of at least 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "found.nc").exists()
+
+
 def test_rolling_z_is_a_z_score():
     rng = np.random.default_rng(1)
     values = rng.normal(size=(60, 1))

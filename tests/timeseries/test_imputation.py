@@ -105,6 +105,40 @@ def test_hidden_blocks_are_gone_and_known():
     assert hidden.reshape(20, 10, 2).all(axis=1).sum() * 10 == hidden.sum()
 
 
+def test_nothing_or_all_hidden_is_refused():
+    ds = create_synthetic("sines", length=60, n_variates=2)
+    with pytest.raises(ValueError, match="no block of 12 steps was hidden"):
+        hide_blocks(ds, 1e-9, 12)
+    with pytest.raises(ValueError, match="hide all values of x0"):
+        hide_blocks(ds, 1 - 1e-9, 100)
+    with pytest.raises(ValueError, match="no hidden value"):
+        compare_imputations(ds["target"] * np.nan, {"linear": METHODS["linear"](ds)})
+
+
+def test_errors_do_not_depend_on_what_else_is_compared(blackout):
+    """Their unit is the deviation of the known values, not that of some method's filling."""
+    gappy, truth = hide_blocks(blackout, 0.2, 10)
+    filled = {name: METHODS[name](gappy) for name in ("last_value", "linear")}
+    one = compare_imputations(truth, filled).set_index("method")
+    other = compare_imputations(truth, dict(reversed(filled.items()))).set_index("method")
+    assert one.loc["linear", "rmse"] == pytest.approx(other.loc["linear", "rmse"], rel=1e-9)
+    error = (filled["linear"]["target"] - truth).to_numpy() / blackout["target"].std("time").to_numpy()
+    assert one.loc["linear", "rmse"] == pytest.approx(np.sqrt(np.nanmean(error**2)), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_series_without_values_stays_as_it_is(method):
+    ds = create_synthetic("blackout", length=60, n_variates=2).drop_vars("truth")
+    panel = xr.concat([ds, ds * np.nan], "series").assign_coords(series=["a", "b"])
+    filled = METHODS[method](panel)
+    assert np.isfinite(filled["target"].sel(series="a")).all()
+    np.testing.assert_array_equal(filled["imputed"].sel(series="a"), ds["target"].isnull())
+    assert np.isnan(filled["target"].sel(series="b")).all()
+    assert not filled["imputed"].sel(series="b").any()
+    with pytest.raises(ValueError, match="x1 has no observed value"):
+        METHODS[method](ds.assign(target=ds["target"].where(ds["variate"] == "x0")))
+
+
 def test_verb(blackout, imputer, tmp_path, capsys):
     write_series(blackout, tmp_path / "data.nc")
     imputer.save(tmp_path / "model")
@@ -121,6 +155,11 @@ def test_convert(blackout, tmp_path, capsys):
     write_series(blackout.drop_vars("truth"), tmp_path / "data.nc")
     for name in ("a.csv", "a.ts", "a.parquet"):
         assert main(["timeseries", "convert", "--data", str(tmp_path / "data.nc"), "--out", str(tmp_path / name)]) == 0
+    assert "not in" not in capsys.readouterr().err
+    write_series(blackout, tmp_path / "both.nc")
+    words = ["--data", str(tmp_path / "both.nc"), "--out", str(tmp_path / "c.csv")]
+    assert main(["timeseries", "convert", *words]) == 0
+    assert "c.csv: truth;" in capsys.readouterr().err
     words = ["--data", str(tmp_path / "a.ts"), "--out", str(tmp_path / "b.nc")]
     assert main(["timeseries", "convert", *words]) == 0
     again = xr.open_dataset(tmp_path / "b.nc", engine="h5netcdf")["target"]

@@ -135,6 +135,10 @@ def test_blocks_count_less_than_scattered_gaps():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="at least 3 steps"):
+        LinearGaussian.create(np.zeros((2, 1)), 1)
+    with pytest.raises(ValueError, match="state of at least 1"):
+        LinearGaussian.create(np.zeros((5, 1)), 0)
     with pytest.raises(ValueError, match="'mar' or 'mnar'"):
         LinearGaussian.create(np.zeros((5, 1)), 1, "maybe")
     with pytest.raises(ValueError, match="variate 1 has no observed value"):

@@ -151,8 +151,36 @@ def test_data_may_lie_elsewhere():
         ({"seeds": []}, "the grid has no seeds"),
         ({"model": {}}, "unknown keys model"),
         ({"training": {"epochs": 3}}, "unknown setting 'epochs'"),
+        ({"training": {"schedule": "step"}}, "unknown schedule 'step'"),
+        ({"models": ["rlinear"]}, "models of the grid must be a mapping"),
+        ({"models": {"rlinear": 3}}, "model rlinear of the grid must be a mapping"),
+        ({"models": {"rlinear": {"horizons": 4}}}, "the horizons of rlinear must be a list"),
+        ({"seeds": 3}, "seeds of the grid must be a list of different whole numbers"),
+        ({"seeds": [0, 0]}, "seeds of the grid must be a list of different whole numbers"),
+        ({"horizons": ["a"]}, "horizons of the grid must be a list"),
+        ({"data": {"s": 3}}, "data s of the grid must be a mapping"),
+        ({"data": {"s": {"class_path": "omnissm.timeseries.data.Sinthetic"}}}, "class_path .*Sinthetic', which there"),
+        ({"data": {"s": {**GRID["data"]["sines"], "init_args": {"lenght": 9}}}}, "data s of the grid: .*'lenght'"),
+        ({"published": {"rlinear": {"sines": {4: [1]}}}}, r"expected \[mse, mae\], got \[1\]"),
     ],
 )
 def test_says_what_is_wrong(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         protocol.run_protocol({**GRID, **change}, tmp_path, progress=False)
+
+
+def test_verb_says_what_is_wrong(tmp_path, capsys):
+    words = ["timeseries", "protocol", "--grid", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]
+    (tmp_path / "grid.yaml").write_text("- 1\n")
+    assert main(words) == 2
+    assert "a grid is a mapping" in capsys.readouterr().err
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID))
+    assert main([*words, "--table_only", "true"]) == 2
+    assert "holds no cells" in capsys.readouterr().err
+
+
+def test_names_with_slashes_stay_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, "run_cell", lambda cell: FOUND)
+    grid = {**GRID, "models": {"../a/b": {"model": "last_value"}}, "horizons": [4], "seeds": [0]}
+    assert protocol.run_protocol(grid, tmp_path / "run", progress=False)["seeds"].tolist() == [1, 0]
+    assert [path.parent.name for path in tmp_path.rglob("*b-0-*.json")] == ["cells"]
