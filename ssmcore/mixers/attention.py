@@ -397,28 +397,28 @@ class Attention(nn.Module):
         length = k.shape[2]
         left, right = self.window
         place = torch.arange(length, device=k.device)
-        ahead = place - place[:, None]  # (l, l), key minus query
+        query = place[:, None]  # compared with all keys; no (l, l) tensor but of bool
         seen: Tensor | None = None
         if self.causal:
-            seen = ahead <= 0
+            seen = place <= query
         elif right is not None:
-            seen = ahead <= right
+            seen = place <= query + right
         if left is not None:
-            near = ahead >= -left
+            near = place >= query - left
             seen = near if seen is None else seen & near
         if layout.index is not None:
             same = layout.index[:, None, :, None] == layout.index[:, None, None, :]
             seen = same if seen is None else seen & same
         if layout.mask is not None:
             # Padding sees itself, so that its softmax is not empty; its output is dropped.
-            real = layout.mask[:, None, None, :] | (ahead == 0)
+            real = layout.mask[:, None, None, :] | (place == query)
             seen = real if seen is None else seen & real
         if state is None:
             return k, v, seen
         batch, valid = k.shape[0], self._earlier(state, place[None])
         if layout.index is not None:
             valid = valid & (layout.index == layout.index[:, :1])[:, None, :, None]
-        seen = torch.ones_like(ahead, dtype=torch.bool) if seen is None else seen
+        seen = valid.new_ones(length, length) if seen is None else seen
         seen = torch.cat([valid, seen.expand(batch, 1, length, length)], dim=-1)
         return torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2), seen
 
