@@ -1,22 +1,25 @@
 """Measure scoring, reading and training of DNA models, and write table, picture and packaged model from training runs.
 
     python benchmarks/genomics.py JOB ... [--device cpu|cuda] [--model FOLDER_OR_NAME] [--data FOLDER] [--out FOLDER]
+        [--genome FASTA] [--seconds S]
 
 records   seconds for 200,000 VCF records: read, and REF checked against a genome of as many bases as E. coli
 tem1      all SNVs of the TEM-1 gene with hnet_tiny, window 512, both strands, two threads (DATA: bla_tem1)
 fitness   rank correlation of scores of these SNVs with measured fitness, beside Markov order 7 and BLOSUM62
 score     variants per second with --model (default dnahnet_small, untrained), window 8,192, both strands, bfloat16
 long      seconds and memory of scoring one sequence of 1,048,576 bases
+          (score, long and train read --genome, or random bases where it is not given)
 train     bases per second of training steps: dnahnet_small beside isotropic models of its size
 curves    table in docs/genomics_models.md and docs/images/genomics_flops.png from the runs of genomics_train.py
 install   --from FOLDER (its NAME.json and NAME/): genomics/pretrained/NAME_ecoli with its card
 
-Measurements go to results/DEVICE/genomics.json, each job replacing its own rows.
+Measurements go to results/DEVICE/genomics.json after each job, which replaces its own rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -64,10 +67,20 @@ def random_genome(bases: int) -> Reference:
     return Reference.from_sequences({"c": text})
 
 
+def genome_of(options: Options, bases: int) -> Reference:
+    """The genome that was named, at least so many bases in its first contig, or random bases."""
+    if options.genome is None:
+        return random_genome(bases)
+    genome = Reference(options.genome, cache="memory")
+    if genome.lengths[genome.names[0]] < bases:
+        raise SystemExit(f"{options.genome}: the first contig has fewer than {bases:,} bases")
+    return genome
+
+
 def write_snvs(path: Path, genome: Reference, places: list[int]) -> None:
-    text = genome.fetch("c", 0, genome.lengths["c"]).decode()
-    other = dict(zip("ACGT", "CATG"))
-    path.write_text(HEADER + "".join(f"c\t{at + 1}\t.\t{text[at]}\t{other[text[at]]}\t.\t.\t.\n" for at in places))
+    name, other = genome.names[0], dict(zip("ACGT", "CATG"))
+    text = genome.fetch(name, 0, genome.lengths[name]).decode()
+    path.write_text(HEADER + "".join(f"{name}\t{at + 1}\t.\t{text[at]}\t{other[text[at]]}\t.\t.\t.\n" for at in places))
 
 
 def records(options: Options, folder: Path) -> list[dict[str, Any]]:
@@ -146,20 +159,28 @@ def network(options: Options) -> Any:
 
 
 def score(options: Options, folder: Path) -> list[dict[str, Any]]:
-    genome = random_genome(1_000_000)
+    genome = genome_of(options, 1_000_000)
     places = sorted(random.Random(0).sample(range(10_000, 990_000), options.variants + 64))
+    warm, places = places[::17][:64], [at for k, at in enumerate(places) if k % 17]
+    write_snvs(folder / "warm.vcf", genome, warm)
     rows = []
-    for tokens in options.batch_tokens:
+    for tokens, shared in itertools.product(options.batch_tokens, (True, False)):
         scorer = load_scorer(network(options), device=options.device, dtype=options.dtype, batch_tokens=tokens)
-        write_snvs(folder / "warm.vcf", genome, places[:64])
-        score_variants(folder / "warm.vcf", genome, scorer, window=options.window)
-        write_snvs(folder / "s.vcf", genome, places[64:])
+        scorer.continues = scorer.continues and shared
+        for _ in range(2):  # the first pass compiles
+            began = time.perf_counter()
+            score_variants(folder / "warm.vcf", genome, scorer, window=options.window)
+        rate = len(warm) / (time.perf_counter() - began)
+        count = max(64, min(len(places), int(rate * options.seconds)))
+        write_snvs(folder / "s.vcf", genome, sorted(random.Random(1).sample(places, count)))
         reset(options)
         began = time.perf_counter()
         table = score_variants(folder / "s.vcf", genome, scorer, window=options.window)
         seconds = time.perf_counter() - began
+        if table.counts() != {"ok": table.n_rows}:
+            raise SystemExit(f"not all variants were scored: {table.counts()}")
         row = {"job": "score", "model": options.model, "window": options.window, "batch_tokens": tokens}
-        row |= {"dtype": scorer.dtype, "variants": table.n_rows, "seconds": round(seconds, 2)}
+        row |= {"share_prefix": shared, "dtype": scorer.dtype, "variants": table.n_rows, "seconds": round(seconds, 2)}
         row |= {"variants_per_s": round(table.n_rows / seconds, 1), "peak_gib": peak(options), "required": 40}
         rows.append(row)
         print(row, flush=True)
@@ -167,9 +188,9 @@ def score(options: Options, folder: Path) -> list[dict[str, Any]]:
 
 
 def long(options: Options, folder: Path) -> list[dict[str, Any]]:
-    genome = random_genome(options.bases)
+    genome = genome_of(options, options.bases)
     scorer = load_scorer(network(options), device=options.device, dtype=options.dtype)
-    sequence = genome.fetch("c", 0, options.bases)
+    sequence = genome.fetch(genome.names[0], 0, options.bases)
     scorer.log_probs([sequence[: min(len(sequence), 131_072)]])
     reset(options)
     began = time.perf_counter()
@@ -182,6 +203,9 @@ def long(options: Options, folder: Path) -> list[dict[str, Any]]:
 
 def train(options: Options, folder: Path) -> list[dict[str, Any]]:
     rows = []
+    genome = genome_of(options, options.rows * options.window)
+    text = genome.fetch(genome.names[0], 0, options.rows * options.window)
+    bases = np.frombuffer(text, np.uint8).reshape(options.rows, options.window)
     for name in options.models:
         torch.manual_seed(0)
         task = CausalLM(name).to(options.device).train()
@@ -190,9 +214,6 @@ def train(options: Options, folder: Path) -> list[dict[str, Any]]:
         task.log = task.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
         optimizer = create_optimizer(task, lambda groups: torch.optim.AdamW(groups, lr=1e-4), task.lr_scales())
         assert optimizer is not None
-        bases = np.frombuffer(b"ACGT", np.uint8)[
-            np.random.default_rng(0).integers(4, size=(options.rows, options.window))
-        ]
         tokens = torch.from_numpy(bases.astype(np.int64)).to(options.device)
         batch = SequenceBatch(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
@@ -374,9 +395,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, default=ROOT / "data" / "genomics" / "bla_tem1", help="for tem1 and fitness"
     )
-    parser.add_argument("--genome", type=Path, help="for fitness: what the Markov model counts")
+    parser.add_argument("--genome", type=Path, help="for fitness: what the Markov model counts; for score, long, train")
     parser.add_argument("--window", type=int, default=8192)
-    parser.add_argument("--variants", type=int, default=1024, help="for score")
+    parser.add_argument("--variants", type=int, default=1024, help="for score: at most so many")
+    parser.add_argument("--seconds", type=float, default=60, help="for score: about so long each")
     parser.add_argument("--batch_tokens", type=int, nargs="+", default=[65_536, 262_144], help="for score")
     parser.add_argument("--bases", type=int, default=2**20, help="for long")
     parser.add_argument("--rows", type=int, default=4, help="for train")
@@ -390,18 +412,15 @@ def main(argv: list[str] | None = None) -> int:
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     if "install" in options.jobs and options.source is None:
         parser.error("install needs --from FOLDER")
-    rows: list[dict[str, Any]] = []
     for job in options.jobs:
         with tempfile.TemporaryDirectory() as folder:
-            found = JOBS[job](options, Path(folder))
-        print(*found, sep="\n", flush=True)
-        rows += found
-    if rows:
-        about = describe(torch.device(options.device), options.commit)
-        path = options.out / folder_of(about["device"]) / "genomics.json"
-        old = json.loads(path.read_text())["rows"] if path.is_file() else []
-        done = {row["job"] for row in rows}
-        write_json(path, {**about, "rows": [row for row in old if row["job"] not in done] + rows})
+            rows = JOBS[job](options, Path(folder))
+        print(*rows, sep="\n", flush=True)
+        if rows:
+            about = describe(torch.device(options.device), options.commit)
+            path = options.out / folder_of(about["device"]) / "genomics.json"
+            old = json.loads(path.read_text())["rows"] if path.is_file() else []
+            write_json(path, {**about, "rows": [row for row in old if row["job"] != job] + rows})
     return 0
 
 
