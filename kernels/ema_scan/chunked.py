@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear_scan.chunked import linear_scan_chunked
+from ..linear_scan.chunked import _scan, linear_scan_chunked
 from ..transforms import apply
 
 
@@ -39,7 +39,8 @@ class _Ema(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, p: Tensor, state: Tensor, linked: Tensor | None) -> tuple[Tensor, Tensor]:
-        return linear_scan_chunked(_decay(p, linked), p[..., None] * x, state, False, p.dtype)
+        # The op itself: torch.compile up to 2.11 loses the gradient of a function whose forward calls another one.
+        return _scan(_decay(p, linked), p[..., None] * x, state, False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
