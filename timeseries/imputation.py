@@ -433,7 +433,7 @@ def hide_blocks(ds: xr.Dataset, share: float = 0.1, length: int = 12, seed: int 
     if lost.any():
         name = target["variate"].to_numpy()[lost.argmax()]
         raise ValueError(
-            f"blocks of {length} steps at share {share} hide all values of {name}; lower the share or shorten the blocks"
+            f"blocks of {length} steps at share {share} hide all values of {name}; lower it or shorten the blocks"
         )
     return canonical(ds.drop_vars("observed").assign(target=kept)), target.where(hidden)
 
