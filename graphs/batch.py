@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..ssmcore.mixers import GraphTopology, graph_topology
+from .hierarchy import affinity_clusters, edge_distances, join_clusters
 
-OPTIONAL = ("edge_attr", "y", "pe", "pairs")
+OPTIONAL = ("edge_attr", "y", "pe", "pairs", "clusters")
+NUMBERED = ("pairs", "clusters")  # these hold nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,7 @@ class Graph:
             Classes are int64 with -1 for unknown, values and labels of yes or no are float32 with NaN for unknown.
         pe: Positional features of the nodes, (v, k) float32, or None.
         pairs: Pairs of nodes that are asked about, (2, q) int64, or None.
+        clusters: Clusters of the nodes by round, (v, rounds) int64, see `omnissm.graphs.hierarchy`, or None.
         is_directed: Whether an edge and its reverse are different things.
 
     Raises:
@@ -39,6 +42,7 @@ class Graph:
     y: Tensor | None = None
     pe: Tensor | None = None
     pairs: Tensor | None = None
+    clusters: Tensor | None = None
     is_directed: bool = True
 
     def __post_init__(self) -> None:
@@ -55,7 +59,7 @@ class Graph:
             if ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) < len(self.x):
                 wrong = int(ends.min()) if int(ends.min()) < 0 else int(ends.max())
                 raise ValueError(f"`{name}` names node {wrong}, expected ids from 0 to {len(self.x) - 1}.")
-        rows = {"edge_attr": self.num_edges, "pe": self.num_nodes}
+        rows = {"edge_attr": self.num_edges, "pe": self.num_nodes, "clusters": self.num_nodes}
         for name, count in rows.items():
             tensor = getattr(self, name)
             if tensor is not None and (tensor.dim() != 2 or len(tensor) != count):
@@ -83,6 +87,7 @@ class GraphBatch:
         y: The graphs' targets, one after the other, or None.
         pe: Positional features, (v, k), or None.
         pairs: Pairs of nodes that are asked about, (2, q), numbered over the batch, or None.
+        clusters: Clusters of the nodes by round, (v, rounds), numbered over the batch, or None.
         batch: Graph of each node, (v,) int64, not decreasing.
         ptr: First node of each graph and v, (graphs + 1,) int64.
         topology: Order and sorted edges for the state-space layers; None: worked out when a layer needs it.
@@ -96,6 +101,7 @@ class GraphBatch:
     y: Tensor | None
     pe: Tensor | None
     pairs: Tensor | None
+    clusters: Tensor | None
     batch: Tensor
     ptr: Tensor
     topology: GraphTopology | None
@@ -121,6 +127,13 @@ class GraphBatch:
         if self.topology is not None:
             return self
         return replace(self, topology=graph_topology(self.edge_index, self.num_nodes, ptr=self.ptr))
+
+    def with_clusters(self) -> GraphBatch:
+        """The batch with the clusters of its nodes, by the distance of their features; itself if it has them."""
+        if self.clusters is not None:
+            return self
+        distance = edge_distances(self.x, self.edge_index)
+        return replace(self, clusters=affinity_clusters(self.edge_index, distance, self.batch))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GraphBatch:
         """The same batch on another device."""
@@ -152,6 +165,7 @@ class GraphBatch:
                     None if self.y is None or y_graph is None else self.y[y_graph == number],
                     None if self.pe is None else self.pe[first:last],
                     None if self.pairs is None else self.pairs[:, pair_graph == number] - first,
+                    None if self.clusters is None else self.clusters[first:last] - first,
                     self.is_directed,
                 )
             )
@@ -185,7 +199,7 @@ def collate(graphs: Sequence[Graph], *, topology: bool = True) -> GraphBatch:
         have = [tensor for tensor in given if tensor is not None]
         if have and len(have) < len(given):
             raise ValueError(f"{len(have)} of {len(given)} graphs have `{name}`; all must, or none.")
-        parts[name] = torch.cat(have) if have and name != "pairs" else None
+        parts[name] = torch.cat(have) if have and name not in NUMBERED else None
     if len({graph.is_directed for graph in graphs}) > 1:
         raise ValueError("some graphs are directed and others are not; a batch must be of one kind.")
     sizes = torch.tensor([graph.num_nodes for graph in graphs])
@@ -195,6 +209,9 @@ def collate(graphs: Sequence[Graph], *, topology: bool = True) -> GraphBatch:
     if graphs[0].pairs is not None:
         shifted = [graph.pairs + start for graph, start in zip(graphs, starts) if graph.pairs is not None]
         parts["pairs"] = torch.cat(shifted, dim=1)
+    clusters = [graph.clusters for graph in graphs if graph.clusters is not None]
+    if clusters:
+        parts["clusters"] = join_clusters(clusters, starts)
     batch = GraphBatch(
         x=x,
         edge_index=torch.cat([graph.edge_index.long() + start for graph, start in zip(graphs, starts)], dim=1),

@@ -85,6 +85,7 @@ def _parts(data: Any) -> dict[str, Any]:
     if found["edge_attr"] is not None:
         found["edge_attr"] = _columns(found["edge_attr"])
     found["pairs"] = getattr(data, "edge_label_index", None)
+    found["clusters"] = None
     if found["pairs"] is not None:
         found["y"] = getattr(data, "edge_label", None)
     return found

@@ -45,6 +45,7 @@ class GraphData(SSMData):
         pe_steps: Length of the longest random walk of the positional features; 0: none.
         max_nodes: Leave out larger graphs.
         topology: Work out orders and sorted edges with each batch, as state-space layers need.
+        clusters: Work out the clusters of nodes once for every graph, as models over hierarchical sequences need.
         seed: Of the order "random", and with the run's seed of the order of training.
 
     Raises:
@@ -62,6 +63,7 @@ class GraphData(SSMData):
         pe_steps: int = 0,
         max_nodes: int | None = None,
         topology: bool = True,
+        clusters: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class GraphData(SSMData):
             )
         if orientation is not None and orientation not in get_args(Orientation):
             raise ValueError(f"orientation must be one of {', '.join(get_args(Orientation))}, got {orientation!r}.")
-        self.batch_size, self.num_workers, self.topology = batch_size, num_workers, topology
+        self.batch_size, self.num_workers, self.topology, self.clusters = batch_size, num_workers, topology, clusters
         self.orientation, self.pe_steps, self.max_nodes, self.seed = orientation, pe_steps, max_nodes, seed
         self._parts: dict[str, list[Graph]] = {}
         self._schema: dict[str, Any] = {}
@@ -99,7 +101,12 @@ class GraphData(SSMData):
             return graph  # left out afterwards
         if self.pe_steps:
             graph = replace(graph, pe=random_walk_pe(graph.edge_index, graph.num_nodes, self.pe_steps))
-        return orient(graph, self.orientation, seed=self.seed) if self.orientation else graph
+        graph = orient(graph, self.orientation, seed=self.seed) if self.orientation else graph
+        return (
+            replace(graph, clusters=collate([graph], topology=False).with_clusters().clusters)
+            if self.clusters
+            else graph
+        )
 
     def graphs(self, part: PartName) -> list[Graph]:
         """Graphs of one part.

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...ssmcore.mixers import GraphSSM
 from .graph_model import GraphModel
+from .hybrid import HybridLayer
 from .layers import GPSLayer, MessageLayer, NodeLayer, SSMLayer
 
 __all__ = ["MODELS", "GraphModel", "create_model", "list_models", "model_options"]
@@ -39,6 +40,9 @@ MODELS: dict[str, Entry] = {
     ),
     "chimera_graph_base": Entry(
         SSMLayer, GENERAL | {"d_model": 64, "n_layer": 8, "d_state": 64}, "the published size for long-range sets"
+    ),
+    "gsm_pp": Entry(
+        HybridLayer, {"d_model": 64, "n_layer": 1}, "GSM++: GatedGCN, then Mamba-2 and attention over clusters"
     ),
     "mlp": Entry(NodeLayer, {"d_model": 64, "n_layer": 2}, "baseline: nodes alone, no edges"),
     "gcn": Entry(MessageLayer, {"d_model": 64, "n_layer": 4, "kind": "gcn"}, "baseline: graph convolution"),
@@ -87,4 +91,4 @@ def model_options(name: str) -> list[str]:
         for parameter in inspect.signature(source).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 names[parameter.name] = None
-    return [name for name in names if name not in ("has_edges", "d_edge", "device", "dtype")]
+    return [name for name in names if name not in ("has_edges", "update_edges", "d_edge", "device", "dtype")]

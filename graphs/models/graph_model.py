@@ -93,6 +93,11 @@ class GraphModel(nn.Module):
         """Whether a layer needs the batch's topology."""
         return any(getattr(layer, "uses_topology", False) for layer in self.layers)
 
+    @property
+    def uses_clusters(self) -> bool:
+        """Whether a layer needs the clusters of the batch's nodes."""
+        return any(getattr(layer, "uses_clusters", False) for layer in self.layers)
+
     def forward(self, batch: GraphBatch | Graph | Any) -> Tensor:
         """Predict.
 
@@ -143,7 +148,8 @@ class GraphModel(nn.Module):
             if batch.is_directed:
                 edges = torch.cat([edges, plain + self.direction[1]])
         topology = batch.with_topology().topology if self.uses_topology else None
-        return x, edges, View(both, batch.batch, batch.ptr, topology, count)
+        clusters = batch.with_clusters().clusters if self.uses_clusters else None
+        return x, edges, View(both, batch.batch, batch.ptr, topology, count, clusters)
 
     def pool(self, x: Tensor, batch: GraphBatch) -> Tensor:
         """Vectors of the graphs, (graphs, d_model), from those of the nodes; zero for a graph without nodes."""

@@ -24,6 +24,7 @@ class View(NamedTuple):
         ptr: First node of each graph and v, (graphs + 1,).
         topology: Of the graph's own edges; None for models without state-space layers.
         num_edges: The graph's own edges e.
+        clusters: Clusters of the nodes by round, (v, rounds); None for models that do not look at them.
     """
 
     edge_index: Tensor
@@ -31,6 +32,7 @@ class View(NamedTuple):
     ptr: Tensor
     topology: GraphTopology | None
     num_edges: int
+    clusters: Tensor | None = None
 
 
 class FeedForward(nn.Module):
@@ -87,11 +89,20 @@ class MessageLayer(nn.Module):
         kind: "gcn", "gine" or "gated_gcn".
         has_edges: Whether edges have features; the learned direction of an edge is one in any case.
         dropout: Share of channels set to zero.
+        update_edges: Whether GatedGCN changes the edges too.
     """
 
     uses_topology = False
 
-    def __init__(self, d_model: int, *, kind: Local = "gine", has_edges: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        kind: Local = "gine",
+        has_edges: bool = False,
+        dropout: float = 0.0,
+        update_edges: bool = True,
+    ) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
@@ -103,7 +114,7 @@ class MessageLayer(nn.Module):
             case "gine":
                 conv = GINE(d_model)
             case "gated_gcn":
-                conv = GatedGCN(d_model, dropout)
+                conv = GatedGCN(d_model, dropout, update_edges=update_edges)
             case _:
                 raise ValueError(f"kind must be 'gcn', 'gine' or 'gated_gcn', got {kind!r}.")
         self.conv = conv
