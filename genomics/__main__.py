@@ -46,6 +46,7 @@ def score(
     dtype: Dtype = "float32",
     batch_tokens: int = 65_536,
     restrict: Literal["acgt"] | None = None,
+    workers: int = 0,
     progress: bool | None = None,
 ) -> int:
     """Score every alternative allele of a file of variants with a model.
@@ -86,6 +87,7 @@ def score(
         dtype: Of the weights.
         batch_tokens: Positions of a batch at most.
         restrict: "acgt" renormalises probabilities over the four bases.
+        workers: Threads that read the genome for the next blocks while the model works.
         progress: Show count, rate and time left; by default on a terminal.
 
     Raises:
@@ -138,6 +140,7 @@ def score(
             resume=resume,
             prefix=prefix,
             overwrite_info=overwrite_info,
+            workers=workers,
             progress=progress,
         )
     except RefMismatchError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -49,8 +50,7 @@ class Reference:
     def __init__(self, path: str | Path, *, circular: Collection[str] | bool = (), cache: Cache = "auto") -> None:
         self.path: Path | None = Path(path)
         self._sequences: dict[str, bytes] | None = None
-        self._handle: Any = None
-        self._owner = -1
+        self._handles: dict[tuple[int, int], Any] = {}
         if not self.path.is_file():
             raise FileNotFoundError(2, "No such reference file", str(path))
         found: set[str] = set()
@@ -81,7 +81,7 @@ class Reference:
             circular: Names of circular contigs, or True for all.
         """
         self = cls.__new__(cls)
-        self.path, self._handle, self._owner = None, None, -1
+        self.path, self._handles = None, {}
         self._hold({name: s.encode() if isinstance(s, str) else bytes(s) for name, s in sequences.items()})
         self._check()
         self.circular = self._names(circular)
@@ -108,7 +108,7 @@ class Reference:
         return {contig for contig in found.values() if contig}
 
     def _open(self) -> Any:
-        """A handle of this process's own."""
+        """A handle of this process's and thread's own."""
         try:
             import pysam
         except ImportError as error:
@@ -130,12 +130,12 @@ class Reference:
             for made, index in zip(scratch, indices):
                 os.replace(made, index)
         more = {"filepath_index_compressed": indices[1]} if packed else {}
-        self._handle = pysam.FastaFile(str(self.path), filepath_index=indices[0], **more)
-        self._owner = os.getpid()
-        return self._handle
+        handle = pysam.FastaFile(str(self.path), filepath_index=indices[0], **more)
+        self._handles[os.getpid(), threading.get_ident()] = handle
+        return handle
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_owner": -1}
+        return {**self.__dict__, "_handles": {}}
 
     @property
     def names(self) -> list[str]:
@@ -199,9 +199,9 @@ class Reference:
     def _read(self, chrom: str, start: int, end: int) -> bytes:
         if self._sequences is not None:
             return self._sequences[chrom][start:end]
-        if self._owner != os.getpid():  # a handle must not be shared with a forked process
-            self._open()
-        return self._handle.fetch(chrom, start, end).encode() if end > start else b""
+        # A handle must not be shared with a forked process or another thread.
+        handle = self._handles.get((os.getpid(), threading.get_ident())) or self._open()
+        return handle.fetch(chrom, start, end).encode() if end > start else b""
 
     def md5(self, chrom: str) -> str:
         """MD5 of a contig's upper-case bases, as in the M5 tag of SAM files."""

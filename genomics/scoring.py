@@ -12,8 +12,9 @@ import itertools
 import logging
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,6 +96,7 @@ def score_variants(
     overwrite_info: bool = False,
     device: str = "auto",
     batch_tokens: int = 65_536,
+    workers: int = 0,
     progress: bool | None = False,
     **fields: Any,
 ) -> ScoreTable:
@@ -118,6 +120,8 @@ def score_variants(
         overwrite_info: Replace such fields of an earlier run.
         device: "auto", "cpu" or such as "cuda:0".
         batch_tokens: Most positions of a batch.
+        workers: Threads that check records and cut windows of the next blocks while the model works on one; the result
+            does not depend on them.
         progress: Show count, rate and time left on stderr; None does so on a terminal.
         **fields: Fields of `ScoreOptions`, such as window=8192, scores=("llr", "ll_ref").
 
@@ -132,6 +136,8 @@ def score_variants(
     outs = [out] if isinstance(out, str) else list(out)
     if not part_size > 0:
         raise ValueError(f"expected a part size of at least 1, got {part_size}")
+    if workers < 0:
+        raise ValueError(f"expected workers of at least 0, got {workers}")
     if shard is not None and not 0 <= shard[0] < shard[1]:
         raise ValueError(f"expected a shard i/n with 0 <= i < n, got {shard[0]}/{shard[1]}")
     genome = reference if isinstance(reference, Reference) else Reference(reference)
@@ -147,7 +153,7 @@ def score_variants(
             if shard is not None or resume:
                 raise ValueError("a shard and a run that can go on need a file to write; give out a name")
             records: Iterable[Record] = VariantFile(variants, regions=places, **reading)
-            table = _in_memory(records, worker, outs, max_mismatch_frac, part_size, prefix, progress)
+            table = _in_memory(records, worker, outs, max_mismatch_frac, part_size, prefix, progress, workers)
             return _told(table, places)
     else:
         if outs or shard is not None or resume or places:
@@ -155,7 +161,7 @@ def score_variants(
                 "variants in memory are all scored at once and give a table: no out, shard, resume or regions; write it"
                 " with its to_parquet, or give a file to score"
             )
-        return _in_memory(_records(variants), worker, outs, max_mismatch_frac, part_size, prefix, progress)
+        return _in_memory(_records(variants), worker, outs, max_mismatch_frac, part_size, prefix, progress, workers)
     parts_folder = Path(f"{next(name for name in outs if name != '-')}.parts")
     source, spooled = str(variants), parts_folder / "input.vcf"
     if source == "-":
@@ -182,21 +188,27 @@ def score_variants(
     parts.start(resume=resume, shared=shard is not None)
     guard = _Guard(max_mismatch_frac)
     mine: list[Columns] = []
+
+    def is_ours(number: int) -> bool:
+        return shard is None or number % shard[1] == shard[0]
+
+    def is_open(number: int) -> bool:
+        return is_ours(number) and not parts.path(number).is_file()
+
     try:
-        for number, block in enumerate(_blocks(file, part_size)):
-            if shard is not None and number % shard[1] != shard[0]:
+        for number, block, rows in _prepared(_blocks(file, part_size), worker, workers, is_open):
+            if not is_ours(number):
                 bar.skip(len(block))
                 continue
-            columns = parts.read(number)
-            if columns is None:
-                rows = worker.check(block)
+            if rows is None:
+                columns = parts.read(number)
+                bar.skip(len(block))
+            else:
                 guard.see(rows)
                 columns = worker.score(rows)
                 parts.write(number, columns)
                 bar.add(len(block))
-            else:
-                bar.skip(len(block))
-            if shard is not None:
+            if shard is not None and columns is not None:
                 mine.append(columns)
         guard.close()
     except Exception as error:
@@ -326,13 +338,13 @@ def _in_memory(
     part_size: int,
     prefix: str,
     progress: bool | None,
+    workers: int,
 ) -> ScoreTable:
     guard, bar = _Guard(limit), Progress("variants", show=progress)
     found = []
-    for block in _blocks(records, part_size):
-        rows = worker.check(block)
-        guard.see(rows)
-        found.append(worker.score(rows))
+    for _, block, rows in _prepared(_blocks(records, part_size), worker, workers):
+        guard.see(rows or ())
+        found.append(worker.score(rows or ()))
         bar.add(len(block))
     guard.close()
     bar.close()
@@ -393,6 +405,28 @@ def _blocks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
     iterator = iter(records)
     while block := list(itertools.islice(iterator, size)):
         yield block
+
+
+def _prepared(
+    blocks: Iterable[list[Record]],
+    worker: VariantScorer,
+    workers: int,
+    is_open: Callable[[int], bool] = lambda number: True,
+) -> Iterator[tuple[int, list[Record], list[Any] | None]]:
+    """Number, records and prepared rows of each block in order, without rows where nothing is open."""
+    if not workers:
+        for number, block in enumerate(blocks):
+            yield number, block, worker.prepare(block) if is_open(number) else None
+        return
+    with ThreadPoolExecutor(workers, "windows") as pool:
+        ahead: deque[tuple[int, list[Record], Future[list[Any]] | None]] = deque()
+        for number, block in enumerate(blocks):
+            ahead.append((number, block, pool.submit(worker.prepare, block) if is_open(number) else None))
+            if len(ahead) > workers:
+                first, records, rows = ahead.popleft()
+                yield first, records, None if rows is None else rows.result()
+        for first, records, rows in ahead:
+            yield first, records, None if rows is None else rows.result()
 
 
 def _records(variants: Iterable[Variant]) -> Iterator[Record]:

@@ -191,12 +191,22 @@ class VariantScorer:
                 rows.append(_Row(record, alt_index, alt, checked, checked.status))
         return rows
 
-    def score(self, rows: Sequence[_Row]) -> Columns:
-        """Scores of checked rows as columns of equal length."""
-        jobs: dict[bytes, _Job] = {}
+    def prepare(self, records: Iterable[Record]) -> list[_Row]:
+        """Checked rows with the windows of those that are scored; all that reads the genome."""
+        rows = self.check(records)
         for row in rows:
             if row.status in SCORED:
-                self._prepare(row)
+                try:
+                    self._prepare(row)
+                except ValueError as error:  # one row must not cost the run
+                    log.warning("record %d: %s", row.record.index + 1, error)
+                    row.status = "failed"
+        return rows
+
+    def score(self, rows: Sequence[_Row]) -> Columns:
+        """Scores of prepared rows as columns of equal length."""
+        jobs: dict[bytes, _Job] = {}
+        for row in rows:
             if row.status in SCORED:
                 self._enlist(row, jobs)
         self._run(list(jobs.values()))

@@ -458,6 +458,45 @@ def test_shards_merge_to_the_same_file(tmp_path):
         merge_scores(calls, str(tmp_path / "never.vcf"))
 
 
+def test_threads_change_nothing(tmp_path):
+    genome, calls = write_genome(tmp_path), write_vcf(tmp_path / "calls.vcf")
+    reference = Reference(genome, cache="none")  # each thread reads the file through a handle of its own
+    outs = [tmp_path / f"{workers}.vcf" for workers in (0, 1, 3)]
+    for workers, out in zip((0, 1, 3), outs):
+        table = score_variants(calls, reference, Bigram(), window=51, part_size=4, out=str(out), workers=workers)
+        again = score_variants(calls, reference, Bigram(), window=51, part_size=9, workers=workers)  # in memory
+        np.testing.assert_array_equal(table["llr"], again["llr"])
+    assert outs[0].read_bytes() == outs[1].read_bytes() == outs[2].read_bytes()
+    assert len(reference._handles) > 1
+    with pytest.raises(ValueError, match="workers of at least 0, got -1"):
+        score_variants(calls, reference, Bigram(), window=51, workers=-1)
+    merged = str(tmp_path / "merged.vcf")
+    for k in range(2):
+        score_variants(calls, reference, Bigram(), window=51, part_size=4, out=merged, workers=2, shard=(k, 2))
+    merge_scores(calls, merged)
+    assert (tmp_path / "merged.vcf").read_bytes() == outs[0].read_bytes()
+    other = Reference.from_sequences({"c": "".join(np.random.default_rng(5).choice(list("ACGT"), 400))})
+    with pytest.raises(RefMismatchError):  # what stops a run without threads stops one with them
+        score_variants(calls, other, Bigram(), window=51, workers=2)
+
+
+def test_a_row_whose_windows_cannot_be_cut_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    from omnissm.genomics import variant_scorer
+
+    real = variant_scorer.haplotypes
+
+    def fails(variant, *args, **kwargs):
+        if variant.start == 15:
+            raise ValueError("no such window")
+        return real(variant, *args, **kwargs)
+
+    monkeypatch.setattr(variant_scorer, "haplotypes", fails)
+    variants = [Variant("c", at, SEQUENCE[at], "A" if SEQUENCE[at] != "A" else "C") for at in (10, 15, 20)]
+    table = score_variants(variants, Reference.from_sequences({"c": SEQUENCE}), Bigram(), window=51)
+    assert table["status"].tolist() == ["ok", "failed", "ok"]
+    assert "record 2: no such window" in caplog.text
+
+
 def test_an_unfinished_run_is_not_started_anew_by_accident(tmp_path):
     genome, calls, out = write_genome(tmp_path), write_vcf(tmp_path / "calls.vcf"), str(tmp_path / "o.vcf")
     score_variants(calls, genome, Bigram(), out=out, window=51, shard=(0, 2), part_size=9)
