@@ -222,7 +222,9 @@ class _ParaRNN(nn.Module, ABC):
         """h_t = slope_t h_{t-1} + b_t of all positions, and the last."""
 
     def _bounded(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return wide(weight).clamp(-self.bound, self.bound).unbind()
+        weight = wide(weight)
+        # The gradient passes through the clip: a quarter of the weights starts beyond it and could never come back.
+        return (weight.clamp(-self.bound, self.bound).detach() + (weight - weight.detach())).unbind()
 
     def _solve(self, w: Tensor, start: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """All states (b, l, *parts, n) and the last (b, *parts, n), for w (b, l, 3, n)."""
@@ -257,9 +259,10 @@ class _ParaRNN(nn.Module, ABC):
     ) -> Tensor | None:
         """States by Newton's method, or None where it does not converge."""
         h, _, _ = linearised(None)
-        # The iteration that carries the gradient comes on top and squares what is left.
-        enough = 0.1 * math.sqrt(torch.finfo(h.dtype).eps)
-        for _ in range(self.max_iters):
+        # The iteration that carries the gradient comes on top and squares what is left of the states' error; that of
+        # the gradient is of the size of the residual, since its Jacobian is taken here.
+        enough = 0.1 * torch.finfo(h.dtype).eps ** (2 / 3)  # 4e-12, float32: 2e-6
+        for iteration in range(self.max_iters + 1):
             f, slope, rest = linearised(h)
             if not torch.compiler.is_compiling():
                 residual = float((f - h).abs().max()) if f.numel() else 0.0
@@ -267,7 +270,8 @@ class _ParaRNN(nn.Module, ABC):
                     return h
                 if not math.isfinite(residual):
                     break
-            h, _ = self._scan(slope, rest, start, layout)
+            if iteration < self.max_iters:
+                h, _ = self._scan(slope, rest, start, layout)
         if torch.compiler.is_compiling():
             return h
         if not self.fallbacks:
@@ -322,7 +326,8 @@ class ParaGRU(_ParaRNN):
         expand: d_inner = expand * d_model, the number of units.
         headdim: Units of a head; the input map B is block diagonal in heads.
         d_conv: Width of the causal convolution.
-        bound: Recurrent weights are clipped to [-bound, bound]. Newton's method converges up to 1, mostly up to 1.5.
+        bound: Recurrent weights are clipped to [-bound, bound], with the gradient of what is not clipped. Newton's
+            method converges up to 1, mostly up to 1.5.
         max_iters: Newton iterations before the loop over positions takes over.
         norm_eps: Of the gated norm.
         device: Where to create the parameters.
@@ -369,7 +374,8 @@ class ParaLSTM(_ParaRNN):
         expand: d_inner = expand * d_model, the number of units.
         headdim: Units of a head; the input map B is block diagonal in heads.
         d_conv: Width of the causal convolution.
-        bound: Recurrent weights are clipped to [-bound, bound]. Newton's method converges up to 1, mostly up to 1.5.
+        bound: Recurrent weights are clipped to [-bound, bound], with the gradient of what is not clipped. Newton's
+            method converges up to 1, mostly up to 1.5.
         max_iters: Newton iterations before the loop over positions takes over.
         norm_eps: Of the gated norm.
         device: Where to create the parameters.

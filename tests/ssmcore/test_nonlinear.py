@@ -47,6 +47,25 @@ def test_newton_is_the_loop_with_its_gradient(cell, scale):
 
 
 @CELLS
+@pytest.mark.parametrize("length", [64, 300])
+def test_stopping_early_changes_nothing(cell, length, monkeypatch):
+    """Compiled code does all iterations; outputs and gradients are the same, also where the last one was needed."""
+    torch.manual_seed(1)
+    mixer = cell(16, headdim=8, bound=1.5, **DOUBLE)
+    with torch.no_grad():
+        mixer.A.copy_(mixer.A.sign())
+    x, results = torch.randn(2, length, 16, **DOUBLE).requires_grad_(), []
+    weights = torch.sin(torch.arange(x.numel(), **DOUBLE)).view_as(x)
+    for compiling in (False, True):
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda compiling=compiling: compiling)
+        y = mixer(x)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), [x, *mixer.parameters()])])
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+    assert mixer.fallbacks == 0
+
+
+@CELLS
 def test_divergence_is_warned_once_counted_and_solved_by_the_loop(cell):
     mixer, w, start, layout = problem(6.0, 8.0, cell=cell)
     with pytest.warns(UserWarning, match="Newton's method did not converge in 8 iterations with bound=8"):
@@ -66,6 +85,22 @@ def test_weights_beyond_the_bound_are_clipped():
     with torch.no_grad():
         mixer.A.clamp_(-1, 1)
     torch.testing.assert_close(mixer._cell(start, w[:, 0])[0], clipped)
+
+
+@CELLS
+def test_weights_beyond_the_bound_come_back(cell):
+    """The loss asks for outputs of smaller weights."""
+    mixer, w, start, layout = problem(0.5, 1.0, cell=cell)
+    wanted = mixer._loop(w, start, layout).detach()
+    with torch.no_grad():
+        mixer.A.mul_(2.2)
+    optimizer = torch.optim.Adam([mixer.A], lr=0.05)
+    for _ in range(20):
+        loss = (mixer._solve(w, start, layout)[0] - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (mixer.A.abs() < 1).double().mean() > 0.5
 
 
 def test_without_recurrent_weights_it_is_a_linear_scan():
