@@ -95,11 +95,12 @@ def scan_order(name: str, rows: int, columns: int, device: torch.device | str | 
         raise ValueError(f"unknown order {name!r}; expected one of {', '.join(_ORDERS)}, or one of these with _rev.")
     if rows < 1 or columns < 1:
         raise ValueError(f"an order needs at least one row and one column, got {rows} x {columns}.")
-    return _cached(name, rows, columns, str(device or "cpu"))
+    # Tensors made while a graph is recorded belong to that graph.
+    ordered = _ordered if torch.compiler.is_compiling() else _cached
+    return ordered(name, rows, columns, str(device or "cpu"))
 
 
-@functools.lru_cache(maxsize=256)
-def _cached(name: str, rows: int, columns: int, device: str) -> ScanOrder:
+def _ordered(name: str, rows: int, columns: int, device: str) -> ScanOrder:
     order = _ORDERS[name.removesuffix("_rev")](rows, columns)
     if name.endswith("_rev"):
         order = order.flip(0)
@@ -109,6 +110,9 @@ def _cached(name: str, rows: int, columns: int, device: str) -> ScanOrder:
     for code, (di, dj) in enumerate(((0, 1), (0, -1), (-1, 0), (1, 0)), start=1):
         move[1:][(down == di) & (right == dj)] = code
     return ScanOrder(order.to(device), torch.argsort(order).to(device), move.to(device))
+
+
+_cached = functools.lru_cache(maxsize=256)(_ordered)
 
 
 def cross_scan(x: Tensor) -> Tensor:
