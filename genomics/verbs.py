@@ -378,24 +378,54 @@ def evaluate(
         sys.stdout.write(f"{name}\t{value.bits_per_base:.4f}\t{value.perplexity:.4f}\t{value.bases}\n")
 
 
-def describe(model: str, fasta: Path | None = None, region: str | None = None, length: int = 8192) -> None:
-    """Print what a model is: stages, parameters, layers, operations per base, and where it cuts a sequence.
+def describe(
+    model: str | None = None,
+    fasta: Path | None = None,
+    region: str | None = None,
+    length: int = 8192,
+    table: Path | None = None,
+    sequence: str = "sequence",
+    label: str | list[str] = "label",
+    split: str | None = None,
+    task: Literal["binary", "multiclass", "multilabel", "regression"] = "binary",
+    max_length: int = 1024,
+    kmer: int = 4,
+) -> None:
+    """Print what a model is (stages, parameters, layers, operations per base, where it cuts), or a table of labels.
+
+    Of a table: parts, class weights, and what the most frequent class and a ridge regression on k-mers reach.
 
     Args:
         model: Name of a model, model folder, run folder, .ckpt file, or "owner/name" on the hub.
         fasta: Measure the rates of boundaries on this genome.
         region: Where; by default the first `length` bases.
         length: Bases for which operations are counted.
+        table: Labelled sequences, .csv, .tsv (also .gz) or .parquet.
+        sequence: Column with the sequences.
+        label: Column with the labels, or several for multilabel and regression.
+        split: Column that says train, val or test; without one, parts are drawn as `LabelledSequences` does.
+        task: What the labels are.
+        max_length: Longest sequence of the table; longer ones are cut.
+        kmer: Bases of a k-mer, 1 to 6.
 
     Raises:
-        ValueError: for an unknown model.
+        ValueError: for an unknown model, or a table that does not fit.
 
     Example:
       omnissm genomics describe --model dnahnet_debug
     """
-    from .describe import describe_model
+    if model is None and table is None:
+        raise ValueError("expected a model or a table to describe; give --model NAME or --table FILE")
+    if model is not None:
+        from .describe import describe_model
 
-    sys.stdout.write(describe_model(model, fasta, region, length))
+        sys.stdout.write(describe_model(model, fasta, region, length))
+    if table is not None:
+        from .baselines import describe_labels
+        from .data import LabelledSequences
+
+        data = LabelledSequences(str(table), sequence, label, split, task, max_length)
+        sys.stdout.write(describe_labels(data, kmer))
 
 
 def _list(given: str | Sequence[str] | None) -> list[str]:
