@@ -84,6 +84,7 @@ class Sweep(NamedTuple):
     weight: Tensor | None  # (b, l, h)
     state: Tensor | None  # what stands before the first step, (b, h, p, n)
     mode: int
+    fine: bool = False  # float32 products to the last digits, for gradients that are small differences of others
 
     def cut(self, rows: slice) -> Sweep:
         """The same for some rows of the batch."""
@@ -126,7 +127,9 @@ def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> t
     return first, *(one for one in others if one != first)
 
 
-def options(x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles) -> dict[str, Any]:
+def options(
+    x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles, fine: bool = False
+) -> dict[str, Any]:
     """Compile-time arguments that all kernels share."""
     headdim = x.shape[3]
     dot = tl.float32 if INTERPRETED and x.element_size() < 4 else getattr(tl, str(x.dtype).removeprefix("torch."))
@@ -140,17 +143,19 @@ def options(x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen
         "EXACT": x.dtype == torch.float32,
         "DOT": dot,
         "ACC": tl.float64 if log_decay.dtype == torch.float64 else tl.float32,
-        "PRECISION": precision(x.dtype),
+        "PRECISION": precision(x.dtype, fine),
         "STAGES": chosen.stages,
     }
     return found if INTERPRETED else found | {"num_warps": chosen.warps}
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How kernels multiply: float32 as sums of two bfloat16 numbers, unless the user allows TensorFloat-32."""
+def precision(dtype: torch.dtype, fine: bool = False) -> str:
+    """How kernels multiply: float32 as sums of two or three bfloat16 numbers, unless the user allows TensorFloat-32."""
     if INTERPRETED or dtype != torch.float32:
         return "ieee"
-    return "bf16x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "bf16x6" if fine else "bf16x3"
 
 
 def padded(x: Tensor, n: int) -> tuple[int, int]:
@@ -195,7 +200,8 @@ def _launch_sweeps(
         *strides(one.values, one.keys, two.values, two.keys),
         MODE=one.mode, HAS_WEIGHT=one.weight is not None, HAS_STATE=entering[0] is not None,
         MODE_2=two.mode if second else -1, HAS_WEIGHT_2=two.weight is not None, HAS_STATE_2=entering[-1] is not None,
-        STORE=store, LAST_FINAL=last_final_only, SUBS=subs, **options(one.values, n, one.log_decay, seq_idx, chosen),
+        STORE=store, LAST_FINAL=last_final_only, SUBS=subs,
+        **options(one.values, n, one.log_decay, seq_idx, chosen, one.fine),
     )  # fmt: skip
 
 
@@ -388,7 +394,7 @@ def run_gradients_at_once(
     Those that enter and the gradients of those that leave, (2, b, h, chunks, p, n), both in the order of the steps.
     """
     links, maps, sweeping, subs = chosen
-    backward = Sweep(dy, C, sweep.log_decay, None, dfinal, sweep.mode | DESCENDING | ADJOINT)
+    backward = Sweep(dy, C, sweep.log_decay, None, dfinal, sweep.mode | DESCENDING | ADJOINT, sweep.fine)
     forward = sweep._replace(mode=sweep.mode & ~SHIFT)
     borders, _ = run_sweeps((forward, backward), seq_idx, sweeping, subs, parts, into.dstate)
     _run_chunks(sweep, C, D, seq_idx, borders, dy, into, add, links, maps, blocks)
@@ -426,11 +432,11 @@ def _run_chunks(
     _ssd_bwd_links_kernel[(programs * blocks,)](
         x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, into.dx, into.dlog_decay, into.dweight,
         into.dD, kernel, *sizes, *strides(x, B, C, D), ADD=add, HAS_D=D is not None,
-        **shared, **options(x, n, log_decay, seq_idx, links),
+        **shared, **options(x, n, log_decay, seq_idx, links, sweep.fine),
     )  # fmt: skip
     _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
         x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, dB, dC, batch, *sizes,
-        *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, maps),
+        *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, maps, sweep.fine),
     )  # fmt: skip
     if blocks > 1:
         into.dB.copy_(dB.sum(0))
@@ -461,7 +467,7 @@ def run_outputs(
         _ssd_fwd_kernel[(batch * count * nheads,)](
             x, log_decay, B, C, weight, D, seq_idx, entering, y, final, length, nheads, nheads // groups, count,
             part_length, *strides(x, B, C, D), HAS_WEIGHT=weight is not None, HAS_D=D is not None,
-            HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen),
+            HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen, sweep.fine),
         )  # fmt: skip
 
     if chunk:

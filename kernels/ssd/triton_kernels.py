@@ -110,11 +110,16 @@ def _store_state(ptr, state, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.const
 
 @triton.jit
 def _halves(x, PRECISION: tl.constexpr):
-    """A dot's operand in two parts: with "bf16x3" float32 as a sum of bfloat16, up to 2^-17; else twice itself."""
-    if PRECISION == "bf16x3":
+    """A dot's operand in two parts: with "bf16x3" float32 as a sum of bfloat16, up to 2^-17; else twice itself.
+
+    With "bf16x6" the second part is still float32, all that the first one lacks.
+    """
+    if PRECISION == "bf16x3" or PRECISION == "bf16x6":
         # Rounded as an integer: the instruction that converts one number at a time is slow.
         high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-        first, second = high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+        first, second = high.to(tl.bfloat16), x - high
+        if PRECISION == "bf16x3":
+            second = second.to(tl.bfloat16)
     else:
         first, second = x, x
     return first, second
@@ -123,7 +128,11 @@ def _halves(x, PRECISION: tl.constexpr):
 @triton.jit
 def _dot_add(a, a_low, b, b_low, total, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """total + a b of operands in two parts."""
-    if PRECISION == "bf16x3":
+    if PRECISION == "bf16x6":
+        a_mid, a_end = _halves(a_low, "bf16x3")
+        b_mid, b_end = _halves(b_low, "bf16x3")
+        total = _dot_parts(a, a_mid, a_end, b, b_mid, b_end, total, ACC)
+    elif PRECISION == "bf16x3":
         total = tl.dot(a_low, b, total, out_dtype=ACC)
         total = tl.dot(a, b_low, total, out_dtype=ACC)
         total = tl.dot(a, b, total, out_dtype=ACC)
@@ -133,10 +142,28 @@ def _dot_add(a, a_low, b, b_low, total, ACC: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
+def _dot_parts(a, a_mid, a_end, b, b_mid, b_end, total, ACC: tl.constexpr):
+    """total + a b of operands in three parts, up to 2^-24."""
+    total = tl.dot(a_end, b, total, out_dtype=ACC)
+    total = tl.dot(a, b_end, total, out_dtype=ACC)
+    total = tl.dot(a_mid, b_mid, total, out_dtype=ACC)
+    total = tl.dot(a_mid, b, total, out_dtype=ACC)
+    total = tl.dot(a, b_mid, total, out_dtype=ACC)
+    return tl.dot(a, b, total, out_dtype=ACC)
+
+
+@triton.jit
 def _dot_nt(a, a_low, b, b_low, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T of operands in two parts."""
     total = tl.zeros([a.shape[0], b.shape[0]], ACC)
-    return _dot_add(a, a_low, tl.trans(b), tl.trans(b_low), total, ACC, PRECISION)
+    if PRECISION == "bf16x6":
+        # In parts before they are transposed, so that a dot with b itself can share them.
+        a_mid, a_end = _halves(a_low, "bf16x3")
+        b_mid, b_end = _halves(b_low, "bf16x3")
+        total = _dot_parts(a, a_mid, a_end, tl.trans(b), tl.trans(b_mid), tl.trans(b_end), total, ACC)
+    else:
+        total = _dot_add(a, a_low, tl.trans(b), tl.trans(b_low), total, ACC, PRECISION)
+    return total
 
 
 @triton.jit

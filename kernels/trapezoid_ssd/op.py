@@ -70,8 +70,8 @@ def trapezoid_ssd(
             instead of `seq_idx`. `initial_state` may then have a row for each sequence.
         final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         chunk_size: Positions per chunk of the chunked path; None is 64 divided by the rank, at least 16.
-        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`. Triton takes one rank
-            and runs only where it is asked for.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`. Triton takes one
+            rank.
 
     Returns:
         y, (b, l, r, h, p) in the dtype of `x`, and the state after the last position; `phi`, `ssm` and `k` of it are
@@ -157,7 +157,7 @@ def trapezoid_ssd(
         return skip, TrapezoidState(*(part.clone() for part in state))
     log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
-    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes, x_rank), on_request=True)
+    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes, x_rank))
 
     def run(*parts: Any) -> tuple[Tensor, ...]:
         x, gamma, beta, theta, B, C, log_decay = parts[:7]

@@ -1,8 +1,9 @@
 """`trapezoid_ssd` in Triton: launchers, custom ops and the autograd function around the kernels of `ssd`.
 
 One kernel writes turned keys and queries per head, the weights of the inputs and skips such that what is left is `ssd`
-with as many groups as heads. For the gradient they are computed again, the kernels of `ssd` find theirs, and one more
-kernel turns them back and sums over heads. Rows are taken in groups, so that all this never exists for many at once.
+with as many groups as heads. For the gradient they are computed again, the kernels of `ssd` find theirs, one kernel
+reads from the states what later chunks make of the angles, one turns back and sums over heads, and a small one adds up
+gamma and beta. Rows are taken in groups, so that all this never exists for many at once.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from ..ssd.triton_impl import (
     Gradients,
+    GradientTiles,
     Sweep,
     contiguous,
     dense_rows,
     gradient_tiles,
-    precision,
+    padded,
     run_gradients_at_once,
     run_outputs,
     strides,
@@ -29,7 +31,13 @@ from ..ssd.triton_impl import (
 from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, multiprocessors, on_device
 from .state import rotate, spin
-from .triton_kernels import _trapezoid_angle_kernel, _trapezoid_turn_kernel, _trapezoid_unturn_kernel
+from .triton_kernels import (
+    _trapezoid_angle_kernel,
+    _trapezoid_later_kernel,
+    _trapezoid_turn_kernel,
+    _trapezoid_unturn_kernel,
+    _trapezoid_weights_kernel,
+)
 
 
 def trapezoid_ssd_triton(
@@ -125,6 +133,7 @@ class _Turned(NamedTuple):
     q: Tensor
     weight: Tensor  # (b, l, h)
     skip: Tensor  # (b, l, h)
+    product: Tensor  # of key and query, (b, l, h)
 
 
 def _groups(x: Tensor, n: int, budget: int) -> list[slice]:
@@ -137,7 +146,7 @@ def _groups(x: Tensor, n: int, budget: int) -> list[slice]:
 def _shared(given: _Inputs, half: bool, chunk: int) -> dict[str, Any]:
     """Compile-time arguments of the kernels."""
     n, pairs = given.B.shape[3], given.rate.shape[2]
-    found: dict[str, Any] = {
+    return {
         "N": n,
         "S": pairs,
         "Q": chunk,
@@ -146,13 +155,48 @@ def _shared(given: _Inputs, half: bool, chunk: int) -> dict[str, Any]:
         "PACKED": given.seq_idx is not None,
         "ACC": tl.float64 if given.log_decay.dtype == torch.float64 else tl.float32,
     }
-    return found if INTERPRETED else found | {"num_warps": 8 if chunk * n > 4096 else 4}
+
+
+# Columns of keys and queries that are turned, or turned back, at once.
+_COLUMNS = 32
+
+
+def launch(kernel: str, numbers: int) -> dict[str, int]:
+    """Options of a kernel whose tiles have so many numbers: warps, and how many registers a thread may have.
+
+    With 128 registers 16 warps fit on a multiprocessor; their loads hide behind each other.
+    """
+    if INTERPRETED:
+        return {}
+    if kernel == "later" or numbers < 2048 or torch.version.hip is not None:
+        return {"num_warps": 8 if numbers > 4096 else 4}
+    return {"num_warps": 4 if kernel == "turn" else 8, "maxnreg": 128}
+
+
+def _fine(x: Tensor, n: int) -> bool:
+    """Whether float32 products keep their last digits: those of beta and the angles are small differences of others.
+
+    Wide states have no room for it in shared memory.
+    """
+    headdim, state = padded(x, n)
+    return x.dtype == torch.float32 and headdim * state <= 64 * 128
+
+
+def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
+    """Those of `ssd`, with short chunks where operands of products take three parts."""
+    return gradient_tiles(x, n, chunk or (32 if _fine(x, n) and not INTERPRETED else 0))
+
+
+def _blocks(repeats: int, programs: int, wanted: int) -> tuple[int, int]:
+    """Into how many blocks to cut a group's heads for about the wanted number of programs, and heads per block."""
+    block_heads = triton.cdiv(repeats, max(1, min(repeats, wanted // programs)))
+    return triton.cdiv(repeats, block_heads), block_heads
 
 
 def _turned(given: _Inputs, half: bool, chunk: int) -> _Turned:
     (batch, length, nheads, _), pairs = given.x.shape, given.rate.shape[2]
     groups, n = given.B.shape[2:]
-    chunks = triton.cdiv(length, chunk)
+    chunks, repeats = triton.cdiv(length, chunk), nheads // groups
     shared = _shared(given, half, chunk)
     totals = given.log_decay.new_empty(batch, nheads, pairs, chunks + 1)
     _trapezoid_angle_kernel[(batch * chunks * nheads,)](
@@ -161,13 +205,16 @@ def _turned(given: _Inputs, half: bool, chunk: int) -> _Turned:
     )  # fmt: skip
     # Whole turns are taken off each term; float64 keeps the digits of the sum over chunks.
     before = totals.cumsum(3, dtype=torch.float64).remainder(2.0).to(totals.dtype)
-    k, q = (given.x.new_empty(batch, length, nheads, n) for _ in range(2))
-    weight, skip = torch.empty_like(given.log_decay), torch.empty_like(given.log_decay)
-    _trapezoid_turn_kernel[(batch * chunks * nheads,)](
+    k, q = given.x.new_empty(2, batch, length, nheads, n).unbind(0)
+    weight, skip, product = given.log_decay.new_empty(3, batch, length, nheads).unbind(0)
+    programs = batch * chunks * groups
+    blocks, block_heads = _blocks(repeats, programs, 12 * multiprocessors(given.x.device))
+    _trapezoid_turn_kernel[(programs * blocks,)](
         given.gamma, given.beta, given.rate, before, given.B, given.C, given.B_bias, given.C_bias, given.D,
-        given.seq_idx, k, q, weight, skip, length, nheads, nheads // groups, *strides(given.B, given.C), **shared,
+        given.seq_idx, k, q, weight, skip, product, length, nheads, repeats, blocks, block_heads,
+        *strides(given.B, given.C), **shared | {"BLOCK_N": _COLUMNS}, **launch("turn", chunk * _COLUMNS),
     )  # fmt: skip
-    return _Turned(before, k, q, weight, skip)
+    return _Turned(before, k, q, weight, skip, product)
 
 
 @operator("trapezoid_ssd_triton_fwd")
@@ -197,8 +244,8 @@ def _forward(
     with on_device(x):
         for rows in _groups(x, n, _TURNED_BYTES):
             some = given.cut(rows)
-            turned = _turned(some, half, chunk or gradient_tiles(x, n).links.chunk)
-            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0)
+            turned = _turned(some, half, _tiles(x, n, chunk).links.chunk)
+            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, _fine(x, n))
             run_outputs(sweep, turned.q, turned.skip, some.seq_idx, y[rows], final[rows], chunk, parts)
             torch.mul(turned.before[..., -1], math.pi, out=last[rows])
     return y, final, last
@@ -228,11 +275,6 @@ def _backward(
     parts: int,
     blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x to D.
-
-    `dphase` is the gradient of the last angles with what they do to the last state; `blocks` (of a group's heads) is 0
-    to be chosen.
-    """
     """Gradients of x to D; `blocks` (of a group's heads) is 0 to be chosen.
 
     `dphase` is the gradient of the last angles, `dphi_end`, with what they do to the last state.
@@ -240,9 +282,9 @@ def _backward(
     given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, seq_idx)
     dy, dfinal, dphase, dphi_end = dy.contiguous(), contiguous(dfinal), contiguous(dphase), contiguous(dphi_end)
     n = B.shape[3]
-    tiles = gradient_tiles(x, n, chunk)
+    tiles = _tiles(x, n, chunk)
     dx, dlog_decay = x.new_empty(x.shape), torch.empty_like(given.log_decay)
-    dgamma, ddt, dlater = (torch.empty_like(given.log_decay) for _ in range(3))
+    dgamma, dbeta = given.log_decay.new_empty(2, *given.log_decay.shape).unbind(0)
     drate, dphi = torch.empty_like(given.rate), log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
     dB, dC = x.new_empty(B.shape), x.new_empty(C.shape)
     dstate = log_decay.new_empty(x.shape[0], *x.shape[2:], n)
@@ -251,28 +293,21 @@ def _backward(
         for rows in _groups(x, n, _TURNED_BYTES // 2):
             some, end = given.cut(rows), None if dfinal is None else dfinal[rows]
             turned = _turned(some, half, tiles.links.chunk)
-            dweight, dskip = torch.empty_like(some.log_decay), torch.empty_like(some.log_decay)
-            into = Gradients(
-                dx[rows], dlog_decay[rows], torch.empty_like(turned.k), torch.empty_like(turned.q), dweight, dskip,
-                dstate[rows],
-            )  # fmt: skip
-            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0)
+            dk, dq = turned.k.new_empty(2, *turned.k.shape).unbind(0)
+            dweight, dskip = turned.weight.new_empty(2, *turned.weight.shape).unbind(0)
+            into = Gradients(dx[rows], dlog_decay[rows], dk, dq, dweight, dskip, dstate[rows])
+            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, _fine(x, n))
             borders = run_gradients_at_once(
                 sweep, turned.q, turned.skip, some.seq_idx, dy[rows], end, into, tiles, False, parts, blocks
             )
-            outputs = dgamma[rows], ddt[rows], dlater[rows], drate[rows], dB[rows], dC[rows], dphi[rows]
+            outputs = dgamma[rows], dbeta[rows], drate[rows], dB[rows], dC[rows], dphi[rows]
             ends = tuple(None if one is None else one[rows] for one in (dphase, dphi_end))
             sums.append((*_unturned(some, half, tiles.links.chunk, turned, into, borders, ends, outputs, blocks),
                          dskip.sum((0, 1))))  # fmt: skip
-    # An input weighs what it had when it came and, one position later, what beta adds to it.
-    later = dlater[:, :-1]
-    if seq_idx is not None:
-        later = later * (seq_idx[:, 1:] == seq_idx[:, :-1])[..., None]
-    ddt[:, 1:] += later
     dB_bias, dC_bias, dD = (
         parts[0] if len(sums) == 1 else torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)
     )
-    return dx, dlog_decay, dgamma, ddt, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD
+    return dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD
 
 
 def _unturned(
@@ -287,25 +322,37 @@ def _unturned(
     blocks: int,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradients that are left, and return those of the biases."""
-    dgamma, ddt, dlater, drate, dB, dC, dphi = outputs
+    dgamma, dbeta, drate, dB, dC, dphi = outputs
     (batch, length, nheads, headdim), groups = given.x.shape, given.B.shape[2]
     chunks, repeats = triton.cdiv(length, chunk), nheads // groups
+    shared, wide = _shared(given, half, chunk), given.log_decay
+    block_p = triton.next_power_of_2(headdim)
+    later = wide.new_empty(batch, nheads, chunks, given.rate.shape[2])
+    _trapezoid_later_kernel[(batch * nheads * chunks,)](
+        borders[0], borders[1], *ends, later, chunks, P=headdim, BLOCK_P=block_p, HAS_DPHASE=ends[0] is not None,
+        HAS_DPHI=ends[1] is not None, **{name: shared[name] for name in ("N", "S", "BLOCK_N", "HALF", "ACC")},
+        **launch("later", block_p * shared["BLOCK_N"] // 2),
+    )  # fmt: skip
+    slices = triton.cdiv(shared["N"], _COLUMNS)
     programs = batch * chunks * groups
-    if blocks == 0:
-        blocks = max(1, min(repeats, 4 * multiprocessors(given.x.device) // programs))
-    block_heads = triton.cdiv(repeats, blocks)
-    blocks = triton.cdiv(repeats, block_heads)
-    wide = given.log_decay
-    dB_bias, dC_bias = (wide.new_empty(batch * chunks, *given.B_bias.shape) for _ in range(2))
+    wanted = blocks * programs or 8 * multiprocessors(given.x.device) // slices
+    blocks, block_heads = _blocks(repeats, programs, wanted)
+    dB_bias, dC_bias = wide.new_empty(2, batch * chunks, *given.B_bias.shape).unbind(0)
     dB_parts, dC_parts = (wide.new_empty(blocks, *dB.shape) if blocks > 1 else one for one in (dB, dC))
     drate_parts = wide.new_empty(blocks * groups, *drate.shape) if blocks * groups > 1 else drate
-    _trapezoid_unturn_kernel[(programs * blocks,)](
+    turning = triton.cdiv(shared["S"], _COLUMNS // 2)  # slices with pairs that turn
+    ddt = wide.new_empty(turning, *wide.shape)
+    few = wide.dtype == torch.float64 or INTERPRETED
+    _trapezoid_unturn_kernel[(programs * blocks * slices,)](
         given.gamma, given.beta, given.rate, turned.before, given.B, given.C, given.B_bias, given.C_bias, given.seq_idx,
-        borders[0], borders[1], *ends, found.dB, found.dC, found.dweight, found.dD, dgamma, ddt, dlater, drate_parts,
-        dB_parts, dC_parts, dB_bias, dC_bias, dphi, batch, length, nheads, repeats, blocks, block_heads,
-        *strides(given.B, given.C), P=headdim, BLOCK_P=triton.next_power_of_2(headdim),
-        HAS_DPHASE=ends[0] is not None, HAS_DPHI=ends[1] is not None, STAGES=1,
-        PRECISION=precision(given.log_decay.dtype), **_shared(given, half, chunk),
+        later, found.dB, found.dC, found.dD, ddt, drate_parts, dB_parts, dC_parts, dB_bias, dC_bias, dphi,
+        batch, length, nheads, repeats, blocks, block_heads, *strides(given.B, given.C),
+        TERMS=0 if few else 3 if given.x.dtype == torch.float32 else 2, STAGES=1 if few else 2,
+        **shared | {"BLOCK_N": _COLUMNS}, **launch("unturn", chunk * _COLUMNS),
+    )  # fmt: skip
+    _trapezoid_weights_kernel[(triton.cdiv(wide.numel(), 1024),)](
+        ddt, found.dweight, found.dD, turned.product, given.seq_idx, dgamma, dbeta, wide.numel(), length, nheads,
+        SLICES=turning, PACKED=shared["PACKED"], BLOCK=1024,
     )  # fmt: skip
     if blocks > 1:
         dB.copy_(dB_parts.sum(0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ssd.triton_kernels import _dot_add, _halves, _vector
+from ..ssd.triton_kernels import _halves, _vector, keep_addresses_in_loops
 
 
 @triton.jit
@@ -19,15 +19,15 @@ def _turn(x, ACC: tl.constexpr):
     """cos and sin of pi x. The part of x beyond quarter turns is taken off exactly, and no branch is needed."""
     if tl.float64 == ACC:
         return tl.cos(x * 3.141592653589793), tl.sin(x * 3.141592653589793)
-    quarters = tl.floor(2.0 * x + 0.5)
-    x = x - 0.5 * quarters
+    shifted = 2.0 * x + 12582912.0  # 3 * 2^22: rounds to whole numbers, which are then the last bits
+    x = x - 0.5 * (shifted - 12582912.0)
     z = x * x
     sin = 0.08100174110623341 * z - 0.5992020950473558
     sin = ((sin * z + 2.550162647773372) * z - 5.167712769181267) * z + 3.1415926535762146
     sin = sin * x
     cos = 0.23132925031547685 * z - 1.3350445061804126
     cos = ((cos * z + 4.058707260753775) * z - 4.9348021625610485) * z + 1.0
-    quarter = quarters.to(tl.int32)
+    quarter = shifted.to(tl.int32, bitcast=True)
     odd = (quarter & 1) != 0
     turned_cos = tl.where(odd, sin, cos)
     turned_sin = tl.where(odd, cos, sin)
@@ -37,9 +37,9 @@ def _turn(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def _columns(N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
-    """Where the columns of a tile lie in memory, and which of them exist."""
-    tile = tl.arange(0, BLOCK_N)
+def _columns(start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
+    """Where the columns of a tile lie in memory, and which of them exist; the first one is column `start` of all."""
+    tile = start + tl.arange(0, BLOCK_N)
     if HALF:
         columns = tile // 2 + (tile % 2) * (N // 2)
         if N % 2:
@@ -70,10 +70,24 @@ def _spin(gradient, tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _biased(ptr, bias_ptr, begin, ok, stride, columns, columns_ok, Q: tl.constexpr, ACC: tl.constexpr):
-    """Keys or queries of one head with their bias, not turned."""
-    bias = tl.load(bias_ptr + columns, mask=columns_ok, other=0.0).to(ACC)
-    return _rows(ptr, begin, tl.arange(0, Q), ok, stride, columns, columns_ok, ACC) + bias[None, :]
+def _bias(ptr, head, columns, columns_ok, N: tl.constexpr, ACC: tl.constexpr):
+    """What is added to the keys or queries of one head, [1, n]."""
+    return tl.load(ptr + head * N + columns, mask=columns_ok, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def _sums_onward(upper, x, total, ACC: tl.constexpr, TERMS: tl.constexpr):
+    """total + upper x, with zeros and ones in `upper`: x goes to tensor cores as a sum of `TERMS` bfloat16 numbers."""
+    if TERMS == 0:
+        total = tl.dot(upper, x, total, input_precision="ieee", out_dtype=ACC)
+    else:
+        high, low = _halves(x, "bf16x3")
+        if TERMS == 3:
+            rest = x - high.to(tl.float32) - low.to(tl.float32)
+            total = tl.dot(upper, rest.to(tl.bfloat16), total, out_dtype=ACC)
+        total = tl.dot(upper, low, total, out_dtype=ACC)
+        total = tl.dot(upper, high, total, out_dtype=ACC)
+    return total
 
 
 @triton.jit
@@ -81,7 +95,7 @@ def _weights(
     gamma_ptr, beta_ptr, seq_ptr, vectors, begin, length, nheads, PACKED: tl.constexpr, Q: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """gamma, gamma + beta of the next position, that beta, and dt of a chunk [Q]."""
+    """gamma, beta and the beta of the next position of the same sequence, of a chunk [Q]."""
     steps = tl.arange(0, Q)
     ok = steps < length - begin
     gamma = _vector(gamma_ptr + vectors, begin, steps, ok, nheads, ACC)
@@ -90,16 +104,14 @@ def _weights(
     if PACKED:
         index = tl.load(seq_ptr + begin + steps, mask=ok, other=-1)
         more = more & (tl.load(seq_ptr + begin + 1 + steps, mask=more, other=-2) == index)
-    following = _vector(beta_ptr + vectors, begin + 1, steps, more, nheads, ACC)
-    return gamma, gamma + following, following, gamma + beta
+    return gamma, beta, _vector(beta_ptr + vectors, begin + 1, steps, more, nheads, ACC)
 
 
 @triton.jit
 def _directions(
-    phases_ptr, rate, dt, of_head, chunk, chunks, S: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr
-):
-    """cos and sin of the angles of a chunk, [Q, n / 2]; rate [Q, n / 2], dt [Q]."""
-    pairs = tl.arange(0, BLOCK_S)
+    phases_ptr, rate, dt, of_head, chunk, chunks, pairs, S: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """cos and sin of the angles of a chunk, [Q, pairs]; rate [Q, pairs], dt [Q]."""
     start = tl.load(phases_ptr + (of_head * S + pairs) * (chunks + 1) + chunk, mask=pairs < S, other=0.0).to(ACC)
     return _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :], ACC)
 
@@ -133,62 +145,19 @@ def _trapezoid_angle_kernel(
         tl.store(out, start, mask=pairs < S)
 
 
-@triton.jit(do_not_specialize=["length", "nheads", "repeats"])
+@keep_addresses_in_loops
+@triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
 def _trapezoid_turn_kernel(
     gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr, seq_ptr, k_ptr, q_ptr,
-    weight_ptr, skip_ptr, length, nheads, repeats, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+    weight_ptr, skip_ptr, product_ptr, length, nheads, repeats, blocks, block_heads,
+    B_stride_b, B_stride_t, C_stride_b, C_stride_t,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Turned keys and queries of one head in one chunk, (b, l, h, n), weights of the inputs, and skips.
+    """Turned keys and queries of a block of a group's heads in one chunk, (b, l, h, n), weights of inputs, and skips.
 
     In `ssd` an input has the weight gamma + beta of the next position already where it is read for the first time; the
     skip takes off the second part, times the product of key and query, which turning them leaves as it is.
-    """
-    chunks = tl.cdiv(length, Q)
-    head = tl.program_id(0) % nheads
-    chunk = (tl.program_id(0) // nheads) % chunks
-    row = (tl.program_id(0) // nheads // chunks).to(tl.int64)
-    group = head // repeats
-    columns, columns_ok = _columns(N, BLOCK_N, HALF)
-    pairs = tl.arange(0, BLOCK_N // 2)
-    steps = tl.arange(0, Q)
-    begin = chunk.to(tl.int64) * Q
-    ok = steps < length - begin
-    vectors = row * length * nheads + head
-    seq_row = seq_ptr
-    if PACKED:
-        seq_row = seq_ptr + row * length
-    _, weight, next_beta, dt = _weights(gamma_ptr, beta_ptr, seq_row, vectors, begin, length, nheads, PACKED, Q, ACC)
-    rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
-    cos, sin = _directions(phases_ptr, rate, dt, row * nheads + head, chunk, chunks, S, BLOCK_N // 2, ACC)
-    k = _biased(B_ptr + row * B_stride_b + group * N, B_bias_ptr + head * N, begin, ok, B_stride_t, columns, columns_ok,
-                Q, ACC)  # fmt: skip
-    q = _biased(C_ptr + row * C_stride_b + group * N, C_bias_ptr + head * N, begin, ok, C_stride_t, columns, columns_ok,
-                Q, ACC)  # fmt: skip
-    out = vectors + (begin + steps) * nheads
-    tl.store(weight_ptr + out, weight, mask=ok)
-    tl.store(skip_ptr + out, tl.load(D_ptr + head).to(ACC) - next_beta * tl.sum(k * q, 1), mask=ok)
-    tile = (vectors + begin * nheads) * N + steps[:, None] * (nheads * N) + columns[None, :]
-    tile_ok = ok[:, None] & columns_ok[None, :]
-    tl.store(k_ptr + tile, _rotated(k, cos, sin, Q, BLOCK_N), mask=tile_ok)
-    tl.store(q_ptr + tile, _rotated(q, cos, sin, Q, BLOCK_N), mask=tile_ok)
-
-
-@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
-def _trapezoid_unturn_kernel(
-    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, entering_ptr,
-    leaving_ptr, dphase_ptr, dphi_end_ptr, dk_ptr, dq_ptr, dweight_ptr, dskip_ptr, dgamma_ptr, ddt_ptr, dlater_ptr,
-    drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, rows, length, nheads, repeats, blocks, block_heads,
-    B_stride_b, B_stride_t, C_stride_b, C_stride_t,
-    P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    HALF: tl.constexpr, PACKED: tl.constexpr, HAS_DPHASE: tl.constexpr, HAS_DPHI: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """From the gradients of turned keys, queries, weights and skips those of what they are made of, in one chunk.
-
-    One head after another of a block of a group's heads. Those of B, C and the rates are summed over the heads in
-    registers, and written once per block of heads.
     """
     block = tl.program_id(0) % blocks
     groups = nheads // repeats
@@ -196,45 +165,127 @@ def _trapezoid_unturn_kernel(
     chunks = tl.cdiv(length, Q)
     chunk = tl.program_id(0) // blocks // groups % chunks
     row = (tl.program_id(0) // blocks // groups // chunks).to(tl.int64)
-    columns, columns_ok = _columns(N, BLOCK_N, HALF)
-    pairs = tl.arange(0, BLOCK_N // 2)
+    slices: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     steps = tl.arange(0, Q)
     begin = chunk.to(tl.int64) * Q
     ok = steps < length - begin
     seq_row = seq_ptr
     if PACKED:
         seq_row = seq_ptr + row * length
-    p_rows = tl.arange(0, BLOCK_P)[:, None]
-    state_ok = columns_ok[None, :] & (p_rows < P)
-    state_offset = p_rows * N + columns[None, :]
+    B_tile = B_ptr + row * B_stride_b + group * N
+    C_tile = C_ptr + row * C_stride_b + group * N
+    first_head = group * repeats + block * block_heads
+    last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
+    for head in tl.range(first_head, last_head, num_stages=1, disable_licm=True):
+        vectors = row * length * nheads + head
+        gamma, beta, following = _weights(gamma_ptr, beta_ptr, seq_row, vectors, begin, length, nheads, PACKED, Q, ACC)
+        product = tl.zeros([Q], ACC)
+        for of_slice in tl.static_range(slices):
+            columns, columns_ok = _columns(of_slice * BLOCK_N, N, BLOCK_N, HALF)
+            k = _rows(B_tile, begin, steps, ok, B_stride_t, columns, columns_ok, ACC)
+            q = _rows(C_tile, begin, steps, ok, C_stride_t, columns, columns_ok, ACC)
+            k += _bias(B_bias_ptr, head, columns, columns_ok, N, ACC)
+            q += _bias(C_bias_ptr, head, columns, columns_ok, N, ACC)
+            product += tl.sum(k * q, 1)
+            if of_slice * (BLOCK_N // 2) < S:  # else all its pairs stand still
+                pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+                rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
+                dt = gamma + beta
+                cos, sin = _directions(phases_ptr, rate, dt, row * nheads + head, chunk, chunks, pairs, S, ACC)
+                k = _rotated(k, cos, sin, Q, BLOCK_N)
+                q = _rotated(q, cos, sin, Q, BLOCK_N)
+            tile = (vectors + begin * nheads) * N + (steps[:, None] * (nheads * N) + columns[None, :])
+            tile_ok = ok[:, None] & columns_ok[None, :]
+            tl.store(k_ptr + tile, k, mask=tile_ok)
+            tl.store(q_ptr + tile, q, mask=tile_ok)
+        out = vectors + (begin + steps) * nheads
+        tl.store(product_ptr + out, product, mask=ok)
+        tl.store(weight_ptr + out, gamma + following, mask=ok)
+        tl.store(skip_ptr + out, tl.load(D_ptr + head).to(ACC) - following * product, mask=ok)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _trapezoid_later_kernel(
+    entering_ptr, leaving_ptr, dphase_ptr, dphi_end_ptr, later_ptr, chunks,
+    P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
+    HAS_DPHASE: tl.constexpr, HAS_DPHI: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the angles after a chunk, (b, h, chunks, s): what all that comes later makes of them.
+
+    That is the turn of the state between, but for the turn of the last one.
+    """
+    chunk = tl.program_id(0) % chunks
+    of = (tl.program_id(0) // chunks).to(tl.int64)  # row and head
+    pairs = tl.arange(0, BLOCK_N // 2)
+    later = tl.zeros([BLOCK_N // 2], ACC)
+    if chunk < chunks - 1:
+        columns, columns_ok = _columns(0, N, BLOCK_N, HALF)
+        p_rows = tl.arange(0, BLOCK_P)[:, None]
+        ok = columns_ok[None, :] & (p_rows < P)
+        border = (of * chunks + chunk) * (P * N) + (p_rows * N + columns[None, :])
+        entering = tl.load(entering_ptr + border + P * N, mask=ok, other=0.0).to(ACC)
+        leaving = tl.load(leaving_ptr + border, mask=ok, other=0.0).to(ACC)
+        later -= tl.sum(_spin(leaving, entering, BLOCK_P, BLOCK_N), 0)
+        if HAS_DPHASE:
+            later += tl.load(dphase_ptr + of * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+    elif HAS_DPHI:
+        later += tl.load(dphi_end_ptr + of * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+    tl.store(later_ptr + (of * chunks + chunk) * S + pairs, later, mask=pairs < S)
+
+
+@keep_addresses_in_loops
+@triton.jit
+def _unturn_slice(
+    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr, dq_ptr,
+    dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block, group, chunk,
+    row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+    TURNS: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
+    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One slice of columns; TURNS unless all its pairs stand still."""
+    groups = nheads // repeats
+    chunks = tl.cdiv(length, Q)
+    columns, columns_ok = _columns(of_slice * BLOCK_N, N, BLOCK_N, HALF)
+    pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    steps = tl.arange(0, Q)
+    begin = chunk.to(tl.int64) * Q
+    ok = steps < length - begin
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * length
     dB = tl.zeros([Q, BLOCK_N], ACC)
     dC = tl.zeros([Q, BLOCK_N], ACC)
-    drate = tl.zeros([Q, BLOCK_N // 2], ACC)
-    rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
+    if TURNS:
+        drate = tl.zeros([Q, BLOCK_N // 2], ACC)
+        rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
+        upper = (steps[:, None] <= steps[None, :]).to(ACC if TERMS == 0 else tl.bfloat16)
     tile_ok = ok[:, None] & columns_ok[None, :]
-    upper, below = _halves((steps[:, None] <= steps[None, :]).to(ACC), PRECISION)
     first_head = group * repeats + block * block_heads
-    for head in tl.range(first_head, tl.minimum(first_head + block_heads, (group + 1) * repeats), num_stages=STAGES):
+    last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
+    for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
         vectors = row * length * nheads + head
         heads = row * nheads + head
         of_chunk = (row * chunks + chunk) * nheads + head
-        _, _, next_beta, dt = _weights(gamma_ptr, beta_ptr, seq_row, vectors, begin, length, nheads, PACKED, Q, ACC)
-        cos, sin = _directions(phases_ptr, rate, dt, heads, chunk, chunks, S, BLOCK_N // 2, ACC)
-        k = _biased(B_ptr + row * B_stride_b + group * N, B_bias_ptr + head * N, begin, ok, B_stride_t, columns,
-                    columns_ok, Q, ACC)  # fmt: skip
-        q = _biased(C_ptr + row * C_stride_b + group * N, C_bias_ptr + head * N, begin, ok, C_stride_t, columns,
-                    columns_ok, Q, ACC)  # fmt: skip
-        tile = (vectors + begin * nheads) * N + steps[:, None] * (nheads * N) + columns[None, :]
-        dk = _rotated(tl.load(dk_ptr + tile, mask=tile_ok, other=0.0).to(ACC), cos, -sin, Q, BLOCK_N)
-        dq = _rotated(tl.load(dq_ptr + tile, mask=tile_ok, other=0.0).to(ACC), cos, -sin, Q, BLOCK_N)
-        dangle = _spin(dk, k, Q, BLOCK_N) + _spin(dq, q, Q, BLOCK_N)
+        gamma, beta, following = _weights(gamma_ptr, beta_ptr, seq_row, vectors, begin, length, nheads, PACKED, Q, ACC)
+        dt = gamma + beta
+        tile = (vectors + begin * nheads) * N + (steps[:, None] * (nheads * N) + columns[None, :])
+        dk = tl.load(dk_ptr + tile, mask=tile_ok, other=0.0).to(ACC)
+        dq = tl.load(dq_ptr + tile, mask=tile_ok, other=0.0).to(ACC)
+        if TURNS:
+            cos, sin = _directions(phases_ptr, rate, dt, heads, chunk, chunks, pairs, S, ACC)
+            dk = _rotated(dk, cos, -sin, Q, BLOCK_N)
+            dq = _rotated(dq, cos, -sin, Q, BLOCK_N)
+        k = _rows(B_ptr + row * B_stride_b + group * N, begin, steps, ok, B_stride_t, columns, columns_ok, ACC)
+        k += _bias(B_bias_ptr, head, columns, columns_ok, N, ACC)
+        q = _rows(C_ptr + row * C_stride_b + group * N, begin, steps, ok, C_stride_t, columns, columns_ok, ACC)
+        q += _bias(C_bias_ptr, head, columns, columns_ok, N, ACC)
+        if TURNS:
+            dangle = _spin(dk, k, Q, BLOCK_N) + _spin(dq, q, Q, BLOCK_N)
 
         # Skips: D - beta (k.q).
         out = vectors + (begin + steps) * nheads
-        dskip = tl.load(dskip_ptr + out, mask=ok, other=0.0)
-        dweight = tl.load(dweight_ptr + out, mask=ok, other=0.0)
-        tl.store(dlater_ptr + out, dweight - dskip * tl.sum(k * q, 1), mask=ok)
-        of_product = -next_beta * dskip
+        of_product = -following * tl.load(dskip_ptr + out, mask=ok, other=0.0)
         dk += of_product[:, None] * q
         dq += of_product[:, None] * k
         dB += dk
@@ -242,32 +293,86 @@ def _trapezoid_unturn_kernel(
         tl.store(dB_bias_ptr + of_chunk * N + columns, tl.sum(dk, 0), mask=columns_ok)
         tl.store(dC_bias_ptr + of_chunk * N + columns, tl.sum(dq, 0), mask=columns_ok)
 
-        # Angles. What all later chunks make of them is the turn of the state between, but for the turn of the last one.
-        later = tl.zeros([BLOCK_N // 2], ACC)
-        if chunk < chunks - 1:
-            border = (heads * chunks + chunk) * (P * N) + state_offset
-            entering = tl.load(entering_ptr + border + P * N, mask=state_ok, other=0.0).to(ACC)
-            leaving = tl.load(leaving_ptr + border, mask=state_ok, other=0.0).to(ACC)
-            later -= tl.sum(_spin(leaving, entering, BLOCK_P, BLOCK_N), 0)
-            if HAS_DPHASE:
-                later += tl.load(dphase_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-        elif HAS_DPHI:
-            later += tl.load(dphi_end_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-        high, low = _halves(dangle, PRECISION)
-        ddelta = _dot_add(upper, below, high, low, tl.zeros([Q, BLOCK_N // 2], ACC) + later[None, :], ACC, PRECISION)
-        if chunk == 0:
-            at_first = tl.sum(tl.where((steps == 0)[:, None], ddelta, 0.0), 0)
-            tl.store(dphi_ptr + heads * S + pairs, at_first, mask=pairs < S)
-        ddelta = ddelta * 3.141592653589793
-        drate += ddelta * dt[:, None]
-        ddt = tl.sum(ddelta * rate, 1)
-        tl.store(ddt_ptr + out, ddt, mask=ok)
-        tl.store(dgamma_ptr + out, ddt + dweight, mask=ok)
+        if TURNS:
+            later = tl.load(later_ptr + (heads * chunks + chunk) * S + pairs, mask=pairs < S, other=0.0)
+            ddelta = _sums_onward(upper, dangle, tl.zeros([Q, BLOCK_N // 2], ACC) + later[None, :], ACC, TERMS)
+            if chunk == 0:
+                at_first = tl.sum(tl.where((steps == 0)[:, None], ddelta, 0.0), 0)
+                tl.store(dphi_ptr + heads * S + pairs, at_first, mask=pairs < S)
+            ddelta = ddelta * 3.141592653589793
+            drate += ddelta * dt[:, None]
+            ddt_slice = ddt_ptr + of_slice.to(tl.int64) * (rows * length * nheads)
+            tl.store(ddt_slice + out, tl.sum(ddelta * rate, 1), mask=ok)
 
     width = groups * N
     out = ((block * rows + row) * length + begin) * width + group * N
     offset = steps[:, None] * width + columns[None, :]
     tl.store(dB_ptr + out + offset, dB, mask=tile_ok)
     tl.store(dC_ptr + out + offset, dC, mask=tile_ok)
-    out = (((block * groups + group) * rows + row) * length + begin) * S
-    tl.store(drate_ptr + out + steps[:, None] * S + pairs[None, :], drate, mask=ok[:, None] & (pairs < S)[None, :])
+    if TURNS:
+        out = (((block * groups + group) * rows + row) * length + begin) * S
+        tl.store(drate_ptr + out + steps[:, None] * S + pairs[None, :], drate, mask=ok[:, None] & (pairs < S)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
+def _trapezoid_unturn_kernel(
+    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr, dq_ptr,
+    dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
+    rows, length, nheads, repeats, blocks, block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+    N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
+    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of turned keys and queries and of skips those of what they are made of, in one chunk.
+
+    One head after another of a block of a group's heads, for some columns: narrow tiles stay in registers. Those of B,
+    C and the rates are summed over the heads there, and written once per block of heads; those of dt once per block of
+    columns.
+    """
+    slices: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    of_slice = tl.program_id(0) % slices
+    block = tl.program_id(0) // slices % blocks
+    groups = nheads // repeats
+    group = tl.program_id(0) // slices // blocks % groups
+    chunks = tl.cdiv(length, Q)
+    chunk = tl.program_id(0) // slices // blocks // groups % chunks
+    row = (tl.program_id(0) // slices // blocks // groups // chunks).to(tl.int64)
+    if of_slice * (BLOCK_N // 2) < S:
+        _unturn_slice(
+            gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr,
+            dq_ptr, dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block,
+            group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b,
+            C_stride_t, True, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES,
+        )  # fmt: skip
+    else:
+        _unturn_slice(
+            gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr,
+            dq_ptr, dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block,
+            group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b,
+            C_stride_t, False, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total", "length", "nheads"])
+def _trapezoid_weights_kernel(
+    ddt_ptr, dweight_ptr, dskip_ptr, product_ptr, seq_ptr, dgamma_ptr, dbeta_ptr, total, length, nheads,
+    SLICES: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of gamma and beta from that of dt, in slices to be added, and from those of weights and skips.
+
+    An input weighs what it had when it came and, one position later, what beta adds to it.
+    """
+    of = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = of < total
+    ddt = tl.load(ddt_ptr + of, mask=ok, other=0.0)
+    for k in tl.static_range(1, SLICES):
+        ddt += tl.load(ddt_ptr + total.to(tl.int64) * k + of, mask=ok, other=0.0)
+    tl.store(dgamma_ptr + of, ddt + tl.load(dweight_ptr + of, mask=ok, other=0.0), mask=ok)
+    place = of // nheads  # row and position
+    linked = ok & (place % length > 0)
+    if PACKED:
+        own = tl.load(seq_ptr + place, mask=ok, other=-1)
+        linked = linked & (tl.load(seq_ptr + place - 1, mask=linked, other=-2) == own)
+    before = of - nheads
+    added = tl.load(dweight_ptr + before, mask=linked, other=0.0)
+    added -= tl.load(dskip_ptr + before, mask=linked, other=0.0) * tl.load(product_ptr + before, mask=linked, other=0.0)
+    tl.store(dbeta_ptr + of, ddt + added, mask=ok)

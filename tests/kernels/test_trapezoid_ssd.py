@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from omnissm.kernels import BackendError, TrapezoidState, ssd, trapezoid_ssd, trapezoid_step, trapezoid_step_
+from omnissm.kernels import (
+    BackendError,
+    TrapezoidState,
+    available_backends,
+    ssd,
+    trapezoid_ssd,
+    trapezoid_step,
+    trapezoid_step_,
+)
 from omnissm.kernels.testing import check_op, relative_error, run_with_gradients
 from omnissm.kernels.trapezoid_ssd.spec import SPEC, make_inputs
 from omnissm.kernels.trapezoid_ssd.spec import trapezoid_ssd as flat
@@ -193,13 +201,20 @@ def test_chunks_and_parts_of_the_triton_kernels(chunk, parts, blocks, packed, de
         assert relative_error(value, other.double()) < 1e-5, place
 
 
-def test_triton_takes_one_rank_and_only_on_request(device):
+def test_triton_takes_one_rank(device):
     with pytest.raises(BackendError, match="Triton takes one rank and no x_rank, got r=2"):
         flat(**inputs_of(device, r=2), backend="triton")
     with pytest.raises(BackendError, match="n from 2 to 256, got p=3 and n=300"):
         flat(**inputs_of(device, n=300), backend="triton")
-    inputs = inputs_of(device)
-    assert torch.equal(flat(**inputs)[0], flat(**inputs, backend="chunked")[0])
+
+
+@pytest.mark.parametrize("rotation", ["interleaved", "half"])
+def test_triton_turns_many_pairs_back_in_slices(rotation, device):
+    """As many columns as two programs take, of which some pairs stand still, in more than one chunk."""
+    if reason := available_backends(device)["triton"]:
+        pytest.skip(reason)
+    size = {"b": 1, "l": 140, "h": 2, "p": 3, "n": 41, "s": 17, "packed": True, "rotation": rotation}
+    check_op(SPEC, size, "triton", torch.float32, device)
 
 
 @pytest.mark.parametrize("sizes", [(96, 3, 1, 1, 1), (1, 64, 3, 3, 2), (8, 128, 12, 1, 1), (16, 16, 12, 4, 4)], ids=str)
