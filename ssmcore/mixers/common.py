@@ -24,10 +24,10 @@ Mode = Literal["train", "prefill", "decode"]
 class MixerState:
     """Base of the states of causal mixers: tensors with the batch in front, never changed in place.
 
-    Subclasses are decorated with `mixer_state`. Fields named in `recurrent` are float32 (float64 in float64 models)
-    whatever the activations are; the others have the dtype of the activations. Those in `periodic` are angles, which
-    mean the same modulo 2 pi; those in `integral` are integers. Only choices hang on those in `choices`, which
-    therefore have no gradient.
+    Subclasses are decorated with `mixer_state`. Fields named in `recurrent` or `choices` are float32 (float64 in
+    float64 models) whatever the activations are; the others have the dtype of the activations. Those in `periodic` are
+    angles, which mean the same modulo 2 pi; those in `integral` are integers. Only choices hang on those in `choices`,
+    which therefore have no gradient.
     """
 
     recurrent: ClassVar[tuple[str, ...]] = ()
@@ -40,10 +40,11 @@ class MixerState:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the state; a dtype is that of the activations, and recurrent fields are kept in at least float32."""
+        """Move the state; a dtype is that of the activations, and wide fields are kept in at least float32."""
 
         def moved(name: str, tensor: Tensor) -> Tensor:
-            target = dtype if dtype is None or name not in self.recurrent else torch.promote_types(dtype, torch.float32)
+            wide = name in (*self.recurrent, *self.choices)
+            target = dtype if dtype is None or not wide else torch.promote_types(dtype, torch.float32)
             return tensor.to(device=device, dtype=target if tensor.is_floating_point() else None)
 
         return self._map(moved)
@@ -125,7 +126,8 @@ def check_state(
         if tensor.is_floating_point() == (name in state.integral):
             kind = "an integer" if name in state.integral else "a floating"
             raise TypeError(f"`state.{name}` must have {kind} dtype, got {tensor.dtype}; init_state() makes one.")
-        if name in state.recurrent and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
+        wide = name in (*state.recurrent, *state.choices)
+        if wide and torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype:
             raise TypeError(
                 f"`state.{name}` must be float32 or float64, got {tensor.dtype}: 16 bits lose slow decays. "
                 "init_state() and state.to(dtype=...) keep it."

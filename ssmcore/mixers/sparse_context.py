@@ -55,7 +55,7 @@ class HAXState(MixerState):
         sums: Sums of the keys and of the queries so far, (b, 2, key_dim).
         k: Keys, (b, t, key_dim).
         v: The signal at these positions, (b, t, d_inner).
-        score: Scores of the keys, (b, t).
+        score: Scores of the keys, (b, t), float32 at least: in 16 bits many would be equal.
         bins: Bins of the keys, (b, t) int64.
         length: Positions so far, (b,) int64.
     """
@@ -210,8 +210,9 @@ class HAX(Mamba2):
         plain = super().init_state(batch, device=device, dtype=dtype)
         shapes = self._shapes(batch, 0)
         integers = {name: plain.conv.new_zeros(shapes[name], dtype=torch.int64) for name in HAXState.integral}
-        floats = {name: plain.conv.new_zeros(shapes[name]) for name in ("k", "v", "score")}
-        return HAXState(plain.conv, plain.ssm, plain.ssm.new_zeros(shapes["sums"]), **floats, **integers)
+        floats = {name: plain.conv.new_zeros(shapes[name]) for name in ("k", "v")}
+        floats |= {name: plain.ssm.new_zeros(shapes[name]) for name in ("sums", "score")}
+        return HAXState(plain.conv, plain.ssm, **floats, **integers)
 
     def mixing_matrix(  # type: ignore[override]
         self, x: Tensor, *, state: HAXState | None = None
@@ -293,8 +294,14 @@ class HAX(Mamba2):
             if "select" in self.sources:
                 seen = F.normalize(sums[..., self.key_dim :], dim=-1)
                 inputs = torch.cat([plain[..., : self.key_dim], seen], dim=-1)
-                score = self.scorer(inputs.to(self.qk_proj.weight.dtype))[..., 0]
-        return _Keys(q, k, u, bins, score.to(kq.dtype), last.unflatten(1, (2, self.key_dim)))
+                score = inputs
+                for layer in self.scorer:  # in full precision, since ranks hang on it
+                    if isinstance(layer, nn.Linear):
+                        score = F.linear(score, wide(layer.weight), wide(layer.bias))
+                    else:
+                        score = layer(score)
+                score = score[..., 0]
+        return _Keys(q, k, u, bins, score, last.unflatten(1, (2, self.key_dim)))
 
     def _places(self, state: HAXState, layout: Layout, length: int) -> Tensor:
         """Position of every token in its own sequence, (b, l)."""

@@ -275,7 +275,7 @@ def check_dtypes(mixer: nn.Module) -> None:
             for field, tensor in value.tensors().items():
                 if not tensor.is_floating_point() or not tensor.numel():
                     continue
-                expected = torch.float32 if field in value.recurrent else torch.bfloat16
+                expected = torch.float32 if field in (*value.recurrent, *value.choices) else torch.bfloat16
                 what = f"`state.{field}` after {when} with bfloat16 {name} is {tensor.dtype}, expected {expected}"
                 require(tensor.dtype == expected, what)
     if mixer.causal:
@@ -333,10 +333,11 @@ def check_state_methods(mixer: nn.Module) -> None:
     detached = state.detach()
     require(not any(tensor.requires_grad for tensor in detached.tensors().values()), "detach() leaves a graph")
     moved = detached.to(device=x.device, dtype=torch.bfloat16)
+    wide = (*state.recurrent, *state.choices)
     for name, tensor in moved.tensors().items():
-        wide = not tensor.is_floating_point() or tensor.dtype == torch.bfloat16 or name in state.recurrent
-        require(wide, f"to(dtype=bfloat16) makes `state.{name}` {tensor.dtype}")
-        require(name not in state.recurrent or tensor.dtype == torch.float32, f"to() rounds `state.{name}`")
+        right = not tensor.is_floating_point() or tensor.dtype == torch.bfloat16 or name in wide
+        require(right, f"to(dtype=bfloat16) makes `state.{name}` {tensor.dtype}")
+        require(name not in wide or tensor.dtype == torch.float32, f"to() rounds `state.{name}`")
     contiguous = {name: tensor.contiguous().cpu() for name, tensor in detached.tensors().items()}
     loaded = safetensors.torch.load(safetensors.torch.save(contiguous))
     again = type(state)(**loaded).to(device=x.device)
@@ -349,7 +350,7 @@ def check_state_methods(mixer: nn.Module) -> None:
         mixer.step(x[:, 0], None)  # type: ignore[operator]
     for name, tensor in detached.tensors().items():
         wrong = torch.float64 if not tensor.is_floating_point() else torch.int64
-        for dtype in (wrong, *([torch.bfloat16] if name in state.recurrent else [])):
+        for dtype in (wrong, *([torch.bfloat16] if name in wide else [])):
             other = type(state)(**{**detached.tensors(), name: tensor.to(dtype)})
             with _raises(TypeError, f"a state with `{name}` of {dtype} must raise TypeError"):
                 mixer.step(x[:, 0], other)  # type: ignore[operator]

@@ -126,6 +126,24 @@ def test_the_score_learns_by_its_own_loss_alone():
     assert losses[-1] < 0.98 * losses[0]
 
 
+@pytest.mark.parametrize("way", ["autocast", "parameters"])
+def test_scores_are_not_rounded_to_16_bits(way):
+    """Few keys may be others than those of full precision, but 40 keys must have 40 scores."""
+    mixer, x = build().float(), torch.randn(2, 40, 8)
+    if way == "parameters":
+        mixer, x = mixer.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
+        y, state = mixer.prefill(x)
+        later, after = mixer.step(x[:, 0], state)
+    assert y.dtype == later.dtype == torch.bfloat16
+    assert y.isfinite().all()
+    for one in (state, after):
+        kinds = {name: value.dtype for name, value in one.tensors().items() if value.is_floating_point()}
+        assert {name for name, kind in kinds.items() if kind == torch.float32} == {"ssm", "sums", "score"}
+        assert {kinds[name] for name in ("conv", "k", "v")} == {torch.bfloat16}
+    assert all(len(row.unique()) == 40 for row in state.score)
+
+
 def test_parameters_and_state():
     d, inner, n = 8, 16, 3
     mixer = build()
