@@ -4,7 +4,8 @@
 
 Writes OUT/NAME.json after every run, by default benchmarks/results/graphs/CONFIG.json; rows of models and seeds that
 are already there stay. `--jobs` runs are made at once, each on one thread, in the order given: the slowest model first.
-The checkpoint of the best validation value is tested. Other options are handed to the fit.
+The checkpoint of the best validation value is tested. A model may bring options, as in dag_gine_tiny:d_state=4,n_layer=2;
+other options are handed to the fit.
 """
 
 import argparse
@@ -27,9 +28,12 @@ RESULTS = Path(__file__).resolve().parent / "results" / "graphs"
 
 def run(config: str, model: str, seed: int, folder: Path, words: list[str]) -> dict:
     """Fit and test one model; metrics, parameters and CPU seconds of the fit."""
+    name, _, own = model.partition(":")
     place = folder / f"{model}-{seed}"
     common = ["--run", str(place), "--trainer.enable_progress_bar", "false"]
-    options = ["--model.init_args.model", model, "--seed_everything", str(seed), *words]
+    options = ["--model.init_args.model", name, "--seed_everything", str(seed), *words]
+    for option, value in (pair.split("=", 1) for pair in own.split(",") if own):
+        options += [f"--model.init_args.model_args.{option}", value]
     seconds = _omnissm(["graphs", "fit", "-c", config, *options, *common])
     _omnissm(["graphs", "test", *common])
     found = json.loads((place / "metrics.json").read_text())
