@@ -4,8 +4,8 @@
 
 Writes OUT/NAME.json after every run, by default benchmarks/results/graphs/CONFIG.json; rows of models and seeds that
 are already there stay. `--jobs` runs are made at once, each on one thread, in the order given: the slowest model first.
-The checkpoint of the best validation value is tested. A model may bring options, as in dag_gine_tiny:d_state=4,n_layer=2;
-other options are handed to the fit.
+The checkpoint of the best validation value is tested. A model may bring options, as in
+dag_gine_tiny:d_state=4,n_layer=2; other options are handed to the fit.
 """
 
 import argparse
