@@ -1,8 +1,9 @@
-"""Time series: what training and backtests take, anomalies on NAB, classes on two UEA sets, coverage on weather.
+"""Time series: what training and backtests take, anomalies on NAB, classes on two UEA sets, coverage and gaps.
 
     python benchmarks/timeseries.py nab --root data/nab
     python benchmarks/timeseries.py classes --root data/uea --seeds 0 1 2
     python benchmarks/timeseries.py coverage --run runs/weather
+    python benchmarks/timeseries.py gaps --seeds 0 1 2
     python benchmarks/timeseries.py epoch --root data/ett [--peer /tmp/nf/bin/python]
     python benchmarks/timeseries.py backtest --root data/ett
     python benchmarks/timeseries.py wide --device cuda
@@ -31,8 +32,10 @@ import torch
 from omnissm.ssmcore.training import write_atomic
 from omnissm.timeseries import Forecaster, anomalies, create_model, evaluate
 from omnissm.timeseries.conformal import track_intervals
-from omnissm.timeseries.data import ETT, read_nab
+from omnissm.timeseries.data import ETT, create_synthetic, read_nab
+from omnissm.timeseries.data.nyc_weather import read_nyc_weather
 from omnissm.timeseries.forecast import load, run_data
+from omnissm.timeseries.imputation import METHODS, compare_imputations, hide_blocks
 from omnissm.timeseries.windows import WindowBatch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "timeseries"
@@ -106,6 +109,20 @@ def coverage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             worst = [float(by[names[0]].min()), float(by[names[0]].max())]
             rows.append({"intervals": label, "nominal": level, "coverage": round(whole, 4)})
             rows[-1] |= {"least_and_most_of_a_variate": [round(value, 4) for value in worst]}
+    return rows
+
+
+def gaps(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Errors at gaps, in standard deviations: where high values go missing, and at hidden blocks of weather."""
+    rows = []
+    for seed in arguments.seeds:
+        dark = create_synthetic("blackout", length=500, n_variates=3, seed=seed)
+        weather = read_nyc_weather(stations=["JFK"]).isel(time=slice(1000, 1600))
+        hidden, truth = hide_blocks(weather, 0.15, 8, seed)
+        sets = {"blackout": (dark, dark["truth"].where(dark["target"].isnull())), "nyc_weather": (hidden, truth)}
+        for name, (gappy, wanted) in sets.items():
+            table = compare_imputations(wanted, {method: fill(gappy) for method, fill in METHODS.items()})
+            rows += [{"set": name, "seed": seed, **row} for row in table.round(4).to_dict("records")]
     return rows
 
 
@@ -217,7 +234,7 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["nab", "classes", "coverage", "epoch", "backtest", "wide"])
+    parser.add_argument("what", choices=["nab", "classes", "coverage", "gaps", "epoch", "backtest", "wide"])
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--run", type=Path, help="folder of a run")

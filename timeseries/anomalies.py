@@ -247,8 +247,13 @@ def compare_scores(flags: xr.DataArray, scores: dict[str, tuple[xr.DataArray, xr
         A row per score: average precision, area under the ROC curve, F1 at the threshold (NaN without), best F1 over
         all thresholds, F1 of events with as many steps flagged as are anomalous and, beside these only, the
         point-adjusted F1, which random scores do well in too.
+
+    Raises:
+        ValueError: if no step has all scores.
     """
     known = np.logical_and.reduce([score.transpose("series", "time").notnull() for score, _ in scores.values()])
+    if not known.any():
+        raise ValueError(f"no step of {flags.sizes['time']} has all of the scores {', '.join(scores)}; take more")
     truth = flags.to_numpy()
     rows = []
     for name, (score, threshold) in scores.items():

@@ -74,7 +74,8 @@ def detect(
         pool: How the variates of a step count together, by their largest score or its mean.
         window: Steps before, of the rolling z-score.
         label: Variable or column with true flags. Where .nc or .zarr have the variable `label` it is used without
-            being named. A table of measures is then printed, beside random scores and rolling z-scores.
+            being named. A table of measures of the steps behind the calibration is then printed, beside random scores
+            and rolling z-scores.
         time: Column with the times of a table.
         ids: A long table's ids are "variates" of one system or separate "series"; left out, the table is wide.
         id_column: Column with the ids of a long table.
@@ -124,7 +125,11 @@ def detect(
         scores[f"{kind} residual"] = (found["score"], found["threshold"])
     scores["rolling z-score"] = (normal["score"], normal["threshold"])
     scores["random"] = (anomalies.random_scores(found["score"]), None)
-    print_table(anomalies.compare_scores(flags, scores), f"{data}: measures by step")
+    judged = slice(first, None)  # never the steps that the threshold comes from
+    table = anomalies.compare_scores(
+        flags.isel(time=judged), {name: (score.isel(time=judged), mark) for name, (score, mark) in scores.items()}
+    )
+    print_table(table, f"{data}: measures by step, behind the first {calibration:.0%}")
 
 
 def impute(

@@ -71,6 +71,16 @@ def test_a_series_without_scores_is_named():
         a.detect(score, score.isel(time=slice(0, 0)))
 
 
+def test_scores_without_a_common_step_are_refused():
+    score = xr.DataArray(np.ones((1, 4)), dims=("series", "time"))
+    parts = {
+        "early": (score.where([True, True, False, False]), None),
+        "late": (score.where([False] * 3 + [True]), None),
+    }
+    with pytest.raises(ValueError, match="no step of 4 has all of the scores early, late"):
+        a.compare_scores(score > 0, parts)
+
+
 def test_labels_that_are_no_flags_are_refused(tmp_path, capsys):
     ds = create_synthetic("sines", length=300, n_variates=2)
     with pytest.raises(ValueError, match="expected flags: 0 for normal"):
@@ -141,8 +151,13 @@ def test_verb_prints_baselines_beside(spikes, model, tmp_path, capsys):
     words = ["--data", tmp_path / "spikes.nc", "--checkpoint", tmp_path / "model", "--out", tmp_path / "found.nc"]
     assert main(["timeseries", "detect", *map(str, words)]) == 0
     shown = capsys.readouterr().out
-    for name in ("forecast residual", "rolling z-score", "random", "average_precision"):
+    for name in ("forecast residual", "rolling z-score", "random", "average_precision", "behind the first 40%"):
         assert name in shown
+    # what is judged comes behind the calibration, whatever is flagged before
+    changed = spikes.assign(label=spikes["label"] | (spikes["time"] < spikes["time"][600]))
+    write_series(changed, tmp_path / "spikes.nc")
+    assert main(["timeseries", "detect", *map(str, words)]) == 0
+    assert capsys.readouterr().out == shown
     found = xr.open_dataset(tmp_path / "found.nc", engine="h5netcdf")
     assert {"score", "anomaly", "threshold", "label"} <= set(found.data_vars)
     assert main(["timeseries", "plot", "--data", str(tmp_path / "found.nc"), "--out", str(tmp_path / "a.png")]) == 0

@@ -69,13 +69,17 @@ def test_beats_last_value_and_lines_in_long_gaps(blackout, imputer):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # 10 CPU seconds, of which a busy machine gives few
 def test_beats_last_value_and_lines_where_high_values_go_missing():
-    blackout = create_synthetic("blackout", length=1000, n_variates=3)
-    imputer = Imputer(window=48).fit(blackout, max_epochs=8)
+    blackout = create_synthetic("blackout", length=1000, n_variates=3, seed=1)
+    imputer = Imputer(window=48, longest=4, model_args={"n_layer": 1, "d_model": 32})  # most gaps are short
+    imputer.fit(blackout, max_epochs=6, stride=4, lr=1e-2, progress=False)
     truth = blackout["truth"].where(blackout["target"].isnull())
-    filled = {"model": imputer.impute(blackout), **{name: fill(blackout) for name, fill in METHODS.items()}}
+    filled = {"model": imputer.impute(blackout)}
+    filled |= {name: METHODS[name](blackout) for name in ("linear", "last_value")}
     table = compare_imputations(truth, filled).set_index("method")
-    assert table.loc["model", "rmse"] < table.loc["linear", "rmse"] < table.loc["last_value", "rmse"]
+    assert table.loc["model", "rmse"] < 0.95 * table.loc["linear", "rmse"]
+    assert table.loc["linear", "rmse"] < table.loc["last_value", "rmse"]
     assert table.loc["model", "values"] == int(blackout["target"].isnull().sum())
 
 
