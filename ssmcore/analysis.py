@@ -180,7 +180,10 @@ def key_value_recall(
     Arora et al. (2024), "Zoology" (associative recall).
     """
     if min(rows, pairs, values) < 1 or keys < pairs:
-        raise ValueError(f"a row needs at least one pair and as many keys, got pairs={pairs} and keys={keys}.")
+        raise ValueError(
+            "expected at least one row, pair and value, and as many keys as pairs, "
+            f"got rows={rows}, pairs={pairs}, values={values} and keys={keys}."
+        )
     chosen = torch.rand(rows, keys, generator=generator).argsort(1)[:, :pairs]
     stored = keys + torch.randint(values, (rows, pairs), generator=generator)
     asked = torch.randint(pairs, (rows, 1), generator=generator)

@@ -60,8 +60,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
-        y = F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        # Not scaled afterwards: sums of products with q itself leave the range of float16.
+        weight = (self.q * self.scale[:, None]).to(x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +87,7 @@ def quantize(model: nn.Module, *, skip: Sequence[str] = ()) -> nn.Module:
     """
     names = [name for name in _linear_names(model) if not any(fnmatch(name, pattern) for pattern in skip)]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantise.")
+        raise ValueError(f"{type(model).__name__} has no linear layer inside that is left to quantise.")
     return _replaced(model, names)
 
 
@@ -95,10 +96,13 @@ def save_quantized(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: if the model has no int8 weights.
+        FileNotFoundError: if the folder does not exist.
     """
     path, names = Path(path), _quantized_names(model)
     if not names:
         raise ValueError(f"{type(model).__name__} has no int8 weights; quantize(model) makes them.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to; make it first.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_model(model, str(temporary), metadata={"format": _FORMAT, "layers": json.dumps(names)})
@@ -120,8 +124,11 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}; save_quantized(model, path) writes them.")
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}.") from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{path} holds no int8 weights (format {metadata.get('format')!r}, expected {_FORMAT!r}).")
     names = json.loads(metadata["layers"])
@@ -132,7 +139,8 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         load_model(loaded, str(path))
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from None
+        reasons = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {reasons}") from None
     return loaded
 
 

@@ -59,7 +59,7 @@ def ssd_tree(
     x, B, C = cast_for_autocast(x, B, C)
     if x.numel() == 0 or B.shape[-1] == 0:
         return torch.zeros_like(x)
-    own = (x.to(dtype), log_decay.to(dtype), _heads(B, x).to(dtype), _heads(C, x).to(dtype))
+    own = (x.to(dtype), _finite(log_decay.to(dtype)), _heads(B, x).to(dtype), _heads(C, x).to(dtype))
     state = None if initial_state is None else initial_state.to(dtype)
     weight = None if weight is None else weight.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -100,7 +100,7 @@ def ssd_tree_state(
     above = above.gather(1, node.clamp(min=0)[:, None, None].expand(-1, 1, x.shape[1]))[:, 0]
     above = (above & (node >= 0)[:, None]).to(dtype)  # (b, l): on the path
     with torch.autocast(x.device.type, enabled=False):
-        steps = above[:, None] * log_decay.to(dtype).mT  # (b, h, l)
+        steps = above[:, None] * _finite(log_decay.to(dtype)).mT  # (b, h, l)
         share = (steps @ _strictly(tree, dtype)).exp() * above[:, None]
         if weight is not None:
             share = share * weight.to(dtype).mT
@@ -141,6 +141,11 @@ def _reference(
         states.append(now)
         outputs.append((now * C[:, t, :, None]).sum(-1))
     return torch.stack(outputs, dim=1)
+
+
+def _finite(log_decay: Tensor) -> Tensor:
+    """Decays of exactly 0 as such that round to it, since sums are products with zeros and ones."""
+    return log_decay.clamp(min=-1e4)
 
 
 def _strictly(tree: TokenTree, dtype: torch.dtype) -> Tensor:

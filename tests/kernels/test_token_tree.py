@@ -1,5 +1,7 @@
 """Trees of positions: `ssd_tree` and `conv_tree` along every path equal the scans of that path alone."""
 
+import math
+
 import pytest
 import torch
 
@@ -77,6 +79,17 @@ def test_gradients():
         return ssd_tree(log_decay=-log_decay.square(), tree=tree, **dict(zip(names, values)))
 
     assert torch.autograd.gradcheck(run, (torch.rand(1, 10, 4, **DOUBLE).requires_grad_(), *leaves), fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_decay_of_zero_forgets(backend):
+    given = inputs(5)
+    given["log_decay"][:, 2] = -math.inf
+    y, last = ssd(**given)
+    tree = token_tree(CHAIN)
+    torch.testing.assert_close(ssd_tree(**given, tree=tree, backend=backend), y, rtol=1e-10, atol=1e-10)
+    rest = {name: value for name, value in given.items() if name not in ("C", "D")}
+    torch.testing.assert_close(ssd_tree_state(**rest, tree=tree, node=torch.tensor([4, 4])), last)
 
 
 def test_float32_keeps_its_digits_under_strong_decays():

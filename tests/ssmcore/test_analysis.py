@@ -137,7 +137,7 @@ def test_recall_asks_for_what_was_stored():
         assert len(set(keys)) == 5
         assert max(keys) < 9 <= min(values) <= max(values) < 13
         assert values[keys.index(ids[-1])] == answer
-    with pytest.raises(ValueError, match="at least one pair and as many keys, got pairs=5 and keys=4"):
+    with pytest.raises(ValueError, match="as many keys as pairs, got rows=1, pairs=5, values=32 and keys=4"):
         key_value_recall(1, 5, keys=4)
 
 

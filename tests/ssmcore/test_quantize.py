@@ -38,6 +38,10 @@ def test_a_layer_keeps_its_bounds():
     assert (small(x) - linear(x)).abs().le(bound + 1e-5).all()
     torch.testing.assert_close(small(x), nn.functional.linear(x, small.weight, linear.bias))
     assert small.weight[3].abs().max() == 0
+    wide = nn.Linear(4096, 2).requires_grad_(False).half()  # q itself sums up to more than float16 has
+    wide.weight.fill_(0.02)
+    ones = torch.ones(1, 4096, dtype=torch.float16)
+    torch.testing.assert_close(QuantizedLinear(wide)(ones), wide(ones), rtol=2e-3, atol=0)
     exact = nn.Linear(5, 4, bias=False).requires_grad_(False)
     exact.weight.copy_(torch.randint(-127, 128, (4, 5)) / 32)
     exact.weight[:, 0] = 127 / 32
@@ -99,13 +103,19 @@ def test_files(tmp_path, tied):
     with pytest.raises(ValueError, match=r"has weights of stack\.blocks\.1"):
         load_quantized(other, tmp_path / "model.safetensors")
     wide = SequenceModel(48, "m1T1", vocab_size=20, mixer_options=OPTIONS, tie_embeddings=tied)
-    with pytest.raises(ValueError, match="does not fit SequenceModel"):
+    with pytest.raises(ValueError, match="does not fit SequenceModel") as refused:
         load_quantized(wide, tmp_path / "model.safetensors")
+    assert "\n" not in str(refused.value)
     with pytest.raises(ValueError, match="has no int8 weights"):
         save_quantized(other, tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights at"):
         load_quantized(other, tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="has no linear layer to quantise"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent to write model\.safetensors to"):
+        save_quantized(small, tmp_path / "absent" / "model.safetensors")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="text is no safetensors file: "):
+        load_quantized(other, tmp_path / "text")
+    with pytest.raises(ValueError, match="has no linear layer inside that is left to quantise"):
         quantize(nn.Sequential(nn.ReLU()))
 
 
