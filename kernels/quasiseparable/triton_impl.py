@@ -18,6 +18,7 @@ from torch import Tensor
 from ..ssd.op import heads_per_head
 from ..ssd.triton_impl import (
     Sweep,
+    cdiv,
     contiguous,
     dense_rows,
     empty_gradients,
@@ -248,10 +249,10 @@ def _forward(
     sweeping = sweeping._replace(chunk=chosen.chunk)
     y = x.new_empty(x.shape)
     repeats = nheads // groups
-    programs = batch * triton.cdiv(length, chosen.chunk) * groups
-    blocks = max(1, min(repeats, triton.cdiv(4 * multiprocessors(x.device), programs)))
-    block_heads = triton.cdiv(repeats, blocks)
-    blocks = triton.cdiv(repeats, block_heads)
+    programs = batch * cdiv(length, chosen.chunk) * groups
+    blocks = max(1, min(repeats, cdiv(4 * multiprocessors(x.device), programs)))
+    block_heads = cdiv(repeats, blocks)
+    blocks = cdiv(repeats, block_heads)
     sweeps = (
         Sweep(x, B_f, log_decay_f, weight_f, left, 0),
         Sweep(x, B_b, log_decay_b, weight_b, right, DESCENDING),

@@ -14,7 +14,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -131,19 +130,24 @@ def options(
     x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles, fine: bool = False
 ) -> dict[str, Any]:
     """Compile-time arguments that all kernels share."""
-    headdim = x.shape[3]
-    dot = tl.float32 if INTERPRETED and x.element_size() < 4 else getattr(tl, str(x.dtype).removeprefix("torch."))
+    return _options(x.shape[3], n, x.dtype, log_decay.dtype, seq_idx is not None, chosen, precision(x.dtype, fine))
+
+
+@functools.cache
+def _options(
+    headdim: int, n: int, dtype: torch.dtype, sums: torch.dtype, packed: bool, chosen: Tiles, multiply: str
+) -> dict[str, Any]:
     found: dict[str, Any] = {
         "P": headdim,
         "N": n,
         "Q": chosen.chunk,
-        "BLOCK_P": max(16, triton.next_power_of_2(headdim)),
-        "BLOCK_N": max(16, triton.next_power_of_2(n)),
-        "PACKED": seq_idx is not None,
-        "EXACT": x.dtype == torch.float32,
-        "DOT": dot,
-        "ACC": tl.float64 if log_decay.dtype == torch.float64 else tl.float32,
-        "PRECISION": precision(x.dtype, fine),
+        "BLOCK_P": max(16, next_power_of_2(headdim)),
+        "BLOCK_N": max(16, next_power_of_2(n)),
+        "PACKED": packed,
+        "EXACT": dtype == torch.float32,
+        "DOT": tl.float32 if INTERPRETED and dtype.itemsize < 4 else getattr(tl, str(dtype).removeprefix("torch.")),
+        "ACC": tl.float64 if sums == torch.float64 else tl.float32,
+        "PRECISION": multiply,
         "STAGES": chosen.stages,
     }
     return found if INTERPRETED else found | {"num_warps": chosen.warps}
@@ -158,8 +162,18 @@ def precision(dtype: torch.dtype, fine: bool = False) -> str:
     return "bf16x6" if fine else "bf16x3"
 
 
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up. That of Triton costs microseconds a call."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
 def padded(x: Tensor, n: int) -> tuple[int, int]:
-    return max(16, triton.next_power_of_2(x.shape[3])), max(16, triton.next_power_of_2(n))
+    return max(16, next_power_of_2(x.shape[3])), max(16, next_power_of_2(n))
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -210,9 +224,9 @@ def choose_parts(programs: int, length: int, step: int, device: torch.device, pa
     if parts == 0:
         count = multiprocessors(device)
         enough = programs >= 1.5 * count
-        parts = 1 if enough else max(1, min(triton.cdiv(4 * count, programs), length // 256))
-    part_length = triton.cdiv(triton.cdiv(length, parts), step) * step
-    return triton.cdiv(length, part_length), part_length
+        parts = 1 if enough else max(1, min(cdiv(4 * count, programs), length // 256))
+    part_length = cdiv(cdiv(length, parts), step) * step
+    return cdiv(length, part_length), part_length
 
 
 def entering_states(
@@ -230,7 +244,7 @@ def entering_states(
     _launch_sweeps(sweeps, (None,) * len(sweeps), seq_idx, chosen, subs, parts, part_borders, outputs, False)
     block = 1024 if INTERPRETED else 256
     first, last = sweeps[0], sweeps[-1]
-    _ssd_carry_kernel[(len(sweeps) * batch * nheads * triton.cdiv(headdim * n, block),)](
+    _ssd_carry_kernel[(len(sweeps) * batch * nheads * cdiv(headdim * n, block),)](
         first.state, last.state, ends, factors, batch * nheads, parts, headdim * n,
         DESCENDS=bool(first.mode & DESCENDING), HAS_STATE=first.state is not None,
         DESCENDS_2=bool(last.mode & DESCENDING), HAS_STATE_2=last.state is not None, BLOCK=block,
@@ -255,7 +269,7 @@ def run_sweeps(
     step = chosen.chunk * subs
     parts, part_length = choose_parts(len(sweeps) * batch * nheads, length, step, x.device, parts)
     entering = entering_states(sweeps, seq_idx, chosen, subs, parts, part_length)
-    borders = x.new_empty(len(sweeps), batch, nheads, triton.cdiv(length, step), headdim, n)
+    borders = x.new_empty(len(sweeps), batch, nheads, cdiv(length, step), headdim, n)
     finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n) if last_final is None else last_final
     outputs = borders, finals, finals, finals
     _launch_sweeps(
@@ -324,8 +338,11 @@ def run_gradients(
     batch, length, nheads, headdim = x.shape
 
     def run(chosen: GradientTiles) -> None:
-        state_bytes = 2 * nheads * triton.cdiv(length, chosen.links.chunk) * headdim * n * x.element_size()
+        state_bytes = 2 * nheads * cdiv(length, chosen.links.chunk) * headdim * n * x.element_size()
         group = max(1, _BORDER_BYTES // state_bytes)
+        if group >= batch:
+            run_gradients_at_once(sweep, C, D, seq_idx, dy, dfinal, into, chosen, add, parts, blocks)
+            return
         for start in range(0, batch, group):
             rows = slice(start, start + group)
             some, index = sweep.cut(rows), None if seq_idx is None else seq_idx[rows]
@@ -418,11 +435,11 @@ def _run_chunks(
     x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
     (batch, length, nheads, _), (groups, n) = x.shape, B.shape[2:]
     repeats = nheads // groups
-    programs = batch * triton.cdiv(length, links.chunk) * groups
+    programs = batch * cdiv(length, links.chunk) * groups
     if blocks == 0:
         blocks = max(1, min(repeats, 2 * multiprocessors(x.device) // programs))
-    block_heads = triton.cdiv(repeats, blocks)
-    blocks = triton.cdiv(repeats, block_heads)
+    block_heads = cdiv(repeats, blocks)
+    blocks = cdiv(repeats, block_heads)
     dB, dC = into.dB, into.dC
     if blocks > 1:
         dB, dC = (log_decay.new_empty(blocks, *one.shape) for one in (dB, dC))

@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,9 +19,11 @@ from ..ssd.triton_impl import (
     Gradients,
     GradientTiles,
     Sweep,
+    cdiv,
     contiguous,
     dense_rows,
     gradient_tiles,
+    next_power_of_2,
     padded,
     run_gradients_at_once,
     run_outputs,
@@ -150,7 +151,7 @@ def _shared(given: _Inputs, half: bool, chunk: int) -> dict[str, Any]:
         "N": n,
         "S": pairs,
         "Q": chunk,
-        "BLOCK_N": max(32, triton.next_power_of_2(n)),
+        "BLOCK_N": max(32, next_power_of_2(n)),
         "HALF": half,
         "PACKED": given.seq_idx is not None,
         "ACC": tl.float64 if given.log_decay.dtype == torch.float64 else tl.float32,
@@ -189,19 +190,19 @@ def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
 
 def _blocks(repeats: int, programs: int, wanted: int) -> tuple[int, int]:
     """Into how many blocks to cut a group's heads for about the wanted number of programs, and heads per block."""
-    block_heads = triton.cdiv(repeats, max(1, min(repeats, wanted // programs)))
-    return triton.cdiv(repeats, block_heads), block_heads
+    block_heads = cdiv(repeats, max(1, min(repeats, wanted // programs)))
+    return cdiv(repeats, block_heads), block_heads
 
 
 def _turned(given: _Inputs, half: bool, chunk: int) -> _Turned:
     (batch, length, nheads, _), pairs = given.x.shape, given.rate.shape[2]
     groups, n = given.B.shape[2:]
-    chunks, repeats = triton.cdiv(length, chunk), nheads // groups
+    chunks, repeats = cdiv(length, chunk), nheads // groups
     shared = _shared(given, half, chunk)
     totals = given.log_decay.new_empty(batch, nheads, pairs, chunks + 1)
     _trapezoid_angle_kernel[(batch * chunks * nheads,)](
         given.gamma, given.beta, given.rate, given.phi, totals, length, nheads, HAS_PHI=given.phi is not None,
-        S=pairs, Q=chunk, BLOCK_S=triton.next_power_of_2(pairs), ACC=shared["ACC"],
+        S=pairs, Q=chunk, BLOCK_S=next_power_of_2(pairs), ACC=shared["ACC"],
     )  # fmt: skip
     # Whole turns are taken off each term; float64 keeps the digits of the sum over chunks.
     before = totals.cumsum(3, dtype=torch.float64).remainder(2.0).to(totals.dtype)
@@ -324,23 +325,23 @@ def _unturned(
     """Write the gradients that are left, and return those of the biases."""
     dgamma, dbeta, drate, dB, dC, dphi = outputs
     (batch, length, nheads, headdim), groups = given.x.shape, given.B.shape[2]
-    chunks, repeats = triton.cdiv(length, chunk), nheads // groups
+    chunks, repeats = cdiv(length, chunk), nheads // groups
     shared, wide = _shared(given, half, chunk), given.log_decay
-    block_p = triton.next_power_of_2(headdim)
+    block_p = next_power_of_2(headdim)
     later = wide.new_empty(batch, nheads, chunks, given.rate.shape[2])
     _trapezoid_later_kernel[(batch * nheads * chunks,)](
         borders[0], borders[1], *ends, later, chunks, P=headdim, BLOCK_P=block_p, HAS_DPHASE=ends[0] is not None,
         HAS_DPHI=ends[1] is not None, **{name: shared[name] for name in ("N", "S", "BLOCK_N", "HALF", "ACC")},
         **launch("later", block_p * shared["BLOCK_N"] // 2),
     )  # fmt: skip
-    slices = triton.cdiv(shared["N"], _COLUMNS)
+    slices = cdiv(shared["N"], _COLUMNS)
     programs = batch * chunks * groups
     wanted = blocks * programs or 8 * multiprocessors(given.x.device) // slices
     blocks, block_heads = _blocks(repeats, programs, wanted)
     dB_bias, dC_bias = wide.new_empty(2, batch * chunks, *given.B_bias.shape).unbind(0)
     dB_parts, dC_parts = (wide.new_empty(blocks, *dB.shape) if blocks > 1 else one for one in (dB, dC))
     drate_parts = wide.new_empty(blocks * groups, *drate.shape) if blocks * groups > 1 else drate
-    turning = triton.cdiv(shared["S"], _COLUMNS // 2)  # slices with pairs that turn
+    turning = cdiv(shared["S"], _COLUMNS // 2)  # slices with pairs that turn
     ddt = wide.new_empty(turning, *wide.shape)
     few = wide.dtype == torch.float64 or INTERPRETED
     _trapezoid_unturn_kernel[(programs * blocks * slices,)](
@@ -350,7 +351,7 @@ def _unturned(
         TERMS=0 if few else 3 if given.x.dtype == torch.float32 else 2, STAGES=1 if few else 2,
         **shared | {"BLOCK_N": _COLUMNS}, **launch("unturn", chunk * _COLUMNS),
     )  # fmt: skip
-    _trapezoid_weights_kernel[(triton.cdiv(wide.numel(), 1024),)](
+    _trapezoid_weights_kernel[(cdiv(wide.numel(), 1024),)](
         ddt, found.dweight, found.dD, turned.product, given.seq_idx, dgamma, dbeta, wide.numel(), length, nheads,
         SLICES=turning, PACKED=shared["PACKED"], BLOCK=1024,
     )  # fmt: skip
