@@ -1,6 +1,7 @@
 """Classification: batches of unequal series, models that ignore padding, a task that learns, the verb."""
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -137,6 +138,22 @@ def test_validation_series_are_no_training_series(tmp_path):
     assert sorted(data.parts["val"]["label"].values) == ["x0", "x1", "x2"]
     with pytest.raises(FileNotFoundError, match="timeseriesclassification"):
         UEA(str(tmp_path), "other").read("train")
+
+
+def test_no_epoch_is_chosen_by_the_test_series(tmp_path, monkeypatch, capsys):
+    """Without series held out nothing is validated, and the last weights are the model."""
+    monkeypatch.chdir(tmp_path)
+    words = ["-c", "timeseries/sequence_classifier_waves", "--run", "waves", "--data.init_args.val", "0"]
+    small = ["--data.init_args.train_series", "12", "--data.init_args.test_series", "12", "--trainer.max_epochs", "2"]
+    assert main(["timeseries", "fit", *words, *small]) == 0
+    checkpoints = {path.name for path in Path("runs/waves/checkpoints").iterdir()}
+    assert "last.ckpt" in checkpoints
+    assert "best.ckpt" not in checkpoints
+    assert (tmp_path / "runs/waves/model/config.json").is_file()
+    assert main(["timeseries", "test", "--run", "waves"]) == 0
+    capsys.readouterr()
+    assert main(["timeseries", "validate", "--run", "waves"]) == 2
+    assert "there is no part 'val'" in capsys.readouterr().err
 
 
 def test_names_of_other_tasks_are_pointed_out():

@@ -25,8 +25,8 @@ class ClassificationData(SSMData):
     Args:
         batch_size: Series in a training batch.
         eval_batch_size: Series in a validation or test batch.
-        val: Share of the training series held out for validation, drawn from each class; 0 validates on the test
-            series, as is usual for sets of a few dozen series, and then no epoch may be chosen by it.
+        val: Share of the training series held out for validation, drawn from each class; 0 holds out none, and the
+            last weights are kept: no epoch is ever chosen by the test series.
         seed: Of that draw, and of the order.
         num_workers: Loader processes.
     """
@@ -51,10 +51,10 @@ class ClassificationData(SSMData):
 
     @cached_property
     def parts(self) -> dict[str, xr.Dataset]:
-        """The parts "train", "val" and "test"; read at first use."""
+        """The parts "train", "val" (if any is held out) and "test"; read at first use."""
         train, test = self.read("train"), self.read("test")
         if not self.val:
-            return {"train": train, "val": test, "test": test}
+            return {"train": train, "test": test}
         kept, held = _stratified(train["label"].to_numpy(), self.val, np.random.default_rng(self.seed))
         return {"train": train.isel(series=kept), "val": train.isel(series=held), "test": test}
 
@@ -84,7 +84,13 @@ class ClassificationData(SSMData):
         return series_scaling(self.parts["train"])
 
     def series(self, part: str) -> LabelledSeries:
-        """The series of a part, in scaled units."""
+        """The series of a part, in scaled units.
+
+        Raises:
+            ValueError: if there is no such part.
+        """
+        if part not in self.parts:
+            raise ValueError(f"there is no part {part!r}, only {', '.join(self.parts)}; give `val` a share above 0")
         ds = self.parts[part]
         return LabelledSeries(ds, self.scaling, labels_of(ds, self.classes))
 
@@ -97,9 +103,10 @@ class ClassificationData(SSMData):
         """Training series in a seeded random order."""
         return self._loader("train", self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[SeriesBatch]:
-        """Validation series in order."""
-        return self._loader("val", self.eval_batch_size)
+    def val_dataloader(self) -> DataLoader[SeriesBatch] | list[DataLoader[SeriesBatch]]:
+        """Validation series in order; nothing in a fit that holds out none."""
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        return [] if fitting and "val" not in self.parts else self._loader("val", self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[SeriesBatch]:
         """Test series in order."""
