@@ -24,6 +24,14 @@ SIZES = {
     "lbvim_tiny_patch16_224": {**TOKENS, "d_state": 4},
     "chimera_vit_tiny_patch16_224": {**TOKENS, "headdim": 8, "d_state": 4},
     "plainmamba_l1_patch16_224": {**TOKENS, "d_state": 4},
+    "a2mamba_nano": {
+        "dims": (8, 8, 16, 16),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (2, 2, 2, 4),
+        "window_size": (5, 3, 3, 3),
+        "head_dim": 16,
+        "num_classes": 5,
+    },
     "vmamba_tiny_s1l8": {"dim": 8, "depths": (1, 1, 1, 1), "num_classes": 5},
     "vmamba_v0_tiny": {"dim": 8, "depths": (1, 1, 1, 1), "d_state": 4, "num_classes": 5},
     "mambavision_base": {
@@ -36,6 +44,7 @@ SIZES = {
     },
 }
 GOLDEN = {
+    "a2mamba_nano": [-0.09128595, 0.21232565, 0.24988134, -0.00013891, -0.15294109],
     "chimera_vit_tiny_patch16_224": [-0.01128708, -0.18762463, -0.08163299, 0.21325641, 0.27486789],
     "hydra_vit_tiny_patch16_224": [-0.00735348, -0.19516188, -0.14503112, 0.02538063, 0.05884518],
     "lbvim_tiny_patch16_224": [0.02664053, 0.00820628, 0.0846936, 0.08880423, -0.06084543],

@@ -1,5 +1,6 @@
 """PlainMamba, A2Mamba, ViM2 and SegMAN: loops over cells as their definition, published names, released quirks."""
 
+import cmath
 import re
 
 import pytest
@@ -7,11 +8,21 @@ import torch
 import torch.nn.functional as F
 
 from omnissm import vision
-from omnissm.vision.models import plainmamba
+from omnissm.vision.models import a2mamba, plainmamba
+from omnissm.vision.models.a2mamba import A2Attention
+from omnissm.vision.models.attentive import resampled_table
 from omnissm.vision.models.plainmamba import SnakeMixer
 
 SIZES = {
     "plainmamba_l1_patch16_224": {"img_size": (32, 48), "patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 3},
+    "a2mamba_nano": {
+        "img_size": (96, 64),
+        "dims": (8, 8, 16, 16),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (2, 2, 2, 4),
+        "window_size": (5, 3, 3, 3),
+        "head_dim": 16,
+    },
 }
 
 
@@ -146,3 +157,173 @@ def test_stem_and_sizes_of_plainmamba():
     with pytest.raises(ValueError, match="even, got 5"):
         build("plainmamba_l1_patch16_224", patch_size=5)
     assert build("plainmamba_l1_patch16_224", pos_embed="none").pos_embed is None
+
+
+def window_weights(q, k, bias, window, dilation):
+    """Attention weights over all cells, (b, h, l, l), 0 outside the windows; a row of cells is wide enough here."""
+    rows, columns = q.shape[2:4]
+    scores = torch.full((*q.shape[:2], rows * columns, rows * columns), -torch.inf, dtype=q.dtype)
+    for s in range(rows * columns):
+        (i, j), seen = divmod(s, columns), []
+        for t, length in ((i, rows), (j, columns)):
+            step = max(1, min(length // window, dilation))
+            own = list(range(t % step, length, step))
+            start = min(max(own.index(t) - window // 2, 0), len(own) - window)
+            seen.append([(cell, (cell - t) // step + window - 1) for cell in own[start : start + window]])
+        for y, by_row in seen[0]:
+            for x, by_column in seen[1]:
+                product = (q[:, :, i, j] * k[:, :, y, x]).sum(-1)
+                scores[:, :, s, y * columns + x] = product + bias[:, by_row, by_column]
+    return scores.softmax(-1)
+
+
+def turned_pairs(x):
+    """Rotary positions on (b, h, i, j, c) as products with complex numbers."""
+    x = x.clone()
+    width = x.shape[-1]
+    count = width // 4
+    for i in range(x.shape[2]):
+        for j in range(x.shape[3]):
+            for pair in range(width // 2):
+                rate = 10000 ** -((pair % count) / max(1, count - 1))
+                factor = cmath.exp(1j * rate * (i if pair < count else j))
+                a, b = x[:, :, i, j, 2 * pair].clone(), x[:, :, i, j, 2 * pair + 1].clone()
+                x[:, :, i, j, 2 * pair] = factor.real * a - factor.imag * b
+                x[:, :, i, j, 2 * pair + 1] = factor.imag * a + factor.real * b
+    return x
+
+
+def channel_norm(x, norm):
+    centred = x - x.mean(1, keepdim=True)
+    unit = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    return unit * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def heads_of(mixer, x):
+    """Queries, keys and values as they enter attention, and the local term of the values."""
+    qkv = mixer.qkv(x)
+    q, k, v = qkv.unflatten(1, (3, mixer.num_heads, -1)).movedim(3, -1).unbind(1)
+    width = q.shape[-1]
+    return turned_pairs(q) / width**0.5, turned_pairs(k), v, mixer.lepe(qkv[:, 2 * x.shape[1] :])
+
+
+def a2_loop(mixer, x):
+    """The mixer of A2Mamba with dense weights and the scan cell by cell."""
+    batch, dim, rows, columns = x.shape
+    q, k, v, local = heads_of(mixer, x)
+    half, window = mixer.num_heads // 2, mixer.window
+    near = window_weights(q[:, :half], k[:, :half], mixer.bias_table, window, 1)
+    far = window_weights(q[:, half:], k[:, half:], mixer.bias_table, window, window)
+    v = v.flatten(2, 3)
+    first = near @ v[:, :half]
+    values = torch.cat([first, far @ (first + v[:, half:])], dim=1)  # (b, h, l, c)
+    if mixer.is_global:
+        scores = q.flatten(2, 3) @ k.flatten(2, 3).mT + mixer.global_table
+        y = (scores.softmax(-1) @ values).mT.flatten(1, 2)
+    else:
+        ssm = mixer.ssm
+        u = F.silu(ssm.conv2d(values.mT.flatten(1, 2).unflatten(2, (rows, columns)))).flatten(2)
+        low = ssm.x_proj_weight @ u
+        dt = F.softplus(ssm.dt_projs_weight @ low[:, :-2] + ssm.dt_projs_bias[:, None])
+        state, states = x.new_zeros(batch, dim, 1), []
+        for t in range(rows * columns):
+            state = scan_step(state, u[..., t], dt[..., t], -ssm.A_logs.exp(), low[:, -2, t, None])
+            states.append(state[..., 0])
+        by_head = torch.stack(states, -1).unflatten(1, (mixer.num_heads, -1)).mT
+        gathered = torch.cat([near @ by_head[:, :half], far @ by_head[:, half:]], dim=1)
+        mixed = ssm.state_fusion(gathered.mT.flatten(2, 3)[..., None]).squeeze(-1).unflatten(2, (dim // (2 * half), -1))
+        y = mixed.flatten(1, 2) * low[:, -1:] + ssm.Ds[:, None] * u
+    y = channel_norm(y.unflatten(2, (rows, columns)), mixer.norm) + local
+    return mixer.proj[1](channel_norm(y * mixer.gate(x), mixer.proj[0]))
+
+
+@pytest.mark.parametrize("grid", [None, (4, 7)], ids=["scan", "global"])
+def test_a2_attention_is_its_loop(grid):
+    torch.manual_seed(0)
+    mixer = shaken(A2Attention(16, 4, 3, grid, dtype=torch.float64)).eval()
+    x = noise(2, 16, 4, 7)  # distance 1 along rows, 2 along columns
+    torch.testing.assert_close(mixer(x), a2_loop(mixer, x))
+
+
+A2_NAMES = (
+    (r"^stem\.", "patch_embed."),
+    (r"^stages\.(\d)\.blocks", lambda m: f"layers.{2 * int(m[1])}.blocks"),
+    (r"^stages\.(\d)\.downsample", lambda m: f"layers.{2 * int(m[1]) - 1}"),
+    (r"(blocks\.\d+)\.norm\.", r"\1.norm1."),
+    (r"(blocks\.\d+)\.mlp_norm\.", r"\1.norm2."),
+    (r"\.mlp_place\.", ".cpe2."),
+    (r"\.place\.", ".cpe1."),
+    (r"(blocks\.\d+)\.mixer\.", r"\1.token_mixer."),
+    (r"(blocks\.\d+)\.scale\.", r"\1.layer_scale1."),
+    (r"(blocks\.\d+)\.mlp_scale\.", r"\1.layer_scale2."),
+    (r"\.bias_table$", ".rpb.0"),
+    (r"^head\.project\.", "classifier."),
+    (r"^head\.fc\.", "classifier.4."),
+)
+
+
+def published(state, table):
+    """Names and shapes of released weights of A2Mamba and SegMAN; `table` is the name of the table of pairs."""
+    found = {"layers.0.rope.angle": torch.zeros(4)}
+    for key, value in state.items():
+        key = key.replace(".global_table", f".{table}")
+        for pattern, replacement in A2_NAMES:
+            key = re.sub(pattern, replacement, key)
+        if key == "classifier.4.weight":
+            value = value[:, :, None, None]
+        if "layer_scale" in key and key.endswith("weight"):
+            value = value[:, None, None, None]
+        found[key] = value[None] if table == "rpb.2" and key.endswith(table) else value
+    return found
+
+
+def test_published_names_of_a2mamba():
+    options = {"layer_scale": (None, 1.0, 0.5, 0.5), "scale_stream": (False, False, True, True)}
+    model, x = build("a2mamba_nano", **options), noise(1, 3, 96, 64)
+    state = published(model.state_dict(), "rpb.2")
+    state["layers.6.blocks.0.token_mixer.rpb.1"] = state["layers.6.blocks.0.token_mixer.rpb.0"]  # the same one twice
+    assert {"layers.1.0.weight", "layers.6.blocks.0.layer_scale2.weight", "classifier.1.running_mean"} <= set(state)
+    found = a2mamba.checkpoint_filter_fn({"state_dict": state}, model)
+    assert set(found) == set(model.state_dict())
+    torch.manual_seed(7)
+    other = vision.create_model("a2mamba_nano", **{**SIZES["a2mamba_nano"], **options}, num_classes=5).double().eval()
+    other.load_state_dict(found)
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_tables_of_pairs_follow_the_image():
+    """By the grid a product of an image of queries and one of keys stays the product of both, resized."""
+    queries, keys = noise(2, 1, 4, 6)
+    table = (queries.flatten()[:, None] * keys.flatten())[None]
+    assert resampled_table(table, 4, 6, 4, 6, False) is table
+    resized = (F.interpolate(image[None], size=(7, 5), mode="bicubic").flatten() for image in (queries, keys))
+    expected = next(resized)[:, None] * next(resized)
+    torch.testing.assert_close(resampled_table(table, 4, 6, 7, 5, False)[0], expected)
+    assert resampled_table(table, 4, 6, 3, 4, True).shape == (1, 12, 12)
+    square = {**SIZES["a2mamba_nano"], "img_size": 96}
+    small = vision.create_model("a2mamba_nano", **square)
+    larger = vision.create_model("a2mamba_nano", **{**square, "img_size": (128, 160)})
+    shaken(small)
+    state = a2mamba.checkpoint_filter_fn(small.state_dict(), larger)
+    larger.load_state_dict(state)  # a file for another image size
+    x = noise(1, 3, 128, 160).float()
+    torch.testing.assert_close(larger.eval()(x), small.eval()(x))
+
+
+def test_settings_of_a2mamba():
+    for options, message in (
+        ({"num_heads": (1, 2, 2, 4)}, "even, got 1"),
+        ({"num_heads": (4, 2, 2, 4)}, "multiple of 4, got 4"),
+        ({"window_size": (4, 3, 3, 3)}, "odd"),
+        ({"table_resize": "none"}, "'grid' or 'image'"),
+        ({"dims": (8, 8, 16)}, "one entry for each of 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("a2mamba_nano", **options)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 96), (224, 64)], ids=str)
+def test_a2mamba_below_its_windows(size):
+    """Grids smaller than the published windows, where released code fails."""
+    model = build("a2mamba_nano", window_size=(11, 9, 7, 7))
+    assert torch.isfinite(model(noise(1, 3, *size))).all()

@@ -1,5 +1,6 @@
 """Vision models by family; importing this package registers all of them with timm."""
 
+from .a2mamba import A2Mamba as A2Mamba
 from .chimera_vit import ChimeraViT as ChimeraViT
 from .hydra_vit import HydraViT as HydraViT
 from .mambavision import MambaVision as MambaVision
@@ -7,4 +8,4 @@ from .plainmamba import PlainMamba as PlainMamba
 from .vim import Vim as Vim
 from .vmamba import VMamba as VMamba
 
-__all__ = ["ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "VMamba", "Vim"]
+__all__ = ["A2Mamba", "ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "VMamba", "Vim"]
