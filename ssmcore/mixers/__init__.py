@@ -12,6 +12,7 @@ from .attention import Attention as Attention
 from .bidirectional import Bidirectional as Bidirectional
 from .chimera2d import Chimera2D as Chimera2D
 from .companion import Companion as Companion
+from .companion import Shift as Shift
 from .companion import apply_powers as apply_powers
 from .companion import companion_matrix as companion_matrix
 from .companion import unit_norm as unit_norm
@@ -80,6 +81,7 @@ __all__ = [
     "ParaLSTM",
     "QuasiseparableMixer",
     "SeqBoat",
+    "Shift",
     "SoftmaxMixer",
     "ToeplitzMixer",
     "VandermondeMixer",
@@ -119,6 +121,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "s4d": S4D,
     "s5": S5,
     "seqboat": SeqBoat,
+    "shift": Shift,
     "softmax_mixer": SoftmaxMixer,
     "toeplitz": ToeplitzMixer,
     "vandermonde": VandermondeMixer,

@@ -244,6 +244,49 @@ class Companion(nn.Module):
         return self.out_proj(self.dropout(F.gelu(y)).to(self.out_proj.weight.dtype))
 
 
+class Shift(Companion):
+    """Causal sequence mixer whose state is the last n inputs, read by learned taps: the companion form with a = 0.
+
+        y_t = sum_{i < n} C_i u_{t-i} + D u_t;    z = gelu(y);    output = out_proj(z)
+
+    Args:
+        d_model: Width d.
+        d_state: Taps n per channel.
+        dropout: Dropout before the output map.
+        device: Where to create the parameters.
+        dtype: Floating dtype of the output map; the parameters of the recurrence are at least float32.
+
+    Raises:
+        ValueError: if a size is out of range.
+
+    Source: Fu, Dao et al. (2023), "Hungry Hungry Hippos", section 3.1, where it remembers keys.
+    """
+
+    a: Tensor  # type: ignore[assignment]
+    B: Tensor  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int = 16,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(d_model, d_state=d_state, dropout=dropout, device=device, dtype=dtype)
+        fixed = torch.zeros_like(self.C.detach())
+        del self.a, self.B
+        self.register_buffer("a", fixed, persistent=False)
+        self.register_buffer("B", torch.cat([torch.ones_like(fixed[:, :1]), fixed[:, 1:]], dim=1), persistent=False)
+        with torch.no_grad():
+            self.C.div_(d_state**0.5)  # outputs as large as inputs
+
+    def no_decay_names(self) -> tuple[str, ...]:
+        """Parameters that weight decay must leave alone."""
+        return ("D",)
+
+
 def unit_norm(v: Tensor) -> Tensor:
     """v (..., n) divided by the sum of its absolute values."""
     return v / v.abs().sum(-1, keepdim=True).clamp(min=1e-12)

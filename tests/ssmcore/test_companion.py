@@ -4,22 +4,35 @@ import numpy as np
 import pytest
 import torch
 
-from omnissm.ssmcore.mixers.companion import Companion, apply_powers, companion_matrix, unit_norm
+from omnissm.kernels import causal_conv1d
+from omnissm.ssmcore.mixers.companion import Companion, Shift, apply_powers, companion_matrix, unit_norm
 from omnissm.ssmcore.testing import SEQUENCE_CHECKS, check_compile, check_export
 
 
-@pytest.mark.parametrize("d_state", [1, 4])
+@pytest.mark.parametrize(("mixer", "d_state"), [(Companion, 1), (Companion, 4), (Shift, 2), (Shift, 4)])
 @pytest.mark.parametrize("check", [c for c in SEQUENCE_CHECKS if c not in (check_compile, check_export)])
-def test_contract(check, d_state, device):
+def test_contract(check, mixer, d_state, device):
     torch.manual_seed(0)
-    check(Companion(6, d_state=d_state, device=device, dtype=torch.float64))
+    check(mixer(6, d_state=d_state, device=device, dtype=torch.float64))
+
+
+def test_the_shift_is_a_short_convolution():
+    torch.manual_seed(0)
+    mixer, x = Shift(6, d_state=4, dtype=torch.float64), torch.randn(2, 9, 6, dtype=torch.float64)
+    y = causal_conv1d(x, mixer.C.flip(-1), activation=None)[0] + mixer.D * x
+    torch.testing.assert_close(mixer(x), mixer.out_proj(torch.nn.functional.gelu(y)))
+    _, state = mixer.prefill(x)
+    torch.testing.assert_close(state.ssm, x[:, -4:].flip(1).mT)
+    assert {name for name, _ in mixer.named_parameters()} == {"C", "D", "out_proj.weight", "out_proj.bias"}
+    assert set(mixer.state_dict()) == {"C", "D", "out_proj.weight", "out_proj.bias"}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mixer", [Companion, Shift])
 @pytest.mark.parametrize("check", [check_compile, check_export])
-def test_traced(check, device):
+def test_traced(check, mixer, device):
     torch.manual_seed(0)
-    check(Companion(6, d_state=3, device=device, dtype=torch.float64))
+    check(mixer(6, d_state=3, device=device, dtype=torch.float64))
 
 
 def test_characteristic_polynomial_is_that_of_a():
