@@ -216,6 +216,7 @@ def test_seed_of_the_run_changes_weights_and_order():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("config", ["line.yaml", "cosine.yaml"])
 def test_killed_at_any_step_resumes_to_the_same_end(config):
     run("-c", config, "--run", "whole")
