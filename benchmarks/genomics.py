@@ -12,6 +12,8 @@ long      seconds and memory of scoring one sequence of 1,048,576 bases
 train     bases per second of training steps: dnahnet_small beside isotropic models of its size
 curves    table in docs/genomics_models.md and docs/images/genomics_flops.png from the runs of genomics_train.py
 install   --from FOLDER (its NAME.json and NAME/): genomics/pretrained/NAME_ecoli with its card
+keep      --from FOLDER (its NAME.json, .csv, .log, .config.yaml and .metrics.csv): configuration, log and, for models
+          that are not packaged, a card in results/nvidia-h100-80gb-hbm3/genomics/NAME
 
 Measurements go to results/DEVICE/genomics.json after each job, which replaces its own rows.
 """
@@ -33,13 +35,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 
 from run import describe, folder_of, write_json
 
-from omnissm.genomics import Reference, create_model, from_pretrained, read_variants, save_pretrained, score_variants
+from omnissm.genomics import (
+    Reference,
+    create_model,
+    from_pretrained,
+    pretrained_models,
+    read_variants,
+    save_pretrained,
+    score_variants,
+)
 from omnissm.genomics.contigs import ContigMap
 from omnissm.genomics.curves import plot_curves, read_curve
 from omnissm.genomics.data.batch import SequenceBatch
@@ -307,8 +318,19 @@ def curves(options: Options, folder: Path) -> list[dict[str, Any]]:
     return []
 
 
-def card(name: str, result: dict[str, Any], own: dict[str, float]) -> str:
-    """What README.md of a packaged model says; every figure comes from the run's files."""
+def card(name: str, result: dict[str, Any], own: dict[str, float], config: dict[str, Any]) -> str:
+    """What README.md of a model says; every figure comes from the run's files."""
+    model, steps = result["model"], config["trainer"]["max_steps"]
+    length = config["data"]["init_args"]["length"] + config["data"]["init_args"]["bos"]
+    packaged = name != model
+    purpose = (
+        "For quick starts and tests of the tools, not for conclusions about variants.\n\n"
+        f'```python\nfrom omnissm.genomics import from_pretrained\n\nmodel = from_pretrained("{name}")\n```'
+        if packaged
+        else "The weights are not kept: configuration, log and curve are, and the command below makes them anew."
+    )
+    end = ", where the clock ended the run; several trainings shared the machine" if result["steps"] < steps else ""
+    licence = f"Licence{' of the weights' if packaged else ''}: Apache-2.0, as the package."
     selection = result.get("selection", {})
     thirds = [selection[f"stage 0, codon position {k}"] for k in (1, 2, 3)]
     shares = " / ".join(f"{100 * value:.1f}" for value in thirds)
@@ -322,14 +344,8 @@ tags: [dna, genomics, h-net]
 
 # {name}
 
-`{result["model"]}`, {result["parameters"]:,} parameters, trained on one genome: *Escherichia coli* K-12 MG1655.
-For quick starts and tests of the tools, not for conclusions about variants.
-
-```python
-from omnissm.genomics import from_pretrained
-
-model = from_pretrained("{name}")
-```
+`{model}`, {result["parameters"]:,} parameters, trained on one genome: *Escherichia coli* K-12 MG1655.
+{purpose}
 
 ## Data
 
@@ -338,11 +354,12 @@ U00096.2, 4,639,675 bases, both strands: the first 88 % for training, the next 2
 
 ## Training
 
-`python benchmarks/genomics_train.py {result["model"]} --data FOLDER --out FOLDER --steps 10000`, configuration
-`genomics/{result["model"]}_ecoli`, bfloat16 autocast, {result["device"]}, torch {result["torch"]}:
+`python benchmarks/genomics_train.py {model} --data FOLDER --out FOLDER --steps {steps}`, configuration
+`genomics/{model}_ecoli`, bfloat16 autocast, {result["device"]}, torch {result["torch"]}:
 {result["training_seconds"]:.0f} s for {result["steps"]:,} steps, {result["bases_seen"] / 1e6:.0f} million bases,
-{result["training_flops"]:.2e} FLOPs, where the clock ended the run; several trainings shared the machine. The weights
-are those of step {result["best_step"]:,}.
+{result["training_flops"]:.2e} FLOPs{end}. The weights
+are those of step {result["best_step"]:,}. Configuration, log and curve:
+`benchmarks/results/nvidia-h100-80gb-hbm3/genomics/{model}*` of the source.
 
 ## Figures on the last 10 %
 
@@ -359,20 +376,34 @@ The rates of the codon positions differ {max(thirds) / min(thirds):.2f}-fold bet
 
 ## Limits
 
-One bacterium, windows of 2,048 bases in training: longer windows give no better prediction. Scores of variants in
-other genomes mean little, and no score of this model has been compared with measured effects. It has read most genes
-of *E. coli*: use other models for questions about them.
+One bacterium, windows of {length:,} bases in training. Scores of variants in other genomes mean little{measured(name)}.
+The model has read most genes of *E. coli*: use other models for questions about them.
 
-Licence of the weights: Apache-2.0, as the package.
+{licence}
 """
+
+
+def measured(name: str) -> str:
+    """What the comparison with measured fitness gave for a model, if it was made."""
+    for path in sorted((HERE / "results").glob("*/genomics.json")):
+        rows = {row["by"]: row for row in json.loads(path.read_text())["rows"] if row["job"] == "fitness"}
+        if name in rows:
+            others = ", ".join(f"{by} {row['spearman']:.3f}" for by, row in rows.items() if by != name)
+            own = rows[name]
+            return (
+                f": with\nthe measured fitness of {own['snvs']:,} SNVs of the gene TEM-1 they correlate by"
+                f" {own['spearman']:.3f} (Spearman,\nwindow {own['window']:,}; beside it {others})"
+            )
+    return ",\nand no score of this model has been compared with measured effects"
 
 
 def install(options: Options, folder: Path) -> list[dict[str, Any]]:
     result = json.loads((options.source / f"{options.model}.json").read_text())
     own = best_row(result, read_curve(options.source / f"{options.model}.csv"))
     name = f"{options.model}_ecoli"
+    config = yaml.safe_load((options.source / f"{options.model}.config.yaml").read_text())
     target = save_pretrained(from_pretrained(options.source / options.model), PACKAGED / name)
-    (target / "README.md").write_text(card(name, result, own))
+    (target / "README.md").write_text(card(name, result, own, config))
     for path in target.iterdir():
         if path.stat().st_size > 6_000_000:
             shutil.rmtree(target)
@@ -383,14 +414,34 @@ def install(options: Options, folder: Path) -> list[dict[str, Any]]:
     return []
 
 
-JOBS = {job.__name__: job for job in (records, tem1, fitness, score, long, train, curves, install)}
+def keep(options: Options, folder: Path) -> list[dict[str, Any]]:
+    name, source = options.model, options.source
+    result, curve = json.loads((source / f"{name}.json").read_text()), read_curve(source / f"{name}.csv")
+    text = (source / f"{name}.config.yaml").read_text()
+    config = yaml.safe_load(text)
+    fasta = Path(config["data"]["init_args"]["fasta"])
+    places = {str(Path(config["run"]).parents[1]): "OUT", str(fasta.parent): "DATA"}
+    target = RUNS / name
+    target.mkdir(parents=True, exist_ok=True)
+    for old, new in (("config.yaml", "config.yaml"), ("log", "train.log"), ("metrics.csv", "metrics.csv")):
+        content = (source / f"{name}.{old}").read_text()
+        for place, word in places.items():
+            content = content.replace(place, word)
+        (target / new).write_text(content)
+    if f"{name}_ecoli" not in pretrained_models():
+        (target / "README.md").write_text(card(name, result, best_row(result, curve), config))
+    print(target)
+    return []
+
+
+JOBS = {job.__name__: job for job in (records, tem1, fitness, score, long, train, curves, install, keep)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="+", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", default="dnahnet_small", help="for fitness, score, long and install")
+    parser.add_argument("--model", default="dnahnet_small", help="for fitness, score, long, install and keep")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU")
     parser.add_argument(
         "--data", type=Path, default=ROOT / "data" / "genomics" / "bla_tem1", help="for tem1 and fitness"
@@ -405,13 +456,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="for train")
     parser.add_argument("--models", nargs="+", default=list(ORDER[:3]), help="for train")
     parser.add_argument("--compile", action="store_true", help="for train: compile the networks")
-    parser.add_argument("--from", dest="source", type=Path, help="for install: results of genomics_train.py")
+    parser.add_argument("--from", dest="source", type=Path, help="for install and keep: results of genomics_train.py")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for DEVICE/genomics.json")
     parser.add_argument("--commit", help="commit to note, where the code is a copy without history")
     options = parser.parse_args(argv)
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-    if "install" in options.jobs and options.source is None:
-        parser.error("install needs --from FOLDER")
+    if {"install", "keep"} & set(options.jobs) and options.source is None:
+        parser.error("install and keep need --from FOLDER")
     for job in options.jobs:
         with tempfile.TemporaryDirectory() as folder:
             rows = JOBS[job](options, Path(folder))
