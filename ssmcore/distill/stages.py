@@ -38,7 +38,7 @@ def stage_loss(
         run: Gives a model the batch and returns its logits, (b, ..., n).
         temperature: Of the third stage.
         mask: True at positions that count, (b, l); the first stage counts all, so that rows padded on the right add
-            rows of no meaning to it, and those padded on the left do not suit it.
+            rows of no meaning to it, and those padded on the left do not suit it. It takes packed sequences for one.
 
     Returns:
         A number, the mean over replaced layers.

@@ -58,6 +58,7 @@ def convert(model: nn.Module, keep: Mapping[str, Sequence[int]] | None = None, *
         The copy; its other weights are those of the model.
 
     Raises:
+        TypeError: if heads are no sequence of integers.
         ValueError: if there is no attention, a name or head does not exist, or an attention has a convolution or an MLP
             slice.
     """
@@ -68,6 +69,8 @@ def convert(model: nn.Module, keep: Mapping[str, Sequence[int]] | None = None, *
     for name, heads in keep.items():
         if name not in found:
             raise ValueError(f"there is no attention {name!r}; the model has {', '.join(found)}.")
+        if not isinstance(heads, Sequence) or not all(isinstance(head, int) for head in heads):
+            raise TypeError(f"`keep` must name heads of {name!r} such as [0, 2], got {heads!r}.")
         wrong = [head for head in heads if not 0 <= head < found[name].nheads]
         if wrong:
             raise ValueError(f"{name!r} has heads 0 to {found[name].nheads - 1}, got {wrong[0]}.")

@@ -227,6 +227,8 @@ def test_students_that_cannot_be():
         convert(model, {"layer": [0]})
     with pytest.raises(ValueError, match="has heads 0 to 3, got 4"):
         convert(model, {"stack.blocks.0.mixer": [4]})
+    with pytest.raises(TypeError, match=r"must name heads of 'stack\.blocks\.0\.mixer' such as \[0, 2\], got 1"):
+        convert(model, {"stack.blocks.0.mixer": 1})
     with pytest.raises(ValueError, match="has no attention to replace"):
         convert(convert(model))
     with pytest.raises(ValueError, match="has no attention heads to score"):
