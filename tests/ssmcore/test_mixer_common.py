@@ -18,6 +18,17 @@ def test_rows_are_aligned_and_restored():
     assert layout.restore(layout.align(x))[..., 0].tolist() == [[0, 2, 3, 0], [0] * 4]
 
 
+def test_rows_with_padding_behind_only_stay_where_they_are():
+    x = torch.arange(1.0, 9.0).view(2, 4, 1)
+    mask = torch.tensor([[True, True, True, False], [False, False, False, False]])
+    layout = lay_out(x, mask, torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0]]))
+    assert layout.order is None
+    assert layout.align(x) is x
+    assert layout.count.tolist() == [3, 0]
+    assert layout.restore(x)[..., 0].tolist() == [[1, 2, 3, 0], [0] * 4]
+    assert lay_out(x, mask.flip(1)).order is not None
+
+
 def test_sequences_begin_where_the_number_changes_or_a_reset_is():
     x = torch.zeros(1, 6, 1)
     reset = torch.tensor([[True, False, False, False, True, False]])
