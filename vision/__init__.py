@@ -5,6 +5,7 @@ from .models import ChimeraViT as ChimeraViT
 from .models import HydraViT as HydraViT
 from .models import MambaVision as MambaVision
 from .models import PlainMamba as PlainMamba
+from .models import SegMAN as SegMAN
 from .models import Vim as Vim
 from .models import VMamba as VMamba
 from .registry import create_model as create_model
@@ -16,6 +17,7 @@ __all__ = [
     "HydraViT",
     "MambaVision",
     "PlainMamba",
+    "SegMAN",
     "VMamba",
     "Vim",
     "create_model",

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from omnissm import vision
-from omnissm.vision.models import a2mamba, plainmamba
+from omnissm.vision.models import a2mamba, plainmamba, segman
 from omnissm.vision.models.a2mamba import A2Attention
 from omnissm.vision.models.attentive import resampled_table
 from omnissm.vision.models.plainmamba import SnakeMixer
+from omnissm.vision.models.segman import SegMANAttention
 
 SIZES = {
     "plainmamba_l1_patch16_224": {"img_size": (32, 48), "patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 3},
@@ -20,6 +21,14 @@ SIZES = {
         "dims": (8, 8, 16, 16),
         "depths": (1, 1, 1, 1),
         "num_heads": (2, 2, 2, 4),
+        "window_size": (5, 3, 3, 3),
+        "head_dim": 16,
+    },
+    "segman_t": {
+        "img_size": (96, 64),
+        "dims": (8, 8, 12, 16),
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2, 3, 2),
         "window_size": (5, 3, 3, 3),
         "head_dim": 16,
     },
@@ -322,8 +331,61 @@ def test_settings_of_a2mamba():
             build("a2mamba_nano", **options)
 
 
+@pytest.mark.parametrize("name", ["a2mamba_nano", "segman_t"])
 @pytest.mark.parametrize("size", [(32, 32), (33, 96), (224, 64)], ids=str)
-def test_a2mamba_below_its_windows(size):
+def test_below_the_windows(size, name):
     """Grids smaller than the published windows, where released code fails."""
-    model = build("a2mamba_nano", window_size=(11, 9, 7, 7))
+    model = build(name, window_size=(11, 9, 7, 7))
     assert torch.isfinite(model(noise(1, 3, *size))).all()
+
+
+def segman_loop(mixer, x):
+    """The mixer of SegMAN with dense weights and the four scans cell by cell."""
+    batch, dim, rows, columns = x.shape
+    q, k, v, local = heads_of(mixer, x)
+    seen = window_weights(q, k, mixer.bias_table, mixer.window, 1) @ v.flatten(2, 3)
+    if mixer.is_global:
+        scores = q.flatten(2, 3) @ k.flatten(2, 3).mT + mixer.global_table
+        y = (scores.softmax(-1) @ seen).mT.flatten(1, 2).unflatten(2, (rows, columns))
+    else:
+        ssm = mixer.ssm
+        maps = seen.mT.flatten(1, 2).unflatten(2, (rows, columns))
+        u = F.silu(mixer.dwconv(maps))
+        scanned = torch.zeros_like(u)
+        by_rows = [(i, j) for i in range(rows) for j in range(columns)]
+        by_columns = [(i, j) for j in range(columns) for i in range(rows)]
+        A, D = -ssm.A_logs.exp().view(4, dim, 1), ssm.Ds.view(4, dim)
+        for o, walk in enumerate((by_rows, by_columns, by_rows[::-1], by_columns[::-1])):
+            state = x.new_zeros(batch, dim, 1)
+            for i, j in walk:
+                low = u[:, :, i, j] @ ssm.x_proj_weight[o].T
+                dt = F.softplus(low[:, :-2] @ ssm.dt_projs_weight[o].T + ssm.dt_projs_bias[o])
+                state = scan_step(state, u[:, :, i, j], dt, A[o], low[:, -2, None])
+                scanned[:, :, i, j] += state[..., 0] * low[:, -1:] + D[o] * u[:, :, i, j]
+        y = channel_norm(scanned, mixer.norm) + maps
+    return mixer.proj(y + local)
+
+
+@pytest.mark.parametrize("grid", [None, (4, 5)], ids=["scans", "global"])
+def test_segman_attention_is_its_loop(grid):
+    torch.manual_seed(0)
+    mixer = shaken(SegMANAttention(24, 3, 3, grid, dtype=torch.float64)).eval()
+    x = noise(2, 24, 4, 5)
+    torch.testing.assert_close(mixer(x), segman_loop(mixer, x))
+
+
+def test_published_names_of_segman():
+    model, x = build("segman_t", layer_scale=(0.5,) * 4), noise(1, 3, 96, 64)
+    state = published(model.state_dict(), "rpb.1")
+    for key, value in state.items():
+        if key.endswith("x_proj_weight"):
+            state[key] = value.flatten(0, 1)[..., None]  # stored as a grouped convolution
+    assert "layers.6.blocks.0.token_mixer.rpb.1" in state
+    found = segman.checkpoint_filter_fn({"state_dict_ema": state}, model)
+    assert set(found) == set(model.state_dict())
+    torch.manual_seed(7)
+    other = vision.create_model("segman_t", **SIZES["segman_t"], layer_scale=(1.0,) * 4, num_classes=5).double()
+    other.load_state_dict(found)
+    torch.testing.assert_close(other.eval()(x), model(x))
+    with pytest.raises(ValueError, match="multiple of 4, got 5"):
+        build("segman_t", num_heads=(1, 2, 5, 2))

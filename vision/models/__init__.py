@@ -5,7 +5,8 @@ from .chimera_vit import ChimeraViT as ChimeraViT
 from .hydra_vit import HydraViT as HydraViT
 from .mambavision import MambaVision as MambaVision
 from .plainmamba import PlainMamba as PlainMamba
+from .segman import SegMAN as SegMAN
 from .vim import Vim as Vim
 from .vmamba import VMamba as VMamba
 
-__all__ = ["A2Mamba", "ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "VMamba", "Vim"]
+__all__ = ["A2Mamba", "ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "SegMAN", "VMamba", "Vim"]
