@@ -35,7 +35,7 @@ def nats(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 torch.set_num_threads(1)
 quiet()
 pl.seed_everything(0, verbose=False)
-held_out, train = tandem_repeats(256, 1), tandem_repeats(BATCH * 6 * PERCENT, 2)
+held_out, train, chosen_on = (tandem_repeats(*of) for of in ((256, 1), (BATCH * 6 * PERCENT, 2), (64, 3)))
 loader = DataLoader(TensorDataset(train), BATCH, shuffle=True)
 teacher = SequenceModel(64, "T2", vocab_size=4, mixer_options={"nheads": 4, "rotary_dim": 16}, mlp_hidden=128)
 optimizer = torch.optim.AdamW(teacher.parameters(), 3e-3)
@@ -45,7 +45,7 @@ for (ids,) in loader:
     optimizer.step()
     optimizer.zero_grad()
     schedule.step()
-kept = top_heads(head_scores(teacher.eval(), lambda model: nats(model, held_out[:64])), KEPT)
+kept = top_heads(head_scores(teacher.eval(), lambda model: nats(model, chosen_on)), KEPT)
 models = {"Transformer": teacher}
 for name, keep in {"discrete_mamba2": {}, f"hybrid, {KEPT} heads": kept}.items():
     task = Distillation(teacher, keep=keep, optimizer=lambda groups: torch.optim.AdamW(groups, 3e-3))
