@@ -49,7 +49,8 @@ class SeriesClassification(SSMTask):
         check_finite: Stop at a loss or gradient that is not finite.
 
     Raises:
-        ValueError: if the model is unknown or no classifier.
+        ValueError: if the model is unknown or no classifier, the smoothing is out of range, or the data have several
+            labels a series without `multilabel`, or one with it.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class SeriesClassification(SSMTask):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, compile, check_finite)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is a share in [0, 1), got {label_smoothing}")
         self.model, self.multilabel, self.label_smoothing = model, multilabel, label_smoothing
         self.args: dict[str, Any] = {"n_variates": n_variates, "num_classes": num_classes, **(model_args or {})}
         self.net = create_model(model, task="classification", **self.args)
@@ -84,6 +87,9 @@ class SeriesClassification(SSMTask):
 
     def loss(self, logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
         """Mean loss of a batch."""
+        if self.multilabel != (label.dim() == 2):
+            found = "flags of several classes" if label.dim() == 2 else "one class"
+            raise ValueError(f"the data have {found} for each series; set multilabel: {str(label.dim() == 2).lower()}")
         if self.multilabel:
             return F.binary_cross_entropy_with_logits(logits.float(), label)
         return F.cross_entropy(logits.float(), label, label_smoothing=smoothing)

@@ -244,7 +244,8 @@ def kalman_impute(ds: xr.Dataset, missing: Missing = "mar", d_state: int | None 
         mean, scale = np.nanmean(row[:, known], axis=0), np.nanstd(row[:, known], axis=0)
         scale = np.where(scale > 0, scale, 1.0)
         x = (row[:, known] - mean) / scale
-        model, _ = LinearGaussian.create(x, d_state or min(16, 2 * x.shape[1]), missing).fit(x, iterations)
+        size = min(16, 2 * x.shape[1]) if d_state is None else d_state
+        model, _ = LinearGaussian.create(x, size, missing).fit(x, iterations)
         row[:, known] = np.where(np.isnan(x), model.impute(x) * scale + mean, row[:, known])
     return filled
 
@@ -275,7 +276,7 @@ def _logistic(z: Array, missing: npt.NDArray[np.bool_], phi: Array, c: Array, st
     """
     features = np.column_stack([z, np.ones(len(z))])
     weights, evidence = np.column_stack([phi, c]), _evidence(missing)
-    shrink = np.append(2 * z.shape[1] * z.var(axis=0), 1e-3)
+    shrink = np.append(2 * z.shape[1] * z.var(axis=0) + 1e-6, 1e-3)  # states of a constant series do not vary
     for _ in range(steps):
         for i, row in enumerate(weights):
             p = _sigmoid(features @ row)

@@ -156,6 +156,28 @@ def test_no_epoch_is_chosen_by_the_test_series(tmp_path, monkeypatch, capsys):
     assert "there is no part 'val'" in capsys.readouterr().err
 
 
+def test_empty_synthetic_sets_are_refused():
+    with pytest.raises(ValueError, match="at least 1 record"):
+        create_ecg(4, rate=0)
+    with pytest.raises(ValueError, match="at least 1 series"):
+        create_waves(0, 3, 20)
+
+
+def test_kind_of_labels_is_that_of_the_task():
+    one, several = (torch.tensor([0, 1]), torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
+    single, multiple = (
+        SeriesClassification("sequence_classifier", {"n_layer": 1}, 2, 3, flag) for flag in (False, True)
+    )
+    with pytest.raises(ValueError, match="flags of several classes .* set multilabel: true"):
+        single.loss(torch.zeros(2, 3), several)
+    with pytest.raises(ValueError, match="one class .* set multilabel: false"):
+        multiple.loss(torch.zeros(2, 3), one)
+    assert float(single.loss(torch.zeros(2, 3), one)) == pytest.approx(np.log(3))
+    assert float(multiple.loss(torch.zeros(2, 3), several)) == pytest.approx(np.log(2))
+    with pytest.raises(ValueError, match="label_smoothing is a share"):
+        SeriesClassification("sequence_classifier", None, 2, 3, label_smoothing=2)
+
+
 def test_names_of_other_tasks_are_pointed_out():
     assert "sequence_classifier" in list_models(task="classification")
     with pytest.raises(ValueError, match="'rlinear' is a model for forecasting"):

@@ -134,7 +134,16 @@ def test_blocks_count_less_than_scattered_gaps():
     assert found == pytest.approx([1.0, 0.1, 1.0], abs=0.06)
 
 
+@pytest.mark.parametrize("missing", ["mar", "mnar"])
+def test_constant_series_are_filled_with_their_value(missing):
+    ds = create_synthetic("blackout", length=80, n_variates=2)
+    constant = ds.assign(target=ds["target"] * 0 + 3.0)
+    np.testing.assert_allclose(kalman_impute(constant, missing), 3.0, atol=1e-6)
+
+
 def test_bad_input():
+    with pytest.raises(ValueError, match="d_state=0"):
+        kalman_impute(create_synthetic("sines", length=20), d_state=0)
     with pytest.raises(ValueError, match="at least 3 steps"):
         LinearGaussian.create(np.zeros((2, 1)), 1)
     with pytest.raises(ValueError, match="state of at least 1"):

@@ -199,7 +199,12 @@ def create_waves(series: int, variates: int, length: int, noise: float = 0.3, se
         length: Longest series; the shortest has half of it.
         noise: Standard deviation of white noise.
         seed: Seed.
+
+    Raises:
+        ValueError: if a number is below 1.
     """
+    if min(series, variates, length) < 1:
+        raise ValueError(f"expected at least 1 series, variate and step, got {series}, {variates} and {length}")
     rng = np.random.default_rng(seed)
     label = np.arange(series) % variates
     lengths = rng.integers(length // 2, length + 1, series)

@@ -41,9 +41,17 @@ def create_ecg(records: int, seconds: float = 4.0, rate: int = 100, noise: float
     Returns:
         `target` (series, time, variate) in mV, `length` (series,), and `label` (series, class) bool over `ECG_CLASSES`;
         a record may have none (normal) or several.
+
+    Raises:
+        ValueError: if there is no record, or less than a beat's time in it.
     """
-    rng = np.random.default_rng(seed)
     steps = int(seconds * rate)
+    if records < 1 or seconds < 1 or rate < 1:
+        raise ValueError(
+            f"expected at least 1 record of at least 1 s at 1 or more samples a second, got {records} of {seconds} s at "
+            f"{rate}"
+        )
+    rng = np.random.default_rng(seed)
     labels = rng.random((records, len(ECG_CLASSES))) < 0.3
     labels[labels[:, 0] & labels[:, 1], 1] = False  # no heart is fast and slow at once
     lengths = rng.integers(3 * steps // 4, steps + 1, records)
