@@ -168,9 +168,9 @@ def test_kind_of_labels_is_that_of_the_task():
     single, multiple = (
         SeriesClassification("sequence_classifier", {"n_layer": 1}, 2, 3, flag) for flag in (False, True)
     )
-    with pytest.raises(ValueError, match="flags of several classes .* set multilabel: true"):
+    with pytest.raises(ValueError, match=r"flags of several classes .* set multilabel: true"):
         single.loss(torch.zeros(2, 3), several)
-    with pytest.raises(ValueError, match="one class .* set multilabel: false"):
+    with pytest.raises(ValueError, match=r"one class .* set multilabel: false"):
         multiple.loss(torch.zeros(2, 3), one)
     assert float(single.loss(torch.zeros(2, 3), one)) == pytest.approx(np.log(3))
     assert float(multiple.loss(torch.zeros(2, 3), several)) == pytest.approx(np.log(2))

@@ -43,13 +43,12 @@ def create_ecg(records: int, seconds: float = 4.0, rate: int = 100, noise: float
         a record may have none (normal) or several.
 
     Raises:
-        ValueError: if there is no record, or less than a beat's time in it.
+        ValueError: if a number is below 1.
     """
     steps = int(seconds * rate)
     if records < 1 or seconds < 1 or rate < 1:
         raise ValueError(
-            f"expected at least 1 record of at least 1 s at 1 or more samples a second, got {records} of {seconds} s at "
-            f"{rate}"
+            f"expected at least 1 record, 1 second and 1 sample a second, got {records}, {seconds} and {rate}"
         )
     rng = np.random.default_rng(seed)
     labels = rng.random((records, len(ECG_CLASSES))) < 0.3
