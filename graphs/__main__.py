@@ -28,6 +28,8 @@ def describe(data: Path) -> None:
     from .data.packed import read_packed
 
     graphs, split = read_packed(data)
+    if not graphs:
+        raise ValueError(f"{str(data)!r} holds no graph.")
     write = sys.stdout.write
     counts = ", ".join(f"{split.count(part)} {part}" for part in ("train", "val", "test"))
     directed = "directed" if graphs and graphs[0].is_directed else "undirected"
@@ -109,10 +111,10 @@ def plot(
     if prepared.get("pe_steps"):
         chosen = replace(chosen, pe=random_walk_pe(chosen.edge_index, chosen.num_nodes, prepared["pe_steps"]))
     if orientation and not chosen.is_directed:
-        chosen = orient(chosen, orientation)
+        chosen = orient(chosen, orientation, seed=prepared.get("seed", 0))
     source = str(synthetic or (data.name if data else ""))
     depth = int(plots.node_levels(chosen).max()) + 1 if chosen.num_nodes else 0
-    columns = f"{depth} levels" if plots.acyclic(chosen) else "by distance from the first"
+    columns = f"{depth} level{'s' * (depth != 1)}" if plots.acyclic(chosen) else "by distance from the first"
     title = f"{source}, graph {graph}: {chosen.num_nodes} nodes, {columns}"
     if net is None and model is not None:
         net = _untrained(model, chosen)

@@ -96,8 +96,14 @@ class ChimeraConv(nn.Module):
             (v, out_channels).
 
         Raises:
-            ValueError: if shapes disagree, an edge joins two graphs, or mode is "dag" and there is a cycle.
+            ValueError: if shapes disagree, an edge names a node that is not there or joins two graphs, or mode is "dag"
+                and there is a cycle.
         """
+        if x.dim() != 2 or x.shape[1] != self.in_channels:
+            raise ValueError(f"`x` must have shape (nodes, {self.in_channels}), got {tuple(x.shape)}.")
+        if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < len(x):
+            wrong = int(edge_index.min()) if int(edge_index.min()) < 0 else int(edge_index.max())
+            raise ValueError(f"`edge_index` names node {wrong}, expected ids from 0 to {len(x) - 1}.")
         if batch is not None and bool((batch[edge_index[0]] != batch[edge_index[1]]).any()):
             raise ValueError("an edge joins two graphs of the batch; they must be separate.")
         if topology is None:

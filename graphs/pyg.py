@@ -33,6 +33,7 @@ def as_batch(data: Any) -> GraphBatch:
 
     Raises:
         TypeError: if it is none of these.
+        ValueError: if the graphs of a PyG `Batch` are not one after the other, or an edge joins two.
     """
     if isinstance(data, GraphBatch):
         return data
@@ -43,6 +44,13 @@ def as_batch(data: Any) -> GraphBatch:
         return collate([from_pyg(data)], topology=False)
     parts = _parts(data)
     numbers = numbers.long()
+    if bool((numbers.diff() < 0).any()):
+        raise ValueError("`batch` must not decrease: the nodes of a graph come one after the other.")
+    between = (numbers[parts["edge_index"][0]] != numbers[parts["edge_index"][1]]).nonzero()
+    if len(between):
+        edge = int(between[0])
+        u, v = parts["edge_index"][:, edge].tolist()
+        raise ValueError(f"Edge {edge} joins nodes {u} and {v} of two graphs; the graphs of a batch must be separate.")
     ptr = getattr(data, "ptr", None)
     if ptr is None:
         ptr = torch.cat([numbers.new_zeros(1), torch.bincount(numbers).cumsum(0)])

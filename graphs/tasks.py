@@ -119,6 +119,8 @@ class GraphPrediction(SSMTask):
         y, labels = _rows(y).float(), _rows(labels)
         if self.target == "classes":
             labels = labels[:, 0]
+            if len(y) != len(labels):
+                raise ValueError(f"the model gives {len(y)} answers, the data have {len(labels)} labels; see `level`.")
             weight = None
             if self.class_weighted:
                 count = torch.bincount(labels[labels >= 0], minlength=y.shape[1]).to(y.dtype)

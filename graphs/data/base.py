@@ -148,7 +148,7 @@ class GraphData(SSMData):
 
     def state(self) -> dict[str, Any]:
         """What a saved model must know of its data."""
-        return {"schema": self.schema, "orientation": self.orientation, "pe_steps": self.pe_steps}
+        return {"schema": self.schema, "orientation": self.orientation, "pe_steps": self.pe_steps, "seed": self.seed}
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
         """Training graphs in a seeded random order."""

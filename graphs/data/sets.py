@@ -80,6 +80,10 @@ class Packed(GraphData):
         """Read the file."""
         graphs, split = read_packed(self.path)
         parts: dict[str, list[Graph]] = {"train": [], "val": [], "test": []}
+        width = graphs[0].x.shape[1] if graphs else 0
+        wrong = [column for column in self.node_columns or [] if not 0 <= column < width]
+        if wrong:
+            raise ValueError(f"node_columns names column {wrong[0]}, {self.path!r} has columns 0 to {width - 1}.")
         for graph, part in zip(graphs, split):
             x = graph.x if self.node_columns is None else graph.x[:, self.node_columns]
             y = graph.y

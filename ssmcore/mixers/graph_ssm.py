@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import GraphEdges, chain_order, dag_scan, gated_norm, graph_edges, graph_resolvent, ssd
+from ...kernels import GraphEdges, chain_order, dag_order, dag_scan, gated_norm, graph_edges, graph_resolvent, ssd
 from ..init import dt_bias_init, inverse_softplus, no_weight_decay
 
 EdgeStep = Literal["target", "mean", "rms", "symmetric"]
@@ -248,10 +248,14 @@ class GraphSSM(nn.Module):
             expected = (graph.edges.num_edges, self.d_edge)
             raise ValueError(f"`edge_attr` must have shape {expected}, got {tuple(edge_attr.shape)}.")
         if self.acyclic and not graph.acyclic:
-            raise ValueError(
-                "A graph of the batch has a cycle, and this mixer is for graphs without; orient the edges by an order "
-                "of the nodes, or make it with acyclic=False."
-            )
+            ptr = graph.edges.ptr
+            number = torch.repeat_interleave(torch.arange(len(ptr) - 1, device=ptr.device), ptr.diff())
+            try:
+                dag_order(graph.edge_index, graph.edges.num_nodes, batch=number)
+            except ValueError as error:
+                raise ValueError(
+                    f"This mixer is for graphs without cycles; acyclic=False is for others. {error}"
+                ) from None
         heads, directions = self.nheads, 1 + self.bidirectional
         size = self.ngroups * self.d_state
         z, xBC, raw = self.in_proj(x).split([self.d_inner, self.d_inner + 2 * size, self.n_steps], dim=-1)

@@ -5,10 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from omnissm.__main__ import main
 
+NODES = ["--data.init_args.level", "node", "--data.init_args.target", "classes"]
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "graphs.md"
 
 
@@ -59,7 +61,10 @@ def test_describe(folder, monkeypatch, capsys):
         (["plot", "--data", "mine.npz", "--node", "16", "--model", "chimera_graph_tiny"], "node 16 is not there"),
         (["plot", "--data", "mine.npz", "--model", "gcn"], "has 0 state-space layers"),
         (["plot", "--data", "mine.npz", "--model", "chimera_graph_tny"], "Did you mean 'chimera_graph_tiny'"),
-        (["plot", "--data", "mine.npz", "--model", "dag_ssm_tiny"], "orient the edges"),
+        (["plot", "--data", "mine.npz", "--model", "dag_ssm_tiny"], "Orient the edges"),
+        (["describe", "--data", "empty.npz"], "holds no graph"),
+        (["fit", "-c", "mine.yaml", "--run", "x", "--data.init_args.node_columns", "[1]"], "has columns 0 to 0"),
+        (["fit", "-c", "mine.yaml", "--run", "x", *NODES], "gives 800 answers, the data have 50 labels"),
         (["plot", "--data", "mine.npz", "--checkpoint", "nowhere"], "no model at 'nowhere'"),
         (["plot", "--data", "mine.npz", "--out", "a.txt"], ".png"),
         (["fit", "-c", "mine.yaml", "--run", "x", "--model.init_args.model", "chimera"], "Unknown graph model"),
@@ -67,6 +72,8 @@ def test_describe(folder, monkeypatch, capsys):
 )
 def test_faults_of_the_user(folder, monkeypatch, capsys, words, message):
     monkeypatch.chdir(folder)
+    nothing = {"node_ptr": np.zeros(1), "edge_ptr": np.zeros(1), "x": np.zeros((0, 1)), "edge_index": np.zeros((2, 0))}
+    np.savez("empty.npz", **nothing, y=np.zeros((0, 1)), split=np.zeros(0, np.uint8))
     assert main(["graphs", *words]) == 2
     error = capsys.readouterr().err
     assert message in error

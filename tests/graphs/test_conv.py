@@ -59,6 +59,8 @@ def test_reset_and_repr():
         (lambda: ChimeraConv(4, 6, nheads=4), "multiple of nheads=4"),
         (lambda: ChimeraConv(4, 8, mode="tree"), "auto, dag, general"),
         (lambda: ChimeraConv(4, 8, mode="dag")(torch.zeros(3, 4), EDGES[:, :3]), "has a cycle"),
+        (lambda: ChimeraConv(4, 8)(torch.zeros(2, 4), EDGES[:, :3]), "names node 2, expected ids from 0 to 1"),
+        (lambda: ChimeraConv(4, 8)(torch.zeros(3, 5), EDGES[:, :3]), "must have shape .nodes, 4."),
         (lambda: ChimeraConv(4, 8)(torch.zeros(3, 4), EDGES[:, :3], None, torch.tensor([0, 0, 1])), "joins two graphs"),
         (lambda: ChimeraConv(4, 8, edge_dim=2)(torch.zeros(3, 4), EDGES[:, :3]), "`edge_attr` is missing"),
     ],

@@ -1,6 +1,7 @@
 """Every graph model by name: shapes, gradients, symmetries, bad input, and the equations of its parts."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,8 +117,35 @@ def test_hard_graphs(name):
 def test_a_mixer_for_dags_refuses_cycles():
     net = create_model("dag_ssm_tiny", **options("dag_ssm_tiny"))
     ring = Graph(torch.zeros(3, 2, dtype=torch.int64), torch.tensor([[0, 1, 2], [1, 2, 0]]), torch.zeros(3, 1).long())
-    with pytest.raises(ValueError, match="orient the edges"):
-        net(ring)
+    ahead = graph(4, 3)
+    with pytest.raises(ValueError, match=r"cycle: nodes (4 -> 5 -> 6|5 -> 6 -> 4|6 -> 4 -> 5) -> \d of graph 1"):
+        net(collate([ahead, ring]))
+    loop = replace(ring, edge_index=torch.tensor([[0, 1, 1], [1, 2, 1]]))
+    with pytest.raises(ValueError, match="self loop at node 1"):
+        net(loop)
+    assert create_model("chimera_graph_tiny", **options("chimera_graph_tiny"))(loop).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["dag_gine_tiny", "chimera_graph_tiny", "gps", "gsm_pp"])
+def test_float16_under_autocast(name):
+    net = create_model(name, **options(name))
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = net(collate(graphs_for(name)))
+    y.float().square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_batches_that_are_none(name):
+    """Objects of PyG whose graphs are mixed up or joined by an edge."""
+    net = create_model(name, node_vocab=[1], d_model=16, n_layer=1)
+    parts = {"x": torch.zeros(4, 1).long(), "edge_index": torch.tensor([[0, 2], [1, 3]]), "edge_attr": None, "y": None}
+    with pytest.raises(ValueError, match="must not decrease"):
+        net(SimpleNamespace(**parts, batch=torch.tensor([1, 0, 1, 0])))
+    parts["edge_index"] = torch.tensor([[0, 1], [1, 3]])
+    with pytest.raises(ValueError, match="Edge 1 joins nodes 1 and 3 of two graphs"):
+        net(SimpleNamespace(**parts, batch=torch.tensor([0, 0, 1, 1])))
 
 
 @pytest.mark.parametrize(
