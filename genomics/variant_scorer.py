@@ -262,7 +262,9 @@ class VariantScorer:
                 try:
                     self._follow(families)
                 except Exception as error:
-                    log.debug("sequences that begin alike failed together, they are read whole", exc_info=error)
+                    log.warning(
+                        "sequences that begin alike failed together and are read whole, which is slower: %s", error
+                    )
             if not (self.wants_masked or self.wants_embedding or self.wants_boundaries):
                 jobs = [job for job in jobs if not job.known]
         for batch in self.scorer.batches([job.sequence for job in jobs]):
@@ -270,7 +272,9 @@ class VariantScorer:
             try:
                 self._evaluate(chosen)
             except Exception as error:  # one bad sequence must not cost the batch, nor a batch the run
-                log.debug("a batch of %d failed, its sequences are tried one by one", len(chosen), exc_info=error)
+                log.warning(
+                    "a batch of %d failed, its sequences are read one by one, which is slower: %s", len(chosen), error
+                )
                 for job in chosen:
                     try:
                         self._evaluate([job])
