@@ -145,7 +145,7 @@ def draw(graph: Graph, title: str, matrix: Tensor | None = None, node: int | Non
         order = np.lexsort((place[:, 1], place[:, 0]))
         sizes = np.sqrt(matrix.numpy()[np.ix_(order, order)])
         picture = right.imshow(sizes, vmin=0, vmax=most, cmap="magma", interpolation="nearest")
-        right.set_title("influence, nodes by level", loc="left", fontsize=10)
+        right.set_title(f"influence, nodes by {'level' if acyclic(graph) else 'distance'}", loc="left", fontsize=10)
         right.set_xlabel("input node")
         right.set_ylabel("output node")
         if graph.num_nodes <= 40:

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import GraphEdges, chain_order, dag_order, dag_scan, gated_norm, graph_edges, graph_resolvent, ssd
+from ...kernels import (
+    GraphEdges,
+    chain_order,
+    dag_order,
+    dag_scan,
+    gated_norm,
+    graph_edges,
+    graph_resolvent,
+    grid_scan,
+    ssd,
+)
 from ..init import dt_bias_init, inverse_softplus, no_weight_decay
 
 EdgeStep = Literal["target", "mean", "rms", "symmetric"]
@@ -36,12 +46,15 @@ class GraphTopology:
         edges: What `graph_edges` makes of them; `edges.order` is the topological order, if there is one.
         reverse: The same for the edges turned around.
         chains: For graphs of chains: the nodes in one line and the number of each one's chain; else None.
+        grid: For grids of one size, numbered row by row, with edges to the right and down: their number, rows and
+            columns; else None.
     """
 
     edge_index: Tensor
     edges: GraphEdges
     reverse: GraphEdges
     chains: tuple[Tensor, Tensor] | None
+    grid: tuple[int, int, int] | None = None
 
     @property
     def acyclic(self) -> bool:
@@ -62,7 +75,25 @@ def graph_topology(edge_index: Tensor, num_nodes: int, *, ptr: Tensor | None = N
     chains = None
     if edges.order is not None and edges.order.kind == "chains":
         chains = chain_order(edges.order)
-    return GraphTopology(edge_index, edges, graph_edges(edge_index.flip(0), num_nodes, ptr=ptr), chains)
+    grid = _grid(edge_index.detach().cpu(), edges.ptr.cpu()) if edges.order is not None else None
+    return GraphTopology(edge_index, edges, graph_edges(edge_index.flip(0), num_nodes, ptr=ptr), chains, grid)
+
+
+def _grid(edge_index: Tensor, ptr: Tensor) -> tuple[int, int, int] | None:
+    """Number, rows and columns of the grids that the edges are, all at least two; None if they are something else."""
+    sizes = ptr.diff()
+    first = edge_index[1, edge_index[0] == 0].sort().values.tolist()
+    if len(first) != 2 or first[0] != 1 or bool((sizes != sizes[0]).any()):
+        return None
+    count, size, columns = len(sizes), int(sizes[0]), first[1]
+    rows = size // columns if columns > 1 else 0
+    if rows < 2 or rows * columns != size:
+        return None
+    cells = torch.arange(count * size).view(count, rows, columns)
+    across, down = (cells[:, :, :-1], cells[:, :, 1:]), (cells[:, :-1], cells[:, 1:])
+    expected = torch.cat([u.flatten() * count * size + v.flatten() for u, v in (across, down)]).sort().values
+    found = (edge_index[0] * count * size + edge_index[1]).sort().values
+    return (count, rows, columns) if torch.equal(found, expected) else None
 
 
 class GraphSSM(nn.Module):
@@ -231,7 +262,8 @@ class GraphSSM(nn.Module):
         found = []
         for direction, scan in enumerate(inputs):
             unit = heads[:, None].expand(-1, self.nheads, -1) * scan.gain[..., None]
-            found.append(self._scan(replace(scan, values=unit), graph, direction))
+            plain = heads[:, None].expand(-1, self.nheads, -1)
+            found.append(self._scan(replace(scan, values=unit, plain=plain), graph, direction))
         mask = torch.stack(found).sum(0).movedim(1, 0) / math.sqrt(len(inputs))
         return mask + self.D.to(mask.dtype)[:, None, None] * heads
 
@@ -279,7 +311,7 @@ class GraphSSM(nn.Module):
                 ends = graph.edge_index if direction == 0 else graph.edge_index.flip(0)
                 gain = steps["gain" if self.input_gain == "own" else "target"]
                 decay = self._edge_decay(steps, edge, ends, direction)
-                scans.append(_Scan(wide * gain[..., None], decay, B, C, gain))
+                scans.append(_Scan(wide * gain[..., None], decay, B, C, gain, wide))
         return z, wide, scans
 
     def _bias(self, name: str) -> Tensor:
@@ -346,9 +378,30 @@ class GraphSSM(nn.Module):
         arguments = (scan.values, scan.decay, scan.B, scan.C, ends)
         if graph.chains is not None:
             return self._scan_chains(scan, graph, direction)
+        if graph.grid is not None and self._by_grid(scan.plain):
+            return self._scan_grid(scan, graph.grid, direction)
         if edges.order is not None:
             return dag_scan(*arguments, edges.order)
         return graph_resolvent(*arguments, edges, method=self.method)
+
+    def _by_grid(self, x: Tensor) -> bool:
+        """Whether a grid is for the 2-D scan: a cell takes the mean of its two sides, each with the cell's own step.
+
+        On a CPU the levels of a grid are faster; on a GPU one kernel is, where each level would be a launch.
+        """
+        mean = (self.edge_step, self.edge_norm, self.input_gain) == ("target", "in", "target_step")
+        return x.is_cuda and mean and self.d_edge is None and self.ngroups == 1
+
+    def _scan_grid(self, scan: _Scan, grid: tuple[int, int, int], direction: int) -> Tensor:
+        """One 2-D scan of all grids from the first corner, or from the last one."""
+        heads, headdim = scan.plain.shape[1:]
+        steps = scan.gain.unflatten(0, grid).repeat_interleave(headdim, dim=-1)
+        rate = -torch.ones_like(self.D) if self.A_log is None else -self.A_log[direction].exp()
+        rates = rate.repeat_interleave(headdim)[:, None].expand(-1, self.d_state)
+        B, C = (tensor[:, 0].unflatten(0, grid) for tensor in (scan.B, scan.C))
+        x = scan.plain.flatten(1).unflatten(0, grid)
+        y = grid_scan(x, steps, rates, B, C, steps, rates, B, flip=("i", "j") if direction else ())
+        return y.flatten(0, 2).unflatten(-1, (heads, headdim))
 
     def _scan_chains(self, scan: _Scan, graph: GraphTopology, direction: int) -> Tensor:
         """One 1-D scan over all chains, laid in one line."""
@@ -365,13 +418,15 @@ class GraphSSM(nn.Module):
 
 @dataclass(frozen=True)
 class _Scan:
-    """What a direction's scan takes: values (v, h, p) with their gain, decays (e, h), B, C (v, g, n), gain (v, h)."""
+    """What a direction's scan takes: values (v, h, p) with their gain, decays (e, h), B, C (v, g, n), gain (v, h), and
+    values without gain."""
 
     values: Tensor
     decay: Tensor
     B: Tensor
     C: Tensor
     gain: Tensor
+    plain: Tensor
 
 
 def _mean_of_both_ways(edge: Tensor, source: Tensor, target: Tensor) -> Tensor:

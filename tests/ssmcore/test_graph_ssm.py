@@ -181,3 +181,27 @@ def test_wrong_arguments():
 
 def test_by_name():
     assert isinstance(create_mixer("graph_ssm", 16, d_state=2), GraphSSM)
+
+
+@pytest.mark.parametrize("learn_a", [False, True])
+def test_grids_by_the_2d_scan_equal_the_graph_scan(learn_a, monkeypatch):
+    """Two grids of 4 x 3 cells in both directions; the route is found from the edges, in any order."""
+    cells = torch.arange(24).view(2, 4, 3)
+    pairs = [(cells[:, :, :-1], cells[:, :, 1:]), (cells[:, :-1], cells[:, 1:])]
+    ends = torch.cat([torch.stack([u.flatten(), v.flatten()]) for u, v in pairs], dim=1)
+    ends = ends[:, torch.randperm(ends.shape[1])]
+    topology = graph_topology(ends, 24, ptr=torch.tensor([0, 12, 24]))
+    assert topology.grid == (2, 4, 3)
+    mixer = mixer_of(bidirectional=True, learn_a=learn_a)
+    if learn_a:
+        torch.nn.init.normal_(mixer.A_log)
+    x, plain = nodes_of(24), replace(topology, grid=None)
+    assert not mixer._by_grid(x)  # on a CPU levels are faster
+    monkeypatch.setattr(GraphSSM, "_by_grid", lambda *_: True)
+    torch.testing.assert_close(mixer(x, topology), mixer(x, plain))
+    torch.testing.assert_close(mixer.mixing_matrix(x, topology), mixer.mixing_matrix(x, plain))
+    ours = torch.autograd.grad(mixer(x, topology).square().sum(), list(mixer.parameters()))
+    theirs = torch.autograd.grad(mixer(x, plain).square().sum(), list(mixer.parameters()))
+    torch.testing.assert_close(ours, theirs)
+    assert graph_topology(ends[:, 1:], 24).grid is None
+    assert graph_topology(ends, 24).grid is None
