@@ -106,8 +106,8 @@ def test_used_folder_is_refused_unless_replaced():
 def test_refused_start_leaves_the_old_run_alone():
     run("-c", "line.yaml")
     before = checkpoint("line")["state_dict"]
-    with pytest.raises(Exception, match="gpu"):
-        run("-c", "line.yaml", "--overwrite", "--trainer.accelerator", "gpu")
+    with pytest.raises(Exception, match="abacus"):
+        run("-c", "line.yaml", "--overwrite", "--trainer.accelerator", "abacus")
     torch.testing.assert_close(checkpoint("line")["state_dict"], before, rtol=0, atol=0)
 
 
