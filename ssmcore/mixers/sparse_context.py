@@ -332,7 +332,7 @@ class HAX(Mamba2):
             same = visible & (keys.bins[..., 1, None] == own[:, None])
             chosen = chosen | (same & (same.flip(-1).cumsum(-1).flip(-1) <= share))
         if "select" in self.sources:
-            # In float32 also for float64: sums in another order then leave equal scores equal, and the earlier key wins.
+            # float32 also in float64: sums in another order leave equal scores equal, and the earlier key wins.
             score = torch.cat([state.score.to(keys.score.dtype), keys.score], dim=1).detach().float()
             order = score[:, None].masked_fill(~visible, -math.inf).argsort(dim=-1, descending=True, stable=True)
             chosen = chosen | (visible & (order.argsort(-1) < share))
