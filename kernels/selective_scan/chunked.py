@@ -236,9 +236,7 @@ class _Inputs:
             keep = None if self.keep is None else self.cut(self.keep, span, rows, everything, real)
             yield span, Steps(u, dt, B, C, keep)
 
-    def cut(
-        self, x: Tensor, span: slice, rows: slice, columns: slice, dtype: torch.dtype, copy: bool = True
-    ) -> Tensor:
+    def cut(self, x: Tensor, span: slice, rows: slice, columns: slice, dtype: torch.dtype, copy: bool = True) -> Tensor:
         """A part of (l, b, g, ...), contiguous; without `copy` at least in its last dimension."""
         part = x[span, rows, :, columns].to(dtype)
         return part if not copy and part.stride(-1) == 1 else part.contiguous()
