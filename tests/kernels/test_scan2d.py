@@ -404,8 +404,8 @@ def test_unknown_options_are_named():
         selective_scan2d(**arguments | {"x": torch.zeros(4, 3, 4, 2, dtype=torch.int64)})
 
 
-@pytest.mark.parametrize("spec", [STATE_SPEC, SPEC], ids=lambda spec: spec.name)
-def test_triton_is_refused_with_the_reason(spec):
-    arguments = inputs(spec=spec, b=1, i=2, j=2, d=1, n=1)
-    with pytest.raises(BackendError, match=f"{spec.name} has no triton implementation"):
-        spec.op(**arguments, backend="triton")
+def test_triton_is_refused_with_the_reason():
+    """The states of a whole grid are the output of this op, so a kernel that keeps them in registers has nothing to save."""
+    arguments = inputs(spec=STATE_SPEC, b=1, i=2, j=2, d=1, n=1)
+    with pytest.raises(BackendError, match="scan2d has no triton implementation"):
+        STATE_SPEC.op(**arguments, backend="triton")
