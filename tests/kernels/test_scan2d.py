@@ -405,7 +405,7 @@ def test_unknown_options_are_named():
 
 
 def test_triton_is_refused_with_the_reason():
-    """The states of a whole grid are the output of this op: a kernel that keeps them in registers has nothing to save."""
+    """The states of a whole grid are the output: a kernel that keeps them in registers has nothing to save."""
     arguments = inputs(spec=STATE_SPEC, b=1, i=2, j=2, d=1, n=1)
     with pytest.raises(BackendError, match="scan2d has no triton implementation"):
         STATE_SPEC.op(**arguments, backend="triton")
