@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     check_shapes(x=(x, "... d"), weight=(weight, "d"))
     check_devices(x=x, weight=weight)
     fused = x.numel() > 0 and weight.dtype != torch.float64 and weight.numel() <= 16384
-    if fused and plain_call(x, weight) and choose("auto", x, op="ssd_step") == "triton":
+    if fused and plain_call(x, weight) and choose("auto", x, op="rms_norm") == "triton":
         from .triton_step import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps)

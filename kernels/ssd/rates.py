@@ -39,7 +39,7 @@ def ssd_rates(
     dtype = torch.promote_types(torch.promote_types(raw.dtype, bias.dtype), torch.float32)
     dtype = torch.promote_types(dtype, A_log.dtype)
     plain = raw.numel() > 0 and dtype == torch.float32 and plain_call(raw, bias, A_log)
-    if plain and choose("auto", raw, op="ssd_step") == "triton":
+    if plain and choose("auto", raw, op="ssd_rates") == "triton":
         from .triton_step import ssd_rates_triton
 
         dt, log_decay = ssd_rates_triton(raw, bias, A_log, *limit)
