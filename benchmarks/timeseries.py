@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ NAB = (
     "art_daily_jumpsup",
 )
 NORMAL = 0.4  # first share of a series of NAB, on which models are trained and thresholds set
+_Case = tuple[str, dict[str, Any], str]  # model, its options, precision of a step
 PEER = Path(__file__).resolve().parent / "peers" / "neuralforecast_epoch.py"
 
 
@@ -167,33 +169,50 @@ def backtest(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def wide(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def wide(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A training step on 321 variates, 96 steps to 96, batches of 32 windows, beside attention over the same tokens."""
-    device, variates = torch.device(arguments.device), arguments.variates
-    x, y = (torch.randn(arguments.batch, variates, 96, device=device) for _ in range(2))
-    batch = WindowBatch(x, torch.ones_like(x, dtype=torch.bool), y, torch.ones_like(y, dtype=torch.bool), *[None] * 6)
-    rows = []
-    cases: list[tuple[str, dict[str, Any]]] = [
-        ("chimera_base", {}),
-        ("chimera_base", {"mixer": {"coupling": "pooled"}}),
-        ("chimera_base", {"mixer": {"mix_variates": False}}),
-        ("patch_tst", {"n_layer": 3, "d_model": 128}),
-        ("s_mamba", {"d_model": 512, "d_ff": 512, "d_state": 16, "n_layer": 3}),
+    cases: list[_Case] = [
+        (name, options, precision)
+        for name, options in (
+            ("patch_tst", {"n_layer": 3, "d_model": 128}),  # the same tokens: 12 patches of 16 steps for each variate
+            ("chimera_base", {}),
+            ("s_mamba", {"d_model": 512, "d_ff": 512, "d_state": 16, "n_layer": 3}),
+            ("chimera_base", {"mixer": {"coupling": "pooled"}}),
+            ("chimera_base", {"mixer": {"mix_variates": False}}),
+        )
+        for precision in ("float32", "bfloat16")
     ]
-    for name, options in cases:
-        for precision in ("float32", "bfloat16"):
-            torch.manual_seed(0)
-            row: dict[str, Any] = {"model": name, "options": options, "precision": precision}
-            try:
-                model = create_model(name, lookback=96, horizon=96, n_variates=variates, **options).to(device)
-                step = _training_step(model, torch.optim.AdamW(model.parameters(), 1e-3), precision)
-                row |= _measure(lambda step=step: step(batch), device, arguments.repeat)
-                row |= {"parameters": sum(p.numel() for p in model.parameters())}
-            except (torch.OutOfMemoryError, RuntimeError, NotImplementedError) as error:
-                row |= {"failed": str(error).splitlines()[0][:200]}
-            rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-    return rows
+    compiled = [case for case in cases if case[0] != "patch_tst"]
+    for case in cases:
+        if case == compiled[0]:
+            _compile(compiled, arguments)
+        yield _wide_row(case, arguments, arguments.repeat)
+
+
+def _compile(cases: list[_Case], arguments: argparse.Namespace) -> None:
+    """One step of each in processes beside each other, so that the kernels of all of them are built at once."""
+    if arguments.device == "cpu":
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(cases), mp_context=context) as pool:
+        list(pool.map(_wide_row, cases, [arguments] * len(cases), [0] * len(cases)))
+
+
+def _wide_row(case: _Case, arguments: argparse.Namespace, repeat: int) -> dict[str, Any]:
+    name, options, precision = case
+    device, variates = torch.device(arguments.device), arguments.variates
+    row: dict[str, Any] = {"model": name, "options": options, "precision": precision}
+    torch.manual_seed(0)
+    try:
+        x, y = (torch.randn(arguments.batch, variates, 96, device=device) for _ in range(2))
+        seen = torch.ones_like(x, dtype=torch.bool)
+        batch = WindowBatch(x, seen, y, seen, *[None] * 6)
+        model = create_model(name, lookback=96, horizon=96, n_variates=variates, **options).to(device)
+        step = _training_step(model, torch.optim.AdamW(model.parameters(), 1e-3), precision)
+        row |= _measure(lambda: step(batch), device, repeat)
+    except RuntimeError as error:  # no memory, or a model that does not run there
+        return row | {"failed": str(error).splitlines()[0][:200]}
+    return row | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
 def _training_step(
@@ -210,8 +229,10 @@ def _training_step(
 
 
 def _measure(run: Callable[[], None], device: torch.device, repeat: int) -> dict[str, float]:
-    """Median milliseconds, and the most memory on a GPU."""
+    """Median milliseconds, and the most memory on a GPU; after a first call, and nothing without `repeat`."""
     run()
+    if not repeat:
+        return {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -244,22 +265,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--variates", type=int, default=321)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder of the result, by default that of the repository")
     arguments = parser.parse_args()
-    rows = globals()[arguments.what](arguments)
     gpu = arguments.what == "wide" and arguments.device == "cuda"
-    about = {
+    about: dict[str, Any] = {
         "command": f"python benchmarks/timeseries.py {arguments.what}",
         "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "rows": rows,
+        "rows": [],
     }
     out = (arguments.out or RESULTS) / f"{arguments.what}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, json.dumps(about, indent=1) + "\n")
-    print(pd.DataFrame(rows).to_string(index=False))
+    for row in globals()[arguments.what](arguments):
+        about["rows"].append(row)
+        write_atomic(out, json.dumps(about, indent=1) + "\n")  # with each row: what was measured outlives a kill
+    print(pd.DataFrame(about["rows"]).to_string(index=False))
 
 
 if __name__ == "__main__":
