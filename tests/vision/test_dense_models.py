@@ -274,6 +274,22 @@ def test_detectors_train_all_weights_and_find_boxes_inside(detector, options):
         assert (found.scores.diff() <= 0).all()
 
 
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn", "ssdlite320_mobilenet_v3_large"])
+def test_no_detector_hides_boxes_that_are_less_sure_than_its_own_threshold(detector):
+    """An untrained one is sure of nothing; all its boxes lie below what torchvision shows by itself."""
+    torch.manual_seed(0)
+    pyramid = {} if detector.startswith("ssd") else {"backbone": "resnet10t", "width": 64}
+    net, image = create_detector(detector, 40, (64, 64), **pyramid).eval(), torch.rand(1, 3, 64, 64)
+    scores = net.detect(image, 1e-4)[0].scores.detach()
+    middle = float(scores.median())
+    assert middle < 0.2
+    assert (net.detect(image, middle)[0].scores >= middle).all()
+    name = "box_score_thresh" if detector == "faster_rcnn" else "score_thresh"
+    if not detector.startswith("ssd"):
+        strict = create_detector(detector, 40, (64, 64), **pyramid, **{name: 0.9}).eval()
+        assert strict.detect(image, 1e-4)[0].scores.numel() == 0
+
+
 def test_any_pyramid_in_mask_rcnn():
     from torchvision.models.detection import MaskRCNN
 

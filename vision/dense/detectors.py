@@ -123,6 +123,7 @@ class TorchvisionDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.plus = 0 if name.startswith(("fcos", "retinanet")) else 1
+        self.least = float(options.get("score_thresh", options.get("box_score_thresh", 0)))
         plain: dict[str, Any] = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         self.default_cfg: Any = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
         count = num_classes + self.plus
@@ -151,7 +152,9 @@ class TorchvisionDetector(nn.Module):
         return self.body(list(x), targets)
 
     def detect(self, x: Tensor, threshold: float) -> list[Found]:
-        """As `YoloDetector.detect`."""
+        """As `YoloDetector.detect`, and of at least the score that the options name."""
+        # torchvision leaves boxes below a score of its own choice out, which would cut off precision at low scores
+        getattr(self.body, "roi_heads", self.body).score_thresh = max(threshold, self.least)  # type: ignore[union-attr]
         found = []
         for one in self.body(list(x)):
             sure = one["scores"] >= threshold
