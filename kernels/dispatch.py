@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
+"""Implementation of an op: `"auto"` takes the fastest that the inputs allow, the others are taken or refused."""
 BACKENDS: tuple[str, ...] = get_args(Backend)
 IMPLEMENTATIONS: tuple[str, ...] = BACKENDS[1:]
 

@@ -13,7 +13,9 @@ from .losses import hidden_loss, logit_loss
 from .surgery import HybridAttention, attention_layers
 
 Stage = Literal["matrix", "hidden", "logits"]
+"""What a student is fitted to: mixing matrices, hidden states of the blocks, or logits of the whole."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
+"""The stages in the order in which they are trained."""
 
 
 def stage_loss(

@@ -126,6 +126,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "toeplitz": ToeplitzMixer,
     "vandermonde": VandermondeMixer,
 }
+"""Class of each mixer by the name that `create_mixer` takes."""
 
 
 def create_mixer(name: str, d_model: int, **options: Any) -> nn.Module:

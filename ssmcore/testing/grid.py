@@ -103,6 +103,7 @@ GRID_CHECKS: tuple[Callable[[nn.Module], None], ...] = (
     check_state_dict,
     check_declarations,
 )
+"""What every mixer of grids fulfils; each check takes the mixer and raises AssertionError."""
 
 
 def grid_input(mixer: nn.Module, rows: int = ROWS, columns: int = COLUMNS) -> Tensor:

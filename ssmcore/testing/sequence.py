@@ -432,6 +432,7 @@ SEQUENCE_CHECKS: tuple[Callable[[nn.Module], None], ...] = (
     check_export,
     check_compile,
 )
+"""What every mixer of sequences fulfils; each check takes the mixer and raises AssertionError."""
 
 
 def sequence_input(mixer: nn.Module, length: int = LENGTH, *, batch: int = BATCH, seed: int = 0) -> Tensor:

@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
+"""Parameter groups to an optimizer, as a configuration gives it by `class_path` and `init_args`."""
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
+"""An optimizer to its schedule of rates, as a configuration gives it."""
 
 OWN_LR = 1e-3
 log = logging.getLogger(__name__)
