@@ -98,6 +98,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "predictor": SequencePredictor,
     "markov": MarkovModel,
 }
+"""What builds each model, by the name that `create_model` takes."""
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -49,6 +49,7 @@ MODELS: dict[str, Entry] = {
     "gine": Entry(MessageLayer, {"d_model": 64, "n_layer": 4, "kind": "gine"}, "baseline: GINE"),
     "gps": Entry(GPSLayer, {"d_model": 64, "n_layer": 4}, "baseline: GINE and attention"),
 }
+"""Layer, settings and description of each model, by the name that `create_model` takes."""
 
 
 def list_models(pattern: str = "*") -> list[str]:

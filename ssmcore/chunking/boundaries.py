@@ -20,6 +20,7 @@ from torch.utils._pytree import register_dataclass
 from ...kernels import ema_scan
 
 Layout = Literal["padded", "flat"]
+"""How chunks lie in memory: rows padded to the longest, or all in one row with `seq_idx`."""
 
 # Published weights were trained with this clamp; it also acts on the first chunk of a sequence.
 P_MIN = 1e-4

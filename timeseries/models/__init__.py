@@ -71,6 +71,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "i_transformer": ITransformer,
     "patch_tst": PatchTST,
 }
+"""What builds each forecaster, by the name that `create_model` takes."""
 
 
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
@@ -78,11 +79,13 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "sequence_classifier": SequenceClassifier,
     "ecg_mamba": ECGMamba,
 }
+"""What builds each classifier of series, by name."""
 
 IMPUTERS: dict[str, Callable[..., nn.Module]] = {
     "chimera_imputer": ChimeraImputer,
     "sequence_imputer": SequenceImputer,
 }
+"""What builds each model that fills gaps, by name."""
 
 Task = Literal["forecasting", "classification", "imputation"]
 TABLES: dict[str, dict[str, Callable[..., nn.Module]]] = {
