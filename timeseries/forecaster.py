@@ -366,7 +366,7 @@ class Forecaster:
                 `samples`; the same seed draws the same.
 
         Returns:
-            Forecast Dataset (dimensions series, cutoff, horizon, variate[, quantile][, sample]), or for a long frame a
+            Forecast Dataset (`series, cutoff, horizon, variate[, quantile][, sample]`), or for a long frame a
             long frame with columns unique_id, ds, cutoff, MODEL, MODEL-q10, ... (without samples). With a distribution
             `mean` and its other parameters are variables too, unless the scaler is "log1p", of which only quantiles and
             samples come back, and `mean` is the median.

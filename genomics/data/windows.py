@@ -171,13 +171,16 @@ class FastaWindows(ResumableData):
     Args:
         fasta: FASTA or GenBank file, or several; contig names must differ.
         length: Bases of a window; with `bos` a row has one position more.
-        train, val, test: Contigs or regions such as chr1:1-5000 of each part, or shares of all bases in file order. By
+        train: Contigs or regions such as chr1:1-5000 of the training part, or its share of all bases in file order. By
             default shares 0.8, 0.1 and 0.1; contigs that no part names are for training.
+        val: The same of the validation part.
+        test: The same of the test part.
         split_bed: File with columns chrom, start, end, split, instead.
         split_blocks: Bases of blocks that are dealt out by `split_pattern`, instead.
         split_pattern: Blocks for train, val and test in turn.
         gap: Bases left out on both sides of a border between parts.
-        include, exclude: BED files: only within, or outside of these.
+        include: BED file: only within its intervals.
+        exclude: BED file: only outside of its intervals.
         sampling: "random" or "tiled" windows in training; evaluation always tiles.
         stride: Distance of tiled training windows; the length by default.
         epoch_size: Random windows of an epoch; by default as many as cover the part once.

@@ -30,7 +30,9 @@ class ForecastingData(SSMData):
         horizon: Target steps of a window.
         batch_size: Windows in a training batch.
         eval_batch_size: Windows in a validation or test batch; `batch_size` when None.
-        train, val, test: Sizes of the parts, see `splits.split`; all None takes the customary borders of the set.
+        train: Size of the training part, see `splits.split`; all three None take the customary borders of the set.
+        val: Size of the validation part.
+        test: Size of the test part.
         scaler: "standard", "robust", "minmax", "log1p" or "none", fitted on the training part.
         scaler_shared: One scale for all series instead of one for each, so that new series can be forecast.
         fill: What stands at missing inputs: "zero" after scaling, or "forward" for the last observed value.

@@ -160,7 +160,8 @@ class SyntheticClasses(ClassificationData):
     """Waves of unequal length whose class is the variate that leads, see `create_waves`.
 
     Args:
-        train_series, test_series: Number of series.
+        train_series: Number of series to train on.
+        test_series: Number of series to test on.
         variate_count: Number of variates, and of classes.
         length: Longest series.
         noise: Standard deviation of white noise.

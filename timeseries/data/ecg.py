@@ -100,7 +100,8 @@ class SyntheticECG(ClassificationData):
     """Simulated records, see `create_ecg`; for a task with `multilabel: true`.
 
     Args:
-        train_records, test_records: Their numbers.
+        train_records: Number of records to train on.
+        test_records: Number of records to test on.
         seconds: Length of the longest.
         rate: Samples per second.
         data_seed: Seed of the records.

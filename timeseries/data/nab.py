@@ -70,7 +70,8 @@ class NAB(ForecastingData):
     Args:
         root: Folder with the tables and combined_windows.json.
         name: Name of the table.
-        lookback, horizon: As in `ForecastingData`.
+        lookback: As in `ForecastingData`.
+        horizon: As in `ForecastingData`.
         options: Further arguments of `ForecastingData`. By default the first 30 % train, 10 % validate.
     """
 

