@@ -62,7 +62,7 @@ class Fixed(Line):
 
 class Zero(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros(len(x), 1)
+        return x.new_zeros(len(x), 1)
 
 
 class Points(SSMData):
