@@ -222,10 +222,20 @@ class HNet(nn.Module):
         return self.backbone(self.embeddings(tokens), mask=mask, seq_idx=seq_idx)
 
     def prefill(
-        self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        with_state: bool = True,
     ) -> tuple[Tensor, Any]:
-        """Logits (b, l, vocab_size) and the state after the last real position; any cut gives the same values."""
-        y, state, _ = self.backbone.prefill(self.embeddings(tokens), state, mask=mask, seq_idx=seq_idx)
+        """Logits (b, l, vocab_size) and the state after the last real position; any cut gives the same values.
+
+        Without `with_state` the state is None, and causal stacks take less work where padding stands behind.
+        """
+        options: dict[str, Any] = {"mask": mask, "seq_idx": seq_idx, "with_state": with_state}
+        y, state, _ = self.backbone.prefill(self.embeddings(tokens), state, **options)
         return self.logits(y), state
 
     def step(self, tokens: Tensor, state: Any, *, dense: bool = False) -> tuple[Tensor, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
 from ...kernels import ema_scan
+from ..mixers.common import padding_behind
 
 Layout = Literal["padded", "flat"]
 """How chunks lie in memory: rows padded to the longest, or all in one row with `seq_idx`."""
@@ -99,7 +100,7 @@ def chunk(x: Tensor, boundaries: Boundaries, *, seq_idx: Tensor | None = None, l
     positions = torch.arange(length, device=x.device).expand(batch, length)
     slot = torch.where(mask, mask.cumsum(1) - 1, most)  # non-boundaries go to a slot that is cut off
     index = positions.new_zeros(batch, most + 1).scatter(1, slot, positions)[:, :most]
-    real = None if most == least else torch.arange(most, device=x.device) < counts[:, None]
+    real = None if most == least else padding_behind(counts, most)
     packed = fresh = None
     if seq_idx is not None:
         packed = seq_idx.gather(1, index)

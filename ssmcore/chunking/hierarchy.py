@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass, tree_map
 
-from ..mixers.common import lay_out, require_state
+from ..mixers.common import is_padding_behind, lay_out, require_state
 from ..states import NestedState
 from .boundaries import P_MIN, Boundaries, Layout, chunk, dechunk, straight_through
 from .routers import Router, RouterState
@@ -163,7 +163,7 @@ class Hierarchy(nn.Module):
             y, (b, l, d_outer), 0 at padding, and the boundaries of each stage, outermost first.
         """
         needed = mask
-        if mask is not None and self._all_causal() and bool((mask[:, :1] | ~mask).all()):
+        if mask is not None and self._all_causal() and is_padding_behind(mask):
             needed = None  # padding stands behind, where causal stacks cannot see it
         y, found = self._forward(x, mask, needed, seq_idx)
         return (y if mask is None else y * mask[..., None]), found
@@ -192,6 +192,7 @@ class Hierarchy(nn.Module):
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         reset: Tensor | None = None,
+        with_state: bool = True,
     ) -> tuple[Tensor, Any, list[Boundaries]]:
         """Like `forward`, continuing from a state; any cut of a sequence gives the same values.
 
@@ -203,16 +204,33 @@ class Hierarchy(nn.Module):
             mask: True at real positions, (b, l) bool; contiguous in each row.
             seq_idx: Which packed sequence a position belongs to, (b, l) integers; `state` belongs to the first one.
             reset: True where the state starts anew before the position is absorbed, (b, l) bool.
+            with_state: Whether the state after is wanted. Causal stacks take less work to go without it, where padding
+                stands behind all real positions.
 
         Returns:
-            y, the state after the last real position, and the boundaries of each stage (those inside a stage without
-            any boundary are left out).
+            y, the state after the last real position (None if it is not wanted), and the boundaries of each stage
+            (those inside a stage without any boundary are left out).
 
         Raises:
             TypeError: if the state is of another kind.
         """
+        unseen = not with_state and self._all_causal() and (mask is None or is_padding_behind(mask))
+        y, after, found = self._prefill(x, state, mask, seq_idx, reset, unseen)
+        return y, after if with_state else None, found
+
+    def _prefill(
+        self,
+        x: Tensor,
+        state: HierarchyState | Any | None,
+        mask: Tensor | None,
+        seq_idx: Tensor | None,
+        reset: Tensor | None,
+        unseen: bool,
+    ) -> tuple[Tensor, Any, list[Boundaries]]:
+        """`unseen`: real positions cannot see padding, and the state after it does not matter."""
         x = self._widen(x)
-        given = {"mask": mask, "seq_idx": seq_idx} | ({} if reset is None else {"reset": reset})
+        needed = None if unseen else mask
+        given = {"mask": needed, "seq_idx": seq_idx} | ({} if reset is None else {"reset": reset})
         if not self.n_stages:
             y, state = self.main_network.prefill(x, state, **given)
             return self._narrow(y), state, []
@@ -227,11 +245,13 @@ class Hierarchy(nn.Module):
         found: list[Boundaries] = []
         z, inner = chunks.x.new_zeros(x.shape[0], 0, self.d_model), state.inner
         if chunks.max_count:
-            inside = {"mask": chunks.mask, "seq_idx": chunks.seq_idx}
+            anew = None
             if chunks.fresh is not None:  # the inner network sees no position of the sequence that the state is of
                 fresh = chunks.fresh if rows.fresh is None else chunks.fresh | rows.fresh
-                inside["reset"] = F.pad(fresh[:, None], (0, chunks.max_count - 1))
-            z, inner, found = self.main_network.prefill(chunks.x, state.inner, **inside)
+                anew = F.pad(fresh[:, None], (0, chunks.max_count - 1))
+            z, inner, found = self.main_network._prefill(
+                chunks.x, state.inner, chunks.mask, chunks.seq_idx, anew, unseen
+            )
         u, smooth = dechunk(z, boundaries, chunks, rows.restart(state.dechunk))
         y = self._join(u, encoded, boundaries)
         y, decoder = self.decoder.prefill(y, state.decoder, **given)

@@ -286,10 +286,29 @@ def lay_out(
     return Layout(starts.cumsum(1, dtype=torch.int32), fresh, mask, order, count)
 
 
+def padding_behind(count: Tensor, length: int) -> Tensor:
+    """Mask (b, length) of rows with `count` (b,) real tokens and padding behind; mixers need not look for holes in it.
+
+    To look is to wait for the device, in every layer.
+    """
+    mask = torch.arange(length, device=count.device) < count[:, None]
+    if not torch.compiler.is_compiling():
+        mask.no_holes = True  # type: ignore[attr-defined]
+    return mask
+
+
+def is_padding_behind(mask: Tensor) -> bool:
+    """Whether no real token stands behind padding; waits for the device, unless `padding_behind` made the mask."""
+    known = not torch.compiler.is_compiling() and hasattr(mask, "no_holes")
+    return known or not bool((mask[:, 1:] & ~mask[:, :-1]).any())
+
+
 def _check_contiguous(mask: Tensor) -> bool:
     """Whether padding may stand in front of real tokens; compiled code does not look."""
     if torch.compiler.is_compiling() or mask.shape[1] < 2:
         return mask.shape[1] > 1
+    if hasattr(mask, "no_holes"):
+        return False
     begins = mask[:, :1].int().sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     holes, in_front = torch.stack([(begins > 1).any(), ((begins > 0) & ~mask[:, 0]).any()]).tolist()  # one wait
     if holes:

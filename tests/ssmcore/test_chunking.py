@@ -13,6 +13,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parent))
 from tiny_chunking import Smoother
 
+from omnissm.ssmcore import Stack
 from omnissm.ssmcore.chunking import (
     Boundaries,
     FixedRouter,
@@ -27,6 +28,7 @@ from omnissm.ssmcore.chunking import (
     stage_multipliers,
     straight_through,
 )
+from omnissm.ssmcore.mixers.common import is_padding_behind, padding_behind
 
 CLAMP = 1e-4
 
@@ -386,6 +388,38 @@ def test_padded_pieces_continue_each_row_where_it_stands():
             torch.testing.assert_close(a, b)
     for a, b in zip(_leaves(after.select(torch.tensor([2]))), _leaves(state.select(torch.tensor([2])))):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_without_the_state_after_padding_costs_the_stacks_nothing(front, monkeypatch):
+    """The same values at real positions; stacks that cannot see padding behind are not told of it."""
+    torch.manual_seed(0)
+    options = {"mlp_hidden": 8, "mixer_options": {"mamba2": {"headdim": 4, "d_state": 4}, "attention": {"window": 3}}}
+    stages = [Stage(8, Stack(8, "m1t1", **options), Stack(8, "t1m1", **options)) for _ in range(2)]
+    net = Hierarchy(stages, Stack(8, "T1", **options)).double()
+    _, state, _ = net.prefill(wave(3, 9, 8))
+    x, counts = wave(3, 7, 8, phase=5), torch.tensor([7, 4, 0])
+    real = (torch.arange(7) >= front) & (torch.arange(7) < counts[:, None])
+    y, _, found = net.prefill(x, state, mask=real)
+    masks = []
+    prefill = Stack.prefill
+    monkeypatch.setattr(Stack, "prefill", lambda *a, mask=None, **k: masks.append(mask) or prefill(*a, mask=mask, **k))
+    alone, none, again = net.prefill(x, state, mask=real, with_state=False)
+    assert none is None
+    assert {mask is None for mask in masks} == {front == 0}
+    torch.testing.assert_close(alone[real], y[real])
+    for a, b in zip(again, found):
+        assert torch.equal(a.mask, b.mask)
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 1]], [[0, 1, 1]], [[0, 0, 0]], [[1]]], ids=str)
+def test_padding_behind_is_known_or_found(mask):
+    mask = torch.tensor(mask, dtype=torch.bool)
+    behind = bool((mask.sum(1, keepdim=True) > torch.arange(mask.shape[1])).eq(mask).all())
+    assert is_padding_behind(mask) == behind
+    made = padding_behind(mask.sum(1), mask.shape[1])
+    assert is_padding_behind(made)
+    assert torch.equal(made, mask) == behind
 
 
 @pytest.mark.parametrize("routers", [None, [FixedRouter(3), None], [RandomRouter(0.4), FixedRouter(2)]], ids=str)
