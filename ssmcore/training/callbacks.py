@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
 
 from .checkpoints import write_atomic
+from .runs import FIRST, LAST, STOPPED
 from .task import NonFiniteError
 
 
@@ -41,14 +43,30 @@ class ResumePoint(Callback):
     and the other callbacks have moved by then. It must be the first callback: then the others' hooks of the
     epoch's start run anew after resuming.
 
+    A run takes its folder over once its first batch has been learned from: until then its state is in `.first.ckpt`,
+    and what an earlier run has left is not touched.
+
     Args:
         folder: Where checkpoints go.
         seed: Base of the seeds of epochs.
+        begin: Called once, after the first batch; must move `.first.ckpt` to `last.ckpt`. None: the folder is ours.
     """
 
-    def __init__(self, folder: str | Path, seed: int = 0) -> None:
+    def __init__(self, folder: str | Path, seed: int = 0, begin: Callable[[], None] | None = None) -> None:
         self.folder = Path(folder)
         self.seed = seed
+        self._begin = begin
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the folder is this run's."""
+        return self._begin is None
+
+    def begin(self) -> None:
+        """Take the folder over, once."""
+        begin, self._begin = self._begin, None
+        if begin is not None:
+            begin()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the epoch from its first batch: the trainer takes the counts of the one before for a finished epoch.
@@ -60,19 +78,24 @@ class ResumePoint(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, then seed."""
         if not is_dry(trainer):
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / (LAST if self.has_begun else FIRST))
         mixed = 1_000_003 * self.seed + 1_009 * trainer.current_epoch + trainer.global_rank
         pl.seed_everything(mixed % 2**32, verbose=False)
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The first batch shows that data, model and optimiser work."""
+        self.begin()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end, from which more epochs can be trained."""
         if not is_dry(trainer):
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            self.begin()
+            trainer.save_checkpoint(self.folder / LAST)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Keep the weights before a loss that is not finite."""
-        if isinstance(exception, NonFiniteError) and not is_dry(trainer):
-            trainer.save_checkpoint(self.folder / "stopped.ckpt", weights_only=True)
+        """Keep the weights before a loss that is not finite; before the first step they are no news."""
+        if isinstance(exception, NonFiniteError) and self.has_begun and not is_dry(trainer):
+            trainer.save_checkpoint(self.folder / STOPPED, weights_only=True)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -128,8 +151,16 @@ def is_dry(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def prepare_trainer(trainer: pl.Trainer, folder: str | Path, seed: int = 0) -> pl.Trainer:
+def prepare_trainer(
+    trainer: pl.Trainer, folder: str | Path, seed: int = 0, begin: Callable[[], None] | None = None
+) -> pl.Trainer:
     """Give a trainer whole checkpoint files and a `ResumePoint` in `folder`, first among its callbacks.
+
+    Args:
+        trainer: The trainer.
+        folder: Where checkpoints go.
+        seed: Base of the seeds of epochs.
+        begin: Called after the first batch, see `ResumePoint`.
 
     Returns:
         The same trainer.
@@ -137,5 +168,5 @@ def prepare_trainer(trainer: pl.Trainer, folder: str | Path, seed: int = 0) -> p
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.insert(0, ResumePoint(folder, seed))
+    callbacks.insert(0, ResumePoint(folder, seed, begin))
     return trainer

@@ -6,6 +6,7 @@ the domain. A `.ckpt` file holds a training run; `export_checkpoint` makes the f
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -65,6 +66,24 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk names no file by itself
         raise
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Find out now what else would be found out at the end of the work: that a folder cannot be written or made.
+
+    Raises:
+        OSError: as the system says it, naming the folder.
+    """
+    place = Path(folder)
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -27,16 +28,17 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
-from .callbacks import BestCheckpoint, is_dry, prepare_trainer
+from .callbacks import BestCheckpoint, ResumePoint, is_dry, prepare_trainer
 from .checkpoints import export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
 from .data import SSMData
 from .export import best_checkpoint
+from .logs import MetricsFile
 from .messages import explain
-from .runs import Run
+from .runs import STOPPED, Run
 from .task import NonFiniteError, SSMTask
 
 LINKS = (
@@ -130,26 +132,30 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, argv: Sequence[str], verb: str, domain: str) -> None:
-        self.verb = verb
+        self.verb, self.domain = verb, domain
         self.started = time.perf_counter()
         example = f"omnissm {domain} {verb} -c {domain}/NAME" + (" --run first" if verb == "fit" else "")
-        super().__init__(
-            SSMTask,
-            SSMData,
-            save_config_callback=None,
-            trainer_defaults={"enable_model_summary": False},
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": f"omnissm {domain}",
-                "allow_abbrev": False,
-                verb: {"allow_abbrev": False, "prog": f"omnissm {domain} {verb}", "epilog": f"example: {example}"},
-            },
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            args=[verb, *Run.add_config(argv, verb)],
-        )
+        try:
+            super().__init__(
+                SSMTask,
+                SSMData,
+                save_config_callback=None,
+                trainer_defaults={"enable_model_summary": False},
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={
+                    "prog": f"omnissm {domain}",
+                    "allow_abbrev": False,
+                    verb: {"allow_abbrev": False, "prog": f"omnissm {domain} {verb}", "epilog": f"example: {example}"},
+                },
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                args=[verb, *Run.add_config(argv, verb)],
+            )
+        finally:
+            if hasattr(self, "run"):
+                self.run.lock.release()
 
     def _setup_parser_kwargs(self, parser_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         sub = {key: value for key, value in parser_kwargs.items() if key in LightningCLI.subcommands()}
@@ -230,7 +236,7 @@ class CLI(LightningCLI):
         if self.verb != "fit":
             kwargs["logger"] = False
         elif options.logger in (None, True):
-            kwargs["logger"] = CSVLogger(self.run.folder.parent, name=self.run.folder.name, version="")
+            kwargs["logger"] = MetricsFile(self.run.folder / "metrics.csv")
             if not any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
         trainer = super().instantiate_trainer(
@@ -238,7 +244,15 @@ class CLI(LightningCLI):
         )
         seed = int(config.seed_everything or 0)
         self.datamodule.run_seed = seed
-        return prepare_trainer(trainer, self.run.checkpoints, seed)
+        begin = None if self.verb != "fit" or is_dry(trainer) else self._begin
+        return prepare_trainer(trainer, self.run.checkpoints, seed, begin)
+
+    def _begin(self) -> None:
+        """Take the run's folder: the first batch has been learned from."""
+        self.run.claim(self._config_yaml(), resume=self.config_init[self.verb].resume)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.begin()
 
     def fit(self, model: SSMTask, datamodule: SSMData, **options: Any) -> None:
         """Train, keep the best weights, and write them as a model folder."""
@@ -249,21 +263,32 @@ class CLI(LightningCLI):
             )
             if misfit:
                 log.warning("Weights of %s that did not fit are left out: %s", config.init_from, misfit)
-        if not is_dry(self.trainer):
-            self.run.claim(self._config_yaml(), resume=config.resume)
-        last = self.run.checkpoints / "last.ckpt"
-        start = str(last) if config.resume and last.is_file() else None  # killed before it was written: from the start
         try:
-            self.trainer.fit(model, datamodule=datamodule, ckpt_path=start, weights_only=True, **options)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} They are in {self.run.checkpoints / 'stopped.ckpt'}.") from error
+            if not is_dry(self.trainer):
+                self.run.open()
+            start = self.run.state() if config.resume else None  # none: killed before one was written
+            path = str(start) if start else None
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True, **options)
         except SystemExit as stop:  # the trainer's answer to an interrupt
-            sys.stderr.write(f"Interrupted. Go on with: --run {self.run.name} --resume\n")
-            raise SystemExit(130) from stop
-        except Exception:
-            self.run.leave_nothing()
+            sys.stderr.write(f"Interrupted. {self._left()}\n")
+            raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from stop
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error} {self._left(self.run.checkpoints / STOPPED)}") from error
+        except Exception as error:
+            left = self._left()
+            if isinstance(error, RuntimeError) and (said := re.search(r"DataLoader worker \(pid.*", str(error))):
+                fewer = "Often memory has run out: try fewer workers or a smaller batch."
+                raise ChildProcessError(f"A process that loads data has ended: {said[0]} {fewer} {left}") from error
+            if isinstance(error, OSError) and error.strerror and self._point.has_begun:
+                place = f" {error.filename!r}" if error.filename else ""
+                raise OSError(f"{error.strerror}:{place}. {left}") from error
             raise
-        if is_dry(self.trainer) or not self.trainer.is_global_zero:
+        if is_dry(self.trainer):
+            return
+        if not self._point.has_begun and not config.resume:
+            raise ValueError(f"Nothing was trained: the run has no batches or no epochs. {self._left()}")
+        self._point.begin()
+        if not self.trainer.is_global_zero:
             return
         best = best_checkpoint(self.run.folder)
         export_checkpoint(best, self.run.folder / "model")
@@ -274,6 +299,22 @@ class CLI(LightningCLI):
         if isinstance(checkpoint, BestCheckpoint) and checkpoint.best_model_score is not None:
             found[f"best {checkpoint.monitor}"] = float(checkpoint.best_model_score)
         self._report(found)
+
+    @property
+    def _point(self) -> ResumePoint:
+        return next(c for c in self.trainer.callbacks if isinstance(c, ResumePoint))  # type: ignore[attr-defined]
+
+    def _left(self, weights: Path | None = None) -> str:
+        """What a fit that has ended early leaves, and the way on; removes what is of no use."""
+        if is_dry(self.trainer):
+            return ""
+        if not self._point.has_begun:
+            self.run.leave_nothing()
+            return f"Run {self.run.name!r} is as it was." if self.run.state() else "Nothing was written."
+        command = f"omnissm {self.domain} fit --run {self.run.name}"
+        if weights is not None:
+            return f"The weights before it are in {weights}."
+        return f"The state at the start of the epoch is kept; go on with: {command} --resume"
 
     def validate(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
         """Metrics of a trained model on the validation part, also written to metrics.json."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -102,3 +103,25 @@ class EpochSampler(DistributedSampler):
         if self.shuffle:
             return -(-total // self.num_replicas)
         return len(range(self.rank, total, self.num_replicas))
+
+
+def batch_samples(loader: Any, number: int, most: int = 8) -> str:
+    """Which samples the batch of that number in the running epoch holds, for messages.
+
+    A data set with a method `sample_name(index)` names its samples; else they are called by their index.
+
+    Args:
+        loader: What the trainer trains from.
+        number: The batch, from 0 on.
+        most: Names to show.
+
+    Returns:
+        Such as "17, 3, 25 and 29 more"; empty if the loader's order is not that of an `EpochSampler` by batches.
+    """
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if not isinstance(sampler, EpochSampler) or not size:
+        return ""
+    indices = list(islice(sampler, number * size, (number + 1) * size))
+    named = getattr(loader.dataset, "sample_name", str)
+    more = f" and {len(indices) - most} more" if len(indices) > most else ""
+    return ", ".join(named(index) for index in indices[:most]) + more

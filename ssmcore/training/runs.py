@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,12 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import save
 from torch import Tensor
 
-from .checkpoints import write_atomic
+from .checkpoints import check_writable, write_atomic
+from .lock import FolderLock
+from .logs import whole_lines
 from .task import SSMTask
+
+LAST, FIRST, STOPPED = "last.ckpt", ".first.ckpt", "stopped.ckpt"
 
 _TRAINER = ("accumulate_grad_batches", "callbacks", "gradient_clip_algorithm", "gradient_clip_val", "precision")
 _COMPARED = ("model", "data", "seed_everything", *(f"trainer.{option}" for option in _TRAINER))
@@ -96,6 +102,11 @@ class Run:
         """Where checkpoints lie."""
         return self.folder / "checkpoints"
 
+    @cached_property
+    def lock(self) -> FolderLock:
+        """Lets one process at a time write into the folder."""
+        return FolderLock(self.folder, ", or give another --run NAME")
+
     @rank_zero_only
     def check(self, config: str, *, resume: bool, overwrite: bool) -> None:
         """Whether a fit may use the folder.
@@ -107,8 +118,10 @@ class Run:
             overwrite: Replace what is there.
 
         Raises:
-            ValueError: if the folder is used and neither is set, if both are, or if the configurations differ.
+            ValueError: if the folder is used and neither is set, if both are, if the configurations differ, or if
+                another process is writing into the folder.
             FileNotFoundError: if there is nothing to resume.
+            OSError: if the folder cannot be written.
         """
         if resume and overwrite:
             raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them.")
@@ -117,36 +130,68 @@ class Run:
             if not stored.is_file():
                 raise FileNotFoundError(f"Nothing to resume: {stored} does not exist.")
             self._compare(read_yaml(stored), yaml.safe_load(config))
-        elif not overwrite and (stored.exists() or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))):
+        elif not overwrite and (stored.exists() or any(self._kept())):
             raise ValueError(
                 f"Run {self.name!r} exists in {str(self.folder)!r}."
                 " Give another --run NAME, --resume to go on with it, or --overwrite to replace it."
             )
 
+        for place in (self.folder, self.checkpoints):
+            check_writable(place)
+        if self.folder.is_dir():
+            self.lock.acquire()
+
+    @rank_zero_only
+    def open(self) -> None:
+        """Make the folder, if there is none, and lock it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock.acquire()
+
     @rank_zero_only
     def claim(self, config: str, *, resume: bool) -> None:
         """Take the folder for a fit: write config.yaml, and keep (resume) or remove what an earlier fit left.
 
-        The model folder goes in both cases: it would be older than the next best checkpoint, until the fit ends.
+        The model folder goes in both cases: it would be older than the next best checkpoint, until the fit ends. A kill
+        at any point leaves the old run, the new one, or no run: config.yaml goes first and comes when a state to resume
+        from is there.
         """
         if resume:
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             self._keep_metrics()
-            for file in self.checkpoints.glob(".*.ckpt.*"):
-                file.unlink()  # cut off by a kill
         else:
             self._clear()
         write_atomic(self.folder / "config.yaml", config)
+        first, last = self.checkpoints / FIRST, self.checkpoints / LAST
+        if first.exists() and not last.exists():
+            first.rename(last)
+        self._sweep()
+
+    def state(self) -> Path | None:
+        """The checkpoint to resume from, if there is one."""
+        found = (self.checkpoints / name for name in (LAST, FIRST))
+        return next((path for path in found if path.exists()), None)
 
     @rank_zero_only
     def leave_nothing(self) -> None:
-        """Remove what a fit has written that failed before its first checkpoint, so that the name is free again."""
-        if any(self.checkpoints.glob("*.ckpt")):
+        """Remove what a fit has written that ended before its first step, so that the folder is as it was before."""
+        if not self.folder.is_dir():
             return
-        self._clear()
-        (self.folder / "hparams.yaml").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # other files of the user's are in it
+        self._sweep()
+        self.lock.release()
+        with contextlib.suppress(OSError):  # other files are in it
+            self.checkpoints.rmdir()
+        with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+    def _sweep(self) -> None:
+        """Remove what kills have cut off, and the state of a fit before its first step, unless it is the only one."""
+        only = (self.folder / "config.yaml").exists() and not (self.checkpoints / LAST).exists()
+        for pattern in (".*.ckpt.*", *(() if only else (FIRST,))):
+            for path in self.checkpoints.glob(pattern):
+                _remove(path)
+        for name in (*_FILES, "metrics.csv", "model"):
+            for path in self.folder.glob(f".{name}.*"):
+                _remove(path)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         before, now = ({k: v for part in _COMPARED for k, v in _flat(part, _at(c, part))} for c in (old, new))
@@ -158,6 +203,11 @@ class Run:
                 f" Start a new run with --init_from {self.checkpoints / 'last.ckpt'} instead."
             )
 
+    def _kept(self) -> Iterator[Path]:
+        """What an earlier fit has left in the checkpoints' folder, apart from a state before its first step."""
+        if self.checkpoints.is_dir():
+            yield from (path for path in self.checkpoints.iterdir() if not path.name.startswith("."))
+
     def _keep_metrics(self) -> None:
         file = self.folder / "metrics.csv"
         if file.exists():
@@ -165,10 +215,11 @@ class Run:
             file.rename(self.folder / f"metrics.{count + 1}.csv")
 
     def _clear(self) -> None:
-        for folder in (self.checkpoints, self.folder / "model"):
-            shutil.rmtree(folder, ignore_errors=True)
         for file in [*(self.folder / name for name in _FILES), *self.folder.glob("metrics*.csv")]:
             file.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "model", ignore_errors=True)
+        for path in self._kept():
+            _remove(path)
 
     def write_metrics(self, found: dict[str, float], model: SSMTask, checkpoint: str | None, seed: Any) -> None:
         """Write metrics.json; metrics of the other verb stay if they come from the same checkpoint."""
@@ -211,18 +262,29 @@ class Run:
 def read_metrics(folder: str | Path) -> pd.DataFrame:
     """All rows of a run's metrics.csv, in order; steps that a resumed run has repeated count once.
 
+    A last line that a crash has cut off is left out.
+
     Raises:
-        FileNotFoundError: if the run has no metrics.csv.
+        FileNotFoundError: if the run has no metrics.csv, or one without a row.
     """
     folder = Path(folder)
     parts = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
     parts += [folder / "metrics.csv"] * ((folder / "metrics.csv").exists() or not parts)
-    table = pd.read_csv(parts[0])
-    for path in parts[1:]:
-        part = pd.read_csv(path)
+    tables = [pd.read_csv(io.StringIO(text)) for text in map(whole_lines, parts) if text]
+    if not tables:
+        raise FileNotFoundError(2, "No rows of metrics", str(folder / "metrics.csv"))
+    table = tables[0]
+    for part in tables[1:]:
         if len(part):
             table = pd.concat([table[table["step"] < part["step"].min()], part], ignore_index=True)
     return table
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def folder_of(name: str) -> Path:

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from .data import batch_samples
 from .optim import LRSchedulerCallable, OptimizerCallable, create_optimizer
 
 
@@ -124,7 +125,9 @@ class SSMTask(pl.LightningModule):
 
     def _stop(self, reason: str) -> None:
         place = f"epoch {self.current_epoch}, batch {self._batch_idx} (step {self.trainer.global_step})"
+        named = batch_samples(self.trainer.train_dataloader, self._batch_idx)
+        samples = f", samples {named} of the training part" if named else ""
         raise NonFiniteError(
-            f"Training stopped: {reason} at {place}; the weights before it are kept. Lower the learning rate, set"
+            f"Training stopped: {reason} at {place}{samples}. Lower the learning rate, set"
             " trainer.gradient_clip_val, or look at this batch for extreme values."
         )

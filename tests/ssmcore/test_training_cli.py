@@ -378,5 +378,5 @@ def test_full_disk_is_one_line_and_leaves_no_halves(capsys, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
-    assert capsys.readouterr().err.strip() == "omnissm: error: File too large: 'runs/line/checkpoints/last.ckpt'"
+    assert capsys.readouterr().err.strip() == "omnissm: error: File too large: 'runs/line/checkpoints/.first.ckpt'"
     assert not Path("runs/line").exists()
