@@ -185,9 +185,29 @@ def test_assignment_against_a_plain_loop():
         own = {a: merit for a, (box, merit) in owner.items() if box == k}
         best = max(iou(boxes[a], truth[k]) for a in own)
         for a, merit in own.items():
-            expected = merit / max(max(own.values()), 1e-9) * best
+            expected = merit / max(own.values()) * best
             assert float(found.weight[a]) == pytest.approx(expected, abs=1e-5)
     assert found.weight[~found.positive].sum() == 0
+
+
+def test_a_cell_of_two_boxes_stays_with_one_of_them():
+    """A third box overlaps it most, but has its cells elsewhere."""
+    centres, strides = torch.tensor([[10.0, 10], [14, 14]]), torch.full((2,), 8.0)
+    truth = torch.tensor([[0.0, 0, 20, 12], [0, 0, 12, 20], [0, 0, 20, 20]])
+    boxes = torch.tensor([[0.0, 0, 19, 18], [0, 0, 20, 20]])
+    probability = torch.tensor([[1.0, 1.0, 0.1], [0.1, 0.1, 1.0]])
+    found = assign(probability, boxes, raw_of(centres, strides, None, None), truth, torch.arange(3), top=1)
+    assert found.positive.tolist() == [True, True]
+    assert found.box.tolist() == [0, 2]
+
+
+def test_the_best_cell_of_a_tiny_box_has_its_overlap_as_soft_label():
+    centres, strides = grid(8, 8, 8.0), torch.full((64,), 8.0)
+    boxes = torch.cat([centres - 60, centres + 60], 1)  # as an untrained head has them
+    truth = torch.tensor([[19.0, 19, 22, 22]])
+    found = assign(torch.full((64, 1), 0.01), boxes, raw_of(centres, strides, None, None), truth, torch.tensor([0]))
+    assert found.positive.sum() == 1
+    assert float(found.weight.max()) == pytest.approx(9 / 120**2, rel=1e-4)
 
 
 def test_no_boxes_train_the_scores_only():

@@ -74,14 +74,15 @@ def assign(
     best = merit.topk(min(top, cells), dim=1).indices
     taken = torch.zeros_like(inside).scatter_(1, best, True) & inside
     several = taken.sum(0) > 1
-    winner = overlap.where(inside, -1).argmax(0)
+    winner = overlap.where(taken, -1).argmax(0)
     only = F.one_hot(winner, len(truth)).T.bool()
     taken = torch.where(several, taken & only, taken)
 
     positive = taken.any(0)
     box = taken.long().argmax(0)
     merit, overlap = merit * taken, overlap * taken
-    soft = merit * overlap.amax(1, keepdim=True) / merit.amax(1, keepdim=True).clamp(min=1e-9)
+    # a box of few pixels begins with an overlap of 1e-3 and a merit of 1e-19, and must learn all the same
+    soft = merit * overlap.amax(1, keepdim=True) / merit.amax(1, keepdim=True).clamp(min=1e-37)
     return Assigned(box, positive, soft.amax(0))
 
 
