@@ -154,6 +154,10 @@ def test_published_names_of_plainmamba():
         other.load_state_dict(plainmamba.checkpoint_filter_fn({"state_dict": published}, other))
         assert other.blocks[1].mixer.order_all is expected
         assert torch.allclose(other(x), model(x)) is not expected
+        again = build(name)  # the order goes with the weights
+        again.load_state_dict(other.state_dict())
+        assert again.blocks[0].mixer.order_all is expected
+        torch.testing.assert_close(again(x), other(x))
     own = build(name)
     own.load_state_dict(plainmamba.checkpoint_filter_fn(own.state_dict(), own))
     assert own.blocks[0].mixer.order_all  # our own weights keep the default

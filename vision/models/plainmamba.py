@@ -226,7 +226,7 @@ class PlainMamba(TokenModel):
         convs: Convolutions of 3 x 3 inside the stem.
         local_blocks: Numbers of the blocks that end with a depthwise convolution.
         order_all: Take steps and maps in the order of each scan; False leaves them in raster order, as in released
-            code. None is True until published weights are loaded, which were trained with False.
+            code. None is what the weights that are loaded were trained with: False of published ones; first True.
         dynamic_img_size: Take images of any size; positions are resampled.
         device: Where to create the parameters.
         dtype: Their dtype.
@@ -272,8 +272,20 @@ class PlainMamba(TokenModel):
             **options,
         )
         self.order_all = order_all
+        # goes with the weights, which are those of another function without it
+        self.register_buffer("order_all_maps", torch.tensor(order_all is not False, device=device))
         self.patch_embed = ConvPatches(img_size, patch_size, in_chans, embed_dim, convs, dynamic_img_size, **factory)
         init_linear_(self)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}order_all_maps"
+        if self.order_all is not None:
+            state_dict[name] = torch.tensor(self.order_all)
+        elif name in state_dict:
+            for module in self.modules():
+                if isinstance(module, SnakeMixer):
+                    module.order_all = bool(state_dict[name])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def embed(self, x: Tensor) -> Tensor:
         """Patches with positions: (batch, channels, height, width) -> (b, i, j, d)."""
@@ -303,7 +315,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PlainMamba) -> dict[
     """Weights under our names, from ours or the published ones (`backbone.layers.k.mamba.*`, `ln1`), sizes fitted.
 
     The released code adds the bias of the steps twice, so a published bias is doubled here, which gives the same
-    function; and the model reads steps and maps in raster order from then on, unless `order_all` was given.
+    function; and the model that loads them reads steps and maps in raster order, unless `order_all` was given.
     """
     state = {name.removeprefix("backbone."): tensor for name, tensor in unwrapped(state_dict).items()}
     if any(name.startswith("layers.") for name in state):
@@ -312,11 +324,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PlainMamba) -> dict[
             for pattern, replacement in _PUBLISHED:
                 name = re.sub(pattern, replacement, name)
             renamed[name] = 2 * tensor if name.endswith("dt_proj.bias") else tensor
-        state = renamed
-        if model.order_all is None:
-            for module in model.modules():
-                if isinstance(module, SnakeMixer):
-                    module.order_all = False
+        state = {**renamed, "order_all_maps": torch.tensor(False)}
     return fitted(state, model)
 
 
