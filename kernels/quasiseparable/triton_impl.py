@@ -257,13 +257,16 @@ def _forward(
         Sweep(x, B_f, log_decay_f, weight_f, left, 0),
         Sweep(x, B_b, log_decay_b, weight_b, right, DESCENDING),
     )
+    compiled = options(x, n, log_decay_f, seq_idx, chosen)
+    if x.dtype == torch.float32 and compiled["BLOCK_P"] == compiled["BLOCK_N"] == 16:
+        # Of tiles of 16 x 16 in two parts Triton 3.6 reads beyond its shared memory on Hopper.
+        compiled = compiled | {"BLOCK_P": 32}
     with on_device(x):
         borders, finals = run_sweeps(sweeps, seq_idx, sweeping, 1, parts)
         _quasiseparable_fwd_kernel[(programs * blocks,)](
             x, log_decay_f, weight_f, B_f, C_f, log_decay_b, weight_b, B_b, C_b, diag, seq_idx, borders[0], borders[1],
             y, length, nheads, repeats, blocks, block_heads, *strides(x, B_f, C_f, B_b, C_b), SHIFTED=shift,
-            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None,
-            **options(x, n, log_decay_f, seq_idx, chosen),
+            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None, **compiled,
         )  # fmt: skip
     return y, finals
 

@@ -15,24 +15,25 @@ from ..ssd.triton_kernels import _halves, _vector, keep_addresses_in_loops
 
 
 @triton.jit
-def _turn(x, ACC: tl.constexpr):
+def _turn(x):
     """cos and sin of pi x. The part of x beyond quarter turns is taken off exactly, and no branch is needed."""
-    if tl.float64 == ACC:
-        return tl.cos(x * 3.141592653589793), tl.sin(x * 3.141592653589793)
-    shifted = 2.0 * x + 12582912.0  # 3 * 2^22: rounds to whole numbers, which are then the last bits
-    x = x - 0.5 * (shifted - 12582912.0)
-    z = x * x
-    sin = 0.08100174110623341 * z - 0.5992020950473558
-    sin = ((sin * z + 2.550162647773372) * z - 5.167712769181267) * z + 3.1415926535762146
-    sin = sin * x
-    cos = 0.23132925031547685 * z - 1.3350445061804126
-    cos = ((cos * z + 4.058707260753775) * z - 4.9348021625610485) * z + 1.0
-    quarter = shifted.to(tl.int32, bitcast=True)
-    odd = (quarter & 1) != 0
-    turned_cos = tl.where(odd, sin, cos)
-    turned_sin = tl.where(odd, cos, sin)
-    turned_cos = tl.where(((quarter + 1) & 2) != 0, -turned_cos, turned_cos)
-    turned_sin = tl.where((quarter & 2) != 0, -turned_sin, turned_sin)
+    if x.dtype == tl.float64:
+        turned_cos, turned_sin = tl.cos(x * 3.141592653589793), tl.sin(x * 3.141592653589793)
+    else:
+        shifted = 2.0 * x + 12582912.0  # 3 * 2^22: rounds to whole numbers, which are then the last bits
+        x = x - 0.5 * (shifted - 12582912.0)
+        z = x * x
+        sin = 0.08100174110623341 * z - 0.5992020950473558
+        sin = ((sin * z + 2.550162647773372) * z - 5.167712769181267) * z + 3.1415926535762146
+        sin = sin * x
+        cos = 0.23132925031547685 * z - 1.3350445061804126
+        cos = ((cos * z + 4.058707260753775) * z - 4.9348021625610485) * z + 1.0
+        quarter = shifted.to(tl.int32, bitcast=True)
+        odd = (quarter & 1) != 0
+        turned_cos = tl.where(odd, sin, cos)
+        turned_sin = tl.where(odd, cos, sin)
+        turned_cos = tl.where(((quarter + 1) & 2) != 0, -turned_cos, turned_cos)
+        turned_sin = tl.where((quarter & 2) != 0, -turned_sin, turned_sin)
     return turned_cos, turned_sin
 
 
@@ -113,7 +114,7 @@ def _directions(
 ):  # fmt: skip
     """cos and sin of the angles of a chunk, [Q, pairs]; rate [Q, pairs], dt [Q]."""
     start = tl.load(phases_ptr + (of_head * S + pairs) * (chunks + 1) + chunk, mask=pairs < S, other=0.0).to(ACC)
-    return _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :], ACC)
+    return _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :])
 
 
 @triton.jit(do_not_specialize=["length", "nheads"])
@@ -259,7 +260,11 @@ def _unturn_slice(
     if TURNS:
         drate = tl.zeros([Q, BLOCK_N // 2], ACC)
         rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
-        upper = (steps[:, None] <= steps[None, :]).to(ACC if TERMS == 0 else tl.bfloat16)
+        upper = steps[:, None] <= steps[None, :]
+        if TERMS == 0:
+            upper = upper.to(ACC)
+        else:
+            upper = upper.to(tl.bfloat16)
     tile_ok = ok[:, None] & columns_ok[None, :]
     first_head = group * repeats + block * block_heads
     last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
