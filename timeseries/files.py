@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from ..ssmcore.training.checkpoints import owner, sweep
 from .frames import from_long, from_wide, require_columns, to_long, to_wide
 
 SUFFIXES = (".csv", ".parquet", ".nc", ".zarr")
@@ -139,11 +140,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder that takes the place of `path` on success and vanishes on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    sweep(path.parent, path.stem)
+    temporary = path.with_name(f".{path.stem}.{owner()}.tmp{path.suffix}")
     try:
         yield temporary
         if temporary.is_dir() and path.exists():  # a directory cannot be replaced in one step
-            old = path.with_name(f".{path.stem}.{os.getpid()}.old{path.suffix}")
+            old = path.with_name(f".{path.stem}.{owner()}.old{path.suffix}")
             os.replace(path, old)
             os.replace(temporary, path)
             _remove(old)

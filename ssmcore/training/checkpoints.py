@@ -11,7 +11,9 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,7 +55,7 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.{owner()}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -66,6 +68,38 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk names no file by itself
         raise
+
+
+def owner() -> str:
+    """This process, in the names of its temporary files: `sweep` then knows the rests of killed ones."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def sweep(folder: str | os.PathLike, name: str = "") -> None:
+    """Remove temporary files and folders of processes of this machine that have been killed.
+
+    Args:
+        folder: Where to look; not below.
+        name: Part of the names of the files that they were to become; empty takes all.
+    """
+    pattern = re.compile(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)\.")
+    for path in Path(folder).glob(".*"):
+        found = pattern.match(path.name)
+        if found and name in path.name and not _is_alive(int(found[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True
 
 
 def check_writable(folder: str | os.PathLike) -> None:
@@ -128,7 +162,8 @@ def save_model_folder(
         **(files or {}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    sweep(path.parent, path.name)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.{owner()}.", dir=path.parent))
     old = temporary.with_name(temporary.name + ".old")
     try:
         for name, content in contents.items():
