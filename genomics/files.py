@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from ..ssmcore.training.checkpoints import owner, sweep
+
 BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
 
@@ -68,7 +70,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder that takes the place of `path` on success and vanishes on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    sweep(path.parent, path.name)
+    temporary = path.with_name(f".tmp.{owner()}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
