@@ -44,7 +44,7 @@ def score(
     overwrite_info: bool = False,
     device: str = "auto",
     dtype: Dtype = "float32",
-    batch_tokens: int = 65_536,
+    batch_tokens: int | None = None,
     restrict: Literal["acgt"] | None = None,
     workers: int = 0,
     progress: bool | None = None,
@@ -85,7 +85,7 @@ def score(
         overwrite_info: Replace such fields of an earlier run.
         device: auto, cpu or such as cuda:0.
         dtype: Of the weights.
-        batch_tokens: Positions of a batch at most.
+        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 262,144 on a GPU where none are given.
         restrict: "acgt" renormalises probabilities over the four bases.
         workers: Threads that read the genome for the next blocks while the model works.
         progress: Show count, rate and time left; by default on a terminal.
@@ -238,7 +238,7 @@ def scan(
     skip_n: bool = True,
     device: str = "auto",
     dtype: Dtype = "float32",
-    batch_tokens: int = 65_536,
+    batch_tokens: int | None = None,
     progress: bool | None = None,
 ) -> int:
     """Score all single-base changes of a region (in-silico mutagenesis).
@@ -254,7 +254,7 @@ def scan(
         skip_n: Leave out positions that are N.
         device: auto, cpu or such as cuda:0.
         dtype: Of the weights.
-        batch_tokens: Positions of a batch at most.
+        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 262,144 on a GPU where none are given.
         progress: Show count, rate and time left.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,9 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ..ssmcore.mixers.common import padding_behind
 from .sequence import Vocabulary, encode, vocabulary
+from .sums import Arriving, Floats, RangeSum, RunningSums
 
-Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
+Ranges = Sequence[Sequence[tuple[int, int]]]
+
+BATCH_TOKENS = 65_536
+BATCH_TOKENS_ON_GPU = 262_144  # enough work for each of the many kernels of a pass
 WHOLE = 65_536  # longest sequence that a model with states reads at once
 PIECE = 16_384  # positions of a piece of a longer one: memory peaks near a piece, however long the sequence
 
@@ -58,7 +64,8 @@ class Scorer:
         device: Where it runs; None leaves it where it is.
         dtype: Type of its weights; None leaves it.
         restrict: "acgt" renormalises the probabilities over the four bases; None uses all ids.
-        batch_tokens: Most positions of a batch, padding included; a longer sequence makes a batch of its own.
+        batch_tokens: Most positions of a batch, padding included; a longer sequence makes a batch of its own. None:
+            65,536 on a CPU, 262,144 on a GPU.
         name: What output headers call it; the model's own name where it is empty.
         share_prefix: Read what several sequences begin with once, where the model has `prefill`.
 
@@ -66,7 +73,7 @@ class Scorer:
         ValueError: for an unknown vocabulary or restriction.
 
     Attributes:
-        continues: Whether the model goes on from a state, so that `log_probs_after` can be used.
+        continues: Whether the model goes on from a state, so that `sums_after` can be used.
     """
 
     def __init__(
@@ -76,7 +83,7 @@ class Scorer:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         restrict: str | None = None,
-        batch_tokens: int = 65_536,
+        batch_tokens: int | None = None,
         name: str = "",
         share_prefix: bool = True,
     ) -> None:
@@ -95,13 +102,17 @@ class Scorer:
         self.strands = str(getattr(model, "strands", "one"))
         self.max_length: int | None = getattr(model, "max_length", None)
         self.bos = bool(getattr(model, "bos", True)) and self.is_causal
-        self.restrict, self.batch_tokens = restrict, batch_tokens
+        default = BATCH_TOKENS if self.device.type == "cpu" else BATCH_TOKENS_ON_GPU
+        self.restrict, self.batch_tokens = restrict, default if batch_tokens is None else batch_tokens
         self.name = name or str(getattr(model, "name", type(model).__name__))
         parameters = inspect.signature(model.forward).parameters
         self._takes_mask = "mask" in parameters
         self._own = isinstance(model, LogProbModel)
         self._states = self.is_causal and hasattr(model, "prefill") and not (self._own and not restrict)
         self.continues = self._states and self.bos and share_prefix
+        prefill = inspect.signature(model.prefill).parameters if self._states else {}  # type: ignore[arg-type]
+        self._last: dict[str, Any] = {"with_state": False} if "with_state" in prefill else {}
+        self._bases = torch.as_tensor(self.vocabulary.bases, device=self.device)
 
     def digest(self) -> str:
         """SHA-256 of names and values of all weights."""
@@ -127,14 +138,30 @@ class Scorer:
 
     def tokens(self, sequences: Sequence[bytes], *, bos: bool = False) -> tuple[Tensor, Tensor]:
         """Ids (b, l) int64 and mask (b, l) bool of sequences, padded on the right, on the model's device."""
-        length = max(len(sequence) for sequence in sequences) + bos
-        ids = np.full((len(sequences), length), self.vocabulary.pad, np.int64)
-        mask = np.zeros((len(sequences), length), bool)
-        for row, sequence in enumerate(sequences):
-            ids[row, :bos] = self.vocabulary.bos
-            ids[row, bos : bos + len(sequence)] = encode(sequence, self.vocabulary)
-            mask[row, : bos + len(sequence)] = True
-        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
+        ids, counts = self._encode(sequences, bos=bos)
+        return self._put(ids).long(), self._mask(counts, ids.shape[1])
+
+    def _encode(self, sequences: Sequence[bytes], *, bos: bool = False) -> tuple[npt.NDArray[np.uint8], Counts]:
+        """Ids (b, l), padded on the right, and how many of each row are none, (b,)."""
+        counts = np.array([len(sequence) for sequence in sequences], np.int64)
+        width = int(counts.max())
+        ids = np.empty((len(sequences), width + bos), np.uint8)
+        ids[:, :bos] = self.vocabulary.bos
+        text = b"".join(sequence.ljust(width) for sequence in sequences)
+        ids[:, bos:] = encode(text, self.vocabulary).reshape(len(sequences), width)
+        if counts.min() < width:
+            ids[:, bos:][np.arange(width) >= counts[:, None]] = self.vocabulary.pad
+        return ids, counts + bos
+
+    def _put(self, values: npt.NDArray[Any]) -> Tensor:
+        """An array on the model's device, without a wait for what that still has to do."""
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _mask(self, counts: Counts, width: int) -> Tensor:
+        return padding_behind(self._put(counts), width)
 
     def logits(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """(b, l, V) log-probabilities in float32 that the model gives at each position."""
@@ -143,13 +170,11 @@ class Scorer:
         return self._log_softmax(out[0] if isinstance(out, tuple) else out)
 
     def _log_softmax(self, logits: Tensor) -> Tensor:
-        out = logits.float()
         if self.restrict:
-            bases = torch.as_tensor(self.vocabulary.bases, device=out.device)
-            kept = torch.full_like(out, float("-inf"))
-            kept[..., bases] = out[..., bases]
-            out = kept
-        return out.log_softmax(dim=-1)
+            kept = torch.full_like(logits, float("-inf"), dtype=torch.float32)
+            kept[..., self._bases] = logits[..., self._bases].float()
+            logits = kept
+        return logits.log_softmax(dim=-1, dtype=torch.float32)
 
     @torch.inference_mode()
     def log_probs(self, sequences: Sequence[bytes]) -> list[Floats]:
@@ -165,85 +190,124 @@ class Scorer:
         Raises:
             ValueError: if the model is not causal.
         """
-        if not self.is_causal:
-            raise ValueError(f"{self.name} is a masked model, which gives no likelihood of a sequence")
-        skip = 0
-        if self._own and not self.restrict:
-            tokens, mask = self.tokens(sequences)
-            found = self.model.log_prob(tokens, mask)  # type: ignore[operator]
-        else:
-            tokens, mask = self.tokens(sequences, bos=self.bos)
-            if self._states and tokens.shape[1] > WHOLE:
-                found, _, _ = self._read(tokens, mask)
-            else:
-                found = self.logits(tokens[:, :-1], mask[:, :-1]).gather(-1, tokens[:, 1:, None])[..., 0]
-            skip = 0 if self.bos else 1
+        found, ids = self._whole(sequences)
         values = found.double().cpu().numpy()
+        scored = self.vocabulary.is_base[ids]
         result = []
         for row, sequence in enumerate(sequences):
             scores = np.full(len(sequence), np.nan)
+            skip = ids.shape[1] - values.shape[1]
             scores[skip:] = values[row, : len(sequence) - skip]
-            result.append(self._of_bases(sequence, scores))
+            scores[~scored[row, : len(sequence)]] = np.nan
+            result.append(scores)
         return result
 
     @torch.inference_mode()
-    def log_probs_after(self, prefixes: Sequence[bytes], rests: Sequence[tuple[int, bytes]]) -> list[Floats]:
-        """Like `log_probs` of sequences that begin alike: each prefix is read once, and its rests go on from there.
+    def sums(self, sequences: Sequence[bytes], ranges: Ranges) -> Callable[[], list[list[RangeSum]]]:
+        """Begin to sum the log-probabilities that `log_probs` gives over ranges of bases.
+
+        Args:
+            sequences: Upper-case bases; one batch.
+            ranges: For each sequence pairs (start, end) of positions.
+
+        Returns:
+            What waits for the device and gives the sums of each sequence. Between the two calls another batch can be
+            begun, so that the device always has work.
+
+        Raises:
+            ValueError: if the model is not causal.
+        """
+        found, ids = self._whole(sequences)
+        coming = Arriving(found)
+
+        def finish() -> list[list[RangeSum]]:
+            running = RunningSums(coming.numpy(), self.vocabulary.is_base[ids])
+            return [[running.between(row, *span) for span in spans] for row, spans in enumerate(ranges)]
+
+        return finish
+
+    @torch.inference_mode()
+    def sums_after(
+        self, prefixes: Sequence[bytes], rests: Sequence[tuple[int, bytes]], ranges: Ranges
+    ) -> Callable[[], list[list[RangeSum]]]:
+        """Like `sums` of sequences that begin alike: each prefix is read once, and its rests go on from there.
 
         Args:
             prefixes: Upper-case bases; may be empty.
             rests: Number of the prefix, and the bases after it, at least one.
-
-        Returns:
-            For each rest (l,) float64 in nats, of prefix and rest together; NaN where nothing is scored.
+            ranges: For each rest pairs (start, end) of positions, counted from the prefix's first base.
         """
-        tokens, mask = self.tokens(prefixes, bos=True)
-        before, after, state = self._read(tokens, mask)
-        parents = torch.tensor([parent for parent, _ in rests], device=self.device)
-        tokens, mask = self.tokens([rest for _, rest in rests])
-        found = after[parents].gather(-1, tokens[:, :1])
+        first, counts = self._encode(prefixes, bos=True)
+        before, after, state = self._read(self._put(first).long(), counts)
+        parents = np.array([parent for parent, _ in rests])
+        second, length = self._encode([rest for _, rest in rests])
+        index, tokens = self._put(parents), self._put(second).long()
+        found = after[index].gather(-1, tokens[:, :1])
         if tokens.shape[1] > 1:
             # A rest's last base is a target alone: what comes after it is not asked.
-            following, _, _ = self._read(tokens, torch.nn.functional.pad(mask[:, 1:], (0, 1)), state.select(parents))
+            following, _, _ = self._read(tokens, length - 1, state.select(index), with_state=False)
             found = torch.cat([found, following], dim=1)
-        first, second = before.double().cpu().numpy(), found.double().cpu().numpy()
-        result = []
-        for row, (parent, rest) in enumerate(rests):
-            sequence = prefixes[parent] + rest
-            scores = np.concatenate([first[parent, : len(prefixes[parent])], second[row, : len(rest)]])
-            result.append(self._of_bases(sequence, scores))
-        return result
+        coming = Arriving(before), Arriving(found)
 
-    def _read(self, tokens: Tensor, mask: Tensor, state: Any = None) -> tuple[Tensor, Tensor, Any]:
-        """Go on from a state over tokens (b, l), in pieces.
+        def finish() -> list[list[RangeSum]]:
+            is_base = self.vocabulary.is_base
+            shared = RunningSums(coming[0].numpy(), is_base[first[:, 1:]])
+            own = RunningSums(coming[1].numpy(), is_base[second])
+            result: list[list[RangeSum]] = []
+            for row, (parent, spans) in enumerate(zip(parents, ranges)):
+                here = int(counts[parent]) - 1
+                result.append([])
+                for start, end in spans:
+                    early = shared.between(parent, min(start, here), min(end, here))
+                    late = own.between(row, max(start - here, 0), max(end - here, 0))
+                    result[-1].append(RangeSum(early.nats + late.nats, early.scored + late.scored))
+            return result
+
+        return finish
+
+    def _whole(self, sequences: Sequence[bytes]) -> tuple[Tensor, npt.NDArray[np.uint8]]:
+        """Log-probabilities (b, k) of the last k bases of each row, given those before, and the ids (b, l) of all."""
+        if not self.is_causal:
+            raise ValueError(f"{self.name} is a masked model, which gives no likelihood of a sequence")
+        own = self._own and not self.restrict
+        ids, counts = self._encode(sequences, bos=self.bos and not own)
+        tokens = self._put(ids).long()
+        if own:
+            return self.model.log_prob(tokens, self._mask(counts, ids.shape[1])), ids  # type: ignore[operator]
+        if self._states and ids.shape[1] > WHOLE:
+            found, _, _ = self._read(tokens, counts, with_state=False)
+        else:
+            mask = self._mask(np.minimum(counts, ids.shape[1] - 1), ids.shape[1] - 1)
+            found = self.logits(tokens[:, :-1], mask).gather(-1, tokens[:, 1:, None])[..., 0]
+        return found, ids[:, 1:] if self.bos else ids
+
+    def _read(
+        self, tokens: Tensor, counts: Counts, state: Any = None, *, with_state: bool = True
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Go on from a state over the first `counts` (b,) of tokens (b, l), in pieces.
 
         Returns:
-            (b, l - 1) log-probability of each token but the first, (b, V) log-probabilities after the last real token,
-            and the state there. The last column is read where the mask has it.
+            (b, l - 1) log-probability of each token but the first, (b, V) log-probabilities after the last counted
+            token, and the state there. The last column is read where it is counted.
         """
         found: list[Tensor] = []
         after: Tensor | None = None
-        for start in range(0, tokens.shape[1], PIECE):
-            piece, real = tokens[:, start : start + PIECE], mask[:, start : start + PIECE]
-            counts = real.sum(1)
-            width = int(counts.max())
-            if not width:
-                break
-            whole = bool((counts == width).all())
-            logits, state = self.model.prefill(  # type: ignore[operator]
-                piece[:, :width], state, mask=None if whole else real[:, :width]
-            )
+        total = int(counts.max(initial=0))
+        for start in range(0, total, PIECE):
+            width = min(PIECE, total - start)
+            own = np.clip(counts - start, 0, width)
+            mask = None if (own == width).all() else self._mask(own, width)
+            options = self._last if not with_state and start + width == total else {}
+            piece = tokens[:, start : start + width]
+            logits, state = self.model.prefill(piece, state, mask=mask, **options)  # type: ignore[operator]
             log_p = self._log_softmax(logits)
             asked = tokens[:, start + 1 : start + width + 1, None]
             found.append(log_p[:, : asked.shape[1]].gather(-1, asked)[..., 0])
-            last = log_p[torch.arange(len(piece), device=piece.device), (counts - 1).clamp(min=0)]
-            after = last if after is None else torch.where(counts[:, None] > 0, last, after)
+            place = self._put(np.maximum(own - 1, 0))[:, None, None].expand(-1, 1, log_p.shape[-1])
+            last = log_p.gather(1, place)[:, 0]
+            after = last if after is None else torch.where(self._put(own > 0)[:, None], last, after)
         empty = torch.zeros(len(tokens), 0, device=tokens.device)
         return torch.cat([empty, *found], dim=1), empty if after is None else after, state
-
-    def _of_bases(self, sequence: bytes, scores: Floats) -> Floats:
-        scores[~self.vocabulary.is_base[encode(sequence, self.vocabulary)]] = np.nan
-        return scores
 
     @torch.inference_mode()
     def masked_log_probs(self, sequences: Sequence[bytes], places: Sequence[Sequence[int]]) -> list[Floats]:
@@ -259,7 +323,7 @@ class Scorer:
         tokens, mask = self.tokens(sequences)
         for row, where in enumerate(places):
             tokens[row, torch.as_tensor(where, device=tokens.device)] = self.vocabulary.mask
-        logits = self.logits(tokens, mask)[..., torch.as_tensor(self.vocabulary.bases, device=tokens.device)]
+        logits = self.logits(tokens, mask)[..., self._bases]
         return [logits[row, list(where)].double().cpu().numpy() for row, where in enumerate(places)]
 
     @torch.inference_mode()

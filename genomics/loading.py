@@ -58,7 +58,7 @@ def load_scorer(
     device: str = "auto",
     dtype: Dtype = "float32",
     restrict: Literal["acgt"] | None = None,
-    batch_tokens: int = 65_536,
+    batch_tokens: int | None = None,
 ) -> Scorer:
     """A model ready to score.
 
@@ -67,7 +67,7 @@ def load_scorer(
         device: "auto" takes the first GPU if there is one; else such as "cpu" or "cuda:1".
         dtype: "float32" or "bfloat16".
         restrict: "acgt" renormalises over the four bases.
-        batch_tokens: Most positions of a batch.
+        batch_tokens: Most positions of a batch; None: 65,536 on a CPU, 262,144 on a GPU.
 
     Raises:
         ValueError: for a device that is not there.

@@ -95,7 +95,7 @@ def score_variants(
     prefix: str = "SSM",
     overwrite_info: bool = False,
     device: str = "auto",
-    batch_tokens: int = 65_536,
+    batch_tokens: int | None = None,
     workers: int = 0,
     progress: bool | None = False,
     **fields: Any,
@@ -119,7 +119,7 @@ def score_variants(
         prefix: Begin of the INFO fields of a VCF.
         overwrite_info: Replace such fields of an earlier run.
         device: "auto", "cpu" or such as "cuda:0".
-        batch_tokens: Most positions of a batch.
+        batch_tokens: Most positions of a batch; None: 65,536 on a CPU, 262,144 on a GPU.
         workers: Threads that check records and cut windows of the next blocks while the model works on one; the result
             does not depend on them.
         progress: Show count, rate and time left on stderr; None does so on a terminal.

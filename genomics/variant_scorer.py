@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from .likelihood import Scorer
 from .reference import Reference
 from .sequence import is_acgt
 from .status import SCORED, Checked, Policy, check
+from .sums import RangeSum
 from .variants import Record
 
 log = logging.getLogger(__name__)
@@ -104,23 +106,22 @@ class _Job:
     sequence: bytes
     shared: int = 0  # bases at the beginning that its partner has too
     ranges: list[tuple[int, int]] = field(default_factory=list)
-    sums: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
+    sums: dict[tuple[int, int], RangeSum] = field(default_factory=dict)
     masked: dict[tuple[int, ...], npt.NDArray[np.float64]] = field(default_factory=dict)
     means: dict[tuple[int, int], npt.NDArray[np.float64]] = field(default_factory=dict)
     stages: list[npt.NDArray[np.bool_]] | None = None
     error: str = ""
     known: bool = False
 
-    def add(self, values: npt.NDArray[np.float64]) -> None:
-        """Take the wanted sums of the log-probabilities of the bases."""
-        scored = ~np.isnan(values)
-        total = np.concatenate([[0.0], np.cumsum(np.where(scored, values, 0.0))])
-        count = np.concatenate([[0], np.cumsum(scored)])
-        if not np.isfinite(total[-1]):
+    def add(self, found: Sequence[RangeSum]) -> None:
+        """Take the wanted sums."""
+        if not all(np.isfinite(one.nats) for one in found):
             raise ValueError("the model gave a log-probability that is not finite")
-        for a, b in self.ranges:
-            self.sums[a, b] = (float(total[b] - total[a]), int(count[b] - count[a]))
+        self.sums = dict(zip(self.ranges, found))
         self.known = True
+
+
+Begun = Callable[[], list[list[RangeSum]]]
 
 
 @dataclass
@@ -257,29 +258,69 @@ class VariantScorer:
         return (max(0, h.site - k), min(length, end + k)) if k else (0, length)
 
     def _run(self, jobs: list[_Job]) -> None:
-        if self.wants_likelihood and self.scorer.continues:
-            for families in self._families(jobs):
-                try:
-                    self._follow(families)
-                except Exception as error:
+        if self.wants_likelihood:
+            if self.scorer.continues:
+                for _, error in self._sum(self._begin_families(jobs)):
                     log.warning(
                         "sequences that begin alike failed together and are read whole, which is slower: %s", error
                     )
-            if not (self.wants_masked or self.wants_embedding or self.wants_boundaries):
-                jobs = [job for job in jobs if not job.known]
-        for batch in self.scorer.batches([job.sequence for job in jobs]):
-            chosen = [jobs[k] for k in batch]
+            unknown = [job for job in jobs if not job.known]
+            groups = [[unknown[k] for k in batch] for batch in self.scorer.batches([job.sequence for job in unknown])]
+            while groups:
+                failed = list(self._sum((group, self._begin(group)) for group in groups))
+                groups = [part for group, error in failed for part in self._halves(group, error)]
+        if self.wants_masked or self.wants_embedding or self.wants_boundaries:
+            jobs = [job for job in jobs if not job.error]
+            for batch in self.scorer.batches([job.sequence for job in jobs]):
+                self._read([jobs[k] for k in batch])
+
+    def _read(self, jobs: list[_Job]) -> None:
+        """What is no likelihood."""
+        try:
+            self._evaluate(jobs)
+        except Exception as error:
+            for part in self._halves(jobs, error):
+                self._read(part)
+
+    def _halves(self, jobs: list[_Job], error: Exception) -> list[list[_Job]]:
+        """What to try where a batch failed: one bad sequence must not cost the batch, nor a batch the run."""
+        if len(jobs) == 1:
+            jobs[0].error = f"{type(error).__name__}: {error}"
+            return []
+        log.warning("a batch of %d failed, its halves are tried, which is slower: %s", len(jobs), error)
+        return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
+
+    def _sum(self, batches: Iterable[tuple[list[_Job], Callable[[], Begun]]]) -> Iterator[tuple[list[_Job], Exception]]:
+        """Sums of batches, each taken up after the next one has been begun; yields the batches that fail."""
+        waiting: list[tuple[list[_Job], Begun]] = []
+        for jobs, begin in batches:
             try:
-                self._evaluate(chosen)
-            except Exception as error:  # one bad sequence must not cost the batch, nor a batch the run
-                log.warning(
-                    "a batch of %d failed, its sequences are read one by one, which is slower: %s", len(chosen), error
-                )
-                for job in chosen:
-                    try:
-                        self._evaluate([job])
-                    except Exception as alone:
-                        job.error = f"{type(alone).__name__}: {alone}"
+                waiting.append((jobs, begin()))
+            except Exception as error:
+                yield jobs, error
+            if len(waiting) > 1:
+                yield from self._take(*waiting.pop(0))
+        for jobs, finish in waiting:
+            yield from self._take(jobs, finish)
+
+    def _take(self, jobs: list[_Job], finish: Begun) -> Iterator[tuple[list[_Job], Exception]]:
+        try:
+            for job, found in zip(jobs, finish()):
+                job.add(found)
+        except Exception as error:
+            yield [job for job in jobs if not job.known], error
+
+    def _begin(self, jobs: list[_Job]) -> Callable[[], Begun]:
+        return partial(self.scorer.sums, [job.sequence for job in jobs], [job.ranges for job in jobs])
+
+    def _begin_families(self, jobs: list[_Job]) -> Iterator[tuple[list[_Job], Callable[[], Begun]]]:
+        for families in self._families(jobs):
+            prefixes = [family[0].sequence[: family[0].shared] for family in families]
+            parents = [k for k, family in enumerate(families) for _ in family]
+            members = [job for family in families for job in family]
+            rests = [(k, job.sequence[job.shared :]) for k, job in zip(parents, members)]
+            ranges = [job.ranges for job in members]
+            yield members, partial(self.scorer.sums_after, prefixes, rests, ranges)
 
     def _families(self, jobs: list[_Job]) -> Iterator[list[list[_Job]]]:
         """Batches of groups of sequences that begin alike; both what they share and what they do not fits a batch."""
@@ -301,18 +342,8 @@ class VariantScorer:
         if batch:
             yield batch
 
-    def _follow(self, families: list[list[_Job]]) -> None:
-        prefixes = [family[0].sequence[: family[0].shared] for family in families]
-        members = [(k, job) for k, family in enumerate(families) for job in family]
-        found = self.scorer.log_probs_after(prefixes, [(k, job.sequence[job.shared :]) for k, job in members])
-        for (_, job), values in zip(members, found):
-            job.add(values)
-
     def _evaluate(self, jobs: list[_Job]) -> None:
         sequences = [job.sequence for job in jobs]
-        if self.wants_likelihood and not all(job.known for job in jobs):
-            for job, values in zip(jobs, self.scorer.log_probs(sequences)):
-                job.add(values)
         if self.wants_masked:
             for places in sorted({places for job in jobs for places in job.masked}):
                 group = [job for job in jobs if places in job.masked]
