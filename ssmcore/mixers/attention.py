@@ -431,8 +431,8 @@ class Attention(nn.Module):
         valid = valid[:, None, None].expand(-1, -1, place.shape[1], -1)
         if left is None:
             return valid
-        now = state.length[:, None] + place
-        return valid & (now[:, None, :, None] - held[:, None, None, :] <= left)
+        oldest = state.length[:, None] + place - left
+        return valid & (held[:, None, None, :] >= oldest[:, None, :, None])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:
         """Outputs of all heads, (b, l, h p)."""

@@ -216,7 +216,7 @@ class Layout:
         """Zeros where `x` (b, l, ...) is padding."""
         if self.mask is None:
             return x
-        return torch.where(self.mask.unflatten(1, (-1, *[1] * (x.dim() - 2))), x, torch.zeros_like(x))
+        return torch.where(self.mask.unflatten(1, (-1, *[1] * (x.dim() - 2))), x, x.new_zeros(()))
 
     def restart(self, state: Tensor, initial: Tensor | None = None) -> Tensor:
         """The state (b, ...) that the rows begin with: the one given, or the initial one (zeros if None)."""
