@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 16_384
+BLOCK = 65_536
 IGNORE = -100
 
 
@@ -46,7 +46,7 @@ def blocked_cross_entropy(
 
     Args:
         hidden: What the head reads, (b, l, d).
-        head: Maps (n, d) to logits (n, V).
+        head: Maps (n, d) to logits (n, V), without chance.
         targets: Ids, (b, l) int64.
         block: Positions at a time.
     """
@@ -57,7 +57,8 @@ def blocked_cross_entropy(
     flat, wanted = hidden.flatten(0, 1), targets.flatten()
     if len(wanted) <= block:
         return one(flat, wanted).view_as(targets)
-    losses = [checkpoint(one, *pair, use_reentrant=False) for pair in zip(flat.split(block), wanted.split(block))]
+    pairs = zip(flat.split(block), wanted.split(block))
+    losses = [checkpoint(one, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs]
     return torch.cat(losses).view_as(targets)
 
 

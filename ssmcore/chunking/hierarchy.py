@@ -372,7 +372,9 @@ class Hierarchy(nn.Module):
         with torch.autocast(encoded.device.type, enabled=False):
             proj = self.residual_proj
             residual = F.linear(encoded.to(u.dtype), proj.weight.to(u.dtype), proj.bias.to(u.dtype))
-        return (straight_through(boundaries.confidence)[..., None] * u + residual).to(encoded.dtype)
+        if torch.is_grad_enabled() and boundaries.confidence.requires_grad:
+            u = straight_through(boundaries.confidence)[..., None] * u
+        return (u + residual).to(encoded.dtype)  # without a gradient the factor is 1
 
 
 def _ema_step(z: Tensor, smooth: Tensor, boundaries: Boundaries) -> Tensor:

@@ -70,7 +70,14 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Boundaries:
         """Boundaries of whole sequences (b, l, d); `mask` and `seq_idx` as for mixers."""
-        return self.prefill(x, mask=mask, seq_idx=seq_idx)[0]
+        if not x.shape[1]:
+            return self.prefill(x, mask=mask, seq_idx=seq_idx)[0]
+        prob = F.pad(self._prob(x[:, :-1], x[:, 1:]), (1, 0), value=1.0)
+        begins = None if mask is None else F.pad(mask[:, 1:] & ~mask[:, :-1], (1, 0))
+        if seq_idx is not None:
+            changes = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+            begins = changes if begins is None else begins | changes
+        return _decide(prob if begins is None else torch.where(begins, 1.0, prob), mask)
 
     def prefill(
         self,

@@ -519,7 +519,7 @@ def test_gradient_is_that_of_the_join_with_free_confidence(monkeypatch):
     (dx,) = torch.autograd.grad((net(x)[0] * weights).sum(), x)
 
     monkeypatch.setattr(module, "straight_through", lambda c: kept.append(c.detach()) or straight_through(c))
-    with torch.no_grad():
+    with torch.enable_grad():  # without gradients the factor is left out
         _, found = net(x)
         values = []
         for h in (1e-6, -1e-6):
