@@ -89,11 +89,8 @@ def plot(
     Example:
       omnissm graphs plot --synthetic listops --model dag_ssm_tiny --out influence.png
     """
-    from dataclasses import replace
-
     from . import plots
-    from .encoders import random_walk_pe
-    from .order import orient
+    from .prepare import prepare
 
     if Path(out).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"got the name {out!r}, expected one ending in .png, .pdf, .svg.")
@@ -108,10 +105,11 @@ def plot(
         trained = load(checkpoint)
         net, prepared, model = trained.net, trained.data, trained.name
     orientation = orientation or prepared.get("orientation")
-    if prepared.get("pe_steps"):
-        chosen = replace(chosen, pe=random_walk_pe(chosen.edge_index, chosen.num_nodes, prepared["pe_steps"]))
-    if orientation and not chosen.is_directed:
-        chosen = orient(chosen, orientation, seed=prepared.get("seed", 0))
+    chosen = prepare(
+        chosen,
+        orientation=None if chosen.is_directed else orientation,
+        **{name: prepared[name] for name in ("pe_steps", "depth_steps", "seed") if name in prepared},
+    )
     source = str(synthetic or (data.name if data else ""))
     depth = int(plots.node_levels(chosen).max()) + 1 if chosen.num_nodes else 0
     columns = f"{depth} level{'s' * (depth != 1)}" if plots.acyclic(chosen) else "by distance from the first"

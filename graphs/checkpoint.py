@@ -21,7 +21,7 @@ class Trained:
     Attributes:
         name: The model's name.
         net: The network, in evaluation mode.
-        data: How the data module prepared the graphs: "schema", "orientation", "pe_steps", "seed".
+        data: How the data module prepared the graphs: "schema", and the arguments of `prepare`.
     """
 
     name: str

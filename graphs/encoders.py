@@ -1,4 +1,4 @@
-"""From features to vectors: categories by sums of embeddings, values by a linear map, and random-walk positions."""
+"""From features to vectors: categories by sums of embeddings, values by a linear map; positions by walks and depth."""
 
 from __future__ import annotations
 
@@ -81,6 +81,34 @@ def random_walk_pe(edge_index: Tensor, num_nodes: int, steps: int = 16) -> Tenso
         found.append(power.diagonal().clone())
         power = matrix @ power
     return torch.stack(found, dim=1) if found else torch.zeros(num_nodes, 0)
+
+
+def depth_pe(edge_index: Tensor, num_nodes: int, steps: int) -> Tensor:
+    """Depth of each node of a DAG, the longest path that ends there, as one of `steps` columns, (v, steps) float32.
+
+    Args:
+        edge_index: Source and target of each edge, (2, e).
+        num_nodes: Nodes v.
+        steps: Columns; deeper nodes are in the last one.
+
+    Raises:
+        ValueError: if the graph has a cycle.
+
+    Source: Luo, Thost & Shi (2023), section 3.2, with one column per depth.
+    """
+    source, target = edge_index
+    depth = torch.zeros(num_nodes, dtype=torch.int64)
+    for _ in range(num_nodes):
+        before = depth
+        depth = before.scatter_reduce(0, target, before[source] + 1, "amax")
+        if torch.equal(depth, before):
+            return torch.nn.functional.one_hot(depth.clamp(max=steps - 1), steps).float()
+    if num_nodes:
+        raise ValueError(
+            f"depth_steps={steps} needs graphs without cycles, and one of {num_nodes} nodes has a cycle; choose an"
+            " orientation, or depth_steps=0."
+        )
+    return torch.zeros(0, steps)
 
 
 def feature_schema(graphs: Sequence[Graph]) -> dict[str, Any]:

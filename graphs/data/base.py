@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...ssmcore.training import SSMData
 from ..batch import Graph, GraphBatch, collate
-from ..encoders import feature_schema, random_walk_pe
-from ..order import Orientation, orient
+from ..encoders import feature_schema
+from ..order import Orientation
+from ..prepare import prepare
 
 Level = Literal["graph", "node", "link"]
 Target = Literal["classes", "binary", "values"]
@@ -43,6 +44,7 @@ class GraphData(SSMData):
         orientation: Turn undirected graphs into DAGs by an order of their nodes: "input", "bfs", "degree" or "random";
             None: leave them.
         pe_steps: Length of the longest random walk of the positional features; 0: none.
+        depth_steps: Columns of positional features that tell the depth of a node of a DAG; 0: none.
         max_nodes: Leave out larger graphs.
         topology: Work out orders and sorted edges with each batch, as state-space layers need.
         clusters: Work out the clusters of nodes once for every graph, as models over hierarchical sequences need.
@@ -61,21 +63,25 @@ class GraphData(SSMData):
         num_workers: int = 0,
         orientation: Orientation | None = None,
         pe_steps: int = 0,
+        depth_steps: int = 0,
         max_nodes: int | None = None,
         topology: bool = True,
         clusters: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or pe_steps < 0 or (max_nodes is not None and max_nodes < 1):
+        if batch_size < 1 or min(pe_steps, depth_steps) < 0 or (max_nodes is not None and max_nodes < 1):
             raise ValueError(
-                f"batch_size and max_nodes must be positive and pe_steps not negative, got {batch_size}, {max_nodes},"
-                f" {pe_steps}."
+                "batch_size and max_nodes must be positive, pe_steps and depth_steps not negative, got"
+                f" {batch_size}, {max_nodes}, {pe_steps}, {depth_steps}."
             )
         if orientation is not None and orientation not in get_args(Orientation):
             raise ValueError(f"orientation must be one of {', '.join(get_args(Orientation))}, got {orientation!r}.")
         self.batch_size, self.num_workers, self.topology, self.clusters = batch_size, num_workers, topology, clusters
-        self.orientation, self.pe_steps, self.max_nodes, self.seed = orientation, pe_steps, max_nodes, seed
+        self.preparation: dict[str, Any] = {
+            "orientation": orientation, "pe_steps": pe_steps, "depth_steps": depth_steps, "seed": seed
+        }  # fmt: skip
+        self.max_nodes, self.seed = max_nodes, seed
         self._parts: dict[str, list[Graph]] = {}
         self._schema: dict[str, Any] = {}
 
@@ -99,9 +105,7 @@ class GraphData(SSMData):
     def _prepared(self, graph: Graph) -> Graph:
         if self.max_nodes is not None and graph.num_nodes > self.max_nodes:
             return graph  # left out afterwards
-        if self.pe_steps:
-            graph = replace(graph, pe=random_walk_pe(graph.edge_index, graph.num_nodes, self.pe_steps))
-        graph = orient(graph, self.orientation, seed=self.seed) if self.orientation else graph
+        graph = prepare(graph, **self.preparation)
         return (
             replace(graph, clusters=collate([graph], topology=False).with_clusters().clusters)
             if self.clusters
@@ -148,7 +152,7 @@ class GraphData(SSMData):
 
     def state(self) -> dict[str, Any]:
         """What a saved model must know of its data."""
-        return {"schema": self.schema, "orientation": self.orientation, "pe_steps": self.pe_steps, "seed": self.seed}
+        return {"schema": self.schema, **self.preparation}
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
         """Training graphs in a seeded random order."""

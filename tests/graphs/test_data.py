@@ -136,12 +136,12 @@ def test_packed_round_trip(tmp_path):
         assert not other.is_directed
         assert {*zip(*one.edge_index.tolist())} == {*zip(*other.edge_index.tolist())}
         torch.testing.assert_close(one.y, other.y, equal_nan=True)
-    data = Packed(str(path), target="binary", orientation="bfs", pe_steps=3, batch_size=2)
-    assert data.schema["pe"] == 3
+    data = Packed(str(path), target="binary", orientation="bfs", pe_steps=3, depth_steps=2, batch_size=2)
+    assert data.schema["pe"] == 5
     batch = next(iter(data.train_dataloader()))
     assert batch.is_directed
     assert batch.topology.acyclic
-    assert batch.pe.shape == (12, 3)
+    assert batch.pe.shape == (12, 5)
     with pytest.raises(ValueError, match="no graph is left in train"):
         Packed(str(path), max_nodes=2).setup()
 

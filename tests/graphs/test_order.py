@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from omnissm.graphs import Graph, orient, random_walk_pe, rank_nodes
+from omnissm.graphs import Graph, depth_pe, orient, prepare, random_walk_pe, rank_nodes
 from omnissm.kernels import dag_order
 
 WAYS = ["input", "bfs", "degree", "random"]
@@ -79,3 +79,20 @@ def test_random_walks_return():
     edge = torch.tensor([[0, 1], [1, 0]])
     torch.testing.assert_close(random_walk_pe(edge, 3, 3)[0], torch.tensor([0.0, 1.0, 0.0]))
     assert not random_walk_pe(edge, 3, 3)[2].any()  # alone: nowhere to go, nowhere to come from
+
+
+def test_depth_is_the_longest_path():
+    edges = torch.tensor([[3, 1, 3, 0, 2], [1, 0, 0, 2, 4]])  # 3 -> 1 -> 0 -> 2 -> 4, and 3 -> 0; 5 alone
+    assert depth_pe(edges, 6, 5).argmax(1).tolist() == [2, 1, 3, 0, 4, 0]
+    assert torch.equal(depth_pe(edges, 6, 3), torch.eye(3)[[2, 1, 2, 0, 2, 0]])
+    assert depth_pe(edges[:, :0], 0, 3).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"depth_steps=3 needs graphs without cycles.*6 nodes has a cycle"):
+        depth_pe(torch.cat([edges, torch.tensor([[4], [0]])], dim=1), 6, 3)
+
+
+def test_prepared_in_order():
+    ring = torch.tensor([[0, 1, 2, 1, 2, 0], [1, 2, 0, 0, 1, 2]])
+    graph = prepare(Graph(torch.zeros(3, 1), ring, is_directed=False), orientation="input", pe_steps=2, depth_steps=3)
+    assert graph.edge_index.tolist() == [[0, 1, 0], [1, 2, 2]]  # 0 -> 1 -> 2, 0 -> 2
+    assert torch.equal(graph.pe[:, :2], random_walk_pe(ring, 3, 2))  # of the graph with both directions
+    assert torch.equal(graph.pe[:, 2:], torch.eye(3))
