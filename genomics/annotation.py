@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from .files import open_lines, open_out
-from .intervals import Interval, from_one_based, to_one_based
+from .files import open_lines, open_out, table_rows
+from .intervals import Interval, from_one_based, is_position, to_one_based
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:
 
 def _read_bed(path: str | Path) -> Iterator[Feature]:
     for number, words in _lines(path):
-        if len(words) < 3 or not words[1].isdigit() or not words[2].isdigit() or int(words[2]) < int(words[1]):
+        if len(words) < 3 or not all(map(is_position, words[1:3])) or int(words[2]) < int(words[1]):
             raise ValueError(f"{path}, line {number}: expected chrom, start, end (0-based) in tabs, got {words[:4]}")
         name, strand = (words[3] if len(words) > 3 else ""), (words[5] if len(words) > 5 else ".")
         yield Feature(words[0], int(words[1]), int(words[2]), strand if strand in ("+", "-") else ".", "region", name)
@@ -97,7 +96,7 @@ def _read_bed(path: str | Path) -> Iterator[Feature]:
 
 def _read_gff(path: str | Path, *, gtf: bool) -> Iterator[Feature]:
     for number, words in _lines(path):
-        if len(words) != 9 or not words[3].isdigit() or not words[4].isdigit():
+        if len(words) != 9 or not all(map(is_position, words[3:5])):
             raise ValueError(f"{path}, line {number}: expected 9 columns in tabs with start and end, got {words[:5]}")
         attributes = _gtf_attributes(words[8]) if gtf else _gff_attributes(words[8])
         attributes["phase"] = words[7]
@@ -105,8 +104,10 @@ def _read_gff(path: str | Path, *, gtf: bool) -> Iterator[Feature]:
         if gtf and words[2] in ("CDS", "stop_codon"):
             name = attributes.get("transcript_id") or name
         start, end = from_one_based(int(words[3])), int(words[4])
-        if end <= start:
-            raise ValueError(f"{path}, line {number}: ends at {words[4]} before its start {words[3]}")
+        if not 0 <= start < end:
+            raise ValueError(
+                f"{path}, line {number}: ends at {words[4]} before its start {words[3]}, or starts before 1"
+            )
         strand = words[6] if words[6] in ("+", "-") else "."
         yield Feature(words[0], start, end, strand, words[2], name, (), attributes)
 
@@ -158,23 +159,27 @@ def _joined(features: Iterable[Feature]) -> list[Feature]:
 
 
 def _read_table(path: str | Path, delimiter: str) -> Iterator[Feature]:
-    with open_lines(path) as file:
-        rows = csv.DictReader((line.decode("utf-8") for line in file), delimiter=delimiter)
-        names = rows.fieldnames or []
-        chrom = next((name for name in ("chrom", "contig", "chr", "seqid") if name in names), None)
-        if chrom is None or "end" not in names or not {"start0", "start"} & set(names):
-            raise ValueError(f"{path}: expected columns chrom, start0 (or 1-based start) and end, got {names}")
-        for row in rows:
-            try:
-                start = int(row["start0"]) if "start0" in names else from_one_based(int(row["start"]))
-                end = int(row["end"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {rows.line_num}: expected whole numbers as start and end") from error
-            strand = row.get("strand") or "."
-            if strand not in ("+", "-", "."):
-                raise ValueError(f"{path}, line {rows.line_num}: expected strand +, - or ., got {strand!r}")
-            name = next((row[key] for key in ("id", "gene", "locus_tag", "b_number", "name") if row.get(key)), "")
-            yield Feature(row[chrom], start, end, strand, row.get("type") or "gene", name, (), row)
+    rows = table_rows(path, delimiter)
+    _, names = next(rows)
+    chrom = next((name for name in ("chrom", "contig", "chr", "seqid") if name in names), None)
+    if chrom is None or "end" not in names or not {"start0", "start"} & set(names):
+        raise ValueError(f"{path}: expected columns chrom, start0 (or 1-based start) and end, got {names}")
+    for number, words in rows:
+        if len(words) != len(names):
+            raise ValueError(f"{path}, line {number}: expected {len(names)} columns, got {len(words)}")
+        row = dict(zip(names, words))
+        first, last = row["start0" if "start0" in names else "start"].strip(), row["end"].strip()
+        if not is_position(first) or not is_position(last):
+            raise ValueError(f"{path}, line {number}: expected whole numbers as start and end, got {first!r}, {last!r}")
+        start = int(first) if "start0" in names else from_one_based(int(first))
+        end = int(last)
+        if not 0 <= start <= end:
+            raise ValueError(f"{path}, line {number}: expected a start before the end, got {first} and {last}")
+        strand = row.get("strand") or "."
+        if strand not in ("+", "-", "."):
+            raise ValueError(f"{path}, line {number}: expected strand +, - or ., got {strand!r}")
+        name = next((row[key] for key in ("id", "gene", "locus_tag", "b_number", "name") if row.get(key)), "")
+        yield Feature(row[chrom], start, end, strand, row.get("type") or "gene", name, (), row)
 
 
 def write_gff3(path: str | Path, features: Iterable[Feature]) -> None:

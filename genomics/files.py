@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
 import io
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from ..ssmcore.training.checkpoints import owner, sweep
+
+csv.field_size_limit(2**31 - 1)  # sequences stand in fields of tables
 
 BGZF_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
 
@@ -65,6 +68,46 @@ def open_lines(path: str | Path) -> Iterator[IO[bytes]]:
         raise ValueError(f"{path} is damaged or cut off ({error}); fetch it again") from error
 
 
+def text_lines(path: str | Path) -> Iterator[str]:
+    """Lines of a text file in UTF-8, with or without a byte order mark, unpacked where it is gzip.
+
+    Raises:
+        ValueError: at a line that is no such text, with its number.
+    """
+    with open_lines(path) as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected text in UTF-8, got the byte {raw[error.start]:#04x}; is it a"
+                    " text file?"
+                ) from error
+
+
+def table_rows(path: str | Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers and fields of the rows of a table in text; the first one names the columns.
+
+    Raises:
+        ValueError: if it has no rows, names a column twice, or cannot be read.
+    """
+    rows = csv.reader(text_lines(path), delimiter=delimiter)
+    first = True
+    try:
+        for row in rows:
+            if not row:
+                continue
+            if first and len(set(row)) < len(row):
+                twice = next(name for k, name in enumerate(row) if name in row[:k])
+                raise ValueError(f"{path}: two columns are named {twice!r}; rename one")
+            first = False
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}; is it a table in text?") from error
+    if first:
+        raise ValueError(f"{path} is empty; expected a line with the names of columns")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder that takes the place of `path` on success and vanishes on failure."""
@@ -81,7 +124,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def open_out(path: str | Path) -> Iterator[IO[str]]:
-    """A text file that appears whole at the end; packed where its name ends in `.gz`; `-` is standard output."""
+    """A text file that appears whole at the end; packed where its name ends in `.gz`; `-` is standard output.
+
+    Bytes that were no UTF-8 in the file they come from are written as they were.
+    """
     if str(path) == "-":
         yield sys.stdout
         sys.stdout.flush()
@@ -92,9 +138,9 @@ def open_out(path: str | Path) -> Iterator[IO[str]]:
             with (
                 open(temporary, "wb") as raw,
                 gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
-                io.TextIOWrapper(packed, "utf-8", newline="\n") as file,
+                io.TextIOWrapper(packed, "utf-8", "surrogateescape", newline="\n") as file,
             ):
                 yield file
         else:
-            with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
                 yield file

@@ -26,6 +26,11 @@ def to_one_based(index: int) -> int:
     return index + 1
 
 
+def is_position(text: str) -> bool:
+    """Whether a text is a number that can be a place on a contig: digits 0 to 9 alone, and within 64 bits."""
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
 class Bases(Protocol):
     """What gives reference bases, see `reference.Reference`."""
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..ssmcore.training.arrays import read_arrays
 from ..ssmcore.training.checkpoints import write_atomic
 from .variant_scorer import Columns
 
@@ -106,9 +106,8 @@ class Parts:
         if not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as content:
-                return {name: content[name] for name in content.files}
-        except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+            return read_arrays(path)
+        except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); delete this file and use --resume true") from error
 
     def leave_nothing(self) -> None:

@@ -126,11 +126,24 @@ class Reference:
             _check_names(self.path)  # type: ignore[arg-type]
             scratch = [f"{index}.{os.getpid()}" for index in indices]  # seen by others when it is whole
             options = ["--fai-idx", scratch[0], *(["--gzi-idx", scratch[1]] if packed else [])]
-            pysam.faidx(str(self.path), *options)  # type: ignore[attr-defined]
+            try:
+                pysam.faidx(str(self.path), *options)  # type: ignore[attr-defined]
+            except (pysam.SamtoolsError, OSError, ValueError) as error:
+                for made in scratch:
+                    Path(made).unlink(missing_ok=True)
+                raise ValueError(
+                    f"{self.path} cannot be indexed: is it a whole FASTA file whose lines have one length in each"
+                    f" sequence? cache='memory' takes lines of any length ({' '.join(str(error).split())[-200:]})"
+                ) from error
             for made, index in zip(scratch, indices):
                 os.replace(made, index)
         more = {"filepath_index_compressed": indices[1]} if packed else {}
-        handle = pysam.FastaFile(str(self.path), filepath_index=indices[0], **more)
+        try:
+            handle = pysam.FastaFile(str(self.path), filepath_index=indices[0], **more)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} and its index {indices[0]} do not fit; delete the index ({error})"
+            ) from error
         self._handles[os.getpid(), threading.get_ident()] = handle
         return handle
 
@@ -211,7 +224,7 @@ class Reference:
         """One MD5 over names, lengths and the bases of all contigs, read in pieces."""
         total = hashlib.md5()
         for chrom, length in self.lengths.items():
-            total.update(f">{chrom} {length}\n".encode())
+            total.update(f">{chrom} {length}\n".encode("utf-8", "surrogateescape"))
             for start in range(0, length, 2**24):
                 total.update(upper(self._read(chrom, start, min(length, start + 2**24))))
         return total.hexdigest()
@@ -268,7 +281,7 @@ def read_fasta(path: str | Path) -> Iterator[tuple[str, bytes]]:
                 if name is not None:
                     yield name, _joined(parts, name, path)
                 words = line[1:].split()
-                name, parts = words[0].decode("latin-1") if words else "", []
+                name, parts = words[0].decode("utf-8", "surrogateescape") if words else "", []
                 if not name or name in seen:
                     what = f"name {name!r} comes twice" if name else "a record has no name"
                     raise ValueError(f"{path}, line {number}: {what}")

@@ -150,7 +150,10 @@ def _write_vcf(
     for suffix in (".tbi", ".csi"):
         Path(out + suffix).unlink(missing_ok=True)  # of an earlier file
     if order.sorted and order.readable:
-        pysam.tabix_index(out, preset="vcf", force=True, csi=order.furthest >= 2**29)  # what .tbi can hold
+        try:
+            pysam.tabix_index(out, preset="vcf", force=True, csi=order.furthest >= 2**29)  # what .tbi can hold
+        except OSError as error:  # positions beyond any index, or a header that htslib does not take
+            log.warning("%s has no index: %s", out, error)
     else:
         why = "is not sorted by contig and position" if order.readable else "holds lines that cannot be read"
         log.warning("%s %s, so it has no index", out, why)

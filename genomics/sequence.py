@@ -35,10 +35,10 @@ _IS_ACGT = np.isin(np.arange(256), np.frombuffer(b"ACGTacgt", np.uint8))
 
 
 def as_array(seq: Sequence) -> Bytes:
-    """A sequence as uint8, without a copy where there is one already in that form."""
+    """A sequence as uint8, without a copy where there is one in that form; letters beyond Latin-1 become "?"."""
     if isinstance(seq, np.ndarray):
         return seq
-    return np.frombuffer(seq.encode("latin-1") if isinstance(seq, str) else seq, np.uint8)
+    return np.frombuffer(seq.encode("latin-1", "replace") if isinstance(seq, str) else seq, np.uint8)
 
 
 def normalise(seq: Sequence, *, u_to_t: bool = True) -> bytes:

@@ -5,7 +5,6 @@ A record keeps what the file says. Whether an alternative allele can be scored i
 
 from __future__ import annotations
 
-import csv
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from .contigs import ContigMap
-from .files import open_lines
+from .files import open_lines, table_rows, text_lines
 from .intervals import Interval, Variant, from_one_based
 from .reference import Reference
 
@@ -185,20 +184,24 @@ class VariantFile:
     def _rows(self) -> Iterator[dict[str, str]]:
         if self.format == "parquet":
             try:
+                import pyarrow as pa
                 import pyarrow.parquet as pq
             except ImportError as error:
                 raise ImportError('Parquet needs pyarrow; run: pip install "omnissm[io]"') from error
-            with pq.ParquetFile(self.path) as file:
-                self._find_columns(file.schema_arrow.names)
-                for batch in file.iter_batches(columns=list(self.columns.values())):
-                    for row in batch.to_pylist():
-                        yield {key: "" if value is None else str(value) for key, value in row.items()}
+            try:
+                with pq.ParquetFile(self.path) as file:
+                    self._find_columns(file.schema_arrow.names)
+                    for batch in file.iter_batches(columns=list(self.columns.values())):
+                        for row in batch.to_pylist():
+                            yield {key: "" if value is None else str(value) for key, value in row.items()}
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{self.path} is damaged or no Parquet file ({error}); fetch it again") from error
             return
-        with open_lines(self.path) as file:
-            delimiter = "," if self.format == "csv" else "\t"
-            rows = csv.DictReader((raw.decode("utf-8") for raw in file), delimiter=delimiter)
-            self._find_columns(rows.fieldnames or [])
-            yield from rows
+        rows = table_rows(self.path, "," if self.format == "csv" else "\t")
+        _, names = next(rows)
+        self._find_columns(names)
+        for _, row in rows:
+            yield dict(zip(names, row))
 
     def _find_columns(self, names: Iterable[str]) -> None:
         names = list(names)
@@ -224,10 +227,9 @@ class VariantFile:
             yield Record(index, fields["chrom"], start, fields.get("id") or ".", fields["ref"].upper(), alts)
 
     def _hgvs_records(self) -> Iterator[Record]:
-        with open_lines(self.path) as file:
-            lines = (raw.decode("utf-8").strip() for raw in file)
-            for index, line in enumerate(line for line in lines if line and not line.startswith("#")):
-                yield self._hgvs_record(line, index, line)
+        lines = (line.strip() for line in text_lines(self.path))
+        for index, line in enumerate(line for line in lines if line and not line.startswith("#")):
+            yield self._hgvs_record(line, index, line)
 
     def _hgvs_record(self, text: str, index: int, name: str) -> Record:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..files import open_lines
+from ..files import table_rows
 from ..sequence import encode, normalise, reverse_complement
 from ..sequence import vocabulary as find_vocabulary
 from .batch import SequenceBatch
@@ -262,16 +261,23 @@ def read_table(path: str) -> dict[str, list[Any]]:
             raise FileNotFoundError(2, "No such file", path)
         import pandas as pd
 
-        frame = pd.read_parquet(path)
+        try:
+            frame = pd.read_parquet(path)
+        except (ImportError, PermissionError):
+            raise
+        except Exception as error:  # Arrow's kinds of errors
+            raise ValueError(f"{path} is damaged or no Parquet file ({error}); fetch it again") from error
+        if not frame.columns.is_unique:
+            raise ValueError(
+                f"{path}: two columns are named {frame.columns[frame.columns.duplicated()][0]!r}; rename one"
+            )
         return {str(name): frame[name].tolist() for name in frame}
     stem = path.removesuffix(".gz")
     if not stem.endswith((".csv", ".tsv")):
         raise ValueError(f"unknown kind of table {path!r}; expected .csv, .tsv (also .gz) or .parquet")
-    with open_lines(path) as file:
-        rows = list(csv.reader((raw.decode() for raw in file), delimiter="," if stem.endswith(".csv") else "\t"))
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    for number, row in enumerate(rows, 1):
+    rows = []
+    for number, row in table_rows(path, "," if stem.endswith(".csv") else "\t"):
+        rows.append(row)
         if len(row) != len(rows[0]):
             raise ValueError(f"{path}, line {number}: expected {len(rows[0])} columns, got {len(row)}")
     return {name: [row[k] for row in rows[1:]] for k, name in enumerate(rows[0])}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..files import open_lines
-from ..intervals import Interval
+from ..files import text_lines
+from ..intervals import Interval, is_position
 
 PARTS = ("train", "val", "test")
 ALIASES = {"valid": "val", "validation": "val", "dev": "val"}
@@ -77,17 +77,14 @@ def split_by_bed(path: str | Path, lengths: Mapping[str, int]) -> Regions:
         ValueError: for a line that does not fit.
     """
     parts: Regions = {part: [] for part in PARTS}
-    with open_lines(path) as file:
-        for number, raw in enumerate(file, 1):
-            words = raw.decode().split()
-            if not words or words[0].startswith("#") or (number == 1 and len(words) > 1 and not words[1].isdigit()):
-                continue
-            split = ALIASES.get(words[3].lower(), words[3].lower()) if len(words) > 3 else ""
-            if split not in PARTS or not words[1].isdigit() or not words[2].isdigit():
-                raise ValueError(
-                    f"{path}, line {number}: expected chrom, start, end and train, val or test, got {words}"
-                )
-            parts[split].append(Interval(words[0], int(words[1]), int(words[2])))
+    for number, line in enumerate(text_lines(path), 1):
+        words = line.split()
+        if not words or words[0].startswith("#") or (number == 1 and len(words) > 1 and not is_position(words[1])):
+            continue
+        split = ALIASES.get(words[3].lower(), words[3].lower()) if len(words) > 3 else ""
+        if split not in PARTS or not is_position(words[1]) or not is_position(words[2]):
+            raise ValueError(f"{path}, line {number}: expected chrom, start, end and train, val or test, got {words}")
+        parts[split].append(Interval(words[0], int(words[1]), int(words[2])))
     return check_regions(parts, lengths)
 
 

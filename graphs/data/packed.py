@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ssmcore.training.arrays import read_arrays
 from ...ssmcore.training.checkpoints import write_atomic
 from ..batch import Graph
 
@@ -42,11 +43,7 @@ def read_packed(path: str | Path) -> tuple[list[Graph], list[str]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist; expected a packed file of graphs (.npz).")
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is no readable .npz file of plain arrays: {error}") from error
+    arrays = read_arrays(path)
     missing = [name for name in ("node_ptr", "edge_ptr", "x", "edge_index", "y", "split") if name not in arrays]
     if missing:
         raise ValueError(f"{str(path)!r} is no packed file of graphs: it lacks {', '.join(missing)}.")

@@ -1,0 +1,5 @@
+"""All formats."""
+
+import formats_genomics
+
+FORMATS = [*formats_genomics.FORMATS]
