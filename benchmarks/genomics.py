@@ -180,13 +180,13 @@ def score(options: Options, folder: Path) -> list[dict[str, Any]]:
         scorer.continues = scorer.continues and shared
         for _ in range(2):  # the first pass compiles
             began = time.perf_counter()
-            score_variants(folder / "warm.vcf", genome, scorer, window=options.window)
+            score_variants(folder / "warm.vcf", genome, scorer, window=options.window, workers=1)
         rate = len(warm) / (time.perf_counter() - began)
         count = max(64, min(len(places), int(rate * options.seconds)))
         write_snvs(folder / "s.vcf", genome, sorted(random.Random(1).sample(places, count)))
         reset(options)
         began = time.perf_counter()
-        table = score_variants(folder / "s.vcf", genome, scorer, window=options.window)
+        table = score_variants(folder / "s.vcf", genome, scorer, window=options.window, workers=1)
         seconds = time.perf_counter() - began
         if table.counts() != {"ok": table.n_rows}:
             raise SystemExit(f"not all variants were scored: {table.counts()}")
@@ -214,10 +214,10 @@ def long(options: Options, folder: Path) -> list[dict[str, Any]]:
 
 def train(options: Options, folder: Path) -> list[dict[str, Any]]:
     rows = []
-    genome = genome_of(options, options.rows * options.window)
-    text = genome.fetch(genome.names[0], 0, options.rows * options.window)
-    bases = np.frombuffer(text, np.uint8).reshape(options.rows, options.window)
-    for name in options.models:
+    genome = genome_of(options, max(options.rows) * options.window)
+    for count, name in itertools.product(options.rows, options.models):
+        text = genome.fetch(genome.names[0], 0, count * options.window)
+        bases = np.frombuffer(text, np.uint8).reshape(count, options.window)
         torch.manual_seed(0)
         task = CausalLM(name).to(options.device).train()
         if options.compile:
@@ -245,8 +245,8 @@ def train(options: Options, folder: Path) -> list[dict[str, Any]]:
             rates = step()
         wait(options)
         seconds = (time.perf_counter() - began) / options.steps
-        flops = task.net.flops(options.window, rates=rates, mode="train") * options.rows
-        row = {"job": "train", "model": name, "rows": options.rows, "length": options.window, "rates": rates}
+        flops = task.net.flops(options.window, rates=rates, mode="train") * count
+        row = {"job": "train", "model": name, "rows": count, "length": options.window, "rates": rates}
         row["compiled"] = options.compile
         row |= {"step_ms": round(1e3 * seconds, 1), "bases_per_s": round(tokens.numel() / seconds)}
         rows.append(row | {"tflop_per_s": round(flops / seconds / 1e12, 2), "peak_gib": peak(options)})
@@ -450,9 +450,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=8192)
     parser.add_argument("--variants", type=int, default=1024, help="for score: at most so many")
     parser.add_argument("--seconds", type=float, default=60, help="for score: about so long each")
-    parser.add_argument("--batch_tokens", type=int, nargs="+", default=[65_536, 262_144], help="for score")
+    parser.add_argument("--batch_tokens", type=int, nargs="+", default=[262_144, 1_048_576], help="for score")
     parser.add_argument("--bases", type=int, default=2**20, help="for long")
-    parser.add_argument("--rows", type=int, default=4, help="for train")
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 16], help="for train")
     parser.add_argument("--steps", type=int, default=10, help="for train")
     parser.add_argument("--models", nargs="+", default=list(ORDER[:3]), help="for train")
     parser.add_argument("--compile", action="store_true", help="for train: compile the networks")
