@@ -62,6 +62,46 @@ def check_shapes(**named: tuple[Tensor | None, str]) -> dict[str, int]:
     return sizes
 
 
+# Kinds of calls that have passed their checks, see `call_kind`.
+_PASSED: set[tuple[object, ...]] = set()
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def call_kind(op: str, *arguments: object) -> tuple[object, ...] | None:
+    """What checks of shapes, dtypes, devices and options look at; they take longer than many kernels.
+
+    Args:
+        op: Its name.
+        *arguments: All that its checks look at.
+
+    Returns:
+        The key for `known` and `remember`; None while tracing or for other classes, which are checked every time.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    kinds = tuple(map(_kind, arguments))
+    return None if None in kinds else (op, *kinds)
+
+
+def known(kind: tuple[object, ...] | None) -> bool:
+    """Whether a call of this kind has passed its checks."""
+    return kind is not None and kind in _PASSED
+
+
+def remember(kind: tuple[object, ...] | None) -> None:
+    """Calls of this kind have passed their checks."""
+    if kind is not None:
+        if len(_PASSED) >= 4096:
+            _PASSED.clear()
+        _PASSED.add(kind)
+
+
+def _kind(argument: object) -> tuple[object, ...] | None:
+    if type(argument) in (Tensor, torch.nn.Parameter):
+        return argument.shape, argument.dtype, argument.device  # type: ignore[attr-defined]
+    return (type(argument), argument) if type(argument) in _PLAIN else None
+
+
 def check_devices(**named: Tensor | None) -> torch.device:
     """Check that all tensors given lie on one device, and return it.
 

@@ -6,7 +6,9 @@ Imported by `triton_impl` modules only, so that Triton stays optional.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -48,3 +50,43 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     if (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1) and tensor.stride(-2) < 2**23:
         return tensor
     return tensor.contiguous()
+
+
+class quick:  # noqa: N801
+    """Decorator of a Triton kernel that makes launches like an earlier one cheap for the host.
+
+    Triton looks every launch up by all that it specialises on, which takes longer than many kernels run. Here a key of
+    dtypes, alignments, integers and options leads to the compiled kernel at once.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+        self._any_size = tuple(one.do_not_specialize for one in (() if INTERPRETED else kernel.params))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        return self.kernel[grid] if INTERPRETED else functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> object:
+        device = triton.runtime.driver.active.get_current_device()
+        key = (device, *map(_kind, arguments, self._any_size), *options.values())
+        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        if key not in self._found or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            kernel = self.kernel[grid](*arguments, **options)
+            constants = (options[name] for name in self.kernel.arg_names[len(arguments) :])
+            self._found[key] = kernel, tuple(constants)
+            return kernel
+        kernel, constants = self._found[key]
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        kernel.run(
+            grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1, stream, kernel.function,
+            kernel.packed_metadata, None, enter, leave, *arguments, *constants,
+        )  # fmt: skip
+        return kernel
+
+
+def _kind(argument: Any, any_size: bool) -> object:
+    """What Triton compiles for: kinds of tensors, numbers themselves unless they may have any size."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    return -(2**31) <= argument < 2**31 if any_size and isinstance(argument, int) else argument

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from ..kernels import causal_conv1d, cross_scan, gated_norm, quasiseparable, selective_scan
+from ..kernels import causal_conv1d, cross_scan, gated_norm, selective_scan
+from ..kernels.quasiseparable.from_steps import quasiseparable_from_steps
 
 __all__ = [
     "at_least_float32",
@@ -142,6 +143,7 @@ def quasiseparable_mix(
     A_log: Tensor,
     maps: list[Tensor],
     diag: Tensor,
+    D: Tensor,
     chunk_size: int,
 ) -> Tensor:
     """Hydra's two recurrences and diagonal.
@@ -153,30 +155,15 @@ def quasiseparable_mix(
         dt_bias: (h,).
         A_log: Logarithm of the decay rates, (h,).
         maps: B and C forward, B and C backward, each (b, l, g, n).
-        diag: Diagonal, (b, l, h).
+        diag: Diagonal but for what all positions share, (b, l, h).
+        D: That, (h,).
         chunk_size: Positions per chunk; 0 chooses by the length.
 
     Returns:
         (b, l, h, p).
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rate = -A_log.to(wide).exp()
-    forward, backward = (F.softplus(dt.to(wide) + dt_bias.to(wide)) for dt in (dt_f, dt_b))
-    B_f, C_f, B_b, C_b = maps
-    y, _ = quasiseparable(
-        x,
-        forward * rate,
-        forward,
-        B_f,
-        C_f,
-        backward * rate,
-        backward,
-        B_b,
-        C_b,
-        diag,
-        chunk_size=chunk_size or image_chunk(x),
-    )
-    return y
+    chunk = chunk_size or image_chunk(x)
+    return quasiseparable_from_steps(x, dt_f, dt_b, dt_bias, A_log, *maps, diag, D, chunk_size=chunk)
 
 
 def image_chunk(x: Tensor) -> int | None:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..packing import check_seq_idx
 from .chunked import causal_conv1d_chunked
@@ -54,19 +54,12 @@ def causal_conv1d(
     are not. Differentiable in all floating tensors; the reference and chunked paths also twice.
     Source: Gu & Dao (2023), section 3.4; centred form: Hwang et al. (2024), section 4.
     """
-    check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
-    sizes = check_shapes(x=(x, "b l c"), weight=(weight, "c k"), bias=(bias, "c"), seq_idx=(seq_idx, "b l"))
-    check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
+    kind = call_kind("causal_conv1d", x, weight, bias, initial_state, activation, symmetric, seq_idx)
+    if not known(kind):
+        _check(x, weight, bias, initial_state, activation, symmetric, seq_idx)
+        remember(kind)
     check_seq_idx(seq_idx)
-    k, length = sizes["k"], sizes["l"]
-    if not 1 <= k <= 8:
-        raise ValueError(f"`weight` has k={k}, expected 1 to 8; use `fft_conv` for wider filters.")
-    if activation not in ("silu", None):
-        raise ValueError(f"activation must be 'silu' or None, got {activation!r}.")
-    if symmetric and (k % 2 == 0 or initial_state is not None):
-        reason = f"k={k}" if k % 2 == 0 else "an initial_state"
-        raise ValueError(f"symmetric=True needs an odd k and no initial_state, got {reason}.")
-    check_shapes(x=(x, "b l c"), initial_state=(initial_state, f"b c {k - 1}"))
+    k, length = weight.shape[1], x.shape[1]
 
     (x,) = cast_for_autocast(x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
@@ -88,3 +81,26 @@ def causal_conv1d(
             return causal_conv1d_triton(x, weight, bias, seq_idx, left, length, silu), state
         case _:
             return causal_conv1d_chunked(x, weight, bias, seq_idx, left, length, silu), state
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+    symmetric: bool,
+    seq_idx: Tensor | None,
+) -> None:
+    check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
+    sizes = check_shapes(x=(x, "b l c"), weight=(weight, "c k"), bias=(bias, "c"), seq_idx=(seq_idx, "b l"))
+    check_devices(x=x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
+    k = sizes["k"]
+    if not 1 <= k <= 8:
+        raise ValueError(f"`weight` has k={k}, expected 1 to 8; use `fft_conv` for wider filters.")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}.")
+    if symmetric and (k % 2 == 0 or initial_state is not None):
+        reason = f"k={k}" if k % 2 == 0 else "an initial_state"
+        raise ValueError(f"symmetric=True needs an odd k and no initial_state, got {reason}.")
+    check_shapes(x=(x, "b l c"), initial_state=(initial_state, f"b c {k - 1}"))

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, apply, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, on_device
+from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
+from ..triton_utils import INTERPRETED, last_contiguous, on_device, quick
 
 
 @triton.jit
@@ -88,6 +88,7 @@ def _convolve_window(weights, values, K: tl.constexpr, FLIP: tl.constexpr):
     return z
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "x_length", "part"])
 def _causal_conv1d_fwd_kernel(
     x_ptr,
@@ -147,6 +148,7 @@ def _causal_conv1d_fwd_kernel(
             tl.store(y_ptr + (t + i) * y_stride_t + channel, y, mask=(t + i < stop) & channel_ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "x_length", "part"])
 def _causal_conv1d_bwd_kernel(
     x_ptr,
@@ -299,7 +301,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
     ) -> Tensor:
-        return _forward(x, weight, bias, seq_idx, left, length, silu)
+        return call(_forward, x, weight, bias, seq_idx, left, length, silu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -320,7 +322,7 @@ class _ConvolutionGradient(FirstDerivative):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
     ) -> tuple[Tensor, Tensor]:
-        return _backward(x, weight, bias, seq_idx, dy, left, silu)
+        return call(_backward, x, weight, bias, seq_idx, dy, left, silu)
 
 
 def _each(tensor: Tensor | None, mapped: int | None, count: int) -> list[Tensor | None]:

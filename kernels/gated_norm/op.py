@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from .chunked import gated_norm_chunked
 from .reference import gated_norm_reference
@@ -51,17 +51,12 @@ def gated_norm(
     not. Differentiable in all tensors; the reference and chunked paths also twice.
     Source: Dao & Gu (2024), section 6; Zhang & Sennrich (2019).
     """
-    check_floating(x=x, z=z, weight=weight)
-    check_shapes(x=(x, "... d"), weight=(weight, "d"))
-    if z.shape != x.shape:
-        raise ValueError(f"`z` must have the shape of `x`, {tuple(x.shape)}; got {tuple(z.shape)}.")
-    check_devices(x=x, z=z, weight=weight)
+    kind = call_kind("gated_norm", x, z, weight, eps, group_size)
+    if not known(kind):
+        _check(x, z, weight, eps, group_size)
+        remember(kind)
     channels = x.shape[-1]
     group_size = channels if group_size is None else group_size
-    if channels and (group_size < 1 or channels % group_size):
-        raise ValueError(f"group_size must divide d={channels}, got {group_size}.")
-    if eps <= 0:
-        raise ValueError(f"eps must be positive, got {eps}.")
 
     x, z = cast_for_autocast(x, z)
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
@@ -79,3 +74,16 @@ def gated_norm(
         case _:
             y = gated_norm_chunked(*arguments)
     return y.view(x.shape)
+
+
+def _check(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int | None) -> None:
+    check_floating(x=x, z=z, weight=weight)
+    check_shapes(x=(x, "... d"), weight=(weight, "d"))
+    if z.shape != x.shape:
+        raise ValueError(f"`z` must have the shape of `x`, {tuple(x.shape)}; got {tuple(z.shape)}.")
+    check_devices(x=x, z=z, weight=weight)
+    channels = x.shape[-1]
+    if channels and group_size is not None and (group_size < 1 or channels % group_size):
+        raise ValueError(f"group_size must divide d={channels}, got {group_size}.")
+    if eps <= 0:
+        raise ValueError(f"eps must be positive, got {eps}.")

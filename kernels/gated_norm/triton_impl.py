@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, apply, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device
+from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
+from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device, quick
 
 # Programs per multiprocessor in the backward pass; each leaves one row of partial sums.
 _PROGRAMS = 2
 
 
+@quick
 @triton.jit(do_not_specialize=["rows"])
 def _gated_norm_fwd_kernel(
     x_ptr,
@@ -58,6 +59,7 @@ def _gated_norm_fwd_kernel(
     tl.store(y_ptr + row * channels + channel, y, mask=ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def _gated_norm_bwd_kernel(
     x_ptr,
@@ -188,7 +190,7 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_first: bool) -> Tensor:
-        return _forward(x, z, weight, eps, group_size, norm_first)
+        return call(_forward, x, z, weight, eps, group_size, norm_first)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,7 +211,7 @@ class _GatedNormGradient(FirstDerivative):
     def forward(
         x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, eps: float, group_size: int, norm_first: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(x, z, weight, dy, eps, group_size, norm_first)
+        return call(_backward, x, z, weight, dy, eps, group_size, norm_first)
 
 
 @torch.library.register_vmap("ssm::gated_norm_triton_fwd")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_log_decays, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_log_decays, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import check_seq_idx
@@ -88,37 +88,22 @@ def quasiseparable(
         "diag": diag,
         "initial_state": initial_state,
     }
-    check_floating(allow_complex=False, **floating)
-    per_head, per_group = "b l h", "b l g n"
-    sizes = check_shapes(
-        x=(x, "b l h p"),
-        log_decay_f=(log_decay_f, per_head),
-        weight_f=(weight_f, per_head),
-        B_f=(B_f, per_group),
-        C_f=(C_f, per_group),
-        log_decay_b=(log_decay_b, per_head),
-        weight_b=(weight_b, per_head),
-        B_b=(B_b, per_group),
-        C_b=(C_b, per_group),
-        diag=(diag, per_head),
-        initial_state=(initial_state, "2 b h p n"),
-        seq_idx=(seq_idx, "b l"),
-    )
-    check_devices(**floating, seq_idx=seq_idx)
+    kind = call_kind("quasiseparable", *floating.values(), seq_idx, chunk_size)
+    if not known(kind):
+        _check(chunk_size, seq_idx, **floating)
+        remember(kind)
     check_seq_idx(seq_idx)
     check_log_decays(log_decay_f=log_decay_f, log_decay_b=log_decay_b)
     batch, _, nheads, headdim = x.shape
-    check_groups(nheads, sizes["g"])
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    n = B_f.shape[3]
 
     x, B_f, C_f, B_b, C_b = cast_for_autocast(x, B_f, C_f, B_b, C_b)
     dtype = state_dtype(*floating.values())
-    chosen = choose(backend, x, op="quasiseparable", obstacle=ssd_obstacle(headdim, sizes["n"]), on_request=True)
+    chosen = choose(backend, x, op="quasiseparable", obstacle=ssd_obstacle(headdim, n), on_request=True)
     state = None if initial_state is None else initial_state.to(dtype)
-    empty = x.numel() == 0 or sizes["n"] == 0
+    empty = x.numel() == 0 or n == 0
     if state is None and (empty or chosen != "triton"):
-        state = x.new_zeros((), dtype=dtype).expand(2, batch, nheads, headdim, sizes["n"])  # takes no memory
+        state = x.new_zeros((), dtype=dtype).expand(2, batch, nheads, headdim, n)  # takes no memory
     if x.numel() == 0:
         assert state is not None  # made above
         return torch.zeros_like(x), state.clone()
@@ -159,3 +144,27 @@ def quasiseparable(
         ends=(-1, 0),
     )
     return y, torch.stack([left, right])
+
+
+def _check(chunk_size: int | None, seq_idx: Tensor | None, **floating: Tensor | None) -> None:
+    check_floating(allow_complex=False, **floating)
+    per_head, per_group = "b l h", "b l g n"
+    shapes = {
+        "x": "b l h p",
+        "log_decay_f": per_head,
+        "weight_f": per_head,
+        "B_f": per_group,
+        "C_f": per_group,
+        "log_decay_b": per_head,
+        "weight_b": per_head,
+        "B_b": per_group,
+        "C_b": per_group,
+        "diag": per_head,
+        "initial_state": "2 b h p n",
+    }
+    named = {name: (floating[name], dims) for name, dims in shapes.items()}
+    sizes = check_shapes(**named, seq_idx=(seq_idx, "b l"))
+    check_devices(**floating, seq_idx=seq_idx)
+    check_groups(sizes["h"], sizes["g"])
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

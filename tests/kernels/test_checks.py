@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from omnissm.kernels.checks import check_devices, check_floating, check_shapes
+from omnissm.kernels import causal_conv1d
+from omnissm.kernels.checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 
 
 def test_returns_the_size_of_each_letter():
@@ -57,3 +58,39 @@ def test_devices_and_dtypes():
     with pytest.raises(TypeError, match="complex64"):
         check_floating(x=torch.zeros(2, dtype=torch.complex64))
     check_floating(x=torch.zeros(2, dtype=torch.complex64), allow_complex=True)
+
+
+def test_calls_of_a_known_kind_pass_and_others_do_not():
+    x = torch.zeros(2, 5, 3)
+    kind = call_kind("test", x, None, 7, "silu")
+    assert not known(kind)
+    remember(kind)
+    assert known(call_kind("test", torch.ones(2, 5, 3), None, 7, "silu"))
+    others = [
+        ("other", x, None, 7, "silu"),
+        ("test", torch.zeros(2, 5, 4), None, 7, "silu"),
+        ("test", x.double(), None, 7, "silu"),
+        ("test", x.to("meta"), None, 7, "silu"),
+        ("test", x, x, 7, "silu"),
+        ("test", x, None, 8, "silu"),
+        ("test", x, None, 7.0, "silu"),
+    ]
+    assert not any(known(call_kind(*one)) for one in others)
+
+
+def test_classes_that_are_always_checked():
+    assert call_kind("test", [1.0]) is None
+    assert not known(None)
+    remember(None)
+
+
+def test_an_op_checks_other_calls_after_a_right_one():
+    x, weight = torch.zeros(1, 5, 3), torch.zeros(3, 4)
+    causal_conv1d(x, weight)
+    causal_conv1d(x, weight)
+    with pytest.raises(ValueError, match="`weight` has c=2, expected 3"):
+        causal_conv1d(x, weight[:2])
+    with pytest.raises(TypeError, match="floating"):
+        causal_conv1d(x.int(), weight)
+    with pytest.raises(ValueError, match="activation"):
+        causal_conv1d(x, weight, activation="relu")

@@ -57,9 +57,8 @@ class TokenHydra(Hydra):
             B_b.unflatten(-1, groups),
             C_b.unflatten(-1, groups),
         ]
-        diag = self.fc_D(u) + self.D
         heads = u.unflatten(-1, [self.nheads, self.headdim])
-        y = quasiseparable_mix(heads, dt_f, dt_b, self.dt_bias, self.A_log, maps, diag, self.chunk)
+        y = quasiseparable_mix(heads, dt_f, dt_b, self.dt_bias, self.A_log, maps, self.fc_D(u), self.D, self.chunk)
         return self.out_proj(self.norm(y.flatten(2), z))
 
 
