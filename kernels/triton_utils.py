@@ -73,8 +73,8 @@ class quick:  # noqa: N801
         enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
         if key not in self._found or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             kernel = self.kernel[grid](*arguments, **options)
-            constants = (options[name] for name in self.kernel.arg_names[len(arguments) :])
-            self._found[key] = kernel, tuple(constants)
+            named = self.kernel.arg_names[len(arguments) :]
+            self._found[key] = kernel, tuple(options[name] for name in named)
             return kernel
         kernel, constants = self._found[key]
         stream = triton.runtime.driver.active.get_current_stream(device)

@@ -162,8 +162,9 @@ def quasiseparable_mix(
     Returns:
         (b, l, h, p).
     """
+    B_f, C_f, B_b, C_b = maps
     chunk = chunk_size or image_chunk(x)
-    return quasiseparable_from_steps(x, dt_f, dt_b, dt_bias, A_log, *maps, diag, D, chunk_size=chunk)
+    return quasiseparable_from_steps(x, dt_f, dt_b, dt_bias, A_log, B_f, C_f, B_b, C_b, diag, D, chunk_size=chunk)
 
 
 def image_chunk(x: Tensor) -> int | None:
