@@ -101,3 +101,63 @@ def test_long_sequences_are_read_in_pieces(model, monkeypatch):
     for piece in (32, 33, 50):
         monkeypatch.setattr(likelihood, "PIECE", piece)
         np.testing.assert_allclose(score_sequences(texts, model, strands="both"), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hnet_tiny", "hybridna_tiny"])
+def test_sums_are_those_of_the_log_probabilities(name, device):
+    torch.manual_seed(0)
+    scorer = Scorer(create_model(name, **MODELS[name]), device=device)
+    texts = [SEQUENCE[:40].encode(), SEQUENCE[:25].encode(), b"NN" + SEQUENCE[:30].encode() + b"RN"]
+    ranges = [[(0, 40), (20, 40), (7, 7)], [(3, 24)], [(0, 34), (1, 3)]]
+    expected = [
+        [(np.nansum(values[a:b]), (~np.isnan(values[a:b])).sum()) for a, b in spans]
+        for values, spans in zip(scorer.log_probs(texts), ranges)
+    ]
+    prefixes = [texts[0][:20], b"", texts[2][:3]]
+    rests = [(0, texts[0][20:]), (1, texts[1]), (2, texts[2][3:])]
+    for found in (scorer.sums(texts, ranges)(), scorer.sums_after(prefixes, rests, ranges)()):
+        for one, known in zip(found, expected):
+            np.testing.assert_allclose([s.nats for s in one], [nats for nats, _ in known], atol=2e-4)
+            assert [s.scored for s in one] == [count for _, count in known]
+
+
+def test_the_next_batch_begins_before_the_last_is_read(genome, monkeypatch):
+    torch.manual_seed(0)
+    scorer = Scorer(create_model("hnet_tiny"), batch_tokens=130, share_prefix=False)
+    order, begin = [], scorer.sums
+
+    def told(sequences, ranges):
+        order.append("begin")
+        finish = begin(sequences, ranges)
+        return lambda: order.append("end") or finish()
+
+    monkeypatch.setattr(scorer, "sums", told)
+    score_variants(variants()[:6], genome, scorer, window=61)
+    assert order.count("begin") == order.count("end") > 3
+    assert order[:3] == ["begin", "begin", "end"]
+    assert order[-2:] == ["end", "end"]
+
+
+def test_a_batch_that_does_not_fit_is_halved(genome, monkeypatch, caplog):
+    torch.manual_seed(0)
+    scorer = Scorer(create_model("hnet_tiny"), share_prefix=False)
+    expected = score_variants(variants()[:6], genome, scorer, window=61)
+    sizes, begin = [], scorer.sums
+
+    def small(sequences, ranges):
+        sizes.append(len(sequences))
+        if len(sequences) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return begin(sequences, ranges)
+
+    monkeypatch.setattr(scorer, "sums", small)
+    found = score_variants(variants()[:6], genome, scorer, window=61)
+    np.testing.assert_allclose(found["llr"], expected["llr"], atol=1e-4)
+    assert max(size for size in sizes if size <= 3) > 1
+    assert "halves are tried, which is slower: no room" in caplog.text
+
+
+def test_batches_are_larger_on_a_gpu(device):
+    scorer = Scorer(create_model("hnet_tiny"), device=device)
+    assert scorer.batch_tokens == (65_536 if device.type == "cpu" else 262_144)
+    assert Scorer(scorer.model, batch_tokens=7).batch_tokens == 7
