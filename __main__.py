@@ -88,6 +88,10 @@ DOMAINS = {
     "vision": "Classify images, find objects in them, and name the class of each pixel.",
 }
 DEMOS = {"timeseries": "omnissm.timeseries.demo:demo"}
+FILES = (
+    ".bcf", ".bed", ".bedgraph", ".csv", ".fa", ".fasta", ".gz", ".json", ".md", ".nc", ".npy", ".npz", ".onnx",
+    ".parquet", ".pdf", ".png", ".pt2", ".svg", ".ts", ".tsv", ".vcf",
+)  # fmt: skip
 COMMANDS = {
     "demo": "Train, forecast and compare with simple methods on data that needs no download.",
     "doctor": "Versions, devices, and which implementations of the operations run here.",
@@ -204,8 +208,22 @@ def run_function(target: str, words: Sequence[str], prog: str) -> int:
         raise ValueError(f"{one_line(error)}{close_option(str(error), options)}") from error
     values = parser.instantiate_classes(config)
     values.pop("config", None)
+    _check_outputs(values.get("out"))
     result = function(**values)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _check_outputs(out: Any) -> None:
+    """Refuse outputs that cannot be written before the work, not after it."""
+    from .ssmcore.training.checkpoints import check_writable
+
+    for name in out if isinstance(out, list) else [out]:
+        if name is None or str(name) == "-":
+            continue
+        path = Path(name)
+        if path.suffix in FILES and path.is_dir():
+            raise ValueError(f"out is {str(name)!r}, which is a folder; give the name of a file.")
+        check_writable(path.parent)
 
 
 def _formatter() -> type:
