@@ -97,6 +97,7 @@ def score(
       omnissm genomics score --variants calls.vcf.gz --reference genome.fa \\
         --model runs/NAME --out scored.vcf.gz --window 8192
     """
+    from ..ssmcore.training.interrupts import interruptible
     from .annotation import read_bed
     from .data.regions import merge
     from .loading import load_scorer
@@ -124,25 +125,28 @@ def score(
     places += merge(read_bed(regions_file)) if regions_file else []
     genome = Reference(reference, circular=_circular(circular))
     scorer = load_scorer(model, device=device, dtype=dtype, restrict=restrict, batch_tokens=batch_tokens)
+    kept = any(name != "-" for name in outs)
+    advice = "Finished blocks are kept; go on with the same command and --resume true." if kept else "Nothing is kept."
     try:
-        table = score_variants(
-            variants,
-            genome,
-            scorer,
-            options,
-            out=outs,
-            regions=places,
-            contig_map=contig_map,
-            coordinates=coordinates,
-            max_mismatch_frac=max_mismatch_frac,
-            part_size=part_size,
-            shard=_shard(shard),
-            resume=resume,
-            prefix=prefix,
-            overwrite_info=overwrite_info,
-            workers=workers,
-            progress=progress,
-        )
+        with interruptible(advice):
+            table = score_variants(
+                variants,
+                genome,
+                scorer,
+                options,
+                out=outs,
+                regions=places,
+                contig_map=contig_map,
+                coordinates=coordinates,
+                max_mismatch_frac=max_mismatch_frac,
+                part_size=part_size,
+                shard=_shard(shard),
+                resume=resume,
+                prefix=prefix,
+                overwrite_info=overwrite_info,
+                workers=workers,
+                progress=progress,
+            )
     except RefMismatchError as error:
         sys.stderr.write(f"omnissm: error: {error}\n")
         return 4

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -187,9 +188,14 @@ def train(
             limit_val_batches=None if validate else 0,
             **options,
         )
-        runner.fit(task, datamodule=data)
-    if runner.interrupted:
-        raise KeyboardInterrupt
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            runner.fit(task, datamodule=data)
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):  # the trainer ends the process, and is deaf to a second
+                signal.signal(signal.SIGINT, handler)
+                raise KeyboardInterrupt from stop
+            raise
     if best.weights:
         task.load_state_dict(best.weights)
     return best.rows

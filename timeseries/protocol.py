@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..ssmcore.training.checkpoints import write_atomic
+from ..ssmcore.training.checkpoints import sweep, write_atomic
+from ..ssmcore.training.interrupts import interruptible
 from .tables import print_table, to_markdown, write_table
 
 __all__ = ["protocol", "protocol_table", "run_cell", "run_protocol"]
@@ -88,7 +90,8 @@ def protocol(
             raise ValueError(f"{str(out)!r} holds no cells; leave out --table_only, or name the folder of a run")
         table = protocol_table(checked, out)
     else:
-        table = run_protocol(config, out, jobs=jobs, root=root, accelerator=accelerator)
+        with interruptible(f"Finished cells are kept in {out / 'cells'}; the same command goes on."):
+            table = run_protocol(config, out, jobs=jobs, root=root, accelerator=accelerator)
     print_table(table, str(out / "results.md"))
 
 
@@ -238,6 +241,8 @@ def run_protocol(
 
     Raises:
         ValueError: if `jobs` is below 1.
+        ChildProcessError: if a process that makes cells was killed.
+        NonFiniteError: naming the cell whose loss or gradient is not finite, with one job.
         RuntimeError: at the end, if a cell failed with several jobs; the others are made.
     """
     if jobs < 1:
@@ -245,12 +250,19 @@ def run_protocol(
     wanted = cells(check_grid(config))
     folder = Path(out) / "cells"
     folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder.parent):
+        sweep(place)
     missing = [cell for cell in wanted if _read(_path(folder, cell), cell) is None]
     missing.sort(key=lambda cell: (list(config["models"]).index(cell["label"]), -cell["horizon"]))
     made = _made(missing, functools.partial(_runnable, root=root, accelerator=accelerator), jobs)
     failed = []
     for number, (cell, result) in enumerate(made, start=1):
         path = _path(folder, cell)
+        if isinstance(result, BrokenProcessPool):
+            raise ChildProcessError(
+                "A process that makes cells has ended. Often memory has run out: try fewer --jobs."
+                f" Finished cells are kept in {str(folder)!r}; the same command goes on."
+            )
         if isinstance(result, Exception):
             failed.append(f"{path.stem}: {result}")
         else:
@@ -277,18 +289,25 @@ def _made(
 ) -> Iterator[tuple[dict[str, Any], dict[str, float] | Exception]]:
     """Cells with their results as they come."""
     if jobs == 1:
+        from ..ssmcore.training import NonFiniteError
+
         for cell in missing:
-            yield cell, run_cell(runnable(cell))
+            try:
+                yield cell, run_cell(runnable(cell))
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{cell['label']} on {cell['data']}, {cell['horizon']}: {error}") from error
         return
     context = multiprocessing.get_context("spawn")  # forks of a process with threads may hang
     with ProcessPoolExecutor(min(jobs, len(missing) or 1), context, _one_thread) as pool:
         futures = {pool.submit(run_cell, runnable(cell)): cell for cell in missing}
         try:
             for future in as_completed(futures):
-                error = future.exception()
-                yield futures[future], error if isinstance(error, Exception) else future.result()
+                failure = future.exception()
+                yield futures[future], failure if isinstance(failure, Exception) else future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # else they finish their cells, for nobody
+                process.terminate()
             raise
 
 

@@ -31,6 +31,7 @@ LAST, FIRST, STOPPED = "last.ckpt", ".first.ckpt", "stopped.ckpt"
 
 _TRAINER = ("accumulate_grad_batches", "callbacks", "gradient_clip_algorithm", "gradient_clip_val", "precision")
 _COMPARED = ("model", "data", "seed_everything", *(f"trainer.{option}" for option in _TRAINER))
+_FREE = "data.init_args.num_workers"  # the order of samples does not depend on it, and memory may have run out
 _FILES = ("config.yaml", "metrics.json", "predictions.safetensors")
 
 
@@ -114,7 +115,7 @@ class Run:
         Args:
             config: Text of config.yaml.
             resume: Go on with what is there; its configuration must be the same in model, data, seed, and the
-                trainer's callbacks, clipping, accumulation and precision.
+                trainer's callbacks, clipping, accumulation and precision, apart from the number of loading processes.
             overwrite: Replace what is there.
 
         Raises:
@@ -195,7 +196,7 @@ class Run:
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         before, now = ({k: v for part in _COMPARED for k, v in _flat(part, _at(c, part))} for c in (old, new))
-        keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        keys = [key for key in sorted({*before, *now} - {_FREE}) if before.get(key) != now.get(key)]
         if keys:
             shown = "; ".join(f"{key} is {now.get(key)!r}, was {before.get(key)!r}" for key in keys[:3])
             raise ValueError(
@@ -271,13 +272,14 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
     parts = sorted(folder.glob("metrics.*.csv"), key=lambda path: int(path.suffixes[0][1:]))
     parts += [folder / "metrics.csv"] * ((folder / "metrics.csv").exists() or not parts)
     tables = [pd.read_csv(io.StringIO(text)) for text in map(whole_lines, parts) if text]
+    tables = [table for table in tables if len(table)]  # a cut may leave a header
     if not tables:
         raise FileNotFoundError(2, "No rows of metrics", str(folder / "metrics.csv"))
     table = tables[0]
     for part in tables[1:]:
-        if len(part):
-            table = pd.concat([table[table["step"] < part["step"].min()], part], ignore_index=True)
-    return table
+        earlier = table[table["step"] < part["step"].min()]
+        table = pd.concat([earlier, part], ignore_index=True) if len(earlier) else part
+    return table[sorted(table.columns)]  # the parts may have met the metrics in another order
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Commands in processes that can be hurt: killed with all their children at a file operation or a moment, starved of disk
-space or rights, and their output and file operations seen.
+"""Commands in processes that can be hurt, and whose output and file operations are seen.
+
+They are killed with all their children at a file operation or a moment, or have no disk space or no rights.
 
 The processes are forked from a server that has the package imported, so that each starts in a moment. Runs as root lose
 the right to pass over permissions, where a test is about permissions.
@@ -12,16 +13,17 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PRELOADED = ("omnissm.ssmcore.training.cli", "omnissm.genomics.scoring", "omnissm.genomics.loading") + tuple(
-    f"omnissm.{domain}.{part}" for domain in ("timeseries", "genomics", "vision", "graphs") for part in ("tasks", "data")
-)
+DOMAINS = ("timeseries", "genomics", "vision", "graphs")
+PRELOADED = ["omnissm.ssmcore.training.cli", "omnissm.genomics.scoring", "omnissm.genomics.loading"]
+PRELOADED += [f"omnissm.{domain}.{part}" for domain in DOMAINS for part in ("tasks", "data")]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(list(PRELOADED))
+CONTEXT.set_forkserver_preload(PRELOADED)
 WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"}
 FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 LIMIT = 60.0
@@ -68,8 +70,7 @@ class Running:
     """A command that runs, with a process group of its own."""
 
     def __init__(self, words: Sequence[str], folder: Path, harm: Harm) -> None:
-        self.said = folder.parent / f".{folder.name}.said"
-        self.said.mkdir(exist_ok=True)
+        self.said = Path(tempfile.mkdtemp(prefix="said", dir=folder.parent))
         ready, sign = CONTEXT.Pipe(duplex=False)
         self.process = CONTEXT.Process(target=_run, args=(list(words), folder, self.said, harm, sign))
         self.process.start()
@@ -122,6 +123,7 @@ def _run(words: list[str], folder: Path, said: Path, harm: Harm, sign) -> None:
     """The process: a group of its own, output into files, then the command."""
     os.setsid()
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of the user's
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     import torch
@@ -195,7 +197,8 @@ def kill_often(
     moments: Sequence[float],
     kills: int,
     dice: random.Random,
-) -> list[str]:
+    done: list[str],
+) -> None:
     """Start a command, kill it so many times, each time going on as the documents say, and let it end.
 
     Args:
@@ -205,11 +208,9 @@ def kill_often(
         moments: When an undisturbed run changed files; every other kill is at one of these, the others between them.
         kills: How often.
         dice: Randomness.
-
-    Returns:
-        What was done, for the message of a failing test.
+        done: Takes what was done, for the message of a failing test.
     """
-    done, words = [], list(start)
+    words = list(start)
     for number in range(kills):
         if number % 2 == 0:
             operation = dice.randint(1, len(moments))
@@ -219,8 +220,7 @@ def kill_often(
             moment = dice.uniform(0.9 * moments[0], moments[-1])
             ended = begin(words, folder).kill_after(moment)
             done.append(f"{moment:.3f} s: {ended.code}")
-        assert ended.code in (0, -signal.SIGKILL), (done, ended.err[-2000:])
+        assert ended.code in (0, -signal.SIGKILL), (words, ended.err[-2000:])
         words = list(resume())
     ended = finish(words, folder)
-    assert ended.code == 0, (done, words, ended.err[-2000:])
-    return done
+    assert ended.code == 0, (words, ended.err[-2000:])

@@ -1,0 +1,44 @@
+"""Interrupts of verbs that keep what is finished: Ctrl-C and a request to end (SIGTERM) say how to go on."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["interruptible"]
+
+
+@contextmanager
+def interruptible(advice: str) -> Iterator[None]:
+    """Turn an interrupt inside the block into one line on stderr and an exit code, after the block has cleaned up.
+
+    Args:
+        advice: How to go on, a sentence.
+
+    Raises:
+        SystemExit: with code 130 after SIGINT, 143 after SIGTERM.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    mine = threading.current_thread() is threading.main_thread() and before is not None
+    if mine:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"Interrupted. {advice}\n")
+        raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from stop
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
