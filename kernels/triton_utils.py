@@ -69,7 +69,7 @@ class quick:  # noqa: N801
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> object:
         device = triton.runtime.driver.active.get_current_device()
-        key = (device, *map(_kind, arguments, self._any_size), *options.values())
+        key = (device, *map(_kind, arguments, self._any_size), *options.items())
         enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
         if key not in self._found or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             kernel = self.kernel[grid](*arguments, **options)
@@ -89,4 +89,6 @@ def _kind(argument: Any, any_size: bool) -> object:
     """What Triton compiles for: kinds of tensors, numbers themselves unless they may have any size."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    return -(2**31) <= argument < 2**31 if any_size and isinstance(argument, int) else argument
+    if any_size and isinstance(argument, int):
+        return -(2**31) <= argument < 2**31
+    return type(argument), argument

@@ -15,12 +15,15 @@ from timm.models import register_notrace_function
 from torch import Tensor
 
 from ..kernels import causal_conv1d, cross_scan, gated_norm, selective_scan
+from ..kernels.gated_norm.layer import rounded_layer_norm
 from ..kernels.quasiseparable.from_steps import quasiseparable_from_steps
 
 __all__ = [
+    "LayerNormForProduct",
     "at_least_float32",
     "cross_mix",
     "gate_norm",
+    "norm_for_product",
     "plain_scans",
     "quasiseparable_mix",
     "selective_mix",
@@ -165,6 +168,21 @@ def quasiseparable_mix(
     B_f, C_f, B_b, C_b = maps
     chunk = chunk_size or image_chunk(x)
     return quasiseparable_from_steps(x, dt_f, dt_b, dt_bias, A_log, B_f, C_f, B_b, C_b, diag, D, chunk_size=chunk)
+
+
+@register_notrace_function
+@torch.jit.ignore
+def norm_for_product(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last dimension, in the dtype in which a linear map takes it."""
+    return rounded_layer_norm(x, weight, bias, eps)
+
+
+class LayerNormForProduct(torch.nn.LayerNorm):
+    """LayerNorm whose output goes to linear maps only: under autocast it may be rounded already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm (..., d)."""
+        return norm_for_product(x, self.weight, self.bias, self.eps)
 
 
 def image_chunk(x: Tensor) -> int | None:

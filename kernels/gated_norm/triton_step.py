@@ -1,4 +1,4 @@
-"""`rms_norm` in one kernel: read, round, norm and write once."""
+"""`rms_norm` and `rounded_layer_norm`, each in one kernel: read, norm, round and write once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import on_device
+from ..triton_utils import INTERPRETED, last_contiguous, on_device, quick
 
 
+@quick
 @triton.jit
 def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, channels, x_stride, EPS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -39,3 +40,50 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @torch.library.register_fake("ssm::rms_norm_triton")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+
+
+@quick
+@triton.jit(do_not_specialize=["rows"])
+def _layer_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    channels,
+    x_stride,
+    EPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    ok = (row < rows) & (c < channels)
+    x = tl.load(x_ptr + row * x_stride + c, mask=ok, other=0.0)
+    x = tl.where(c < channels, x - (tl.sum(x, axis=1) / channels)[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / channels + EPS)
+    weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0)
+    bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0)
+    tl.store(y_ptr + row * channels + c, x * scale[:, None] * weight + bias, mask=ok)
+
+
+@operator("layer_norm_triton")
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """See `rounded_layer_norm`; float32 in."""
+    channels = x.shape[-1]
+    flat = last_contiguous(x.reshape(-1, channels))
+    rows = flat.shape[0]
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = triton.next_power_of_2(channels)
+    block_r = max(1, min(triton.next_power_of_2(rows), (16384 if INTERPRETED else 2048) // block))
+    with on_device(x):
+        _layer_norm_kernel[(-(-rows // block_r),)](
+            flat, weight.contiguous(), bias.contiguous(), y, rows, channels, flat.stride(0), EPS=eps, BLOCK_R=block_r,
+            BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip
+    return y
+
+
+@torch.library.register_fake("ssm::layer_norm_triton")
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)

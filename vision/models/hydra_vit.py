@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...ssmcore.mixers import Hydra
 from ..layers import init_linear_
-from ..scans import gate_norm, quasiseparable_mix, short_conv
+from ..scans import LayerNormForProduct, gate_norm, quasiseparable_mix, short_conv
 from .settings import token_cfg
 from .token_model import Block, Mlp, TokenModel, fitted, unwrapped
 
@@ -111,7 +111,7 @@ class HydraViT(TokenModel):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def create_norm() -> nn.Module:
-            return nn.LayerNorm(embed_dim, eps=1e-6, **factory)
+            return LayerNormForProduct(embed_dim, eps=1e-6, **factory)
 
         def create_block(k: int, rate: float) -> nn.Module:
             mixer = TokenHydra(embed_dim, d_state=d_state, headdim=headdim, **factory)
@@ -122,7 +122,7 @@ class HydraViT(TokenModel):
 
         super().__init__(
             create_block,
-            create_norm(),
+            nn.LayerNorm(embed_dim, eps=1e-6, **factory),
             img_size=img_size,
             patch_size=patch_size,
             embed_dim=embed_dim,

@@ -1,0 +1,47 @@
+"""`rounded_layer_norm`: torch's own norm, rounded by one kernel where a product would round it next."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from omnissm.kernels import available_backends, use_backend
+from omnissm.kernels.gated_norm.layer import rounded_layer_norm
+
+
+@pytest.fixture
+def triton(device):
+    if reason := available_backends(device)["triton"]:
+        pytest.skip(reason)
+
+
+def draw(device, *shape):
+    generator = torch.Generator(device).manual_seed(0)
+    x = 3 * torch.randn(*shape, generator=generator, device=device) + 5
+    weight, bias = torch.randn(2, shape[-1], generator=generator, device=device)
+    return x, weight, bias
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 33), (4, 384)])
+def test_rounded(device, triton, shape):
+    x, weight, bias = draw(device, *shape)
+    expected = F.layer_norm(x, shape[-1:], weight, bias, 1e-6)
+    with torch.no_grad(), torch.autocast(device.type, torch.float16), use_backend("triton"):
+        got = rounded_layer_norm(x, weight, bias, 1e-6)
+        rows = rounded_layer_norm(x.mT.contiguous().mT, weight, bias, 1e-6) if len(shape) > 1 else got
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), expected, rtol=1e-3, atol=2e-3)
+    assert torch.equal(got, rows)
+
+
+@pytest.mark.parametrize("case", ["gradient", "no autocast", "double"])
+def test_what_torch_does(device, triton, case):
+    x, weight, bias = (one.double() if case == "double" else one for one in draw(device, 4, 6))
+    x.requires_grad_(case == "gradient")
+    enabled = case != "no autocast"
+    with torch.set_grad_enabled(case == "gradient"), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        with use_backend("triton"):
+            got = rounded_layer_norm(x, weight, bias, 1e-6)
+        expected = F.layer_norm(x, (6,), weight, bias, 1e-6)
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+    assert got.requires_grad == (case == "gradient")
