@@ -70,6 +70,7 @@ class Chimera2D(nn.Module):
         dtype: Floating dtype of the parameters.
 
     Raises:
+        TypeError: if a switch is neither True nor False.
         ValueError: if an option has an unknown value or a size is out of range; the message names the choices.
     """
 
@@ -107,6 +108,10 @@ class Chimera2D(nn.Module):
         _check_choice("structure", structure, get_args(Structure))
         _check_choice("seasonal_input", seasonal_input, get_args(SeasonalInput))
         _check_choice("input_discretization", input_discretization, ("euler", "zoh"))
+        switches = {"bidirectional": bidirectional, "gate": gate, "selective": selective, "mix_variates": mix_variates}
+        for name, value in switches.items():
+            if not isinstance(value, bool):  # a word like "false" would count as true
+                raise TypeError(f"`{name}` must be True or False, got {value!r}; write options as '{{{name}: false}}'.")
         heads = tuple(heads)
         if not heads or len(set(heads)) < len(heads) or not set(heads) <= set(HEADS):
             raise ValueError(f"`heads` must name one or both of {', '.join(map(repr, HEADS))}, got {heads!r}.")

@@ -220,6 +220,11 @@ def test_unknown_values_are_refused(options, message):
         Chimera2D(8, **options)
 
 
+def test_a_word_is_no_switch():
+    with pytest.raises(TypeError, match="`mix_variates` must be True or False, got 'false'"):
+        Chimera2D(8, mix_variates="false")
+
+
 def test_wrong_shapes_are_refused():
     mixer = build()
     with pytest.raises(ValueError, match=r"`x` must be \(b, i, j, 8\), got shape \(2, 3, 8\)"):
