@@ -25,7 +25,7 @@ def make_inputs(
     span: int | None = None,
     reverse: bool = False,
     signed: bool = False,
-    max_state_bytes: int = 2**26,
+    max_state_bytes: int | None = None,
 ) -> dict[str, Any]:
     """A random DAG with numbered edges from lower to higher nodes (at most `span` apart), shuffled; weights below 1."""
     like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}

@@ -25,6 +25,8 @@ from .chunked import DagScan, DagScanGradient, state_block
 from .order import DagOrder
 from .triton_kernels import _dag_edges_kernel, _dag_level_kernel, _dag_maps_kernel, _dag_walk_kernel
 
+_BLOCK_R = 256  # columns of a tile of states at most
+_TILE = 1024  # numbers in it
 # A launch costs about as much as so many steps of a program that walks a graph.
 _STEPS_OF_A_LAUNCH = 6
 
@@ -60,7 +62,7 @@ class _Topology:
         groups, n = keys.shape[1:]
         size = min(part.stop, n) - part.start
         columns, padded = heads * headdim, triton.next_power_of_2(size)
-        block_r = max(padded, min(triton.next_power_of_2(columns * padded), 1024 if INTERPRETED else 256))
+        block_r = max(padded, min(triton.next_power_of_2(columns * padded), 1024 if INTERPRETED else _BLOCK_R))
         states = weight.new_empty(nodes, columns, size)
         row_ptr, nbr, edge = self.sides[adjoint]
         given = x, keys, readers, weight, self.perm, row_ptr, nbr, edge, states, y
@@ -80,7 +82,7 @@ class _Topology:
         for level in reversed(levels) if backwards else levels:
             first, last = self.level_ptr[level : level + 2]
             # More than 16 nodes to a tile of few columns break the layouts of Triton 3.6.
-            block_v = min(triton.next_power_of_2(last - first), max(1, 1024 // block_r), 16)
+            block_v = min(triton.next_power_of_2(last - first), max(1, _TILE // block_r), 16)
             _dag_level_kernel[(triton.cdiv(last - first, block_v), tiles)](
                 *given, first, last, part.start, n, BLOCK_V=block_v, **options
             )

@@ -28,6 +28,9 @@ from .triton_kernels import _grid_scan_bwd_kernel, _grid_scan_fwd_kernel
 
 MEAN, SEPARABLE, COUPLED = 0, 1, 2
 _RATES = {MEAN: 2, SEPARABLE: 1, COUPLED: 4}
+_COLUMNS = 4  # of a strip at most: their inputs are loaded at once and held in registers
+_LANES = 256  # of a program at most, with up to 255 registers each
+_WARPS = 12  # wanted for each multiprocessor
 
 
 class Tile(NamedTuple):
@@ -43,7 +46,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(x: Tensor, n: int, rule: int) -> Tile:
-    """Strips are added while programs are few; a lane has as many columns and states as fit its registers."""
+    """Strips are added while warps are few; a lane has as many columns and states as fit its registers."""
     batch, rows, columns, channels = x.shape
     padded = triton.next_power_of_2(n)
     k = min(2 if rule == COUPLED else 4, padded)
@@ -52,16 +55,17 @@ def tile_of(x: Tensor, n: int, rule: int) -> Tile:
     sub = padded // k
     lanes = max(32, sub)  # one warp
     bd = min(lanes // sub, triton.next_power_of_2(channels))
-    s = 1
-    widest = 4
-    wanted = 1 if INTERPRETED else 6 * multiprocessors(x.device)
-    while bd > 1 and s * widest < columns and batch * triton.cdiv(channels, bd) < wanted:
+    processors = 1 if INTERPRETED else multiprocessors(x.device)
+    while bd > 2 and batch * triton.cdiv(channels, bd) < processors:  # the fewer channels, the more partial sums
         bd //= 2
-        s *= 2
-    s = min(max(s, lanes // (sub * bd)), triton.next_power_of_2(triton.cdiv(columns, widest)))
-    panels = triton.cdiv(columns, s * widest)
+    warps = batch * triton.cdiv(channels, bd)
+    s = lanes // (sub * bd)
+    while not INTERPRETED and s * _COLUMNS < columns and s * sub * bd < _LANES and warps < _WARPS * processors:
+        s, warps = 2 * s, 2 * warps
+    s = min(s, triton.next_power_of_2(triton.cdiv(columns, _COLUMNS)))
+    panels = triton.cdiv(columns, s * _COLUMNS)
     tj = triton.cdiv(columns, s * panels)
-    r = triton.cdiv(rows, triton.cdiv(rows, 8))
+    r = triton.cdiv(rows, triton.cdiv(rows, 8 if s * sub * bd <= lanes else 4))
     return Tile(k, sub, bd, s, tj, r, panels)
 
 
@@ -262,7 +266,7 @@ def _options(
         "K": tile.K, "SUB": tile.SUB, "BD": tile.BD, "S": tile.S, "TJ": tile.TJ, "R": tile.R,
         "PRECISE": x.element_size() >= 4, "ACC": tl.float64 if A1.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
-    return options if INTERPRETED else options | {"num_warps": 1}
+    return options if INTERPRETED else options | {"num_warps": max(1, tile.S * tile.BD * tile.SUB // 32)}
 
 
 class _Scan(torch.autograd.Function):

@@ -107,6 +107,30 @@ def _over_states(x, SUB: tl.constexpr):
 
 
 @triton.jit
+def _over_channels(x, S: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
+    """Sum over the channels of a strip, known to the lanes of all of them."""
+    if BD == 1:
+        return x
+    else:
+        cube = tl.reshape(x, [S, BD, SUB])
+        total = tl.sum(cube, axis=1)
+        return tl.reshape(tl.broadcast_to(total[:, None, :], cube.shape), [x.shape[0]])
+
+
+@triton.jit
+def _store_states(ptr, values, sub, ok, N: tl.constexpr, K: tl.constexpr):
+    """Undo `_states_of`."""
+    if K == 1:
+        tl.store(ptr + sub, values[0], mask=ok & (sub < N))
+    else:
+        n = sub[:, None] * K + tl.arange(0, K)[None, :]
+        mask = ok[:, None]
+        if N % K != 0 or N & (N - 1) != 0:
+            mask = mask & (n < N)
+        tl.store(ptr[:, None] + n, _side_by_side(values, K), mask=mask)
+
+
+@triton.jit
 def _place(CHANNELS: tl.constexpr, S: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
     """Batch index and block of channels of the program; strip, state group and channel of lanes."""
     blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
@@ -417,8 +441,7 @@ def _grid_scan_bwd_kernel(
         skip = tl.load(D_ptr + (row // share) * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
     chunks = tl.cdiv(rows, R)
     lead = lane % (BD * SUB)
-    maps_strip = tl.arange(0, S)[:, None]
-    maps_n = tl.arange(0, SUB * K)[None, :]
+    dmaps_row = dmaps_ptr + block * MAPS * map_size
     scratch = scratch_ptr + program * ((R + 1) * TJ * SAVED * LANES) + lane
     dA1, dA2, dc2, dc3 = _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC)
     dD = tl.zeros([LANES], ACC)
@@ -482,15 +505,6 @@ def _grid_scan_bwd_kernel(
                 right = _load_lanes(dborder_ptr + at, BD * SUB, here & (strip < strips - 1), V)
                 wl, wt = _weights(i, strip < 0, RULE, ACC)
                 slot = scratch + r * (TJ * SAVED * LANES)
-                # The same cells, for a tile of strips and states.
-                maps_chunk = chunks - 1 - (t - (S - 1 - maps_strip))
-                maps_i = maps_chunk * R + r
-                maps_ok = (maps_chunk >= 0) & (maps_i < rows) & (maps_chunk < chunks) & (maps_n < N)
-                maps_column = (panel * S + maps_strip) * TJ
-                maps_place = tl.where(row_sign > 0, maps_i, rows - 1 - maps_i)
-                maps_first = tl.where(column_sign > 0, maps_column, columns - 1 - maps_column)
-                maps_cell = (row * rows + maps_place) * columns + maps_first
-                maps_row = dmaps_ptr + block * MAPS * map_size + maps_cell * N + maps_n
                 over, next_under = (), ()
                 own_dx, own_ddt1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
                 own_ddt2, own_dr1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
@@ -547,10 +561,10 @@ def _grid_scan_bwd_kernel(
                     for m in tl.static_range(MAPS):
                         values = ()
                         for k in tl.static_range(K):
-                            values = values + (tl.where(ok, of_maps[m * K + k], 0.0),)
-                        values = tl.reshape(_side_by_side(values, K), [S, BD, SUB * K])
-                        out = maps_row + m * map_size + c * column_sign * N
-                        tl.store(out, tl.sum(values, axis=1), mask=maps_ok & (maps_column + c < columns))
+                            value = tl.where(ok, of_maps[m * K + k], 0.0)
+                            values = values + (_over_channels(value, S, BD, SUB),)
+                        wanted = in_grid & (column + c < columns) & (lane // SUB % BD == 0)
+                        _store_states(dmaps_row + m * map_size + at_c * N, values, sub, wanted, N, K)
                 under, states = next_under, over
                 out = dborder_ptr + at - rows * V * (BD * SUB)
                 _store_lanes(out, right, BD * SUB, here & (strip > 0), V)
