@@ -1,4 +1,4 @@
-# make demo: set up and run the quick start.  make test: set up and run the test suite.
+# make demo: set up, try all four domains, write demo/report.html.  make test: set up and run the test suite.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ $(VENV)/.stamp: pyproject.toml setup.py
 	touch $@
 
 demo: $(VENV)/.stamp
-	$(BIN)/omnissm demo timeseries --out demo
+	$(BIN)/omnissm demo --out demo
 
 test: $(VENV)/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q --durations=15 -m "not slow"

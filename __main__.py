@@ -87,13 +87,18 @@ DOMAINS = {
     "timeseries": "Forecast, classify and complete many related series.",
     "vision": "Classify images, find objects in them, and name the class of each pixel.",
 }
-DEMOS = {"timeseries": "omnissm.timeseries.demo:demo"}
+DEMOS = {
+    "timeseries": ("omnissm.timeseries.demo:demo", "A forecast of real weather, with intervals."),
+    "genomics": ("omnissm.genomics.demo:demo", "Changes in genes scored by a trained H-Net, and where it cuts."),
+    "vision": ("omnissm.vision.demo:demo", "A classifier of handwritten digits, and its contact sheet."),
+    "graphs": ("omnissm.graphs.demo:demo", "A regression on directed acyclic graphs, and its plots."),
+}
 FILES = (
     ".bcf", ".bed", ".bedgraph", ".csv", ".fa", ".fasta", ".gz", ".json", ".md", ".nc", ".npy", ".npz", ".onnx",
     ".parquet", ".pdf", ".png", ".pt2", ".svg", ".ts", ".tsv", ".vcf",
 )  # fmt: skip
 COMMANDS = {
-    "demo": "Train, forecast and compare with simple methods on data that needs no download.",
+    "demo": "Try all four domains on data that needs no download, and write one report with pictures.",
     "doctor": "Versions, devices, and which implementations of the operations run here.",
     "configs": "List the configurations that come with the package.",
     "mixers": "List the sequence mixers with what they can do, their state and their size.",
@@ -168,12 +173,32 @@ def _dispatch(words: list[str]) -> int:
 
 def _demo(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
-        sys.stdout.write(_help("omnissm demo", {name: DOMAINS[name] for name in DEMOS}))
+        sys.stdout.write(_help("omnissm demo", {name: line for name, (_, line) in DEMOS.items()}))
         return 0
-    domain = words.pop(0) if words and not words[0].startswith("-") else next(iter(DEMOS))
+    if not words or words[0].startswith("-"):
+        return run_function("omnissm.__main__:demo_all", words, "omnissm demo")
+    domain = words.pop(0)
     if domain not in DEMOS:
         raise ValueError(_unknown("demo", domain, list(DEMOS), "omnissm demo --help"))
-    return run_function(DEMOS[domain], words, f"omnissm demo {domain}")
+    return run_function(DEMOS[domain][0], words, f"omnissm demo {domain}")
+
+
+def demo_all(out: Path = Path("demo")) -> int:
+    """Run the demo of each domain in a process of its own, and write one report about all of them.
+
+    Args:
+        out: Folder for report.html and a folder for each domain. Files of an earlier demo in it are replaced, others
+            stay.
+
+    Returns:
+        0, or 1 if a demo failed or did not reach what it should; the others run nevertheless.
+
+    Example:
+      omnissm demo --out demo
+    """
+    from .ssmcore.demo import run_demos
+
+    return run_demos({name: line for name, (_, line) in DEMOS.items()}, out)
 
 
 def run_function(target: str, words: Sequence[str], prog: str) -> int:
@@ -352,9 +377,11 @@ def _help(prog: str, entries: dict[str, str]) -> str:
     lines += ["", f"`{prog} COMMAND --help` tells more."]
     if prog == "omnissm":
         lines += ["", "options: --version, -h --help, -v --verbose (debug logs and tracebacks)"]
-        lines += ["", "example:", "  omnissm demo timeseries --out demo"]
+        lines += ["", "example:", "  omnissm demo --out demo"]
     elif prog == "omnissm demo":
-        lines[0] = "usage: omnissm demo [DOMAIN] ..."
+        lines[0] = "usage: omnissm demo [DOMAIN] [--out DIR]"
+        lines[-1] = "Without DOMAIN all of them and DIR/report.html about all. Files of an earlier demo are replaced."
+        lines += ["", "`omnissm demo DOMAIN --help` tells more.", "", "example:", "  omnissm demo --out demo"]
     else:
         lines += ["", "example:", f"  {prog} fit -c {prog.split()[1]}/NAME -c trainer/cpu_smoke"]
     return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ from omnissm.genomics.models import PACKAGED
 
 
 def test_names_and_sizes():
-    assert pretrained_models() == ["dnahnet_debug_ecoli"]
+    assert pretrained_models() == ["dnahnet_debug_ecoli", "markov5_ecoli"]
     for name in pretrained_models():
         files = {path.name: path.stat().st_size for path in (PACKAGED / name).iterdir()}
         assert set(files) == {"README.md", "config.json", "model.safetensors", "vocabulary.json"}

@@ -79,7 +79,8 @@ def test_verbs_exist():
     """Every "module:function" of the tables can be imported."""
     from importlib import import_module
 
-    targets = [target for table in cli.VERBS.values() for target, _ in table.values()] + list(cli.DEMOS.values())
+    targets = [target for table in cli.VERBS.values() for target, _ in table.values()]
+    targets += [target for target, _ in cli.DEMOS.values()]
     for target in targets:
         module, _, name = target.partition(":")
         assert not name or callable(getattr(import_module(module), name)), target
