@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
 from ..ssmcore.training.checkpoints import (
@@ -184,8 +184,7 @@ def write_sheet(predictions: Sequence[Prediction], out: Path, limit: int = 60, c
             draw.rectangle((left, top, left + side - 1, top + side - 1), outline="#c8553d")
             draw.text((left + 4, top + 4), "cannot be read", fill="#c8553d")
         else:
-            picture = read_image(p.path)
-            picture.thumbnail((side, side))
+            picture = ImageOps.contain(read_image(p.path), (side, side))  # also enlarges small ones
             sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
             draw.text((left, top + side + 2), f"{p.classes[0][:14]} {p.probabilities[0]:.0%}", fill="#1f2933")
         draw.text((left, top + side + 17), p.path.name[-20:], fill="#7b8794")
