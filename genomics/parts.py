@@ -6,6 +6,7 @@ OUT.parts/part-000012.npz    columns of the 13th block of records, written whole
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..ssmcore.training.arrays import read_arrays
-from ..ssmcore.training.checkpoints import write_atomic
+from ..ssmcore.training.checkpoints import owner, sweep, write_atomic
+from ..ssmcore.training.lock import FolderLock
 from .variant_scorer import Columns
 
 MANIFEST = "manifest.json"
@@ -37,6 +39,7 @@ class Parts:
 
     def __init__(self, folder: str | Path, manifest: Mapping[str, Any]) -> None:
         self.folder, self.manifest = Path(folder), dict(manifest)
+        self.lock = FolderLock(self.folder, ", or write to another --out")
 
     @classmethod
     def open(cls, folder: str | Path) -> Parts:
@@ -62,15 +65,20 @@ class Parts:
             shared: Other shards write here too.
 
         Raises:
-            ValueError: if a run is in it and `resume` is False, or the run in it computes something else.
+            ValueError: if a run is in it and `resume` is False, the run in it computes something else, or, unless it is
+                shared, another process works on it.
         """
         if (self.folder / MANIFEST).is_file():
             old = Parts.open(self.folder).manifest
             if not resume and not shared:
                 raise ValueError(unfinished(self.folder))
             self.compare(old)
-            return
-        write_atomic(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.folder.parent, self.folder.name)
+        if not shared:
+            self.lock.acquire()
+        if not (self.folder / MANIFEST).is_file():
+            write_atomic(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
 
     def compare(self, other: Mapping[str, Any]) -> None:
         """Refuse another run's manifest.
@@ -116,6 +124,9 @@ class Parts:
             self.remove()
 
     def remove(self) -> None:
-        """Delete the folder; its manifest goes first, so that a rest is no run."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the folder, which is gone in one step: a part that a kill leaves must not count for another run."""
+        gone = self.folder.with_name(f".{self.folder.name}.{owner()}.old")
+        with contextlib.suppress(FileNotFoundError):  # another shard was faster
+            self.folder.rename(gone)
+        self.lock.release()
+        shutil.rmtree(gone, ignore_errors=True)

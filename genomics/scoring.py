@@ -215,6 +215,7 @@ def score_variants(
         if isinstance(error, RefMismatchError) and shard is None:
             parts.remove()  # the same inputs and options would stop again
         parts.leave_nothing()
+        parts.lock.release()
         raise
     bar.close()
     if shard is not None:
