@@ -40,6 +40,8 @@ from .drafts import AttentionDraft
 
 Rotation = Literal["half", "interleaved"]
 
+LARGE = 2**24  # numbers of a mask
+
 
 @mixer_state
 class AttentionState(MixerState):
@@ -439,11 +441,24 @@ class Attention(nn.Module):
         plain = state is None and layout.index is None and layout.mask is None and self.window[0] is None
         if plain and (self.causal or self.window[1] is None):
             y = self._sdpa(q, k, v, None, is_causal=self.causal)
+        elif state is not None and self._all_seen(q, state, layout):
+            from torch.nn.attention.bias import causal_lower_right  # imports the compiler: a second
+
+            keys, values = torch.cat([state.k.to(k.dtype), k], dim=2), torch.cat([state.v.to(v.dtype), v], dim=2)
+            y = self._sdpa(q, keys, values, causal_lower_right(q.shape[2], keys.shape[2]))
         else:
             y = self._sdpa(q, *self._keys(k, v, state, layout))
         return y.transpose(1, 2).flatten(2)
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, is_causal: bool = False) -> Tensor:
+    def _all_seen(self, q: Tensor, state: AttentionState, layout: Layout) -> bool:
+        """Whether every query sees all slots of a state so large that it is worth a wait to do without a mask."""
+        plain = layout.index is None and layout.mask is None and self.window[0] is None
+        slots = state.k.shape[2]
+        if not plain or self.kv_heads != self.nheads or q.shape[0] * q.shape[2] * slots < LARGE or not _may_look(q):
+            return False
+        return bool((state.length == slots).all())
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, seen: Any, is_causal: bool = False) -> Tensor:
         grouped = self.kv_heads != self.nheads
         if grouped and torch.compiler.is_exporting():  # torch ties grouped heads of exported code to some lengths
             k, v, grouped = self._spread(k), self._spread(v), False

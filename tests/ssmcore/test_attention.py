@@ -231,3 +231,19 @@ def test_wrong_states():
         mixer.prefill(x, {})
     with pytest.raises(ValueError, match=r"`state.k` must have shape \(2, 2, 0, 4\)"):
         mixer.prefill(x, mixer.init_state(3))
+
+
+@pytest.mark.parametrize("options", ["plain", "rotary", "convolution", "mlp"])
+def test_a_large_state_of_which_all_is_seen_takes_no_mask(options, monkeypatch):
+    mixer, x = build(**{"nheads": 2} | CAUSAL[options]), torch.randn(2, 12, 8, **DOUBLE)
+    whole = mixer(x)
+    _, state = mixer.prefill(x[:, :5])
+    padded = torch.ones(2, 5, dtype=torch.bool)
+    padded[1, 3:] = False
+    _, short = mixer.prefill(x[:, :5], mask=padded)
+    expected, _ = mixer.prefill(x[:, 5:], short)
+    monkeypatch.setattr("omnissm.ssmcore.mixers.attention.LARGE", 1)
+    torch.testing.assert_close(mixer.prefill(x[:, 5:], short)[0], expected)  # a row with slots that hold nothing
+    monkeypatch.setattr(Attention, "_keys", lambda *_: pytest.fail("a mask was made"))
+    torch.testing.assert_close(mixer.prefill(x[:, 5:], state)[0], whole[:, 5:])
+    torch.testing.assert_close(mixer.step(x[:, 5], state)[0], whole[:, 5])
