@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test slow-test gpu-test lint bench clean
+.PHONY: demo test slow-test gpu-test lint bench docs clean
 
 $(VENV)/.stamp: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -31,5 +31,9 @@ lint: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/run.py
 
+docs: $(VENV)/.stamp
+	$(BIN)/python benchmarks/table.py
+	$(BIN)/python docs/build.py --out site
+
 clean:
-	rm -rf build dist .venv .links *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site .venv .links *.egg-info .mypy_cache .ruff_cache .pytest_cache

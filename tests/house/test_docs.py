@@ -1,11 +1,13 @@
-"""What the documentation shows runs: code blocks, examples in docstrings, links."""
+"""What the documentation shows runs: code blocks, examples in docstrings, links, the site and the page of results."""
 
 import doctest
+import importlib.util
 import re
-import subprocess
 import sys
+from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,15 +23,24 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def script(path: str) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=named)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """The blocks of a page, in order, in one namespace and an empty folder."""
+    """The blocks of a page, in order, as one script in an empty folder."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    main = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start(1))
-        exec(compile("\n" * line + match.group(1), str(page), "exec"), namespace)
+        exec(compile("\n" * line + match.group(1), str(page), "exec"), vars(main))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -54,6 +65,91 @@ def test_examples_in_docstrings():
             assert result.failed == 0, name
 
 
-def test_table_of_operators_is_that_of_the_result_files():
-    command = [sys.executable, ROOT / "benchmarks" / "table.py", "--check"]
-    assert subprocess.run(command).returncode == 0, "run `python benchmarks/table.py`"
+class Targets(HTMLParser):
+    """What a page loads (`src`, stylesheets, icons), where it links to, and the names in it."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.links: list[str] = []
+        self.names: set[str] = set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if "src" in values:
+            self.loaded.append(values["src"])
+        if "href" in values:
+            (self.links if tag == "a" else self.loaded).append(values["href"])
+        self.names |= {values[key] for key in ("id", "name") if values.get(key)}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("zensical", reason='needs pip install ".[docs]"')
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    script("docs/build.py").build(folder)
+    return folder
+
+
+@pytest.mark.timeout(400)
+def test_site_needs_no_network_and_no_server(site):
+    """Everything a page loads lies beside it, and every link to another page ends at a heading that is there."""
+    pages = {page: Targets(page) for page in site.rglob("*.html") if page.name != "404.html"}
+    assert len(pages) > 50
+    for page, targets in pages.items():
+        for target in targets.loaded:
+            assert "//" not in target, f"{page.name} loads {target}"
+            assert (page.parent / target.partition("?")[0]).exists(), f"{page.name} loads {target}"
+        for target in targets.links:
+            file, _, name = target.partition("#")
+            if "://" in file or not target:
+                continue
+            other = (page.parent / file).resolve() if file else page
+            assert other.is_file(), f"{page.name} links to {target}"
+            assert not name or name in pages[other].names, f"{page.name} links to {target}"
+    for style in (*site.rglob("*.css"), *site.rglob("search*.js")):
+        assert not re.search(r"url\(\s*['\"]?https?:|importScripts\(['\"]http", style.read_text()), style.name
+
+
+@pytest.mark.timeout(400)
+def test_reference_shows_every_public_name(site):
+    for module in script("docs/build.py").surfaces():
+        page = Targets(site / "api" / f"{module.__name__.removeprefix('omnissm.')}.html")
+        missing = {name for name in module.__all__ if not any(known.split(".")[-1] == name for known in page.names)}
+        assert not missing, f"{module.__name__}: {missing}"
+
+
+@pytest.mark.timeout(400)
+def test_build_stops_at_what_is_missing(tmp_path, monkeypatch):
+    pytest.importorskip("zensical", reason='needs pip install ".[docs]"')
+    builder = script("docs/build.py")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "models.md").write_text("# Models\n")
+    (docs / "site.yml").write_text("site_name: x\nuse_directory_urls: false\nnav: [index.md, models.md]\n")
+    monkeypatch.setattr(builder, "DOCS", docs)
+    monkeypatch.setattr(builder, "ROOT", tmp_path)
+    monkeypatch.setattr(builder, "PAGES", {})
+    monkeypatch.setattr(builder, "surfaces", list)
+
+    def build(text):
+        (docs / "index.md").write_text(f"# Start\n\n{text}\n")
+        builder.build(tmp_path / "site")
+
+    with pytest.raises(ValueError, match=r"nowhere\.md, which does not exist"):
+        build("[x](nowhere.md)")
+    with pytest.raises(ValueError, match=r"nowhere\.png, which does not exist"):
+        build("![x](images/nowhere.png)")
+    with pytest.raises(ValueError, match="anchor does not exist"):
+        build("[x](models.md#nowhere)")
+    assert not (tmp_path / "site").exists()
+    build("[x](models.md#models)")
+    assert (tmp_path / "site" / "index.html").is_file()
+    (docs / "lost.md").write_text("# Lost\n")
+    with pytest.raises(ValueError, match=r"does not list lost\.md"):
+        build("")
+
+
+def test_results_are_those_of_the_result_files():
+    assert script("benchmarks/table.py").main(["--check"]) == 0, "run `python benchmarks/table.py`"
