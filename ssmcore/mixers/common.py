@@ -405,8 +405,10 @@ def convolve(
     if layout.count is not None and size:
         state = x.new_zeros(x.shape[0], x.shape[2], size) if state is None else state
         window = layout.count[:, None] + torch.arange(size, device=x.device)  # in [state, x]: ends at the last token
-        before = torch.cat([state.mT, x], dim=1)
-        last = before.gather(1, window[..., None].expand(-1, -1, x.shape[2]))
+        last = state.mT.gather(1, window.clamp(max=size - 1)[..., None].expand(-1, -1, x.shape[2]))
+        if x.shape[1]:
+            own = x.gather(1, (window - size).clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+            last = torch.where((window < size)[..., None], last, own)
         if layout.index is not None and x.shape[1]:
             index = torch.cat([layout.index[:, :1].expand(-1, size), layout.index], dim=1).gather(1, window)
             last = torch.where((index == index[:, -1:])[..., None], last, torch.zeros_like(last))
