@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..ssmcore.devices import find_device
 from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint
 from ..ssmcore.training.export import best_checkpoint
 from .likelihood import Scorer
@@ -86,20 +87,3 @@ def load_scorer(
         batch_tokens=batch_tokens,
         name=name,
     )
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes the first GPU if there is one.
-
-    Raises:
-        ValueError: if it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; expected auto, cpu or cuda:0") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there; this machine has {torch.cuda.device_count()} GPUs")
-    return device

@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
+from ..ssmcore.devices import find_device
 from ..ssmcore.training.checkpoints import (
     CONFIG,
     ModelFolder,
@@ -113,9 +114,10 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu") -> Classifi
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no image classifier.
+        ValueError: if it is no image classifier, or the device is not there.
     """
-    return _built(stored_model(checkpoint), str(checkpoint), device)
+    place = find_device(device)
+    return _built(stored_model(checkpoint), str(checkpoint), place)
 
 
 def stored_model(checkpoint: str | Path) -> ModelFolder:
@@ -142,7 +144,7 @@ def stored_model(checkpoint: str | Path) -> ModelFolder:
         return read_model_folder(export_checkpoint(newest, Path(scratch) / "model"))
 
 
-def _built(stored: ModelFolder, source: str, device: str | torch.device) -> Classifier:
+def _built(stored: ModelFolder, source: str, device: torch.device) -> Classifier:
     domain, _, name = str(stored.config.get("model", "")).partition("/")
     if domain != "vision" or "data.json" not in stored.files or "kind" in stored.config.get("task", {}):
         raise ValueError(f"{source!r} holds {stored.config.get('model')!r}, expected an image classifier.")

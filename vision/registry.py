@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import re
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -40,4 +43,21 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Modu
         close = difflib.get_close_matches(name, ours, n=3) or difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(f"Unknown vision model {name!r}.{hint} list_models() shows all {len(ours)}.")
-    return timm.create_model(name, pretrained=pretrained, **options)
+    with options_of(f"model {name!r}"):
+        return timm.create_model(name, pretrained=pretrained, **options)
+
+
+@contextlib.contextmanager
+def options_of(what: str) -> Iterator[None]:
+    """Inside, a constructor that does not know an option says whose option it should have been.
+
+    Raises:
+        TypeError: for such an option.
+    """
+    try:
+        yield
+    except TypeError as error:
+        option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if option is None:
+            raise
+        raise TypeError(f"{what} has no option {option[1]!r}.") from error

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ssmcore.devices import find_device
 from .registry import create_model
 
 
@@ -45,7 +46,7 @@ def time_model(
         The settings, parameters, `inference_ms` and `training_ms` per image, images per second, and peak megabytes of
         each (None on a CPU where the system does not tell).
     """
-    place = torch.device(device)
+    place = find_device(device)
     torch.manual_seed(0)
     sized: dict[str, Any] = {} if image_size == 224 else {"img_size": image_size} if _fixed(name) else {}
     net: nn.Module = create_model(name, **sized).to(place)

@@ -1,6 +1,7 @@
 """The guide's commands for pixels and boxes, what they leave, and the faults of users."""
 
 import csv
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -102,6 +103,10 @@ def test_windows_and_bad_files(folder, monkeypatch, capsys):
         (["evaluate", "--checkpoint", "runs/segment", "--data", "cells", "--part", "test"], "no part 'test'"),
         (["evaluate", "--checkpoint", "runs/segment", "--data", "cells", "--out", "a.txt"], ".csv"),
         (["export-graph", "--checkpoint", "runs/segment", "--out", "a.zip"], ".pt2 or .onnx"),
+        (["export-graph", "--checkpoint", "runs/segment", "--out", "a.pt2", "--batch", "0"], "at least 1 image"),
+        (["evaluate", "--checkpoint", "runs/segment", "--data", "cells", "--device", "tpu9"], "unknown device 'tpu9'"),
+        (["evaluate", "--checkpoint", "runs/segment", "--data", "cells", "--device", "cuda:99"], "is not there"),
+        (["predict", "--checkpoint", "runs/segment", "--images", "[cells]", "--threshold", "2"], "in [0, 1], got 2"),
         (
             ["fit", "--config", "segment.yaml", "--run", "other", "--model.init_args.head", "unet"],
             "head must be one of",
@@ -114,6 +119,57 @@ def test_faults_of_the_user(folder, monkeypatch, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_evaluation_sees_no_image_of_the_training(folder, tmp_path, monkeypatch):
+    """Without a table the split that was trained with, its share and seed, is in the saved model."""
+    import shutil
+
+    from omnissm.vision.data import MaskFolder
+    from omnissm.vision.dense import predictor, verbs
+
+    for name in ("images", "masks"):
+        shutil.copytree(folder / "cells" / name, tmp_path / "cells" / name)
+    monkeypatch.chdir(folder)
+    about = MaskFolder(tmp_path / "cells", ["a", "b", "c"], val_share=0.4, seed=5, image_size=32)
+    trained = {path.name for path in about.part("train").paths}
+    model = predictor.load("runs/segment")
+    assert model.split == {"table": "labels.csv", "val_share": 0.1, "seed": 0}
+    monkeypatch.setattr(predictor, "load", lambda *_: dataclasses.replace(model, split=about.state()["split"]))
+    read = []
+    monkeypatch.setattr(MaskFolder, "eval_loader", _noting(MaskFolder.eval_loader, read))
+    for part, count in (("val", 9), ("all", 22)):
+        read.clear()
+        verbs.evaluate(Path("runs/segment"), tmp_path / "cells", str(tmp_path / "a.csv"), part)
+        assert len(read) == count
+        assert int(table(tmp_path / "a.csv")[-1]["pixels"]) == count * 48 * 64
+        assert trained.isdisjoint(read) is (part == "val")
+
+
+def _noting(loader, read):
+    def noted(self, name):
+        read.extend(path.name for path in self.part(name).paths)
+        return loader(self, name)
+
+    return noted
+
+
+def test_no_drawing_replaces_another():
+    from omnissm.vision.dense.verbs import _names
+
+    names = _names([Path(p) for p in ("a.png", "b/a.png", "a_2.png", "a.mask.png", "c.mask.png", "c.png")])
+    files = [f"{name}{end}" for name in names for end in (".png", ".mask.png")]
+    assert len(set(files)) == 12
+    assert names[0] == "a"
+
+
+def test_the_legend_of_many_classes_fits_the_sheet(tmp_path):
+    from omnissm.vision.dense.draw import colours, write_sheet
+
+    classes = [f"class {k}" for k in range(60)]
+    write_sheet([("x", torch.zeros(3, 40, 40, dtype=torch.uint8))], classes, tmp_path / "s.png")
+    seen = {tuple(pixel) for pixel in np.asarray(Image.open(tmp_path / "s.png")).reshape(-1, 3).tolist()}
+    assert set(colours(60)) <= seen
 
 
 @pytest.mark.slow

@@ -241,7 +241,13 @@ def test_fitted_size_of_extreme_images():
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
-    [("strong", None, "augment must be one of none"), ("flip", {"zom": 1}, "no option 'zom'")],
+    [
+        ("strong", None, "augment must be one of none"),
+        ("flip", {"zom": 1}, "no option 'zom'"),
+        ("flip", {"zoom": 2}, "a pair"),
+        ("flip", {"zoom": [2, 1]}, "a pair"),
+        ("flip", {"colour": 1.5}, "strength in"),
+    ],
 )
 def test_unknown_augmentation(name, options, message):
     with pytest.raises(ValueError, match=message):

@@ -63,6 +63,29 @@ def test_unknown_names_are_refused():
         create_segmenter("vmamba_tiny_s1l8", 2, SMALL, head_args={"width": 8})(torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: create_head("fpn", [8, 8], 2, foo=1), "head 'fpn' has no option 'foo'"),
+        (lambda: create_head("fpn", [8, 8], 2, width=0), "width of the head 'fpn' must be at least 1"),
+        (lambda: create_segmenter("vmamba_tiny_s1l8", 2, {"dimm": 8}), "'vmamba_tiny_s1l8' has no option 'dimm'"),
+        (lambda: create_segmenter("torchvision/fcn_resnet50", 2, {"aux": 1}), "no option 'aux'"),
+        (lambda: create_segmenter("torchvision/fcn_resnet50", 2, {}, auxiliary=8), "takes no auxiliary"),
+        (lambda: SemanticSegmentation("torchvision/fcn_resnet50", backbone_lr=0.1), "backbone_lr must be 1"),
+        (lambda: SemanticSegmentation(label_smoothing=1.0), "label_smoothing is a share"),
+        (lambda: create_detector("yolo", 2, foo=1), "detector 'yolo' has no option 'foo'"),
+        (lambda: create_detector("yolo", 2, widths=[8, 8]), "3 widths"),
+        (lambda: create_detector("yolo", 2, gains={"boxes": 1}), "no loss 'boxes'"),
+        (lambda: create_detector("yolo", 2, nms=2.0), "overlap in"),
+        (lambda: create_detector("yolo", 2, backbone_args={"depth": 1}), "'mamba_yolo_tiny' has no option 'depth'"),
+        (lambda: create_detector("ssd300_vgg16", 2, backbone="resnet10t"), "has its own backbone"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
 def test_decoder_counts_weights_as_its_equations_do():
     e, f, channels = 16, 24, (8, 16, 24, 32)
     decoder = SegMANDecoder(channels, 5, e, f)

@@ -60,6 +60,10 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.part.labels)
 
+    def sample_name(self, index: int) -> str:
+        """An image as messages name it."""
+        return self.part.names[index]
+
     def __getitem__(self, index: int) -> Sample:
         """Image, label and number."""
         try:

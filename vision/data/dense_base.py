@@ -65,7 +65,8 @@ class DenseData(SSMData):
         super().__init__()
         rows, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(rows, columns, batch_size, eval_batch_size) < 1:
-            raise ValueError(f"sizes must be positive, got image_size={image_size}, batch_size={batch_size}.")
+            sizes = f"image_size={image_size}, batch_size={batch_size}, eval_batch_size={eval_batch_size}"
+            raise ValueError(f"sizes must be positive, got {sizes}.")
         if on_bad not in ("raise", "skip"):
             raise ValueError(f"on_bad must be 'raise' or 'skip', got {on_bad!r}.")
         self.image_size = (int(rows), int(columns))
@@ -104,6 +105,12 @@ class DenseData(SSMData):
         if self.on_bad == "raise":
             raise ValueError(f"{place}: {kind}. {advice}, or set on_bad='skip' to leave it out.")
         self.note(kind, place)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts that there are."""
+        self.setup()
+        return tuple(self._parts)
 
     def part(self, name: str) -> Dataset:
         """One part.

@@ -106,11 +106,7 @@ class MaskFolder(DenseData):
         if not table.is_file():
             stay, off = split_off([0] * len(pairs), self.val_share, self.seed)
             return {"train": [pairs[k] for k in stay], "val": [pairs[k] for k in off]}
-        with table.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not {"id", "split"} <= set(rows[0]):
-            raise ValueError(f"{table} needs the columns id and split, got {', '.join(rows[0]) if rows else 'no row'}.")
-        part = {row["id"]: row["split"] for row in rows}
+        part = _read_split(table)
         unknown = sorted(set(part.values()) - {"train", "val", "test"})
         if unknown:
             raise ValueError(f"{table} has the split {unknown[0]!r}; expected train, val or test.")
@@ -118,6 +114,32 @@ class MaskFolder(DenseData):
             if path.stem not in part:
                 self.fault(f"not in {table.name}", str(path), "Add it to the table")
         return {name: [pair for pair in pairs if part.get(pair[0].stem) == name] for name in ("train", "val", "test")}
+
+    def state(self) -> dict[str, Any]:
+        """Classes, the size of images, and how they were split, so that an evaluation sees none of the training."""
+        split = {"table": self.table, "val_share": self.val_share, "seed": self.seed}
+        return {**super().state(), "split": split}
+
+
+def _read_split(table: Path) -> dict[str, str]:
+    """Part of each image by the columns id and split of a table."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table} is no table in text: {error}.") from error
+    names = rows[0] if rows else []
+    if names.count("id") != 1 or names.count("split") != 1 or len(rows) < 2:
+        raise ValueError(f"{table} needs rows with the columns id and split, got {', '.join(names) or 'nothing'}.")
+    part: dict[str, str] = {}
+    for row in rows[1:]:
+        if len(row) != len(names):
+            raise ValueError(f"{table} has a row of {len(row)} fields, expected {len(names)}: {','.join(row)[:80]}")
+        name = row[names.index("id")]
+        if name in part:
+            raise ValueError(f"{table} names {name!r} twice.")
+        part[name] = row[names.index("split")]
+    return part
 
 
 def _files(folder: Path) -> list[Path]:

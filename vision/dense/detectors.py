@@ -16,6 +16,7 @@ from torchvision.models import detection
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
+from ..registry import options_of
 from .assignment import detection_loss
 from .features import Features
 from .yolo import Raw, Yolo, decoded
@@ -43,7 +44,7 @@ class YoloDetector(nn.Module):
         num_classes: Classes.
         nms: Overlap from which of two boxes of a class the surer one is kept.
         most: Boxes per image.
-        gains: Weights of the losses score, box and distribution.
+        gains: Changed weights of the losses score, box and distribution.
         options: Others of `Yolo`.
     """
 
@@ -60,7 +61,13 @@ class YoloDetector(nn.Module):
         self.yolo = Yolo(backbone, num_classes, **options)
         self.default_cfg = self.yolo.default_cfg
         self.nms, self.most = nms, most
-        self.gains = {"score": 0.5, "box": 7.5, "distribution": 1.5, **(gains or {})}
+        weights = {"score": 0.5, "box": 7.5, "distribution": 1.5}
+        unknown = sorted(set(gains or {}) - set(weights))
+        if unknown:
+            raise ValueError(f"there is no loss {unknown[0]!r} to weigh by gains, only {', '.join(weights)}.")
+        if not 0 <= nms <= 1 or most < 1:
+            raise ValueError(f"nms is an overlap in [0, 1] and most at least 1, got {nms} and {most}.")
+        self.gains = {**weights, **(gains or {})}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (b, A, 4) in pixels and scores (b, A, classes) of all cells, before any choice; what is exported."""
@@ -139,7 +146,10 @@ class TorchvisionDetector(nn.Module):
         else:
             known = [known for known in _names() if not known.startswith(("keypoint", "mask"))]
             if name not in known:
-                raise ValueError(f"unknown detector {name!r}; expected {', '.join([*PYRAMID_DETECTORS, *known])}.")
+                names = ", ".join(["yolo", *PYRAMID_DETECTORS, *known])
+                raise ValueError(f"unknown detector {name!r}; expected {names}.")
+            if backbone is not None:
+                raise ValueError(f"detector {name!r} has its own backbone; leave out backbone={backbone!r}.")
             if not name.startswith("ssd"):
                 plain |= {"min_size": min(image_size), "max_size": max(image_size)}
             maker = getattr(detection, name)
@@ -235,10 +245,15 @@ def create_detector(
         num_classes: Classes without background.
         image_size: Rows and columns of the images that come.
         **options: Of the detector, such as `backbone` and `backbone_args`.
+
+    Raises:
+        ValueError: for an unknown detector, or a backbone that does not fit.
+        TypeError: for an option that the detector does not have.
     """
-    if detector == "yolo":
-        return YoloDetector(options.pop("backbone", None) or "mamba_yolo_tiny", num_classes, **options)
-    return TorchvisionDetector(detector, num_classes, image_size, **options)
+    with options_of(f"detector {detector!r}"):
+        if detector == "yolo":
+            return YoloDetector(options.pop("backbone", None) or "mamba_yolo_tiny", num_classes, **options)
+        return TorchvisionDetector(detector, num_classes, image_size, **options)
 
 
 def as_found(found: Found, factor: Tensor, size: tuple[int, int]) -> Found:

@@ -79,15 +79,22 @@ def write_sheet(
         columns: Images per row.
     """
     side, line, gap = 256, 18, 10
-    rows = max(1, -(-len(drawings) // columns))
-    sheet = Image.new("RGB", (columns * (side + gap) + gap, 2 * line + rows * (side + line + gap) + gap), "white")
-    draw, left = ImageDraw.Draw(sheet), gap
+    rows, width = max(1, -(-len(drawings) // columns)), columns * (side + gap) + gap
+    measure, legend, left, top = ImageDraw.Draw(Image.new("RGB", (1, 1))), [], gap, gap
     for name, colour in list(zip(classes, colours(len(classes))))[first:]:
-        draw.rectangle((left, gap, left + 10, gap + 10), fill=colour)
-        draw.text((left + 15, gap), name, fill="#1f2933")
-        left += 30 + round(draw.textlength(name))
+        space = 30 + round(measure.textlength(name))
+        if left > gap and left + space > width:
+            left, top = gap, top + line
+        legend.append((left, top, name, colour))
+        left += space
+    top += line + gap
+    sheet = Image.new("RGB", (width, top + rows * (side + line + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, y, name, colour in legend:
+        draw.rectangle((x, y, x + 10, y + 10), fill=colour)
+        draw.text((x + 15, y), name, fill="#1f2933")
     for k, (name, drawn) in enumerate(drawings):
-        x, y = gap + k % columns * (side + gap), 2 * line + k // columns * (side + line + gap)
+        x, y = gap + k % columns * (side + gap), top + k // columns * (side + line + gap)
         picture = Image.fromarray(drawn.permute(1, 2, 0).cpu().numpy())
         if (times := side // max(picture.size)) > 1:
             picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)

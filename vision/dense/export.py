@@ -36,8 +36,10 @@ def exported(model: DenseModel, batch: int | None = None) -> torch.export.Export
         batch: Images at a time; None for any number.
 
     Raises:
-        ValueError: for a detector of torchvision, whose outputs have no fixed form.
+        ValueError: for a detector of torchvision, whose outputs have no fixed form, or a batch of no image.
     """
+    if batch is not None and batch < 1:
+        raise ValueError(f"a graph takes at least 1 image at a time, got batch={batch}.")
     if model.kind == "detection" and not isinstance(model.net, YoloDetector):
         raise ValueError("only detectors with detector='yolo' can be exported; those of torchvision cannot.")
     example = torch.zeros(batch or 2, 3, *model.image_size, device=next(model.net.parameters()).device)
@@ -66,7 +68,7 @@ def write_graph(model: DenseModel, out: Path, batch: int | None = None) -> None:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise ImportError('ONNX files need onnxscript: pip install "omnissm[onnx]"') from error
-        program = torch.onnx.export(exported(model, batch or 1), dynamo=True, verbose=False)
+        program = torch.onnx.export(exported(model, 1 if batch is None else batch), dynamo=True, verbose=False)
         buffer.write(program.model_proto.SerializeToString())  # type: ignore[union-attr]
     else:
         raise ValueError(f"got the name {str(out)!r}, expected one ending in .pt2 or .onnx.")

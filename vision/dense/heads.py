@@ -17,6 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from ..layers import init_linear_
 from ..models.token_model import Mlp
 from ..models.vmamba import SS2D
+from ..registry import options_of
 from .features import conv_norm, resized
 
 
@@ -178,8 +179,13 @@ def create_head(name: str, channels: Sequence[int], num_classes: int, **options:
         **options: Of the head.
 
     Raises:
-        ValueError: for an unknown head.
+        ValueError: for an unknown head or an option out of range.
+        TypeError: for an option that the head does not have.
     """
     if name not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {name!r}.")
-    return HEADS[name](channels, num_classes, **options)
+    for option in ("width", "level_width"):
+        if isinstance(value := options.get(option), int) and value < 1:
+            raise ValueError(f"{option} of the head {name!r} must be at least 1, got {value}.")
+    with options_of(f"head {name!r}"):
+        return HEADS[name](channels, num_classes, **options)

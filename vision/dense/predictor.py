@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ...ssmcore.devices import find_device
 from ...ssmcore.training.checkpoints import ModelFolder, load_weights
 from ..classifier import stored_model
 from ..data.dense_base import picture
@@ -51,12 +52,14 @@ class DenseModel:
         net: The network, in evaluation mode.
         classes: Names of the classes.
         image_size: Rows and columns of the images that it sees.
+        split: How the images of a folder were split for its training, as options of `MaskFolder`.
     """
 
     kind: Kind
     net: nn.Module
     classes: tuple[str, ...]
     image_size: tuple[int, int]
+    split: dict[str, Any] = field(default_factory=dict)
 
     @torch.inference_mode()
     def boxes(self, image: Tensor, threshold: float = 0.3) -> Found:
@@ -131,8 +134,9 @@ def load(checkpoint: str | Path | ModelFolder, device: str | torch.device = "cpu
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is another model.
+        ValueError: if it is another model, or the device is not there.
     """
+    place = find_device(device)
     stored = checkpoint if isinstance(checkpoint, ModelFolder) else stored_model(checkpoint)
     kind = stored.config.get("task", {}).get("kind")
     if kind not in ("segmentation", "detection") or "data.json" not in stored.files:
@@ -143,4 +147,4 @@ def load(checkpoint: str | Path | ModelFolder, device: str | torch.device = "cpu
     net = create(**stored.config["args"])
     load_weights(net, stored.state, source=str(stored.path))
     rows, columns = data["image_size"]
-    return DenseModel(kind, net.to(device).eval(), tuple(data["classes"]), (rows, columns))
+    return DenseModel(kind, net.to(place).eval(), tuple(data["classes"]), (rows, columns), data.get("split", {}))

@@ -13,7 +13,7 @@ from ...ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from ..data.dense_batches import IGNORE, SegmentationBatch
 from ..tasks import normalized
 from .metrics import confusion, mean_overlap
-from .segmenter import create_segmenter, unfitted
+from .segmenter import TORCHVISION, create_segmenter, unfitted
 
 
 class SemanticSegmentation(SSMTask):
@@ -25,7 +25,7 @@ class SemanticSegmentation(SSMTask):
     Args:
         backbone: Name of a model of ours or timm's, or "torchvision/NAME" of a whole segmentation model.
         backbone_args: Its options.
-        head: "fpn", "upernet" or "segman".
+        head: "fpn", "upernet" or "segman"; a model of torchvision keeps its own.
         head_args: Its options.
         num_classes: Classes; taken from the data module on the command line.
         auxiliary: Channels of a second head on the level before the coarsest; 0 for none.
@@ -63,13 +63,19 @@ class SemanticSegmentation(SSMTask):
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         if min(auxiliary, auxiliary_weight, dice, backbone_lr) < 0:
             raise ValueError("auxiliary, auxiliary_weight, dice and backbone_lr must not be negative.")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is a share in [0, 1), got {label_smoothing}.")
+        whole = backbone.startswith(TORCHVISION)
+        if whole and backbone_lr != 1:
+            raise ValueError(f"{backbone} is trained as a whole; backbone_lr must be 1, got {backbone_lr}.")
         self.num_classes = num_classes
         self.auxiliary_weight, self.dice = auxiliary_weight, dice
         self.label_smoothing, self.backbone_lr = label_smoothing, backbone_lr
         self.args: dict[str, Any] = {"backbone": backbone, "num_classes": num_classes}
         self.args |= {"backbone_args": backbone_args or {}}
-        if not backbone.startswith("torchvision/"):
-            self.args |= {"head": head, "head_args": head_args or {}, "auxiliary": auxiliary}
+        self.args |= {"head_args": head_args or {}, "auxiliary": auxiliary}
+        if not whole:
+            self.args["head"] = head
         self.net = create_segmenter(**self.args)
         self.matrix = confusion(num_classes)
         self.sums = torch.zeros(2, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,11 +70,16 @@ class TorchvisionSegmenter(nn.Module):
 
     def __init__(self, name: str, num_classes: int, **options: Any) -> None:
         super().__init__()
-        from torchvision.models import get_model, list_models, segmentation
+        from torchvision.models import get_model_builder, list_models, segmentation
 
         if name not in list_models(module=segmentation):
             raise ValueError(f"torchvision has no segmentation model {name!r}, only {list_models(segmentation)}.")
-        self.body = get_model(name, weights=None, weights_backbone=None, num_classes=num_classes, **options)
+        builder = get_model_builder(name)
+        known = [k for k, p in inspect.signature(builder).parameters.items() if p.kind is not p.VAR_KEYWORD]
+        for option in options:
+            if option not in known:  # torchvision itself would take it and do nothing
+                raise TypeError(f"model {TORCHVISION + name!r} has no option {option!r}; it has {', '.join(known)}.")
+        self.body = builder(weights=None, weights_backbone=None, num_classes=num_classes, **options)
 
     def forward(self, x: Tensor, auxiliary: bool = False) -> Any:
         """As `Segmenter.forward`."""
@@ -89,8 +95,15 @@ def create_segmenter(backbone: str, num_classes: int, backbone_args: Any = None,
         num_classes: Classes.
         backbone_args: Options of the backbone.
         **options: Others of `Segmenter`.
+
+    Raises:
+        ValueError: if the model is unknown, or a whole model of torchvision is to have a head of ours.
+        TypeError: for an option that the model does not have.
     """
     if backbone.startswith(TORCHVISION):
+        if any(options.values()):
+            given = ", ".join(name for name, value in options.items() if value)
+            raise ValueError(f"{backbone} is a whole model with its own head; it takes no {given}.")
         return TorchvisionSegmenter(backbone.removeprefix(TORCHVISION), num_classes, **(backbone_args or {}))
     return Segmenter(backbone, backbone_args, num_classes=num_classes, **options)
 

@@ -32,7 +32,11 @@ def predict_dense(
     from .draw import draw_boxes, draw_mask, encode, encode_mask, write_sheet
     from .predictor import load
 
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"a threshold of scores is in [0, 1], got {threshold}.")
     model = load(stored, device)
+    if window and model.kind == "detection":
+        raise ValueError("only segmenters look through windows; leave out --window for a detector.")
     names = _names(paths)
     rows: list[list[Any]] = []
     shown: list[tuple[str, Tensor]] = []
@@ -72,11 +76,15 @@ def predict_dense(
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Names of the drawings: the files' own, with a number where two are alike."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     names = []
     for path in paths:
-        seen[path.stem] = seen.get(path.stem, 0) + 1
-        names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}_{seen[path.stem]}")
+        name, number = path.stem, 1
+        while not taken.isdisjoint((name, f"{name}.mask")):
+            number += 1
+            name = f"{path.stem}_{number}"
+        taken |= {name, f"{name}.mask"}
+        names.append(name)
     return names
 
 
@@ -96,7 +104,7 @@ def evaluate(
         checkpoint: Model folder, run folder or .ckpt file of a segmenter or detector.
         data: For a segmenter the folder with images and masks; for a detector an annotation file in COCO's layout.
         out: Table: .csv.
-        part: Of the folder of masks: train, val or test.
+        part: Of the folder of masks: train, val or test; "all" takes every image.
         images: Folder of images beside the annotation file, or in the folder of masks.
         masks: Folder of masks.
         batch_size: Images at a time.
@@ -117,8 +125,9 @@ def evaluate(
     model = load(checkpoint, device)
     options: dict[str, Any] = {"image_size": model.image_size, "eval_batch_size": batch_size, "in_memory": False}
     if model.kind == "segmentation":
-        folder = MaskFolder(data, model.classes, images, masks, **options)
-        rows = _segmenter_rows(model, folder.eval_loader(part))
+        folder = MaskFolder(data, model.classes, images, masks, **{**options, **model.split})
+        parts = list(folder.parts) if part == "all" else [part]
+        rows = _segmenter_rows(model, (batch for name in parts for batch in folder.eval_loader(name)))
     else:
         if not data.is_file():
             raise FileNotFoundError(2, "No such annotation file", str(data))
@@ -211,7 +220,7 @@ def export_graph(checkpoint: Path, out: Path, batch: int | None = None) -> None:
     Args:
         checkpoint: Model folder, run folder or .ckpt file.
         out: File: .pt2 (torch.export) or .onnx.
-        batch: Images at a time; left out, any number (.pt2) or 1 (.onnx).
+        batch: Images at a time, at least 1; left out, any number (.pt2) or 1 (.onnx).
 
     Raises:
         ImportError: if onnxscript is missing.

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..registry import options_of
 from .features import Features
 from .yolo_blocks import ODSS, SPPF, ConvAct, Fusion, Merge
 
@@ -168,7 +169,8 @@ class Yolo(nn.Module):
         repeats: Scans of each meeting in the neck; None as the size says.
 
     Raises:
-        ValueError: if the backbone has not these strides.
+        ValueError: if the backbone has not these strides, or the neck not three levels.
+        TypeError: for an option that the backbone does not have.
     """
 
     def __init__(
@@ -184,7 +186,8 @@ class Yolo(nn.Module):
         if backbone in SIZES:
             size = {**SIZES[backbone], **options}
             repeats = size.pop("repeats") if repeats is None else repeats
-            self.backbone: nn.Module = YoloBackbone(**{k: size[k] for k in size if k != "repeats"})
+            with options_of(f"backbone {backbone!r}"):
+                self.backbone: nn.Module = YoloBackbone(**{k: size[k] for k in size if k != "repeats"})
             self.default_cfg: Any = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
             channels = self.backbone.channels
         else:
@@ -193,6 +196,8 @@ class Yolo(nn.Module):
                 raise ValueError(f"{backbone!r} has strides {features.strides}, a detector needs 8, 16 and 32.")
             self.backbone, self.default_cfg, channels = features, features.default_cfg, tuple(features.channels)
         widths = tuple(widths or channels)
+        if len(widths) != 3 or min(widths) < 2 or (repeats is not None and repeats < 1):
+            raise ValueError(f"a neck has 3 widths from 2 on and repeats from 1 on, got {list(widths)} and {repeats}.")
         self.num_classes = num_classes
         self.neck = YoloNeck(channels, widths, repeats or 1)
         self.head = YoloHead(widths, YoloBackbone.strides, num_classes)
