@@ -260,7 +260,8 @@ class Hydra(nn.Module):
         rate = -wide(self.A_log).exp()
         forward = _Side(steps[0], steps[0] * rate, *maps[:2])
         backward = _Side(steps[1], steps[1] * rate, *maps[2:])
-        diagonal = wide(self.fc_D(x)) + wide(self.D)
+        # Rows of one matrix: torch.compile makes a product for each sample of a slice in three dimensions.
+        diagonal = wide(self.fc_D(x.flatten(0, 1)).view(steps[0].shape)) + wide(self.D)
         heads = x.unflatten(-1, (self.nheads, self.headdim))
         y, _ = quasiseparable(
             heads,

@@ -58,7 +58,9 @@ class TokenHydra(Hydra):
             C_b.unflatten(-1, groups),
         ]
         heads = u.unflatten(-1, [self.nheads, self.headdim])
-        y = quasiseparable_mix(heads, dt_f, dt_b, self.dt_bias, self.A_log, maps, self.fc_D(u), self.D, self.chunk)
+        # Rows of one matrix: torch.compile makes a product for each sample of a slice in three dimensions.
+        diag = self.fc_D(u.flatten(0, 1)).view(dt_f.shape)
+        y = quasiseparable_mix(heads, dt_f, dt_b, self.dt_bias, self.A_log, maps, diag, self.D, self.chunk)
         return self.out_proj(self.norm(y.flatten(2), z))
 
 
