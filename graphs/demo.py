@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,11 +14,12 @@ from ..ssmcore.training.report import markdown_table, run_verb, write_summary
 
 __all__ = ["demo"]
 
-CONFIG, KIND, NODES = "graphs/dag_ssm_tiny_synthetic", "path_sum", 12
+CONFIG, NODES = "graphs/dag_ssm_tiny_synthetic", 12
+KIND: Final = "path_sum"
 BASELINE = ("--model.init_args.model", "gine", "--model.init_args.model_args", '{"d_model": 32, "n_layer": 4}')
 
 
-def demo(out: Path = Path("demo"), epochs: int = 12, samples: int = 4096, seed: int = 0) -> int:
+def demo(out: Path = Path("demo"), epochs: int = 20, samples: int = 4096, seed: int = 0) -> int:
     """Train a model of directed acyclic graphs on a regression whose exact answer is known, and draw what it reads.
 
     The graphs are drawn at random. Files in the folder that an earlier demo wrote are replaced.

@@ -1,14 +1,14 @@
-"""Demos one after the other, each in a process of its own, and one page about all of them."""
+"""Demos, each in a process of its own and two at a time, and one page about all of them."""
 
 from __future__ import annotations
 
 import html
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .training.checkpoints import write_atomic
 from .training.report import PAGE, SUMMARY, render, whole_page
 
 LOG = "log.txt"
+_TOGETHER = 2  # processes at a time, each on one core
 _TAIL = 12  # lines of the log that the page shows of a demo that failed
 
 
@@ -53,13 +54,13 @@ def run_demos(parts: Mapping[str, str], out: Path) -> int:
         0, or 1 if any demo failed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for name in parts:
-        sys.stdout.write(f"\n== {name}: {parts[name]}\n")
-        sys.stdout.flush()
-        outcomes.append(_run(name, out / name))
-        write_atomic(out / PAGE, compose(outcomes, parts))  # a demo that is interrupted leaves those before it
-    sys.stdout.write("\n")
+    found: dict[str, Outcome] = {}
+    with ThreadPoolExecutor(min(_TOGETHER, os.cpu_count() or 1)) as pool:
+        running = [pool.submit(_run, name, out / name) for name in parts]
+        for done in as_completed(running):
+            found[done.result().name] = done.result()
+            outcomes = [found[name] for name in parts if name in found]
+            write_atomic(out / PAGE, compose(outcomes, parts))  # one that is interrupted leaves those before it
     for one in outcomes:
         ended = "done" if one.code == 0 else f"FAILED, exit code {one.code}"
         sys.stdout.write(f"{one.name:<12} {ended}; {one.seconds:.0f} s, {one.cpu_seconds:.0f} s of processor time\n")
@@ -72,23 +73,23 @@ def _run(name: str, folder: Path) -> Outcome:
     for stale in (SUMMARY, PAGE):  # of an earlier run; this one may not come so far
         (folder / stale).unlink(missing_ok=True)
     command = [sys.executable, "-m", "omnissm", "demo", name, "--out", str(folder)]
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}  # our folders hide no other packages
-    clock, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    lines = []
+    safe = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}  # our folders hide no other packages
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **safe}
+    clock, lines = time.perf_counter(), []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
     ) as process:
         assert process.stdout is not None  # it is a pipe
         for line in process.stdout:
-            sys.stdout.write(line)
+            sys.stdout.write(f"{name:<10} | {line}")
             sys.stdout.flush()
             lines.append(line)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        _, status, usage = os.wait4(process.pid, 0)  # unlike `wait` it tells the processor time
+        process.returncode = os.waitstatus_to_exitcode(status)
     write_atomic(folder / LOG, "".join(lines))
     summary = (folder / SUMMARY).read_text() if (folder / SUMMARY).is_file() else ""
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    tail = "".join(lines[-_TAIL:])
-    return Outcome(name, process.returncode, time.perf_counter() - clock, spent, summary, tail)
+    seconds, spent = time.perf_counter() - clock, usage.ru_utime + usage.ru_stime
+    return Outcome(name, process.returncode, seconds, spent, summary, "".join(lines[-_TAIL:]))
 
 
 def compose(outcomes: list[Outcome], parts: Mapping[str, str]) -> str:

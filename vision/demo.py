@@ -135,9 +135,9 @@ more than so small a task needs; it is here to show how training goes.
 ![Contact sheet: the 60 test images of which the model is least sure.](sheet.png)
 
 The 60 test images of which the model is least sure, the most doubtful first. Below each: what the model says and how
-sure it is, then the name of the file, which tells the truth: `is_3_...` is a 3. Of all {facts["test"]:,} test images
-it has {len(wrong)} wrong{f", most often {often}" if wrong else ""}; it was more than 90 % sure in {sure} of them. The
-whole table is `predictions.csv`.
+sure it is (`9 46%`: a nine, 46 % sure), then the name of the file, which tells the truth: `is_4_...` is a 4.
+Of all {facts["test"]:,} test images it has {len(wrong)} wrong{f", most often {often}" if wrong else ""};
+it was more than 90 % sure in {sure} of them. The whole table is `predictions.csv`.
 
 The commands, in the folder of this page, with `digits` being one folder for each class:
 
