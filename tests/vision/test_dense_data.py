@@ -44,7 +44,7 @@ def coco(tmp_path):
             {"id": 1, "image_id": 7, "category_id": 90, "bbox": [10, 5, 20, 30], "area": 123.0, "iscrowd": 0},
             {"id": 2, "image_id": 7, "category_id": 4, "bbox": [50, 30, 20, 20]},
             {"id": 3, "image_id": 100, "category_id": 4, "bbox": [0, 0, 30, 20], "iscrowd": 1},
-            {"id": 4, "image_id": 100, "category_id": 4, "bbox": [5, 5, 0, 10]},
+            {"id": 4, "image_id": 100, "category_id": 4, "bbox": [30, 5, 1e-7, 10]},
             {"id": 5, "image_id": 100, "category_id": 4, "bbox": [70, 5, 10, 10]},
             {"id": 6, "image_id": 100, "category_id": 4, "bbox": [1, 2, float("nan"), 10]},
         ],
@@ -110,6 +110,15 @@ def test_faults_of_annotation_files_raise_or_are_counted(coco, change, message, 
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox must be"),
         (lambda c: c["images"][1].update(id=7), "two images with the id 7"),
         (lambda c: c["categories"][1].update(id=90), "different ids"),
+        (lambda c: c["categories"][1].update(name="late"), "different names, got late, late"),
+        (lambda c: c["categories"][1].update(id="x"), "a category needs a whole number as 'id'"),
+        (lambda c: c["categories"][1].update(id=None), "a category needs a whole number as 'id'"),
+        (lambda c: c["images"][0].update(height="tall"), "an image needs a whole number as 'height'"),
+        (lambda c: c["images"][0].update(width=0), "an image needs 'width' of at least 1"),
+        (lambda c: c["images"][0].update(id=[1]), "needs a number or a text as 'id'"),
+        (lambda c: c["annotations"][0].update(image_id=[1]), "needs a number or a text as 'image_id'"),
+        (lambda c: c["annotations"][0].update(category_id={}), "needs a number or a text as 'category_id'"),
+        (lambda c: c["annotations"][0].update(iscrowd="0"), "iscrowd must be 0 or 1, got '0'"),
         (lambda c: c.update(annotations=[]), "no box to learn from"),
     ],
 )
@@ -182,6 +191,16 @@ def test_faults_of_masks_raise_or_are_counted(masks, change, message, kind):
     data.setup()
     assert data.counts == {kind: 1}
     assert len(data.part("train")) == 4
+
+
+def test_masks_and_images_of_one_name(masks):
+    (masks / "images" / "2.png").unlink()
+    data = MaskFolder(masks, CLASSES, val_share=0.2)
+    data.setup()
+    assert data.counts == {"mask without an image left out": 1}
+    save(masks / "images" / "3.bmp", np.zeros((23, 31, 3)))
+    with pytest.raises(ValueError, match=r"has 3.bmp and 3.png; names need different stems"):
+        MaskFolder(masks, CLASSES).setup()
 
 
 def test_unknown_pixels_and_palettes(masks):

@@ -16,6 +16,7 @@ from typing import Any
 MISSING_IMAGE = "image file missing"
 UNKNOWN_CATEGORY = "annotation of an unknown category"
 UNKNOWN_IMAGE = "annotation of an unknown image"
+LEAST = 1e-3  # pixels a side of a box
 DEGENERATE = "box without area inside the image left out"
 CUT = "box cut at the border"
 CROWD = "crowd region: not trained on, not counted in evaluation"
@@ -88,25 +89,28 @@ def read_coco(path: Path, images: Path, fault: Fault, note: Note, expected: Coco
     skipped: set[int] = set()
     for entry in content["images"]:
         values = _take(path, "an image", entry, ("id", "file_name", "height", "width"))
-        key, file = values["id"], images / str(values["file_name"])
+        key, file = _identity(path, "an image", entry, "id"), images / str(values["file_name"])
         if key in records or key in skipped:
             raise ValueError(f"{path} has two images with the id {key}.")
         if not file.is_file():
             fault(MISSING_IMAGE, str(file), "Put it there")
             skipped.add(key)
             continue
-        records[key] = Record(file, key, int(values["height"]), int(values["width"]))
+        height, width = (_whole(path, "an image", entry, name) for name in ("height", "width"))
+        records[key] = Record(file, key, height, width)
     for entry in content["annotations"]:
         values = _take(path, "an annotation", entry, ("image_id", "category_id", "bbox"))
         place = f"{path}: annotation {entry.get('id', '?')}"
-        if values["image_id"] in skipped:
+        image = _identity(path, "an annotation", entry, "image_id")
+        category = _identity(path, "an annotation", entry, "category_id")
+        if image in skipped:
             continue
-        if values["image_id"] not in records:
-            fault(UNKNOWN_IMAGE, f"{place} (image {values['image_id']})", "Remove it")
-        elif values["category_id"] not in number:
-            fault(UNKNOWN_CATEGORY, f"{place} (category {values['category_id']})", "List it under categories")
+        if image not in records:
+            fault(UNKNOWN_IMAGE, f"{place} (image {image})", "Remove it")
+        elif category not in number:
+            fault(UNKNOWN_CATEGORY, f"{place} (category {category})", "List it under categories")
         else:
-            _add(records[values["image_id"]], entry, number[values["category_id"]], place, note)
+            _add(records[image], entry, number[category], place, note)
     for record in records.values():
         if not record.boxes:
             note(EMPTY, str(record.path))
@@ -128,10 +132,14 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _categories(path: Path, content: Mapping[str, Any]) -> tuple[list[int], list[str]]:
     found = [_take(path, "a category", entry, ("id", "name")) for entry in content["categories"]]
+    for entry in found:
+        _whole(path, "a category", entry, "id", least=None)
     found.sort(key=lambda entry: entry["id"])
     numbers, names = [int(entry["id"]) for entry in found], [str(entry["name"]) for entry in found]
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"{path} needs categories with different ids, got {numbers}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path} needs categories with different names, got {', '.join(names)}.")
     return numbers, names
 
 
@@ -142,6 +150,22 @@ def _take(path: Path, kind: str, entry: Any, keys: tuple[str, ...]) -> dict[str,
     return {key: entry[key] for key in keys}
 
 
+def _whole(path: Path, kind: str, entry: Mapping[str, Any], key: str, least: int | None = 1) -> int:
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError(f"{path}: {kind} needs a whole number as {key!r}: {str(entry)[:80]}")
+    if least is not None and value < least:
+        raise ValueError(f"{path}: {kind} needs {key!r} of at least {least}: {str(entry)[:80]}")
+    return int(value)
+
+
+def _identity(path: Path, kind: str, entry: Mapping[str, Any], key: str) -> Any:
+    value = entry[key]
+    if not isinstance(value, int | float | str):
+        raise ValueError(f"{path}: {kind} needs a number or a text as {key!r}: {str(entry)[:80]}")
+    return value
+
+
 def _add(record: Record, entry: Mapping[str, Any], label: int, place: str, note: Note) -> None:
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
@@ -149,16 +173,18 @@ def _add(record: Record, entry: Mapping[str, Any], label: int, place: str, note:
     x, y, width, height = (float(v) for v in box)
     x0, y0 = max(0.0, x), max(0.0, y)
     x1, y1 = min(float(record.width), x + width), min(float(record.height), y + height)
-    if not all(math.isfinite(v) for v in box) or x1 <= x0 or y1 <= y0:
+    if not all(math.isfinite(v) for v in box) or min(x1 - x0, y1 - y0) < LEAST:
         note(DEGENERATE, place)
         return
     if max(x0 - x, y0 - y, x + width - x1, y + height - y1) > 1e-3:
         note(CUT, place)
-    crowd = bool(entry.get("iscrowd", 0))
+    crowd = entry.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        raise ValueError(f"{place}: iscrowd must be 0 or 1, got {crowd!r}.")
     if crowd:
         note(CROWD, place)
     area = entry.get("area")
     record.boxes.append((x0, y0, x1, y1))
     record.labels.append(label)
-    record.crowd.append(crowd)
+    record.crowd.append(bool(crowd))
     record.area.append(float(area) if isinstance(area, int | float) and area > 0 else (x1 - x0) * (y1 - y0))

@@ -75,9 +75,12 @@ class MaskFolder(DenseData):
 
     def _pairs(self, folder: Path) -> list[tuple[Path, Path]]:
         """Images with their masks, checked."""
-        masks = {path.stem: path for path in _files(folder / self.masks)}
+        masks = _by_name(_files(folder / self.masks))
+        images = _by_name(_files(folder / self.images))
+        for name in sorted(set(masks) - set(images)):
+            self.note("mask without an image left out", str(masks[name]))
         pairs = []
-        for path in _files(folder / self.images):
+        for path in images.values():
             if path.stem not in masks:
                 self.fault("image without a mask", str(path), f"Expected {folder / self.masks / path.stem}.png")
                 continue
@@ -85,7 +88,9 @@ class MaskFolder(DenseData):
                 size = read_image(path).size
                 mask = read_mask(masks[path.stem])
             except BadImageError as error:
-                self.fault("cannot be read", str(path), str(error))
+                if self.on_bad == "raise":
+                    raise
+                self.note("cannot be read", str(error))
                 continue
             if (mask.shape[1], mask.shape[0]) != size:
                 sizes = f"{size[0]} x {size[1]} and {mask.shape[1]} x {mask.shape[0]}"
@@ -146,6 +151,15 @@ def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise FileNotFoundError(2, "No such folder", str(folder))
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def _by_name(paths: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found:
+            raise ValueError(f"{path.parent} has {found[path.stem].name} and {path.name}; names need different stems.")
+        found[path.stem] = path
+    return found
 
 
 def read_mask(path: Path) -> Tensor:

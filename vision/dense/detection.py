@@ -23,7 +23,8 @@ class Detection(SSMTask):
     """Train and test a detector.
 
     Logs `train/loss` and its parts, and for validation and test `map` (mean over classes and IoU 0.5 to 0.95, as COCO
-    defines it), `map50`, `map75`, `recall` and `loss` = 1 - map, over all images and in pixels of the original ones.
+    defines it), `map50`, `map75`, `recall` and `loss` = 1 - map, over all images and in pixels of the original ones; NaN
+    where no image has a box.
 
     Args:
         detector: "yolo", "fcos", "retinanet", "faster_rcnn", or the name of a whole detector of torchvision.
@@ -126,6 +127,7 @@ class Detection(SSMTask):
         found = self._metric().compute()
         names = {"map": "map", "map50": "map_50", "map75": "map_75", "recall": "mar_100"}
         values = {name: float(found[key]) for name, key in names.items()}
+        values = {name: value if value >= 0 else float("nan") for name, value in values.items()}  # -1 without any box
         self.log_dict({f"{part}/{name}": value for name, value in values.items()}, prog_bar=part == "val")
         self.log(f"{part}/loss", 1 - values["map"])
 
