@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,9 +10,13 @@ from torch import Tensor
 from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..packing import check_seq_idx
+from ..transforms import plain_call
 from .chunked import causal_conv1d_chunked
 from .reference import causal_conv1d_reference
 from .state import last_inputs, with_inputs_before
+
+# From here on the positions that see the state are worked out apart.
+_LONG = 64
 
 
 def causal_conv1d(
@@ -67,6 +71,13 @@ def causal_conv1d(
     state = last_inputs(x, initial_state, seq_idx, 0 if symmetric else k - 1)
     left = (k - 1) // 2 if symmetric else k - 1
     if initial_state is not None and k > 1:
+        if length > _LONG and not torch.compiler.is_compiling() and plain_call(x, weight, bias, initial_state):
+            # Only the first positions see the state: no copy of all of x with the state in front.
+            options: dict[str, Any] = {"activation": activation, "backend": backend}
+            y, _ = causal_conv1d(x, weight, bias, seq_idx=seq_idx, **options)
+            first = x[:, : k - 1], None if seq_idx is None else seq_idx[:, : k - 1]
+            y[:, : k - 1] = causal_conv1d(first[0], weight, bias, initial_state, seq_idx=first[1], **options)[0]
+            return y, state
         x, seq_idx = with_inputs_before(x, initial_state, seq_idx)
         left = 0
     if x.numel() == 0 or length == 0:

@@ -221,7 +221,7 @@ class Hierarchy(nn.Module):
     def _prefill(
         self,
         x: Tensor,
-        state: HierarchyState | Any | None,
+        state: Any,
         mask: Tensor | None,
         seq_idx: Tensor | None,
         reset: Tensor | None,
@@ -234,28 +234,29 @@ class Hierarchy(nn.Module):
         if not self.n_stages:
             y, state = self.main_network.prefill(x, state, **given)
             return self._narrow(y), state, []
-        if state is None:
-            state = self.init_state(x.shape[0], device=x.device, dtype=x.dtype)
-        require_state(state, HierarchyState)
+        begins = state is None
+        if not begins:
+            require_state(state, HierarchyState)
         rows = lay_out(x, mask, seq_idx, reset, align=False)
-        encoded, encoder = self.encoder.prefill(x, state.encoder, **given)
-        before = tree_map(rows.restart, state.router)
+        encoded, encoder = self.encoder.prefill(x, None if begins else state.encoder, **given)
+        before = None if begins else tree_map(rows.restart, state.router)
         boundaries, router = self.routing_module.prefill(encoded, before, mask=mask, seq_idx=rows.index)
         chunks = chunk(encoded, boundaries, seq_idx=rows.index)
         found: list[Boundaries] = []
-        z, inner = chunks.x.new_zeros(x.shape[0], 0, self.d_model), state.inner
+        z, inner = chunks.x.new_zeros(x.shape[0], 0, self.d_model), None if begins else state.inner
         if chunks.max_count:
             anew = None
             if chunks.fresh is not None:  # the inner network sees no position of the sequence that the state is of
                 fresh = chunks.fresh if rows.fresh is None else chunks.fresh | rows.fresh
                 anew = F.pad(fresh[:, None], (0, chunks.max_count - 1))
-            z, inner, found = self.main_network._prefill(
-                chunks.x, state.inner, chunks.mask, chunks.seq_idx, anew, unseen
-            )
-        u, smooth = dechunk(z, boundaries, chunks, rows.restart(state.dechunk))
+            z, inner, found = self.main_network._prefill(chunks.x, inner, chunks.mask, chunks.seq_idx, anew, unseen)
+        elif begins:
+            inner = self.main_network.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        u, smooth = dechunk(z, boundaries, chunks, None if begins else rows.restart(state.dechunk))
         y = self._join(u, encoded, boundaries)
-        y, decoder = self.decoder.prefill(y, state.decoder, **given)
-        after = HierarchyState(encoder, router, inner, smooth, decoder, state.count + chunks.counts)
+        y, decoder = self.decoder.prefill(y, None if begins else state.decoder, **given)
+        count = chunks.counts if begins else state.count + chunks.counts
+        after = HierarchyState(encoder, router, inner, smooth, decoder, count)
         return self._narrow(y), after, [boundaries, *found]
 
     def step(self, x: Tensor, state: Any, *, dense: bool = False) -> tuple[Tensor, Any, list[Boundaries]]:

@@ -202,9 +202,10 @@ class Attention(nn.Module):
         self._require_causal()
         check_input(x, self.d_model)
         layout = lay_out(x, mask, seq_idx, reset)
+        begins = state is None
         state = self._state(x, state, layout)
         q, k, v, mlp, conv = self._project(layout.align(x), state, layout)
-        y = self._attend(q, k, v, state if state.k.shape[2] else None, layout)
+        y = self._attend(q, k, v, None if begins or not state.k.shape[2] else state, layout)
         return layout.restore(self._out(y, mlp)), self.extended(state, k, v, conv, layout)
 
     def step(self, x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
@@ -411,7 +412,7 @@ class Attention(nn.Module):
         if layout.index is not None:
             same = layout.index[:, None, :, None] == layout.index[:, None, None, :]
             seen = same if seen is None else seen & same
-        if layout.mask is not None:
+        if layout.mask is not None and not self.causal:  # what is causal cannot see padding, which stands behind
             # Padding sees itself, so that its softmax is not empty; its output is dropped.
             real = layout.mask[:, None, None, :] | (place == query)
             seen = real if seen is None else seen & real
@@ -438,7 +439,8 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, layout: Layout) -> Tensor:
         """Outputs of all heads, (b, l, h p)."""
-        plain = state is None and layout.index is None and layout.mask is None and self.window[0] is None
+        plain = state is None and layout.index is None and self.window[0] is None
+        plain = plain and (self.causal or layout.mask is None)
         if plain and (self.causal or self.window[1] is None):
             y = self._sdpa(q, k, v, None, is_causal=self.causal)
         elif state is not None and self._all_seen(q, state, layout):
@@ -452,7 +454,7 @@ class Attention(nn.Module):
 
     def _all_seen(self, q: Tensor, state: AttentionState, layout: Layout) -> bool:
         """Whether every query sees all slots of a state so large that it is worth a wait to do without a mask."""
-        plain = layout.index is None and layout.mask is None and self.window[0] is None
+        plain = layout.index is None and self.window[0] is None
         slots = state.k.shape[2]
         if not plain or self.kv_heads != self.nheads or q.shape[0] * q.shape[2] * slots < LARGE or not _may_look(q):
             return False

@@ -214,3 +214,20 @@ def test_compile_once_for_all_lengths(packed, device):
         expected = torch.autograd.grad(y.square().sum(), list(inputs.values()))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_a_state_in_front_of_a_long_row_is_seen_by_the_first_positions_alone(activation, packed, device):
+    """Without a gradient they are worked out apart; with one the state is put in front of all."""
+    x, weight = torch.randn(2, 70, 5, device=device), torch.randn(5, 4, device=device)
+    state, bias = torch.randn(2, 5, 3, device=device), torch.randn(5, device=device)
+    seq_idx = None
+    if packed:
+        seq_idx = torch.arange(70, device=device).ge(torch.tensor([[1], [40]], device=device)).int()
+    expected = causal_conv1d(x.requires_grad_(), weight, bias, state, activation=activation, seq_idx=seq_idx)
+    with torch.no_grad():
+        found = causal_conv1d(x, weight, bias, state, activation=activation, seq_idx=seq_idx)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b.detach())
+    assert not torch.equal(found[0][:, 0], causal_conv1d(x, weight, bias, activation=activation)[0][:, 0])
