@@ -151,6 +151,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _remove(old)
         else:
             os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)  # a full disk names no file by itself
+        raise
     finally:
         _remove(temporary)
 
