@@ -118,6 +118,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)  # a full disk names no file by itself
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

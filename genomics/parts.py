@@ -78,7 +78,11 @@ class Parts:
         if not shared:
             self.lock.acquire()
         if not (self.folder / MANIFEST).is_file():
-            write_atomic(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+            try:
+                write_atomic(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+            except OSError:
+                self.leave_nothing()
+                raise
 
     def compare(self, other: Mapping[str, Any]) -> None:
         """Refuse another run's manifest.

@@ -162,6 +162,12 @@ class Windows(Dataset[WindowBatch]):
         """Time axis of a series, to which `origin` points."""
         return self._panels[int(np.searchsorted(self._series_offset, series, side="right")) - 1].times
 
+    def sample_name(self, index: int) -> str:
+        """A window as messages name it: its series and its first input time."""
+        panel, series, start = (int(found[0]) for found in self._locate(np.array([index])))
+        name = self.series_names[int(self._series_offset[panel]) + series]
+        return f"{name} from {self._panels[panel].times[start]}"
+
     def _scaler_rows(self, name: str) -> np.ndarray:
         """For each series its row in the scaler, matched by name."""
         scaler = self.scaler if name == "target" else self.covariate_scalers.get(name)

@@ -34,6 +34,11 @@ class WindowSampler(EpochSampler):
             if number >= start or epoch != self.epoch:
                 yield self.epoch * total + index
 
+    def batch(self, number: int, size: int) -> list[int]:
+        """As in the base class, where batches count from the epoch's begin also after a stop inside it."""
+        epoch, start = self.skipped
+        return super().batch(number - start // size if epoch == self.epoch else number, size)
+
 
 class LengthSampler(WindowSampler):
     """Batches whose windows grow with the steps, as many positions in each: (length, numbers of windows).

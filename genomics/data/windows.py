@@ -106,6 +106,10 @@ class WindowDataset(Dataset):
         flips = [bool(self.training and rng.random() < self.data.rc_prob) for _ in places]
         return places, flips, rng
 
+    def sample_name(self, number: int) -> str:
+        """A window as messages name it: its place, or its places where several share a row."""
+        return " + ".join(map(str, self.window(number)[0]))
+
     def _draw(self, rng: np.random.Generator, length: int) -> Interval:
         place, starts = self.regions[0], self._starts(length)
         for _ in range(50):  # a window of N is drawn anew

@@ -280,8 +280,8 @@ class CLI(LightningCLI):
                 fewer = "Often memory has run out: try fewer workers or a smaller batch."
                 raise ChildProcessError(f"A process that loads data has ended: {said[0]} {fewer} {left}") from error
             if isinstance(error, OSError) and error.strerror and self._point.has_begun:
-                place = f" {error.filename!r}" if error.filename else ""
-                raise OSError(f"{error.strerror}:{place}. {left}") from error
+                place = f": {error.filename!r}" if error.filename else ""
+                raise OSError(f"{error.strerror}{place}. {left}") from error
             raise
         if is_dry(self.trainer):
             return

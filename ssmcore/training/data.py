@@ -98,6 +98,10 @@ class EpochSampler(DistributedSampler):
         order = torch.cat([order, order[: -total % self.num_replicas]])[self.rank :: self.num_replicas]
         return (k for part in order.split(4096) for k in part.tolist())  # a list of 1e7 ints takes 400 MB
 
+    def batch(self, number: int, size: int) -> list[int]:
+        """Samples of a batch of this epoch, by its number, of `size` samples each."""
+        return list(islice(self, number * size, (number + 1) * size))
+
     def __len__(self) -> int:
         total = len(self.dataset)  # type: ignore[arg-type]
         if self.shuffle:
@@ -121,7 +125,7 @@ def batch_samples(loader: Any, number: int, most: int = 8) -> str:
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not isinstance(sampler, EpochSampler) or not size:
         return ""
-    indices = list(islice(sampler, number * size, (number + 1) * size))
+    indices = sampler.batch(number, size)
     named = getattr(loader.dataset, "sample_name", str)
     more = f" and {len(indices) - most} more" if len(indices) > most else ""
     return ", ".join(named(index) for index in indices[:most]) + more

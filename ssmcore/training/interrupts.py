@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -37,8 +38,8 @@ def interruptible(advice: str) -> Iterator[None]:
         raise SystemExit(143 if isinstance(stop, _Terminated) else 130) from stop
     except OSError as error:
         if error.errno in _FULL:
-            place = f" {error.filename!r}" if error.filename else ""
-            raise OSError(f"{error.strerror}:{place}. {advice}") from error
+            place = f": {error.filename!r}" if error.filename else ""
+            raise OSError(f"{os.strerror(error.errno)}{place}. {advice}") from error
         raise
     finally:
         if mine:

@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,11 +71,14 @@ class Running:
     """A command that runs, with a process group of its own."""
 
     def __init__(self, words: Sequence[str], folder: Path, harm: Harm) -> None:
-        self.said = Path(tempfile.mkdtemp(prefix="said", dir=folder.parent))
+        self.moments = Path(tempfile.mkdtemp(prefix="moments", dir=folder.parent)) / "moments"
         ready, sign = CONTEXT.Pipe(duplex=False)
-        self.process = CONTEXT.Process(target=_run, args=(list(words), folder, self.said, harm, sign))
+        self.said = [_Said(), _Said()]
+        ends = [said.end for said in self.said]
+        self.process = CONTEXT.Process(target=_run, args=(list(words), folder, self.moments, harm, sign, ends))
         self.process.start()
-        sign.close()
+        for end in (sign, *ends):
+            end.close()
         if not ready.poll(LIMIT):
             raise TimeoutError("the command did not start")
         self.started = ready.recv()
@@ -94,10 +98,10 @@ class Running:
         if hangs:
             self.signal(signal.SIGKILL)
             self.process.join()
-        out, err, moments = ((self.said / name).read_text() for name in ("out", "err", "moments"))
+        out, err = (said.text() for said in self.said)
         if hangs:
             raise TimeoutError(f"no end after {seconds} s: {err[-2000:]}")
-        return Ended(self.process.exitcode, out, err, [float(line) for line in moments.split()])
+        return Ended(self.process.exitcode, out, err, [float(line) for line in self.moments.read_text().split()])
 
     def wait_for(self, happened: Callable[[], bool], seconds: float = LIMIT) -> None:
         """Wait until something is seen from outside.
@@ -119,13 +123,33 @@ class Running:
         return self.wait()
 
 
-def _run(words: list[str], folder: Path, said: Path, harm: Harm, sign) -> None:
-    """The process: a group of its own, output into files, then the command."""
+class _Said(threading.Thread):
+    """Takes what is written into one end of a pipe; a file would have the limits of the command."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._start, self.end = CONTEXT.Pipe(duplex=False)
+        self._parts: list[bytes] = []
+        self.start()
+
+    def run(self) -> None:
+        while part := os.read(self._start.fileno(), 65536):
+            self._parts.append(part)
+
+    def text(self) -> str:
+        """All that was written, once the command has ended; its orphans may live a little longer."""
+        self.join(5.0)
+        return b"".join(self._parts).decode()
+
+
+def _run(words: list[str], folder: Path, moments: Path, harm: Harm, sign, ends) -> None:
+    """The process: a group of its own, output into pipes, then the command."""
     os.setsid()
     os.chdir(folder)
     multiprocessing.set_start_method("fork", force=True)  # as in a process of the user's
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number, end in zip((1, 2), ends):
+        os.dup2(end.fileno(), number)
+        end.close()
     import torch
 
     from omnissm.__main__ import main
@@ -134,12 +158,14 @@ def _run(words: list[str], folder: Path, said: Path, harm: Harm, sign) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if harm.obey:
         obey_permissions()
+    moments.touch()
     if harm.file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (harm.file_size, harm.file_size))
     if harm.patch:
         harm.patch()
     started = time.monotonic()
-    _watch(str(folder), said / "moments", started, harm.at_operation)
+    if not harm.file_size:
+        _watch(str(folder), moments, started, harm.at_operation)
     sign.send(started)
     sign.close()
     code = main(words)
