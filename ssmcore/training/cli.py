@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .callbacks import BestCheckpoint, ResumePoint, is_dry, prepare_trainer
-from .checkpoints import export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
+from .checkpoints import check_writable, export_checkpoint, load_weights, network_state, read_checkpoint, read_weights
 from .data import SSMData
 from .export import best_checkpoint
 from .logs import MetricsFile
@@ -214,6 +214,8 @@ class CLI(LightningCLI):
         self.run = Run.create(config.get("run"), [str(path) for path in config.get("config") or []], config.model)
         if self.verb == "fit":
             self.run.check(self._config_yaml(), resume=config.resume, overwrite=config.overwrite)
+        elif not config.trainer.fast_dev_run:
+            check_writable(self.run.folder)
 
     def _config_yaml(self) -> str:
         config: Namespace = self.config[self.verb].clone()
@@ -269,7 +271,7 @@ class CLI(LightningCLI):
             start = self.run.state() if config.resume else None  # none: killed before one was written
             path = str(start) if start else None
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True, **options)
-        except SystemExit as stop:  # the trainer's answer to an interrupt
+        except (SystemExit, KeyboardInterrupt) as stop:  # the trainer answers an interrupt with the former
             sys.stderr.write(f"Interrupted. {self._left()}\n")
             raise SystemExit(143 if isinstance(stop, SIGTERMException) else 130) from stop
         except NonFiniteError as error:
