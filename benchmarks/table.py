@@ -1,68 +1,86 @@
-"""Write the table of operators in `docs/results.md` from the result files of one device.
+"""Write `docs/results.md` from the text of `benchmarks/page.md` and the files of `benchmarks/results`.
 
     python benchmarks/table.py [--check]
 
-The table stands between two marks in the page. `--check` writes nothing and exits with 1 if the page is out of date.
+A line `{{ KIND PATTERN | COLUMNS | ... }}` of the text becomes a table for each file that the pattern finds, with the
+command that measured it; `tables.py` has the kinds. What stands between `{{ if PATTERN }}` and `{{ end }}` is left out
+while there is no such file. Files that no line finds are shown at the end of the page, so that
+a new one cannot be forgotten. `--check` writes nothing and exits with 1 if the page is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
+
+import tables
+
+TEXT = HERE / "page.md"
 PAGE = HERE.parent / "docs" / "results.md"
-RESULTS = HERE / "results" / "nvidia-h100-80gb-hbm3"
-BEGIN, END = "<!-- operators: begin -->\n", "<!-- operators: end -->\n"
-HEAD = (
-    "| op, size, dtype | path | graph | eager | floor | required | aim | extra MiB |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-)
+MARK = re.compile(r"^\{\{ *(\w+) +(\S+) *((?:\|[^|}]*)*)\}\}$", re.MULTILINE)
+CONDITION = re.compile(r"^\{\{ if (\S+) \}\}\n(.*?)^\{\{ end \}\}\n", re.MULTILINE | re.DOTALL)
+NOTE = "<!-- Written by `python benchmarks/table.py`; change benchmarks/page.md or the result files. -->\n\n"
+
+Kind = Callable[..., str]
+KINDS: dict[str, Kind] = {
+    "rows": tables.rows,
+    "seeds": tables.seeds,
+    "pivot": tables.pivot,
+    "files": tables.files,
+    "dna": tables.dna,
+    "protocol": tables.protocol,
+    "operators": tables.operators,
+    "untimed": tables.untimed,
+}
 
 
-def pair(forward: Any, both: Any) -> str:
-    return f"{forward:.3f} / {both:.3f}"
+def page(text: str, results: Path = HERE / "results") -> str:
+    """The page.
 
+    Args:
+        text: Markdown with marks.
+        results: Folder of the result files.
 
-def line(op: str, row: dict[str, Any]) -> str:
-    size = ", ".join(f"{key} {value}" for key, value in row["size"].items() if value is not False)
-    cells = [f"`{op}`, {size}, {row['dtype']}", row["path"]]
-    for kind in ("_graph_ms", "_ms"):
-        forward, both = row[f"forward{kind}"], row[f"forward_backward{kind}"]
-        cells.append("" if forward is None or both is None else pair(forward["median"], both["median"]))
-    cells.append(pair(row["forward_floor_ms"], row["forward_backward_floor_ms"]))
-    for key in ("required_ms", "stretch_ms"):
-        cells.append(" / ".join(f"{value:g}" for value in row[key]) if key in row else "")
-    cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")
-    return "| " + " | ".join(cells) + " |\n"
+    Raises:
+        ValueError: if a mark has an unknown kind or finds no file.
+    """
+    used: set[Path] = set()
 
+    def fill(mark: re.Match[str]) -> str:
+        kind, pattern, rest = mark.groups()
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
+        found = sorted(results.glob(pattern))
+        if kind in ("operators", "untimed"):  # other files lie beside them
+            found = [path for path in found if "op" in tables.read(path)]
+        if not found:
+            raise ValueError(f"no file of {results} is {pattern!r}.")
+        used.update(found)
+        columns = [[name.strip() for name in part.split(",")] for part in rest.split("|")[1:]]
+        return KINDS[kind](results, found, *columns)
 
-def table() -> str:
-    """The whole block between the marks: one row per implementation that was timed, and the commits of the files."""
-    rows, commits = "", []
-    for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text())
-        if "op" not in content:
-            continue
-        commits.append(f"`{content['op']}` {content['commit']}")
-        rows += "".join(line(content["op"], row) for row in content["rows"] if "forward_ms" in row)
-    return f"{HEAD}{rows}\nCommits: {', '.join(commits)}.\n"
+    text = CONDITION.sub(lambda block: block[2] if any(results.glob(block[1])) else "", text)
+    filled = MARK.sub(fill, text)
+    left = [path for path in sorted(results.rglob("*.json")) if path not in used]
+    if left:
+        filled += "\n## Other measurements\n\n" + "\n".join(tables.anything(results, path) for path in left)
+    return NOTE + re.sub(r"\n{3,}", "\n\n", filled)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     options = parser.parse_args(argv)
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    new = before + BEGIN + table() + END + after
+    new = page(TEXT.read_text())
     if options.check:
-        return int(new != page)
+        return int(not PAGE.is_file() or new != PAGE.read_text())
     temporary = PAGE.with_suffix(".tmp")
     temporary.write_text(new)
     os.replace(temporary, PAGE)

@@ -149,7 +149,3 @@ def test_build_stops_at_what_is_missing(tmp_path, monkeypatch):
     (docs / "lost.md").write_text("# Lost\n")
     with pytest.raises(ValueError, match=r"does not list lost\.md"):
         build("")
-
-
-def test_results_are_those_of_the_result_files():
-    assert script("benchmarks/table.py").main(["--check"]) == 0, "run `python benchmarks/table.py`"
