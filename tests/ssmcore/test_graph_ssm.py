@@ -183,13 +183,18 @@ def test_by_name():
     assert isinstance(create_mixer("graph_ssm", 16, d_state=2), GraphSSM)
 
 
+def _grid_edges(*shape):
+    """Edges of grids to the right and down, shuffled."""
+    cells = torch.arange(torch.Size(shape).numel()).view(shape)
+    pairs = [(cells[:, :, :-1], cells[:, :, 1:]), (cells[:, :-1], cells[:, 1:])]
+    ends = torch.cat([torch.stack([u.flatten(), v.flatten()]) for u, v in pairs], dim=1)
+    return ends[:, torch.randperm(ends.shape[1])]
+
+
 @pytest.mark.parametrize("learn_a", [False, True])
 def test_grids_by_the_2d_scan_equal_the_graph_scan(learn_a, monkeypatch):
     """Two grids of 4 x 3 cells in both directions; the route is found from the edges, in any order."""
-    cells = torch.arange(24).view(2, 4, 3)
-    pairs = [(cells[:, :, :-1], cells[:, :, 1:]), (cells[:, :-1], cells[:, 1:])]
-    ends = torch.cat([torch.stack([u.flatten(), v.flatten()]) for u, v in pairs], dim=1)
-    ends = ends[:, torch.randperm(ends.shape[1])]
+    ends = _grid_edges(2, 4, 3)
     topology = graph_topology(ends, 24, ptr=torch.tensor([0, 12, 24]))
     assert topology.grid == (2, 4, 3)
     mixer = mixer_of(bidirectional=True, learn_a=learn_a)
@@ -205,3 +210,25 @@ def test_grids_by_the_2d_scan_equal_the_graph_scan(learn_a, monkeypatch):
     torch.testing.assert_close(ours, theirs)
     assert graph_topology(ends[:, 1:], 24).grid is None
     assert graph_topology(ends, 24).grid is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 4, 3), (3, 14, 14), (1, 40, 33)])
+def test_a_gpu_takes_grids_by_the_2d_scan(shape, monkeypatch):
+    """Outputs and gradients are those of the levels, and of a CPU."""
+    nodes = torch.Size(shape).numel()
+    topology = graph_topology(_grid_edges(*shape), nodes, ptr=torch.arange(0, nodes + 1, nodes // shape[0]))
+    mixer, x = mixer_of(bidirectional=True).float(), nodes_of(nodes).float()
+    cpu = [mixer(x, topology), *torch.autograd.grad(mixer(x, topology).square().sum(), list(mixer.parameters()))]
+    mixer, x, topology = mixer.cuda(), x.cuda(), topology.to("cuda")
+    assert topology.grid == shape
+    assert mixer._by_grid(x)
+    calls = []
+    by_scan = GraphSSM._scan_grid
+    monkeypatch.setattr(GraphSSM, "_scan_grid", lambda *given: calls.append(1) or by_scan(*given))
+    for plain in (topology, replace(topology, grid=None)):
+        y = mixer(x, plain)
+        found = [y, *torch.autograd.grad(y.square().sum(), list(mixer.parameters()))]
+        for value, expected in zip(found, cpu, strict=True):
+            torch.testing.assert_close(value.cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert len(calls) == 2  # one for each direction, none without the grid
