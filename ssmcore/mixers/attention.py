@@ -456,7 +456,7 @@ class Attention(nn.Module):
         """Whether every query sees all slots of a state so large that it is worth a wait to do without a mask."""
         plain = layout.index is None and self.window[0] is None
         slots = state.k.shape[2]
-        if not plain or self.kv_heads != self.nheads or q.shape[0] * q.shape[2] * slots < LARGE or not _may_look(q):
+        if not plain or self.kv_heads != self.nheads or not _may_look(q) or q.shape[0] * q.shape[2] * slots < LARGE:
             return False
         return bool((state.length == slots).all())
 
