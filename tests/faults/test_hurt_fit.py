@@ -49,18 +49,19 @@ def begun(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("patch", "options", "said"),
+    ("harm", "options", "said"),
     [
-        (patches.fails_at_once, (), "sample 3 cannot be read"),
-        (patches.loss_is_nan_at_once, (), "loss is nan at epoch 0, batch 0"),
-        (None, ("--data.init_args.train_samples", "0"), ""),
-        (None, ("--trainer.max_epochs", "0"), "Nothing was trained"),
+        (Harm(patch=patches.fails_at_once), (), "sample 3 cannot be read"),
+        (Harm(patch=patches.loss_is_nan_at_once), (), "loss is nan at epoch 0, batch 0"),
+        (Harm(file_size=4096), (), "File too large: 'runs/run/checkpoints/.first.ckpt'"),
+        (Harm(), ("--data.init_args.train_samples", "0"), "train"),
+        (Harm(), ("--trainer.max_epochs", "0"), "Nothing was trained"),
     ],
-    ids=["sample", "loss", "data", "epochs"],
+    ids=["sample", "loss", "disk", "data", "epochs"],
 )
-def test_overwrite_keeps_the_old_run_until_the_new_one_has_made_a_step(patch, options, said, copied):
+def test_overwrite_keeps_the_old_run_until_the_new_one_has_made_a_step(harm, options, said, copied):
     before = contents(copied)
-    ended = finish(fit("graphs", "--overwrite", "--seed_everything", "1", *options), copied, Harm(patch=patch))
+    ended = finish(fit("graphs", "--overwrite", "--seed_everything", "1", *options), copied, harm)
     assert_one_line(ended, said)
     assert contents(copied) == before
 
@@ -75,6 +76,7 @@ def test_overwrite_killed_before_its_first_step_keeps_the_old_run(operation, cop
     assert finish(["graphs", "test", "--run", "run"], copied).code == 0
 
 
+@pytest.mark.slow
 def test_overwrite_killed_while_it_takes_the_folder_is_the_old_run_or_none_or_the_new_one(copied, tmp_path):
     (tmp_path / "new").mkdir()
     assert finish(fit("graphs", "--seed_everything", "1"), tmp_path / "new").code == 0
@@ -263,8 +265,10 @@ def test_dead_worker_is_named_and_the_run_goes_on(whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("patch", "said"),
-    [(patches.loss_is_nan, "loss is nan"), (patches.gradient_is_infinite, "gradient of `")],
-    ids=["loss", "gradient"],
+    [
+        pytest.param(patches.loss_is_nan, "loss is nan", id="loss"),
+        pytest.param(patches.gradient_is_infinite, "gradient of `", id="gradient", marks=pytest.mark.slow),
+    ],
 )
 def test_number_that_is_not_finite_stops_with_its_batch_named(patch, said, tmp_path, whole):
     """Step 5 is the second batch of epoch 1; the weights are those after the step before it, as in the whole run."""

@@ -65,6 +65,7 @@ def test_interrupted_scores_and_two_writers(inputs, tmp_path):
     assert contents(tmp_path / "out") == contents(inputs / "whole/out")
 
 
+@pytest.mark.slow
 def test_parts_that_a_kill_has_left_do_not_count_for_another_run(inputs, tmp_path):
     """The last operations of a run remove its parts; a kill among them leaves whole outputs and nothing to resume."""
     count = len(finish(score(inputs), tmp_path).moments)
