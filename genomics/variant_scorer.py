@@ -260,15 +260,15 @@ class VariantScorer:
     def _run(self, jobs: list[_Job]) -> None:
         if self.wants_likelihood:
             if self.scorer.continues:
-                for _, error in self._sum(self._begin_families(jobs)):
+                for _, reason in self._sum(self._begin_families(jobs)):
                     log.warning(
-                        "sequences that begin alike failed together and are read whole, which is slower: %s", error
+                        "sequences that begin alike failed together and are read whole, which is slower: %s", reason
                     )
             unknown = [job for job in jobs if not job.known]
             groups = [[unknown[k] for k in batch] for batch in self.scorer.batches([job.sequence for job in unknown])]
             while groups:
                 failed = list(self._sum((group, self._begin(group)) for group in groups))
-                groups = [part for group, error in failed for part in self._halves(group, error)]
+                groups = [part for group, reason in failed for part in self._halves(group, reason)]
         if self.wants_masked or self.wants_embedding or self.wants_boundaries:
             jobs = [job for job in jobs if not job.error]
             for batch in self.scorer.batches([job.sequence for job in jobs]):
@@ -278,37 +278,44 @@ class VariantScorer:
         """What is no likelihood."""
         try:
             self._evaluate(jobs)
+            return
         except Exception as error:
-            for part in self._halves(jobs, error):
-                self._read(part)
+            reason = _reason(error)
+        for part in self._halves(jobs, reason):
+            self._read(part)
 
-    def _halves(self, jobs: list[_Job], error: Exception) -> list[list[_Job]]:
+    def _halves(self, jobs: list[_Job], reason: str) -> list[list[_Job]]:
         """What to try where a batch failed: one bad sequence must not cost the batch, nor a batch the run."""
         if len(jobs) == 1:
-            jobs[0].error = f"{type(error).__name__}: {error}"
+            jobs[0].error = reason
             return []
-        log.warning("a batch of %d failed, its halves are tried, which is slower: %s", len(jobs), error)
+        log.warning("a batch of %d failed, its halves are tried, which is slower: %s", len(jobs), reason)
         return [jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]]
 
-    def _sum(self, batches: Iterable[tuple[list[_Job], Callable[[], Begun]]]) -> Iterator[tuple[list[_Job], Exception]]:
-        """Sums of batches, each taken up after the next one has been begun; yields the batches that fail."""
+    def _sum(self, batches: Iterable[tuple[list[_Job], Callable[[], Begun]]]) -> Iterator[tuple[list[_Job], str]]:
+        """Sums of batches, each taken up after the next one has been begun; yields those that fail, with the reason."""
         waiting: list[tuple[list[_Job], Begun]] = []
         for jobs, begin in batches:
+            reason = ""
             try:
                 waiting.append((jobs, begin()))
             except Exception as error:
-                yield jobs, error
+                reason = _reason(error)
+            if reason:
+                yield jobs, reason
             if len(waiting) > 1:
                 yield from self._take(*waiting.pop(0))
         for jobs, finish in waiting:
             yield from self._take(jobs, finish)
 
-    def _take(self, jobs: list[_Job], finish: Begun) -> Iterator[tuple[list[_Job], Exception]]:
+    def _take(self, jobs: list[_Job], finish: Begun) -> Iterator[tuple[list[_Job], str]]:
         try:
             for job, found in zip(jobs, finish()):
                 job.add(found)
+            return
         except Exception as error:
-            yield [job for job in jobs if not job.known], error
+            reason = _reason(error)
+        yield [job for job in jobs if not job.known], reason
 
     def _begin(self, jobs: list[_Job]) -> Callable[[], Begun]:
         return partial(self.scorer.sums, [job.sequence for job in jobs], [job.ranges for job in jobs])
@@ -432,6 +439,11 @@ class VariantScorer:
         columns["window_length"] = np.array([row.window if h else 0 for row, h in zip(rows, first)], np.int64)
         columns["contig"] = _text(row.checked.contig for row in rows)
         return columns
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; the error itself would hold on to all that the device has made for the batch."""
+    return f"{type(error).__name__}: {error}"
 
 
 def _spans(h: Haplotypes, length: int, end: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:

@@ -1,5 +1,7 @@
 """What variants and reference share is read once: the same scores as from whole sequences, and fewer positions read."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -150,11 +152,22 @@ def test_a_batch_that_does_not_fit_is_halved(genome, monkeypatch, caplog):
             raise torch.OutOfMemoryError("no room")
         return begin(sequences, ranges)
 
-    monkeypatch.setattr(scorer, "sums", small)
+    held = []
+
+    class Room:
+        """What a failed batch had made."""
+
+    def told(sequences, ranges):
+        room = Room()
+        assert all(reference() is None for reference in held)
+        held.append(weakref.ref(room))
+        return small(sequences, ranges)
+
+    monkeypatch.setattr(scorer, "sums", told)
     found = score_variants(variants()[:6], genome, scorer, window=61)
     np.testing.assert_allclose(found["llr"], expected["llr"], atol=1e-4)
     assert max(size for size in sizes if size <= 3) > 1
-    assert "halves are tried, which is slower: no room" in caplog.text
+    assert "halves are tried, which is slower: OutOfMemoryError: no room" in caplog.text
 
 
 def test_batches_are_larger_on_a_gpu(device):
