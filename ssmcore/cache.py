@@ -172,11 +172,14 @@ def load_state(path: str | os.PathLike[str], *, device: torch.device | str = "cp
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no state at {path}; save_state(state, path) writes one.")
-    with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} holds no state (format {metadata.get('format')!r}, expected {_FORMAT!r}).")
-        return _build(json.loads(metadata["types"]), "", file)
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} holds no state (format {metadata.get('format')!r}, expected {_FORMAT!r}).")
+            return _build(json.loads(metadata["types"]), "", file)
+    except (safetensors.SafetensorError, AttributeError, ImportError, KeyError, RecursionError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or holds no state: {error!r}.") from error
 
 
 def _named(part: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -71,7 +71,7 @@ def load_checkpoint(
         file = path / "config.json" if config is None else Path(config)
         if not file.is_file():
             raise FileNotFoundError(f"no configuration at {file}; pass `config`, a dictionary or a JSON file.")
-        entries = json.loads(file.read_text())
+        entries = _json_object(file)
     state = _read(path, allow_pickle)
     return from_checkpoint(state, entries, family, options=options, device=device, dtype=dtype)
 
@@ -96,8 +96,12 @@ def from_checkpoint(
         dtype: Of the parameters.
     """
     found = _family(family or detect_family(config))
-    arguments = found.read(dict(config), dict(options or {}))
-    model: Model = (MaskedModel if found.masked else SequenceModel)(**arguments, device=device, dtype=dtype)
+    try:
+        arguments = found.read(dict(config), dict(options or {}))
+        model: Model = (MaskedModel if found.masked else SequenceModel)(**arguments, device=device, dtype=dtype)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the configuration does not describe a model that can be built: {reason}.") from error
     _load(model, state, found)
     return model
 
@@ -179,7 +183,10 @@ def _read(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
             continue
         if file.suffix != ".json":
             return read_weights(file, allow_pickle=allow_pickle)
-        parts = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        parts = _json_object(file).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+            raise ValueError(f"{file} has no `weight_map` from names of weights to files.")
+        parts = sorted(set(parts.values()))
         outside = [part for part in parts if Path(part).name != part]
         if outside:
             raise ValueError(f"{file} names the file {outside[0]!r} outside its folder.")
@@ -188,6 +195,16 @@ def _read(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
             state.update(read_weights(path / part))
         return state
     raise FileNotFoundError(f"no weights in {path}; expected one of {', '.join(_WEIGHTS)}.")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    return content
 
 
 def _load(model: Model, state: Mapping[str, Tensor], family: Family) -> None:

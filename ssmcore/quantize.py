@@ -131,7 +131,9 @@ def load_quantized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{path} is no safetensors file: {error}.") from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{path} holds no int8 weights (format {metadata.get('format')!r}, expected {_FORMAT!r}).")
-    names = json.loads(metadata["layers"])
+    names = json.loads(metadata.get("layers", "null"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} is damaged: its header names no layers; save the weights again.")
     unknown = sorted(set(names) - set(_linear_names(model)))
     if unknown:
         raise ValueError(f"{path} has weights of {unknown[0]}, which the model lacks; build it as the saved one was.")

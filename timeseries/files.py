@@ -22,8 +22,14 @@ import xarray as xr
 
 from ..ssmcore.training.checkpoints import owner, sweep
 from .frames import from_long, from_wide, require_columns, to_long, to_wide
+from .freq import nanoseconds
 
 SUFFIXES = (".csv", ".parquet", ".nc", ".zarr")
+# What counts as missing in a column of numbers: pandas's own list.
+_MISSING = [
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+]  # fmt: skip
 _NEEDS = {".parquet": ("pyarrow",), ".nc": ("h5netcdf", "h5py"), ".zarr": ("zarr",)}
 
 
@@ -69,7 +75,7 @@ def read_series(
         return _read_dataset(path, suffix, lazy if lazy is not None else suffix == ".zarr")
     if time is None:
         raise ValueError(f"{path.name} is a table; name its column of times with time=...")
-    frame = _read_table(path, suffix)
+    frame = _read_table(path, suffix, id_column if ids is not None else None)
     require_columns(frame, [time])
     frame = frame.assign(**{time: _times(frame[time], time_format)})
     if ids is None:
@@ -172,7 +178,7 @@ def time_encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
     for name, array in ds.variables.items():
         if array.dtype.kind != "M":
             continue
-        times = array.to_numpy().astype("datetime64[ns]")
+        times = nanoseconds(array.to_numpy())
         whole = (times == times.astype("datetime64[s]")) | np.isnat(times)
         unit = "seconds" if whole.all() else "nanoseconds"
         how: dict[str, Any] = {"units": f"{unit} since 1970-01-01", "calendar": "proleptic_gregorian", "dtype": "int64"}
@@ -184,16 +190,16 @@ def time_encoding(ds: xr.Dataset) -> dict[str, dict[str, Any]]:
 
 def _check_attributes(ds: xr.Dataset) -> None:
     owners: dict[str, Any] = {"the Dataset": ds, **{repr(name): array for name, array in ds.variables.items()}}
-    for owner, held in owners.items():
+    for place, held in owners.items():
         for key, value in held.attrs.items():
             if value is None or isinstance(value, (dict, bool, np.bool_)):
                 raise ValueError(
-                    f"Attribute {key!r} of {owner} is {type(value).__name__}, which files cannot hold; drop it or "
+                    f"Attribute {key!r} of {place} is {type(value).__name__}, which files cannot hold; drop it or "
                     "store it as text."
                 )
             if key == "units" and isinstance(held, xr.Variable) and held.dtype.kind == "M":
                 raise ValueError(
-                    f"Attribute 'units' of the times {owner} is kept for their encoding; put physical units into "
+                    f"Attribute 'units' of the times {place} is kept for their encoding; put physical units into "
                     "a coordinate."
                 )
 
@@ -237,13 +243,30 @@ def _read_dataset(path: Path, suffix: str, lazy: bool) -> xr.Dataset:
         return ds
 
 
-def _read_table(path: Path, suffix: str) -> pd.DataFrame:
+def _read_table(path: Path, suffix: str, id_column: str | None) -> pd.DataFrame:
     if suffix == ".parquet":
         with _reading(path, "Parquet"):
             return pd.read_parquet(path).pipe(_index_to_columns)
-    with _reading(path, "CSV"):
-        frame = pd.read_csv(path)
-    _check_last_line(path, len(frame.columns))
+    with _reading(path, "CSV"), path.open(newline="", encoding="utf-8-sig") as file:
+        names = next(csv.reader(file), [])
+    if len(set(names)) < len(names):  # pandas would rename the second one
+        twice = next(name for k, name in enumerate(names) if name in names[:k])
+        raise ValueError(f"{path} has two columns {twice!r}; rename one.")
+    # Newer pandas reads numbers exactly, and says so of the option that asks for it.
+    version = tuple(int(part) for part in pd.__version__.split(".")[:2])
+    options: dict[str, Any] = {} if version >= (3, 1) else {"float_precision": "round_trip"}
+    if id_column in names:  # an id is text: "007" is not 7, and "NA" may be a country
+        missing = {name: [""] if name == id_column else _MISSING for name in names}
+        options |= {"dtype": {id_column: str}, "keep_default_na": False, "na_values": missing}
+    with _reading(path, "CSV"), warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header lose their end
+        frame = pd.read_csv(path, index_col=False, **options)
+    if len(frame.columns):
+        _check_last_line(path, len(frame.columns))
+        if frame.iloc[:, -1].isna().any():
+            _check_rows(path, len(frame.columns))
+    if id_column in names and frame[id_column].astype(str).str.fullmatch("0|-?[1-9][0-9]{0,17}").all():
+        frame[id_column] = frame[id_column].astype(np.int64)
     return frame
 
 
@@ -262,6 +285,18 @@ def _check_last_line(path: Path, columns: int) -> None:
             f"{path} is truncated: its last line has {found} of {columns} fields; fetch the file again or remove "
             "that line."
         )
+
+
+def _check_rows(path: Path, columns: int) -> None:
+    """pandas fills any short row with NaN; it has lost a field, and who knows which."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file)
+        try:
+            short = next((row for row in rows if row and len(row) != columns), None)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {rows.line_num}: {error}; is it a table in text?") from error
+        if short is not None:
+            raise ValueError(f"{path}, line {rows.line_num}: {len(short)} fields, expected {columns}; correct it.")
 
 
 def _times(column: pd.Series, time_format: str | None) -> pd.Series:

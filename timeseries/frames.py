@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .freq import check_freq, infer_freq, normalize_freq, stamp, step_times
+from .freq import check_freq, infer_freq, nanoseconds, normalize_freq, stamp, step_times
 from .schema import COVARIATES, SCHEMA_VERSION, observed_target
 
 
@@ -279,7 +279,7 @@ def from_numpy(
     if len(names) != width:
         raise ValueError(f"{len(names)} variate names were given for {width} columns.")
     coords: dict[str, Any] = {
-        "time": times.astype("datetime64[ns]") if times.dtype.kind == "M" else times,
+        "time": nanoseconds(times) if times.dtype.kind == "M" else times,
         "variate": names,
     }
     if values.ndim == 3:
@@ -322,7 +322,7 @@ def plain_times(index: pd.Index) -> np.ndarray:
         index = index.to_timestamp()
     if isinstance(index, pd.DatetimeIndex):
         index = index.tz_convert("UTC").tz_localize(None) if index.tz is not None else index
-        return index.to_numpy().astype("datetime64[ns]")
+        return nanoseconds(index.to_numpy())
     if pd.api.types.is_integer_dtype(index.dtype):
         return index.to_numpy().astype(np.int64)
     raise ValueError(

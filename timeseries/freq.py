@@ -79,7 +79,23 @@ def step_times(start: np.datetime64 | int, periods: int, freq: str | int) -> np.
     freq = normalize_freq(freq)
     if isinstance(freq, int):
         return int(start) + freq * np.arange(periods, dtype=np.int64)
-    return pd.date_range(pd.Timestamp(start), periods=periods, freq=freq).to_numpy().astype("datetime64[ns]")
+    return nanoseconds(pd.date_range(pd.Timestamp(start), periods=periods, freq=freq).to_numpy())
+
+
+def nanoseconds(times: np.ndarray) -> np.ndarray:
+    """Times as datetime64[ns], which holds the years 1678 to 2262; numpy would turn others into wrong ones.
+
+    Raises:
+        ValueError: naming the first time that it cannot hold.
+    """
+    out = times.astype("datetime64[ns]")
+    wrong = (out.astype(times.dtype) != times) & ~np.isnat(times)
+    if wrong.any():
+        raise ValueError(
+            f"Time {times[wrong][0]} in row {int(wrong.argmax())} lies outside of the years 1678 to 2262, which "
+            "nanoseconds hold; correct it."
+        )
+    return out
 
 
 def infer_freq(times: np.ndarray) -> str | int | None:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from .freq import base_step, check_freq, check_times, normalize_freq, stamp, step_times
+from .freq import base_step, check_freq, check_times, nanoseconds, normalize_freq, stamp, step_times
 
 SCHEMA_VERSION = "1"
 DIMS = ("series", "time", "variate")
@@ -131,12 +131,20 @@ def _check_observed(ds: xr.Dataset) -> None:
 def _blocks(array: xr.DataArray) -> Iterator[tuple[int, np.ndarray]]:
     """Pieces of `array` along time with their offset, so that lazily opened files are never loaded whole."""
     if "time" not in array.dims:
-        yield 0, array.to_numpy()
+        yield 0, _loaded(array)
         return
     length = array.sizes["time"]
     rows = max(1, _BLOCK // max(1, array.size // max(1, length)))
     for offset in range(0, length, rows):
-        yield offset, array.isel(time=slice(offset, offset + rows)).to_numpy()
+        yield offset, _loaded(array.isel(time=slice(offset, offset + rows)))
+
+
+def _loaded(array: xr.DataArray) -> np.ndarray:
+    """Values that may still be in a file."""
+    try:
+        return array.to_numpy()
+    except RuntimeError as error:  # what unpacks a damaged piece says
+        raise ValueError(f"Variable {array.name!r} cannot be read: {error}; is its file complete?") from error
 
 
 def canonical(ds: xr.Dataset) -> xr.Dataset:
@@ -152,9 +160,9 @@ def canonical(ds: xr.Dataset) -> xr.Dataset:
         dim: [str(k) for k in range(ds.sizes[dim])] for dim in named if dim in ds.dims and dim not in ds.coords
     }
     times = ds["time"].to_numpy()
-    wanted = np.dtype("datetime64[ns]" if times.dtype.kind == "M" else np.int64)
-    if times.dtype != wanted:
-        names["time"] = times.astype(wanted)
+    wanted = nanoseconds(times) if times.dtype.kind == "M" else times.astype(np.int64)
+    if times.dtype != wanted.dtype:
+        names["time"] = wanted
     ds = ds.assign_coords(names)
     target = _ordered(ds, "target", DIMS, np.float32)
     observed = _observed(target)
@@ -192,7 +200,7 @@ def read_block(ds: xr.Dataset, name: str, series: int, steps: slice = slice(None
     """Some steps of one series as (time, feature) float32, NaN where not observed; reads only these from a file."""
     part = ds[[key for key in ((name, "observed") if name == "target" else (name,)) if key in ds]].isel(time=steps)
     part = part.isel(series=series) if "series" in part.dims else part
-    values = part[name].transpose("time", ...).to_numpy().astype(np.float32)
+    values = _loaded(part[name].transpose("time", ...)).astype(np.float32)
     if "observed" in part:
         values[~part["observed"].transpose("time", ...).to_numpy()] = np.nan
     return values

@@ -62,7 +62,7 @@ def read_ts(path: str | Path) -> xr.Dataset:
 
 
 def _labelled(header: dict[str, list[str]]) -> bool:
-    return any(header.get(key, ["false"])[0].lower() == "true" for key in ("classlabel", "targetlabel"))
+    return any((header.get(key) or ["false"])[0].lower() == "true" for key in ("classlabel", "targetlabel"))
 
 
 def _read_case(line: str, header: dict[str, list[str]], place: str) -> tuple[np.ndarray, str]:

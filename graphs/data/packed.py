@@ -27,6 +27,16 @@ from ..batch import Graph
 PARTS = ("train", "val", "test")
 
 
+# Kinds of numbers, and dimensions, of each array.
+_LAYOUT = {
+    **dict.fromkeys(("node_ptr", "edge_ptr", "split"), ("iu", (1,))),
+    "edge_index": ("iu", (2,)),
+    **dict.fromkeys(("x", "edge_attr"), ("iubf", (2,))),
+    "y": ("iubf", (1, 2)),
+    "undirected": ("iub", (0,)),
+}
+
+
 def read_packed(path: str | Path) -> tuple[list[Graph], list[str]]:
     """Read a packed file.
 
@@ -47,9 +57,19 @@ def read_packed(path: str | Path) -> tuple[list[Graph], list[str]]:
     missing = [name for name in ("node_ptr", "edge_ptr", "x", "edge_index", "y", "split") if name not in arrays]
     if missing:
         raise ValueError(f"{str(path)!r} is no packed file of graphs: it lacks {', '.join(missing)}.")
+    for name, (kinds, dims) in _LAYOUT.items():
+        array = arrays.get(name)
+        if array is not None and (array.dtype.kind not in kinds or array.ndim not in dims):
+            what = "integers" if kinds == "iu" else "numbers"
+            raise ValueError(
+                f"`{name}` of {str(path)!r} has shape {array.shape} of {array.dtype}, expected {what} in {dims[0]}"
+                " dimensions."
+            )
+    if min(len(arrays[name]) for name in ("node_ptr", "edge_ptr")) == 0:
+        raise ValueError(f"`node_ptr` or `edge_ptr` of {str(path)!r} is empty; both begin with 0.")
     node_ptr, edge_ptr = arrays["node_ptr"].astype(np.int64), arrays["edge_ptr"].astype(np.int64)
     graphs = len(node_ptr) - 1
-    undirected = bool(arrays.get("undirected", False))
+    undirected = bool(arrays["undirected"]) if "undirected" in arrays else False
     x, y = _tensor(arrays["x"]), _tensor(arrays["y"])
     edge_attr = _tensor(arrays["edge_attr"]) if "edge_attr" in arrays else None
     edge_index = torch.from_numpy(arrays["edge_index"].astype(np.int64))
@@ -64,9 +84,11 @@ def read_packed(path: str | Path) -> tuple[list[Graph], list[str]]:
     for name, (got, wanted) in expected.items():
         if got != wanted:
             raise ValueError(f"`{name}` of {str(path)!r} does not fit the other arrays: {got}, expected {wanted}.")
+    if node_ptr[0] != 0 or edge_ptr[0] != 0:
+        raise ValueError(f"`node_ptr` and `edge_ptr` of {str(path)!r} must begin with 0.")
     if len(edge_ptr) != graphs + 1 or (np.diff(node_ptr) < 0).any() or (np.diff(edge_ptr) < 0).any():
         raise ValueError(f"`node_ptr` and `edge_ptr` of {str(path)!r} must both rise in {graphs} steps.")
-    if arrays["split"].max(initial=0) >= len(PARTS):
+    if arrays["split"].max(initial=0) >= len(PARTS) or arrays["split"].min(initial=0) < 0:
         raise ValueError(f"`split` of {str(path)!r} must hold 0 (train), 1 (validation) and 2 (test).")
     by_node = len(y) != graphs
     found = []

@@ -5,7 +5,6 @@ Such a file is (parts, slices, class[, ...]): all graphs' tensors one after the 
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,16 @@ def read_processed(path: str | Path) -> list[Graph]:
         parts, slices = content[0], content[1]
         if not isinstance(parts, dict) or not isinstance(slices, dict):
             raise TypeError(f"holds {type(parts).__name__} and {type(slices).__name__}")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, TypeError, KeyError, IndexError) as error:
+        count = min(len(rows) for rows in slices.values()) - 1
+        return [_graph({name: _cut(parts[name], name, slices[name], g) for name in slices}) for g in range(count)]
+    except PermissionError:
+        raise
+    except Exception as error:  # of a damaged file anything may be missing, and torch raises many kinds of errors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{str(path)!r} is no file of graphs as PyG 2.4 or later writes it: {str(error).splitlines()[0]}."
+            f"{str(path)!r} is no file of graphs as PyG 2.4 or later writes it: {reason}."
             " Prepare the data set again with a new PyG, or write a packed file."
         ) from error
-    count = min(len(rows) for rows in slices.values()) - 1
-    return [_graph({name: _cut(parts[name], name, slices[name], g) for name in slices}) for g in range(count)]
 
 
 def _cut(tensor: Any, name: str, rows: Tensor, g: int) -> Any:

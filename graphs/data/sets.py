@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ...ssmcore.training.arrays import read_arrays
 from ..batch import Graph
 from .base import GraphData, Level, Target
 from .packed import read_packed
@@ -115,19 +116,11 @@ class Cora(GraphData):
         """Read the file."""
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"{self.path!r} does not exist; expected cora.npz.")
-        with np.load(self.path, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
-        counts = np.diff(arrays["x_indptr"].astype(np.int64))
-        x = torch.zeros(len(counts), int(arrays["num_features"]))
-        x[np.repeat(np.arange(len(counts)), counts), arrays["x_indices"].astype(np.int64)] = 1
-        ends = torch.from_numpy(arrays["edge_index"].astype(np.int64))
-        ends = torch.cat([ends, ends.flip(0)], dim=1)
-        y, split = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("y", "split"))
-        rows = x / x.sum(1, keepdim=True).clamp(min=1)
-        return {
-            part: [Graph(rows, ends, y=torch.where(split == k, y, -1), is_directed=False)]
-            for k, part in enumerate(("train", "val", "test"))
-        }
+        arrays = read_arrays(self.path)
+        try:
+            return _citations(arrays)
+        except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"the arrays of {self.path!r} do not fit together: {error!r}.") from error
 
 
 class _Prepared(GraphData):
@@ -209,3 +202,18 @@ class ZINC(_Prepared):
     def __init__(self, root: str = "data/zinc", subset: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.folder, self.target = str(Path(root) / ("subset" if subset else "full")), "values"
+
+
+def _citations(arrays: dict[str, np.ndarray]) -> dict[str, list[Graph]]:
+    """One graph three times, each with the labels of its part."""
+    counts = np.diff(arrays["x_indptr"].astype(np.int64))
+    x = torch.zeros(len(counts), int(arrays["num_features"]))
+    x[np.repeat(np.arange(len(counts)), counts), arrays["x_indices"].astype(np.int64)] = 1
+    ends = torch.from_numpy(arrays["edge_index"].astype(np.int64))
+    ends = torch.cat([ends, ends.flip(0)], dim=1)
+    y, split = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("y", "split"))
+    rows = x / x.sum(1, keepdim=True).clamp(min=1)
+    return {
+        part: [Graph(rows, ends, y=torch.where(split == k, y, -1), is_directed=False)]
+        for k, part in enumerate(("train", "val", "test"))
+    }

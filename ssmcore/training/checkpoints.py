@@ -214,8 +214,9 @@ def read_model_folder(path: str | os.PathLike) -> ModelFolder:
     try:
         config = json.loads((path / CONFIG).read_text())
         written = tuple(int(part) for part in str(config["omnissm"]).split(".")[:2])
-        config["model"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(config["model"], str) or not isinstance(config.setdefault("args", {}), dict):
+            raise TypeError("'model' is a name and 'args' an object")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path / CONFIG} is damaged: expected JSON with 'omnissm' and 'model', {error!r}.") from error
     if written > tuple(int(part) for part in version("omnissm").split(".")[:2]):
         raise ValueError(
@@ -228,7 +229,18 @@ def read_model_folder(path: str | os.PathLike) -> ModelFolder:
         raise ValueError(f"{path / WEIGHTS} is damaged or cut off: {error}. Export the model again.") from error
     others = [file for file in sorted(path.iterdir()) if file.suffix in (".json", ".md", ".txt")]
     files = {file.name: file.read_text() for file in others if file.name not in (CONFIG, CARD)}
-    return ModelFolder(path, config, state, files)
+    return ModelFolder(path, _Entries(config, path / CONFIG), state, _Entries(files, path))
+
+
+class _Entries(dict[str, Any]):
+    """A dictionary that says where an entry is missing."""
+
+    def __init__(self, entries: Mapping[str, Any], place: Path) -> None:
+        super().__init__(entries)
+        self.place = place
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{str(self.place)!r} lacks {name!r}; is the model folder whole?")
 
 
 def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -249,10 +261,12 @@ def read_checkpoint(path: str | os.PathLike, *, allow_pickle: bool = False) -> d
         raise ValueError(f"{str(path)!r} is a pickle file. Give a .ckpt file or a model folder, or allow_pickle=True.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"Checkpoint {str(path)!r} is damaged or cut off. Use another one of the run.") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"Checkpoint {str(path)!r} is damaged, or holds more than plain values.") from error
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged file makes the reader raise anything from IndexError to MemoryError
+        raise ValueError(f"Checkpoint {str(path)!r} is damaged or cut off. Use another one of the run.") from error
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {str(path)!r} holds a {type(content).__name__}, expected a dictionary.")
     return content
