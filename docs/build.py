@@ -35,6 +35,8 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
     "genomics/pretrained/dnahnet_debug_ecoli/README.md": "model_card_dnahnet_debug_ecoli.md",
 }
+IMPORT = re.compile(r"^from (omnissm[\w.]+) import ([\w, ]+)", re.MULTILINE)
+CLASS_PATH = re.compile(r"class_path: (omnissm[\w.]+)\.(\w+)")
 LINK = re.compile(r"(!?)\[([^\]\[]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -65,14 +67,39 @@ def relinked(text: str, source: Path, page: Path, here: dict[Path, Path]) -> str
     return LINK.sub(link, text)
 
 
-def surfaces() -> list[ModuleType]:
-    """All packages with an `__all__`, in the order of `PACKAGES`, an outer one before its inner ones."""
-    names = [
-        ".".join(("omnissm", *file.relative_to(ROOT).parent.parts))
-        for package in PACKAGES
-        for file in sorted((ROOT / package).rglob("__init__.py"), key=lambda file: (len(file.parts), file))
-    ]
-    return [module for module in map(import_module, names) if hasattr(module, "__all__")]
+def surfaces() -> dict[ModuleType, list[str]]:
+    """What the reference shows: every `__all__`, and what pages and configurations name of other modules.
+
+    Returns:
+        Names by module, in the order of `PACKAGES`, an outer package before what is in it.
+    """
+    folders = [file.parent.relative_to(ROOT).parts for name in PACKAGES for file in (ROOT / name).rglob("__init__.py")]
+    packages = [import_module(".".join(("omnissm", *parts))) for parts in sorted(folders)]
+    found = {module: list(module.__all__) for module in packages if hasattr(module, "__all__")}
+    known = {path_of(module, name) for module, names in found.items() for name in names}
+    for home, name in sorted(named()):
+        module = import_module(home)
+        value = getattr(module, name, None)
+        own = (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__ == home
+        if own and path_of(module, name) not in known:
+            found.setdefault(module, []).append(name)
+    order = {f"omnissm.{name}": place for place, name in enumerate(PACKAGES)}
+
+    def place(module: ModuleType) -> tuple[int, str]:
+        return order[".".join(module.__name__.split(".")[:2])], module.__name__
+
+    return {module: found[module] for module in sorted(found, key=place)}
+
+
+def named() -> set[tuple[str, str]]:
+    """Modules and names in them that Python blocks of pages import or configurations ask for."""
+    names: set[tuple[str, str]] = set()
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for home, several in IMPORT.findall(page.read_text()):
+            names |= {(home, name.split(" as ")[0].strip()) for name in several.split(",")}
+    for config in (ROOT / "configs").rglob("*.yaml"):
+        names |= set(CLASS_PATH.findall(config.read_text()))
+    return names
 
 
 def path_of(module: ModuleType, name: str) -> str:
@@ -103,10 +130,10 @@ def constants(file: Path) -> set[str]:
     return found
 
 
-def reference(module: ModuleType) -> str:
-    """The page of a package: its docstring, then one section for each public name."""
+def reference(module: ModuleType, names: list[str]) -> str:
+    """The page of a module: its docstring, then one section for each name."""
     text = f"# {module.__name__}\n\n{inspect.getdoc(module)}\n"
-    for name in module.__all__:
+    for name in names:
         if not documented(module, name):
             raise ValueError(f"{module.__name__}.{name} has no docstring")
         text += f"\n::: {path_of(module, name)}\n    options:\n      heading: {name}\n      toc_label: {name}\n"
@@ -133,13 +160,14 @@ def stage(folder: Path) -> None:
             (pages / page).parent.mkdir(parents=True, exist_ok=True)
             (pages / page).write_text(relinked(source.read_text(), source, page, here))
     (pages / "api").mkdir()
-    api = []
-    for module in surfaces():
+    api: dict[str, list[dict[str, str]]] = {}
+    for module, names in surfaces().items():
         page = f"api/{module.__name__.removeprefix('omnissm.')}.md"
-        (pages / page).write_text(reference(module))
-        api.append({module.__name__.removeprefix("omnissm."): page})
+        (pages / page).write_text(reference(module, names))
+        _, package, *inside = module.__name__.split(".")
+        api.setdefault(package, []).append({".".join(inside) or f"omnissm.{package}": page})
     config = yaml.safe_load((DOCS / "site.yml").read_text())
-    config["nav"].append({"Reference": api})
+    config["nav"].append({"Reference": [{package: found} for package, found in api.items()]})
     missing = {path.relative_to(pages).as_posix() for path in pages.rglob("*.md")} - listed(config["nav"])
     if missing:
         raise ValueError(f"docs/site.yml does not list {', '.join(sorted(missing))}")
