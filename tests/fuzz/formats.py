@@ -1,5 +1,6 @@
 """All formats."""
 
+import formats_commands
 import formats_genomics
 import formats_series
 import formats_vision
@@ -10,4 +11,5 @@ FORMATS = [
     *formats_series.FORMATS,
     *formats_vision.FORMATS,
     *formats_weights.FORMATS,
+    *formats_commands.FORMATS,
 ]

@@ -59,7 +59,7 @@ class Format:
         expected: What `read` must give for a whole file; None where a value is only read or refused.
         pack: Writes the payload and gives the path to read.
         weight: Share of the examples, for readers that take long.
-        never_refused: Whether any content has a meaning.
+        lenient: Whether a whole file may be refused too.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Format:
     expected: Callable[[Any], Any] | None = None
     pack: Callable[[Mapping[str, bytes], Path, Any], Path] = write_all
     weight: float = 1.0
-    never_refused: bool = False
+    lenient: bool = False
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _one(format: Format, folder: Path, model: Any, damage: Damage | None) -> tup
     except Exception as error:
         signal.setitimer(signal.ITIMER_PROF, 0)
         lawful = isinstance(error, (ValueError, TypeError, FileNotFoundError)) and is_bad_input(error)
-        if damage is not None and lawful and one_line(error):
+        if (damage is not None or format.lenient) and lawful and one_line(error):
             return "refused", one_line(error)
         return "fault", "".join(traceback.format_exception(error))
     finally:
