@@ -40,6 +40,8 @@ else:
     from .linear_scan.op import linear_scan as linear_scan
     from .overwriting import overwrite_states as overwrite_states
     from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
+    from .pointwise.rotate import rotate_heads as rotate_heads
+    from .pointwise.swiglu import swiglu as swiglu
     from .quasiseparable.op import quasiseparable as quasiseparable
     from .scan2d.grid import grid_scan as grid_scan
     from .scan2d.op import scan2d as scan2d
@@ -90,6 +92,7 @@ else:
         "overwrite_states",
         "quasiseparable",
         "rms_norm",
+        "rotate_heads",
         "scan2d",
         "selective_scan",
         "selective_scan2d",
@@ -101,6 +104,7 @@ else:
         "ssd_step_",
         "ssd_tree",
         "ssd_tree_state",
+        "swiglu",
         "token_tree",
         "trapezoid_ssd",
         "trapezoid_step",

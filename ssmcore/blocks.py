@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import TokenTree, rms_norm
+from ..kernels import TokenTree, rms_norm, swiglu
 from .drafts import StackDraft
 from .init import residual_init_
 from .mixers import MIXERS, create_mixer
@@ -123,8 +123,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to itself."""
-        value, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(value * F.silu(gate))
+        return self.fc2(swiglu(self.fc1(x)))
 
 
 class Residual(nn.Module):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import TokenTree, conv_tree
+from ...kernels import TokenTree, conv_tree, rotate_heads
 from .common import (
     Layout,
     MixerState,
@@ -358,13 +358,12 @@ class Attention(nn.Module):
 
     def _heads(self, qkv: Tensor, place: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (b, heads, l, headdim), rotated by positions (b, l)."""
-        qkv = qkv.unflatten(-1, (-1, self.headdim)).transpose(1, 2)
+        qkv = qkv.unflatten(-1, (-1, self.headdim))
+        q, v = qkv.split([self.nheads + self.kv_heads, self.kv_heads], dim=2)
         if self.rotary_dim and place is not None:
-            turned, v = qkv.split([self.nheads + self.kv_heads, self.kv_heads], dim=1)
-            q, k = self._rotate(turned, place).split([self.nheads, self.kv_heads], dim=1)
-            return q, k, v
-        q, k, v = qkv.split([self.nheads, self.kv_heads, self.kv_heads], dim=1)
-        return q, k, v
+            q = rotate_heads(q, *self._angles(q, place), interleaved=self.rotation == "interleaved")
+        q, k = q.split([self.nheads, self.kv_heads], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _places(self, x: Tensor, before: Tensor | None, layout: Layout) -> Tensor:
         """Position of every token in its own sequence, (b, l) or (1, l)."""
@@ -377,21 +376,14 @@ class Attention(nn.Module):
             return place + before[:, None]
         return place + torch.where(layout.index == layout.index[:, :1], before[:, None], 0)
 
-    def _rotate(self, x: Tensor, place: Tensor) -> Tensor:
-        """Turn pairs of the first `rotary_dim` channels of (b, heads, l, headdim) by angles that grow with position."""
+    def _angles(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the angles at positions (b, l), (b, l, rotary_dim / 2) in at least float32."""
         half = self.rotary_dim // 2
         exact = torch.float32 if x.device.type == "mps" else torch.float64
         frequency = self.rotary_base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
-        angle = place[:, None, :, None].to(exact) * frequency
-        cos, sin = angle.cos().to(wide(x).dtype), angle.sin().to(wide(x).dtype)
-        turned, rest = wide(x[..., : self.rotary_dim]), x[..., self.rotary_dim :]
-        if self.rotation == "half":
-            # [a, b] cos + [b, a] [-sin, sin]: fewer and larger operations than on the halves apart
-            turned = turned * torch.cat([cos, cos], dim=-1) + turned.roll(half, -1) * torch.cat([-sin, sin], dim=-1)
-        else:
-            a, b = turned.unflatten(-1, (half, 2)).unbind(-1)
-            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-        return torch.cat([turned.to(x.dtype), rest], dim=-1)
+        angle = place[..., None].to(exact) * frequency
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def _keys(
         self, k: Tensor, v: Tensor, state: AttentionState | None, layout: Layout
