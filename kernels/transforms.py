@@ -77,6 +77,9 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
     return register
 
 
+# Classes of arguments that say nothing about who sees a call.
+_PLAIN_CLASSES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype}
+
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -91,7 +94,7 @@ def _seen(arguments: tuple[Any, ...]) -> bool:
         return True
     if _modes():
         return True
-    return any(isinstance(one, Tensor) and type(one) not in (Tensor, torch.nn.Parameter) for one in arguments)
+    return not _PLAIN_CLASSES.issuperset(map(type, arguments))
 
 
 class _Unrecorded(torch.autograd.Function):

@@ -40,9 +40,25 @@ def parts_of_length(programs: int, length: int, device: torch.device, shortest: 
     return max(1, min(triton.cdiv(wanted, programs), length // shortest))
 
 
+_NOTHING = nullcontext()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU current, since Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+def cdiv(number: int, divisor: int) -> int:
+    """The quotient, rounded up. That of Triton costs microseconds a call."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not smaller, for positive numbers; see `cdiv`."""
+    return 1 << (number - 1).bit_length()
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:
@@ -62,19 +78,26 @@ class quick:  # noqa: N801
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-        self._any_size = tuple(one.do_not_specialize for one in (() if INTERPRETED else kernel.params))
+        # On AMD Triton also compiles for the size of what an address leads to.
+        self._plain = INTERPRETED or torch.version.hip is not None
+        parameters = () if INTERPRETED else kernel.params
+        self._roles = tuple("constant" if p.is_constexpr else "any" if p.do_not_specialize else "" for p in parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["kernel"], name)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-        return self.kernel[grid] if INTERPRETED else functools.partial(self._launch, grid)
+        return self.kernel[grid] if self._plain else functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> object:
         device = triton.runtime.driver.active.get_current_device()
-        key = (device, *map(_kind, arguments, self._any_size), *options.items())
+        key = (device, *map(_kind, arguments, self._roles), *options.items())
         enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
         if key not in self._found or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             kernel = self.kernel[grid](*arguments, **options)
             named = self.kernel.arg_names[len(arguments) :]
-            self._found[key] = kernel, tuple(options[name] for name in named)
+            if all(name in options for name in named):  # none has a default
+                self._found[key] = kernel, tuple(options[name] for name in named)
             return kernel
         kernel, constants = self._found[key]
         stream = triton.runtime.driver.active.get_current_stream(device)
@@ -85,10 +108,11 @@ class quick:  # noqa: N801
         return kernel
 
 
-def _kind(argument: Any, any_size: bool) -> object:
-    """What Triton compiles for: kinds of tensors, numbers themselves unless they may have any size."""
+def _kind(argument: Any, role: str) -> object:
+    """What Triton compiles for: kinds of tensors, integers by what is known of them, constants themselves."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    if any_size and isinstance(argument, int):
-        return -(2**31) <= argument < 2**31
-    return type(argument), argument
+    if role == "constant" or type(argument) is not int:
+        return type(argument), argument
+    fits = -(2**31) <= argument < 2**31
+    return fits if role == "any" else (fits, argument % 16 == 0, argument == 1)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, on_device, quick
+from ..triton_utils import INTERPRETED, cdiv, last_contiguous, next_power_of_2, on_device, quick
 
 
 @triton.jit
@@ -250,7 +250,7 @@ def _forward(
     batch, x_length, channels = x.shape
     y = x.new_empty(batch, length, channels)
     tile, part = _tile(channels, x.element_size(), length, False)
-    programs = batch * triton.cdiv(length, part) * triton.cdiv(channels, tile["BLOCK_C"])
+    programs = batch * cdiv(length, part) * cdiv(channels, tile["BLOCK_C"])
     with on_device(x):
         _causal_conv1d_fwd_kernel[(programs,)](
             x, weight.contiguous(), _contiguous(bias), _contiguous(seq_idx), y, length, x_length, channels, part,
@@ -275,10 +275,10 @@ def _backward(
     (batch, x_length, channels), length, k = x.shape, dy.shape[1], weight.shape[1]
     dx = x.new_empty(x.shape)
     tile, part = _tile(channels, x.element_size(), x_length, True)
-    places = batch * triton.cdiv(x_length, part)
+    places = batch * cdiv(x_length, part)
     partial = weight.new_empty(places, k + 1, channels)
     with on_device(x):
-        _causal_conv1d_bwd_kernel[(places * triton.cdiv(channels, tile["BLOCK_C"]),)](
+        _causal_conv1d_bwd_kernel[(places * cdiv(channels, tile["BLOCK_C"]),)](
             x, weight, _contiguous(bias), _contiguous(seq_idx), dy, dx, partial, length, x_length, channels, part,
             x.stride(0), x.stride(1), **_options(weight, bias, seq_idx, left, silu), **tile,
         )  # fmt: skip
@@ -387,8 +387,8 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 def _tile(channels: int, element_size: int, length: int, backward: bool) -> tuple[dict[str, int], int]:
     """Options of a kernel and the positions of a part; the fastest of 72 on an H100 for 2304 channels, k = 4."""
     if INTERPRETED:
-        return {"GROUP": 4, "BLOCK_C": triton.next_power_of_2(min(channels, 128))}, max(length, 1)
-    options = {"GROUP": 4, "BLOCK_C": triton.next_power_of_2(min(channels, 128))}
+        return {"GROUP": 4, "BLOCK_C": next_power_of_2(min(channels, 128))}, max(length, 1)
+    options = {"GROUP": 4, "BLOCK_C": next_power_of_2(min(channels, 128))}
     if element_size <= 2:
         return options | {"num_warps": 1}, 128 if backward else 64
     return options | {"num_warps": 2}, 256

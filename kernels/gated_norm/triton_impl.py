@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device, quick
+from ..triton_utils import INTERPRETED, cdiv, last_contiguous, multiprocessors, next_power_of_2, on_device, quick
 
 # Programs per multiprocessor in the backward pass; each leaves one row of partial sums.
 _PROGRAMS = 2
@@ -143,7 +143,7 @@ def _forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, 
     y = x.new_empty(x.shape)
     tile = _tile(rows, group_size)
     with on_device(x):
-        _gated_norm_fwd_kernel[(triton.cdiv(rows, tile["BLOCK_R"]), channels // group_size)](
+        _gated_norm_fwd_kernel[(cdiv(rows, tile["BLOCK_R"]), channels // group_size)](
             x, z, weight, y, rows, channels, group_size, x.stride(0), z.stride(0), eps,
             NORM_FIRST=norm_first, ACC=_acc(weight), **tile,
         )  # fmt: skip
@@ -164,9 +164,9 @@ def _backward(
     dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
     tile = _tile(rows, group_size)
     groups = channels // group_size
-    wanted = triton.cdiv(_PROGRAMS * multiprocessors(x.device), groups)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, wanted), tile["BLOCK_R"]) * tile["BLOCK_R"]
-    programs = triton.cdiv(rows, rows_per_program)
+    wanted = cdiv(_PROGRAMS * multiprocessors(x.device), groups)
+    rows_per_program = cdiv(cdiv(rows, wanted), tile["BLOCK_R"]) * tile["BLOCK_R"]
+    programs = cdiv(rows, rows_per_program)
     partial = weight.new_empty(programs, channels)
     with on_device(x):
         _gated_norm_bwd_kernel[(programs, groups)](
@@ -244,6 +244,6 @@ def _acc(weight: Tensor) -> Any:
 
 def _tile(rows: int, group_size: int) -> dict[str, int]:
     """Rows and channels of a tile: a whole group, and as many rows as make up 2048 channels."""
-    block_n = triton.next_power_of_2(group_size)
-    block_r = max(1, min(triton.next_power_of_2(rows), (16384 if INTERPRETED else 2048) // block_n))
+    block_n = next_power_of_2(group_size)
+    block_r = max(1, min(next_power_of_2(rows), (16384 if INTERPRETED else 2048) // block_n))
     return {"BLOCK_R": block_r, "BLOCK_N": block_n, "num_warps": 8 if block_n <= 8192 else 16}

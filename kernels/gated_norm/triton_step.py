@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import INTERPRETED, last_contiguous, on_device, quick
+from ..triton_utils import INTERPRETED, last_contiguous, next_power_of_2, on_device, quick
 
 
 @quick
@@ -29,7 +29,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     flat, weight = x.flatten(0, -2), weight.contiguous()
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    block = triton.next_power_of_2(x.shape[-1])
+    block = next_power_of_2(x.shape[-1])
     with on_device(x):
         _rms_norm_kernel[(flat.shape[0],)](
             flat, weight, y, x.shape[-1], flat.stride(0), EPS=eps, BLOCK=block, num_warps=4 if block <= 2048 else 8
@@ -74,8 +74,8 @@ def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype
     flat = last_contiguous(x.reshape(-1, channels))
     rows = flat.shape[0]
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    block = triton.next_power_of_2(channels)
-    block_r = max(1, min(triton.next_power_of_2(rows), (16384 if INTERPRETED else 2048) // block))
+    block = next_power_of_2(channels)
+    block_r = max(1, min(next_power_of_2(rows), (16384 if INTERPRETED else 2048) // block))
     with on_device(x):
         _layer_norm_kernel[(-(-rows // block_r),)](
             flat, weight.contiguous(), bias.contiguous(), y, rows, channels, flat.stride(0), EPS=eps, BLOCK_R=block_r,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ssd.chunked import default_chunk, ssd_chunked_forward, ssd_chunked_gradients
-from ..transforms import apply
+from ..transforms import apply, plain_call
 from .reference import Side
 
 
@@ -43,6 +43,12 @@ def quasiseparable_chunked(
         seq_idx,
         chunk_size or default_chunk(x),
     )
+    if shift and seq_idx is None and not torch.compiler.is_compiling() and plain_call(x, y, diag):
+        # The same in place, in half the passes over the outputs.
+        total = diag[..., None] * x
+        total[:, 1:] += y[:batch, :-1]
+        total[:, :-1] += y[batch:, :-1].flip(1)
+        return total, final.unflatten(0, (2, batch))
     from_left, from_right = y[:batch], y[batch:].flip(1)
     if shift:
         # Rolled and masked instead of sliced and padded: l - 1 positions would be a case of their own in compiled code.

@@ -52,7 +52,7 @@ def quasiseparable_from_steps(
     """
     tensors = x, dt_f, dt_b, dt_bias, A_log, B_f, C_f, B_b, C_b, diag, D
     short = plain_call(*tensors) and _short(x, B_f, C_f, B_b, C_b)
-    if short and choose(backend, x, op="quasiseparable", on_request=True) == "triton":
+    if short and choose(backend, x, op="quasiseparable") == "triton":
         from .triton_short import quasiseparable_short
 
         return call(quasiseparable_short, *tensors)

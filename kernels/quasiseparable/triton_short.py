@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import INTERPRETED, on_device, quick
+from ..triton_utils import INTERPRETED, cdiv, next_power_of_2, on_device, quick
 
 LONGEST = 256
 
@@ -259,14 +259,14 @@ def mix(
     kind = tl.float32 if INTERPRETED else tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     block_h = 4
     with on_device(x):
-        _vectors_kernel[(batch * -(-nheads // block_h),)](
+        _vectors_kernel[(batch * cdiv(nheads, block_h),)](
             dt_f, dt_b, dt_bias.contiguous(), A_log.contiguous(), vectors, batch, length, nheads, *dt_f.stride()[:2],
             LONGEST=LONGEST, BLOCK_H=block_h,
         )  # fmt: skip
-        _mix_kernel[(batch * -(-length // tile.rows) * (nheads // heads),)](
+        _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // heads),)](
             x, *maps, vectors, diag.contiguous(), D.contiguous(), y, batch, length, nheads, repeats, *x.stride()[:2],
             *maps[0].stride()[:2], P=headdim, N=n, LONGEST=LONGEST, HEADS=heads, ROWS=tile.rows, COLUMNS=tile.columns,
-            BLOCK_P=max(16, triton.next_power_of_2(headdim)), BLOCK_N=max(16, triton.next_power_of_2(n)), DOT=kind,
+            BLOCK_P=max(16, next_power_of_2(headdim)), BLOCK_N=max(16, next_power_of_2(n)), DOT=kind,
             STAGES=tile.stages, num_warps=tile.warps,
         )  # fmt: skip
     return y

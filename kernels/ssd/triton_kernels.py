@@ -15,6 +15,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..triton_utils import quick
+
 _KNOWS_DISABLE_LICM = "disable_licm" in inspect.signature(tl.range.__init__).parameters
 
 
@@ -171,6 +173,7 @@ def _position(begin, length, BACKWARDS: tl.constexpr):
     return length - 1 - begin if BACKWARDS else begin
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "parts", "part_length"])
 def _ssd_fwd_kernel(
     x_ptr,
@@ -398,6 +401,7 @@ def _sweep(
         tl.store(factors_ptr + place, through)
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "parts", "part_borders", "of_second"])
 def _ssd_sweep_kernel(
     value_ptr,
@@ -479,6 +483,7 @@ def _ssd_sweep_kernel(
         )  # fmt: skip
 
 
+@quick
 @triton.jit(do_not_specialize=["heads", "parts", "size"])
 def _ssd_carry_kernel(
     state_ptr,
@@ -550,6 +555,7 @@ def _chunk(
     return position, ahead, ok, dy_position, dy_ok, index, before, last
 
 
+@quick
 @keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
 def _ssd_bwd_links_kernel(
@@ -792,6 +798,7 @@ def _map_gradients(
     tl.store(tile + offset, found, mask=ok[:, None] & (columns < N)[None, :])
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
 def _ssd_bwd_maps_kernel(
     x_ptr,

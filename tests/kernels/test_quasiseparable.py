@@ -352,3 +352,15 @@ def test_twenty_runs_agree_to_the_bit(triton, device):
     for run in runs[1:]:
         for name, value in run.items():
             assert torch.equal(value, runs[0][name]), name
+
+
+@pytest.mark.parametrize("length", [1, 2, 21])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_chunks_give_the_same_with_and_without_a_gradient(device, length, dtype):
+    inputs = inputs_of(device, dtype, l=length)
+    with torch.no_grad():
+        plain = quasiseparable(**inputs, backend="chunked")
+    recorded = quasiseparable(**{**inputs, "x": inputs["x"].requires_grad_()}, backend="chunked")
+    assert not plain[0].requires_grad and recorded[0].requires_grad
+    for one, other in zip(plain, recorded, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=1e-12)

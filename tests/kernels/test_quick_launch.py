@@ -12,7 +12,9 @@ class Kernel:
     """Stands for a Triton function: counts look-ups, notes launches of what they found."""
 
     arg_names = ("x_ptr", "length", "stride", "BLOCK")
-    params = tuple(SimpleNamespace(do_not_specialize=name == "length") for name in arg_names)
+    params = tuple(
+        SimpleNamespace(do_not_specialize=name == "length", is_constexpr=name == "BLOCK") for name in arg_names
+    )
 
     def __init__(self):
         self.looked_up, self.launched = 0, []
@@ -46,10 +48,10 @@ def kernel(monkeypatch):
 
 def test_a_launch_like_an_earlier_one_is_not_looked_up(kernel):
     launch, x = triton_utils.quick(kernel), torch.zeros(64)
-    for length in (5, 7):
-        launch[(3,)](x, length, 8, BLOCK=16, num_warps=4)
+    for length, stride in ((5, 8), (7, 9)):
+        launch[(3,)](x, length, stride, BLOCK=16, num_warps=4)
     assert kernel.looked_up == 1
-    assert kernel.launched == [(3, 1, 1, "stream", "function", "metadata", None, None, None, x, 7, 8, 16)]
+    assert kernel.launched == [(3, 1, 1, "stream", "function", "metadata", None, None, None, x, 7, 9, 16)]
 
 
 def test_what_triton_compiles_for_is_looked_up(kernel):
@@ -61,6 +63,8 @@ def test_what_triton_compiles_for_is_looked_up(kernel):
         ((None, 5, 8), {"BLOCK": 16}),
         ((x, 2**40, 8), {"BLOCK": 16}),  # 64 bits
         ((x, 5, 1), {"BLOCK": 16}),
+        ((x, 5, 32), {"BLOCK": 16}),
+        ((x, 5, True), {"BLOCK": 16}),
         ((x, 5, 8), {"BLOCK": 32}),
     ]
     for count, (arguments, options) in enumerate(calls, start=2):
