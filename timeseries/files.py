@@ -56,7 +56,9 @@ def read_series(
             `frames.from_long`.
         id_column: Column with the ids of a long table.
         values: Columns with the values. Wide: None takes all but `time`. Long: "y" by default.
-        past, future, static: Covariate columns of a long table.
+        past: Columns of a long table with covariates that are known up to the cutoff.
+        future: Columns of a long table with covariates that are known over the horizon too.
+        static: Columns of a long table that are constant for each series.
         freq: Frequency; None takes the one that the times follow exactly, if any.
         time_format: strptime format of times written as text; None expects ISO 8601.
         lazy: Leave the values of .nc or .zarr in the file until they are used; by default for .zarr only.

@@ -84,9 +84,11 @@ def from_long(
         frame: pandas or polars frame; row order does not matter.
         ids: What an id is: a variate of one system ("variates", one value column), or a separate series ("series",
             whose value columns are the variates).
-        id_column, time: Columns with id and time.
+        id_column: Column with the ids.
+        time: Column with the times.
         values: Column or columns with the values.
-        past, future: Columns with covariates (ids="series" only).
+        past: Columns with covariates that are known up to the cutoff (ids="series" only).
+        future: Columns with covariates that are known over the horizon too (ids="series" only).
         static: Columns that are constant for each id.
         freq: Frequency; None takes the one that the times follow exactly, if any.
 
