@@ -3,7 +3,8 @@
     python docs/build.py [--out site]
 
 The site opens from the file system and loads nothing from the network. A link without a target, a page that the
-navigation of `docs/site.yml` lacks, or a public name without a docstring stops the build with exit code 1.
+navigation of `docs/site.yml` lacks, a public name without a docstring, or with one that describes arguments which are
+not there, stops the build with exit code 1.
 """
 
 from __future__ import annotations
@@ -191,8 +192,9 @@ def build(out: Path) -> None:
         done = subprocess.run(
             command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
-        if done.returncode:
-            raise ValueError(f"the site does not build:\n{done.stdout}")
+        faults = [line for line in done.stdout.splitlines() if line.startswith("griffe:")]
+        if done.returncode or faults:
+            raise ValueError("the site does not build:\n" + ("\n".join(faults) or done.stdout))
         if out.exists():
             shutil.rmtree(out)
         shutil.move(folder / "site", out)
