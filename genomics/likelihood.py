@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..ssmcore.mixers.common import padding_behind
+from ..ssmcore.chunking import padding_behind
 from .sequence import Vocabulary, encode, vocabulary
 from .sums import Arriving, Floats, RangeSum, RunningSums
 

@@ -3,6 +3,7 @@
 Hwang, Wang & Gu (2025), "Dynamic Chunking for End-to-End Hierarchical Sequence Modeling".
 """
 
+from ..mixers.common import padding_behind as padding_behind
 from .boundaries import Boundaries as Boundaries
 from .boundaries import Chunks as Chunks
 from .boundaries import Layout as Layout
@@ -34,6 +35,7 @@ __all__ = [
     "chunk",
     "chunk_stats",
     "dechunk",
+    "padding_behind",
     "ratio_loss",
     "stage_multipliers",
     "straight_through",

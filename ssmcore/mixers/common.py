@@ -287,9 +287,14 @@ def lay_out(
 
 
 def padding_behind(count: Tensor, length: int) -> Tensor:
-    """Mask (b, length) of rows with `count` (b,) real tokens and padding behind; mixers need not look for holes in it.
+    """A mask of rows with padding behind, which is known to have no holes: to look for them is to wait for the device.
 
-    To look is to wait for the device, in every layer.
+    Args:
+        count: Real tokens of each row, (b,) integers.
+        length: Positions of a row, l.
+
+    Returns:
+        (b, l) bool, not to be changed in place.
     """
     mask = torch.arange(length, device=count.device) < count[:, None]
     if not torch.compiler.is_compiling():
