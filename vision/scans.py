@@ -6,6 +6,7 @@ torch.fx leaves them alone and TorchScript calls them as they are, so that mixer
 # No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -15,11 +16,12 @@ from timm.models import register_notrace_function
 from torch import Tensor
 
 from ..kernels import causal_conv1d, cross_scan, gated_norm, selective_scan
-from ..kernels.gated_norm.layer import rounded_layer_norm
+from ..kernels.gated_norm.layer import add_rounded_layer_norm, rounded_layer_norm
 from ..kernels.quasiseparable.from_steps import quasiseparable_from_steps
 
 __all__ = [
     "LayerNormForProduct",
+    "PlainBlocks",
     "at_least_float32",
     "cross_mix",
     "gate_norm",
@@ -183,6 +185,43 @@ class LayerNormForProduct(torch.nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Norm (..., d)."""
         return norm_for_product(x, self.weight, self.bias, self.eps)
+
+
+class PlainBlocks(torch.nn.Sequential):
+    """Blocks x + mixer(norm(x)); without gradients each sum is made together with the norm of the next block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass the stream through all blocks."""
+        if not torch.jit.is_scripting() and self.joinable(x):
+            return self.joined(x)
+        for block in self:
+            x = block(x)
+        return x
+
+    @torch.jit.ignore
+    def joinable(self, x: Tensor) -> bool:
+        """Whether nothing comes between one block's sum and the next one's norm, and a GPU runs it in eager mode."""
+        if not isinstance(x, Tensor) or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training:
+            return False
+        if not torch.is_autocast_enabled(x.device.type):
+            return False
+        return all(
+            isinstance(block.norm, LayerNormForProduct)
+            and not block.has_mlp
+            and isinstance(block.scale, torch.nn.Identity)
+            and not (block._forward_hooks or block._forward_pre_hooks or block.norm._forward_hooks)
+            for block in self
+        )
+
+    @torch.jit.ignore
+    def joined(self, x: Tensor) -> Tensor:
+        """The blocks one after another with joined sums and norms."""
+        blocks = list(self)
+        inner = blocks[0].norm(x)
+        for block, following in itertools.pairwise(blocks):
+            norm = following.norm
+            x, inner = add_rounded_layer_norm(x, block.mixer(inner), norm.weight, norm.bias, norm.eps)
+        return x + blocks[-1].mixer(inner)
 
 
 def image_chunk(x: Tensor) -> int | None:

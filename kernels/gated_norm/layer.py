@@ -23,13 +23,32 @@ def rounded_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
         (..., d), from one kernel without a gradient in eager mode under autocast on a GPU, then in the dtype of
         autocast; else what torch gives.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and not torch.compiler.is_compiling() and plain_call(x, weight, bias):
-        dtype = torch.get_autocast_dtype(kind)
-        narrow = dtype.itemsize == 2 and x.dtype == weight.dtype == bias.dtype == torch.float32
-        fits = x.numel() > 0 and x.shape[-1] == weight.numel() <= 16384
-        if narrow and fits and choose("auto", x, op="rounded_layer_norm") == "triton":
-            from .triton_step import layer_norm_triton
+    dtype = _rounded(x, weight, bias)
+    if dtype is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    from .triton_step import layer_norm_triton
 
-            return call(layer_norm_triton, x, weight, bias, eps, dtype)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return call(layer_norm_triton, x, weight, bias, eps, dtype)
+
+
+def add_rounded_layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, and its `rounded_layer_norm`; `added` in the shape of `x`."""
+    dtype = _rounded(x, weight, bias)
+    if dtype is None or added.shape != x.shape or not plain_call(added):
+        x = x + added
+        return x, rounded_layer_norm(x, weight, bias, eps)
+    from .triton_step import add_layer_norm_triton
+
+    return call(add_layer_norm_triton, x, added, weight, bias, eps, dtype)
+
+
+def _rounded(x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype | None:
+    """The dtype that the kernel rounds to, None where torch's own norm is taken."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or torch.compiler.is_compiling() or not plain_call(x, weight, bias):
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    narrow = dtype.itemsize == 2 and x.dtype == weight.dtype == bias.dtype == torch.float32
+    if not narrow or not x.numel() or not x.shape[-1] == weight.numel() <= 16384:
+        return None
+    return dtype if choose("auto", x, op="rounded_layer_norm") == "triton" else None

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from omnissm.kernels import available_backends, use_backend
-from omnissm.kernels.gated_norm.layer import rounded_layer_norm
+from omnissm.kernels.gated_norm.layer import add_rounded_layer_norm, rounded_layer_norm
 
 
 @pytest.fixture
@@ -45,3 +45,16 @@ def test_what_torch_does(device, triton, case):
     assert got.dtype == expected.dtype
     assert torch.equal(got, expected)
     assert got.requires_grad == (case == "gradient")
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 33)])
+def test_sum_and_norm(device, triton, shape):
+    x, weight, bias = draw(device, *shape)
+    added = draw(device, *shape)[0].flip(0).half()
+    with torch.no_grad(), torch.autocast(device.type, torch.float16), use_backend("triton"):
+        total, normed = add_rounded_layer_norm(x, added, weight, bias, 1e-6)
+        assert torch.equal(normed, rounded_layer_norm(x + added, weight, bias, 1e-6))
+    assert torch.equal(total, x + added)
+    expected = x + added, F.layer_norm(x + added, shape[-1:], weight, bias, 1e-6)
+    for one, other in zip(add_rounded_layer_norm(x, added, weight, bias, 1e-6), expected, strict=True):
+        assert torch.equal(one, other)

@@ -149,6 +149,22 @@ def test_token_hydra_is_hydra():
     torch.testing.assert_close(mixer(x), Hydra.forward(mixer, x))
 
 
+def test_hydra_with_joined_sums_and_norms():
+    torch.manual_seed(0)
+    model = vision.create_model("hydra_vit_tiny_patch16_224", **SIZES["hydra_vit_tiny_patch16_224"]).eval()
+    x = torch.randn(2, 5, model.embed_dim)
+    with torch.no_grad():
+        assert not model.blocks.joinable(x)
+        expected = x
+        for block in model.blocks:
+            expected = block(expected)
+        torch.testing.assert_close(model.blocks.joined(x), expected, rtol=1e-6, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.blocks.joinable(x)
+            model.blocks[0].register_forward_hook(lambda *_: None)
+            assert not model.blocks.joinable(x)
+
+
 def test_hydra_turned_by_half_a_turn():
     """The image turned by 180 degrees reverses the tokens; with directions exchanged the logits are the same."""
     name = "hydra_vit_tiny_patch16_224"

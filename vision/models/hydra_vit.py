@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...ssmcore.mixers import Hydra
 from ..layers import init_linear_
-from ..scans import LayerNormForProduct, gate_norm, quasiseparable_mix, short_conv
+from ..scans import LayerNormForProduct, PlainBlocks, gate_norm, quasiseparable_mix, short_conv
 from .settings import token_cfg
 from .token_model import Block, Mlp, TokenModel, fitted, unwrapped
 
@@ -134,6 +134,8 @@ class HydraViT(TokenModel):
             **factory,
             **options,
         )
+        if mlp_ratio <= 0:
+            self.blocks = PlainBlocks(*self.blocks)
         init_linear_(self)
 
 
