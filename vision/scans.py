@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -205,18 +206,19 @@ class PlainBlocks(torch.nn.Sequential):
             return False
         if not torch.is_autocast_enabled(x.device.type):
             return False
+        blocks: list[Any] = list(self)
         return all(
             isinstance(block.norm, LayerNormForProduct)
             and not block.has_mlp
             and isinstance(block.scale, torch.nn.Identity)
             and not (block._forward_hooks or block._forward_pre_hooks or block.norm._forward_hooks)
-            for block in self
+            for block in blocks
         )
 
     @torch.jit.ignore
     def joined(self, x: Tensor) -> Tensor:
         """The blocks one after another with joined sums and norms."""
-        blocks = list(self)
+        blocks: list[Any] = list(self)
         inner = blocks[0].norm(x)
         for block, following in itertools.pairwise(blocks):
             norm = following.norm
