@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import re
 import sys
 import time
 import warnings
@@ -37,7 +36,7 @@ from .checkpoints import check_writable, export_checkpoint, load_weights, networ
 from .data import SSMData
 from .export import best_checkpoint
 from .logs import MetricsFile
-from .messages import explain
+from .messages import dead_worker, explain
 from .runs import STOPPED, Run
 from .task import NonFiniteError, SSMTask
 
@@ -71,6 +70,7 @@ def run_cli(argv: Sequence[str], verb: str, domain: str) -> int:
 
     Raises:
         ValueError: for anything wrong with the arguments, in one line.
+        ChildProcessError: if a process that loads data has ended.
     """
     quiet()
     for part in ("tasks", "data"):
@@ -78,6 +78,10 @@ def run_cli(argv: Sequence[str], verb: str, domain: str) -> int:
             import_module(f"omnissm.{domain}.{part}")
     try:
         CLI(argv, verb, domain)
+    except RuntimeError as error:
+        if said := dead_worker(error):
+            raise ChildProcessError(said) from error
+        raise
     except ValueError as error:
         cause: BaseException = error
         while cause.__cause__ is not None and str(cause).startswith(("Call to compute_fn", "Does not validate")):
@@ -278,9 +282,8 @@ class CLI(LightningCLI):
             raise NonFiniteError(f"{error} {self._left(self.run.checkpoints / STOPPED)}") from error
         except Exception as error:
             left = self._left()
-            if isinstance(error, RuntimeError) and (said := re.search(r"DataLoader worker \(pid.*", str(error))):
-                fewer = "Often memory has run out: try fewer workers or a smaller batch."
-                raise ChildProcessError(f"A process that loads data has ended: {said[0]} {fewer} {left}") from error
+            if said := dead_worker(error):
+                raise ChildProcessError(f"{said} {left}") from error
             if isinstance(error, OSError) and error.strerror and self._point.has_begun:
                 place = f": {error.filename!r}" if error.filename else ""
                 raise OSError(f"{error.strerror}{place}. {left}") from error

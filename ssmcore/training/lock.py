@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 class FolderLock:
     """A lock on a folder, held by a file in it; the system frees it when the process ends, also by a kill.
 
-    File systems that know no locks are used without one.
+    Systems and file systems that know no such locks are used without one.
 
     Args:
         folder: An existing folder, by the time it is locked.
@@ -36,6 +35,10 @@ class FolderLock:
             ValueError: if another process has it; the message names that process.
             OSError: if the folder cannot be written.
         """
+        try:
+            import fcntl
+        except ImportError:
+            return
         while self._handle is None:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -49,6 +52,7 @@ class FolderLock:
                         f"{str(self.path.parent)!r} is being written by {owner or 'another process'}.{advice}"
                     ) from error
                 log.debug("%s is not locked: %s", self.path.parent, error)
+                self.path.unlink(missing_ok=True)
                 return
             if not _is_at(handle, self.path):  # its owner has just removed it
                 os.close(handle)

@@ -1,4 +1,4 @@
-"""One line out of a parser's error: what was wrong, with close names for a misspelt key."""
+"""One line out of an error of the parser, with close names for a misspelt key, or of a loader's process."""
 
 from __future__ import annotations
 
@@ -89,3 +89,12 @@ def _names(parser: Any, text: str) -> Iterator[str]:
             continue
         if inspect.isclass(target):
             yield from inspect.signature(target).parameters
+
+
+def dead_worker(error: Exception) -> str:
+    """What to say where a loader's process has been killed; empty for other errors."""
+    found = re.search(r"DataLoader worker \(pid.*", str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return ""
+    advice = "Often memory has run out: try fewer workers or a smaller batch."
+    return f"A process that loads data has ended: {found[0]} {advice}"

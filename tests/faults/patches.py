@@ -26,6 +26,16 @@ def held() -> None:
     _before_step(wait)
 
 
+def held_test() -> None:
+    """Each batch of a test waits while there is a file `hold`."""
+
+    def wait(*args) -> None:
+        while Path("hold").exists():
+            time.sleep(0.02)
+
+    SSMTask.on_test_batch_start = wait
+
+
 def fails_at_once() -> None:
     """The first batch cannot be used."""
 

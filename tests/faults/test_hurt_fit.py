@@ -243,11 +243,28 @@ def test_interrupt_before_the_first_step_leaves_nothing(tmp_path):
     assert not contents(tmp_path)
 
 
+def children_of(running) -> list[int]:
+    path = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    return [int(word) for word in path.read_text().split()]
+
+
+def test_dead_worker_of_a_test_is_named(copied):
+    (copied / "hold").touch()
+    before = contents(copied)
+    words = ["graphs", "test", "--run", "run", "--data.init_args.num_workers", "2"]
+    running = begin(words, copied, Harm(patch=patches.held_test))
+    running.wait_for(lambda: len(children_of(running)) >= 2)
+    os.kill(children_of(running)[0], signal.SIGKILL)
+    ended = running.wait()
+    assert ended.code == 2
+    assert "error: A process that loads data has ended: DataLoader worker (pid" in ended.err.splitlines()[-1]
+    assert contents(copied) == before
+
+
 def test_dead_worker_is_named_and_the_run_goes_on(whole, tmp_path):
     running = start_held(fit("graphs", "--data.init_args.num_workers", "2"), tmp_path)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    assert len(children) >= 2
-    os.kill(int(children[-1]), signal.SIGKILL)
+    assert len(children_of(running)) >= 2
+    os.kill(children_of(running)[-1], signal.SIGKILL)
     said = "A process that loads data has ended: DataLoader worker (pid", "omnissm graphs fit --run run --resume"
     ended = running.wait()
     assert ended.code == 2
