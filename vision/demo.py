@@ -128,7 +128,7 @@ similar training images and take a vote reaches {rows[2]["accuracy"]:.1%}.
 
 {markdown_table(shown)}
 The images are scikit-learn's, 8 x 8 pixels drawn larger ({SIDE} x {SIDE}). The last fifth of the file is the test part;
-drawn at random from the whole file, it would be easier for every method. One test image is {1 / facts["test"]:.2%}, and
+drawn at random from the whole file, it would be easier. One test image is {1 / facts["test"]:.2%}, and
 differences of one or two per cent between methods mean little. The network has {facts["parameters"]:,} parameters, far
 more than so small a task needs; it is here to show how training goes.
 
