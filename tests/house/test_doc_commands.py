@@ -14,6 +14,7 @@ from omnissm.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in (ROOT / "docs").rglob("*.md")}
+PAGES |= {page.relative_to(ROOT).as_posix(): page for page in (ROOT / "genomics" / "pretrained").glob("*/README.md")}
 PAGES |= {name: ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHOWN = re.compile(r"^    ((?:omnissm|python) .*)$|`((?:omnissm|python) [^`]+)`", re.MULTILINE)
