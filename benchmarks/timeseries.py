@@ -1,7 +1,8 @@
-"""Time series: what training and backtests take, anomalies on NAB, classes on two UEA sets, coverage and gaps.
+"""Time series: training times, backtests, anomalies on NAB, classes on two UEA sets, lags, coverage and gaps.
 
     python benchmarks/timeseries.py nab --root data/nab
     python benchmarks/timeseries.py classes --root data/uea --seeds 0 1 2
+    python benchmarks/timeseries.py lags
     python benchmarks/timeseries.py coverage --run runs/weather
     python benchmarks/timeseries.py gaps --seeds 0 1 2
     python benchmarks/timeseries.py epoch --root data/ett [--peer /tmp/nf/bin/python]
@@ -76,26 +77,37 @@ def nab(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def classes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def classes(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Accuracy of the shipped configurations."""
-    from omnissm.__main__ import main
-
-    rows = []
     for name in ("basic_motions", "japanese_vowels"):
         for seed in arguments.seeds:
-            with tempfile.TemporaryDirectory() as scratch:
-                run = ["--run", f"{scratch}/run", "--trainer.enable_progress_bar", "false"]
-                options = ["--data.init_args.root", str(arguments.root), "--seed_everything", str(seed)]
-                began = time.process_time()
-                for verb in ("fit", "test"):
-                    words = ["-c", f"timeseries/sequence_classifier_{name}", *options] if verb == "fit" else []
-                    if main(["timeseries", verb, *words, *run]):
-                        raise SystemExit(1)
-                found = json.loads(Path(scratch, "run", "metrics.json").read_text())
-                seconds = round(time.process_time() - began, 1)
-            values = {key.removeprefix("test/"): round(value, 4) for key, value in found["metrics"].items()}
-            rows.append({"set": name, "seed": seed, **values, "parameters": found["parameters"], "cpu_s": seconds})
-    return rows
+            words = ["--data.init_args.root", str(arguments.root), "--seed_everything", str(seed)]
+            yield {"set": name, "seed": seed, **_fitted(f"timeseries/sequence_classifier_{name}", words)}
+
+
+def lags(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Errors on variates that repeat one another after a lag, with and without mixing of variates."""
+    for mix in (True, False):
+        for seed in arguments.seeds:
+            words = ["--model.init_args.model_args.mixer", f"{{mix_variates: {str(mix).lower()}}}"]
+            words += ["--seed_everything", str(seed)]
+            yield {"mix_variates": mix, "seed": seed, **_fitted("timeseries/chimera_tiny_lagged_graph", words)}
+
+
+def _fitted(config: str, words: list[str]) -> dict[str, Any]:
+    """Test metrics of a configuration with further options, parameters, and CPU seconds of fit and test."""
+    from omnissm.__main__ import main
+
+    with tempfile.TemporaryDirectory() as scratch:
+        run = ["--run", f"{scratch}/run", "--trainer.enable_progress_bar", "false"]
+        began = time.process_time()
+        for verb, more in (("fit", ["-c", config, *words]), ("test", [])):
+            if main(["timeseries", verb, *more, *run]):
+                raise SystemExit(1)
+        seconds = round(time.process_time() - began, 1)
+        found = json.loads(Path(scratch, "run", "metrics.json").read_text())
+    values = {key.removeprefix("test/"): round(value, 4) for key, value in found["metrics"].items()}
+    return values | {"parameters": found["parameters"], "cpu_s": seconds}
 
 
 def coverage(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -255,7 +267,7 @@ def _wait(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["nab", "classes", "coverage", "gaps", "epoch", "backtest", "wide"])
+    parser.add_argument("what", choices=["nab", "classes", "lags", "coverage", "gaps", "epoch", "backtest", "wide"])
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the data")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--run", type=Path, help="folder of a run")
