@@ -181,7 +181,7 @@ def _summary(table: Any, pictures: dict[str, str], forecast: Any, epochs: int, v
     return f"""# Time series: the weather of New York, 72 hours to the next 24
 
 Trained for {epochs} epochs on real hourly weather, `{first["model"]}` forecasts the next day with a mean squared error
-of {first["mse"]:.3f} and {verdict}; its 95 % intervals held {first["coverage"]:.0%} of what came.
+of {first["mse"]:.3f}, and by that measure {verdict}; its 95 % intervals held {first["coverage"]:.0%} of what came.
 
 {to_markdown(table)}
 The stations EWR, JFK and LGA in 2013, seven quantities, gaps as they are. Training has had the first 70 % of the year,
@@ -190,7 +190,8 @@ the width of the intervals comes from the next 10 %; the errors are those of the
 mean over the year would get; lower is better. **mase**: absolute error over that of repeating yesterday in the training
 part. **coverage**: share of the truth inside the 95 % interval; 0.95 would be right. Less means that intervals measured
 in early autumn were too narrow for the weather that followed. `ridge` is a linear regression over all quantities, and
-on data as small as this a serious rival; the others repeat the last hour, the last day, or the mean of the 72 hours.
+on data as small as this a serious rival, also where it comes second; the others repeat the last hour, the last day, or
+the mean of the 72 hours.
 
 The forecast in `forecast.nc` starts after {cutoff} UTC; its intervals are those of the errors of the last 20 %, all
 known by then. `backtest.nc` holds a forecast for each day of the test part, `metrics.csv` the errors by quantity,
