@@ -13,7 +13,7 @@ from ..ssmcore.devices import find_device
 from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint
 from ..ssmcore.training.export import best_checkpoint
 from .likelihood import Scorer
-from .models import from_pretrained, pretrained_models
+from .models import HUB, from_pretrained, pretrained_models
 from .models.official import cast_weights
 
 Dtype = Literal["float32", "bfloat16"]
@@ -29,12 +29,11 @@ def load_model(path: str | Path) -> nn.Module:
         ValueError: if a file is damaged or holds another domain's model.
     """
     name, path = str(path), Path(path)
-    on_hub = name.count("/") == 1 and not name.startswith((".", "/"))
-    if not path.exists() and (on_hub or name in pretrained_models()):
+    if name.startswith(HUB) or (not path.exists() and name in pretrained_models()):
         return from_pretrained(name)
     if not path.exists():
         known = ", ".join(pretrained_models())
-        expected = f"a model folder, a run's folder, a .ckpt file or one of the package's models: {known}"
+        expected = f"a model folder, a run's folder, a .ckpt file, {HUB}OWNER/NAME or of the package {known}"
         raise FileNotFoundError(2, f"No model (expected {expected})", str(path))
     config = path / "model" / CONFIG
     if path.is_dir() and (path / CONFIG).is_file():

@@ -134,17 +134,24 @@ def run_data(run: str | Path) -> tuple[xr.Dataset, range | None]:
     Raises:
         ValueError: if `run` is no such folder.
     """
-    from importlib import import_module
-
-    import yaml
+    from ..ssmcore.training.data import data_class
+    from ..ssmcore.training.runs import read_yaml
+    from .data import ForecastingData
 
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise ValueError(
             f"{str(run)!r} is not a run's folder (no config.yaml), so its data are unknown; give --data FILE"
         )
-    section = yaml.safe_load(path.read_text())["data"]
-    module, _, name = section["class_path"].rpartition(".")
-    data = getattr(import_module(module), name)(**section.get("init_args", {}))
+    section = read_yaml(path).get("data")
+    if not isinstance(section, dict):
+        raise ValueError(f"{path} names no data module; give --data FILE")
+    try:
+        kind = data_class(str(section.get("class_path")))
+    except ValueError as error:
+        raise ValueError(f"{path} names the {error}") from None
+    if not issubclass(kind, ForecastingData):
+        raise ValueError(f"{path} names {kind.__name__}, which has no series to forecast; give --data FILE")
+    data = kind(**section.get("init_args", {}))
     data.setup()
     return data.read(), data.parts["test"].targets if "test" in data.parts else None

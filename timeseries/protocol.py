@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -168,14 +167,12 @@ def _check_source(label: str, source: Any, horizon: int) -> None:
     """Refuse a data module that is none or has no such options; nothing is read."""
     _check_kind(f"data {label} of the grid", source, dict)
     path, options = str(source.get("class_path", "")), source.get("init_args") or {}
-    module, _, name = path.rpartition(".")
+    from ..ssmcore.training.data import data_class
+
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        raise ValueError(
-            f"data {label} of the grid has the class_path {path!r}, which there is not; expected one such as "
-            "omnissm.timeseries.data.ETT"
-        ) from None
+        found = data_class(path)
+    except ValueError as error:
+        raise ValueError(f"data {label} of the grid has the {error}") from None
     try:
         found(**options, lookback=TRAINING["lookback"], horizon=horizon)
     except TypeError as error:
@@ -330,14 +327,14 @@ def run_cell(cell: Mapping[str, Any]) -> dict[str, float]:
     import torch
 
     from ..ssmcore.training import SSMTask
+    from ..ssmcore.training.data import data_class
     from .fitting import SCHEDULES, train
     from .metrics import ErrorSums
     from .tasks import Forecasting
 
     began = time.perf_counter()
-    module, _, name = cell["source"]["class_path"].rpartition(".")
     options = {**cell["source"].get("init_args", {}), "lookback": cell["lookback"], "horizon": cell["horizon"]}
-    data = getattr(import_module(module), name)(**options, batch_size=cell["batch_size"], eval_batch_size=256)
+    data: Any = data_class(cell["source"]["class_path"])(**options, batch_size=cell["batch_size"], eval_batch_size=256)
     data.run_seed = cell["seed"]
     data.setup()
     with torch.random.fork_rng():

@@ -68,6 +68,7 @@ __all__ = [
     "save_pretrained",
 ]
 
+HUB = "hf-hub:"  # what a name begins with that may be fetched
 PACKAGED = Path(__file__).resolve().parents[1] / "pretrained"
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -195,7 +196,8 @@ def from_pretrained(
 
     Args:
         source: The folder, a run's folder that holds one named `model`, one of `pretrained_models()`, or a repository
-            of the Hugging Face hub such as "owner/name" (fetched once; in its offline mode only what was before).
+            of the Hugging Face hub as "hf-hub:OWNER/NAME" (fetched once; in its offline mode only what was before).
+            Nothing else asks the network.
         device: Where to put the model.
         dtype: Of the weights; None keeps what the file holds. Recurrence parameters are float32 at least.
 
@@ -206,10 +208,10 @@ def from_pretrained(
     path = Path(source)
     if not path.exists() and str(source) in pretrained_models():
         path = PACKAGED / source
-    elif not path.exists() and isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/")):
+    elif isinstance(source, str) and source.startswith(HUB):
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        path = Path(snapshot_download(source.removeprefix(HUB), allow_patterns=["*.json", "*.safetensors"]))
     if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
         path = path / "model"
     folder = read_model_folder(path)

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+def data_class(class_path: str) -> type[SSMData]:
+    """The data module of a name such as `omnissm.timeseries.data.ETT`, whose module is imported; it is not built.
+
+    Raises:
+        ValueError: if there is no such class, or it is no data module.
+    """
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise ValueError(
+            f"class_path {class_path!r}, which there is not; expected one such as omnissm.timeseries.data.ETT"
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, SSMData)):
+        raise ValueError(f"class_path {class_path!r}, which is no data module; expected a subclass of SSMData")
+    return found
 
 
 class SSMData(pl.LightningDataModule):

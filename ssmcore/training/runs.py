@@ -22,7 +22,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from safetensors.torch import save
 from torch import Tensor
 
-from .checkpoints import check_writable, write_atomic
+from .checkpoints import check_writable, read_checkpoint, write_atomic
 from .lock import FolderLock
 from .logs import whole_lines
 from .task import SSMTask
@@ -93,6 +93,8 @@ class Run:
             path = Path(values["--ckpt_path"])
             folder = path if path.is_dir() else path.parent.parent
         known = folder is not None and (folder / "config.yaml").is_file()
+        if folder is not None and not known and verb == "fit" and "--resume" in words:
+            raise FileNotFoundError(_nothing(folder))
         if folder is None or not known or (verb == "fit" and "--resume" not in words):
             return words
         named = [] if "--run" in values else ["--run", os.path.join(os.curdir, folder)]  # a path, so with a slash
@@ -129,7 +131,7 @@ class Run:
         stored = self.folder / "config.yaml"
         if resume:
             if not stored.is_file():
-                raise FileNotFoundError(f"Nothing to resume: {stored} does not exist.")
+                raise FileNotFoundError(_nothing(self.folder))
             self._compare(read_yaml(stored), yaml.safe_load(config))
         elif not overwrite and (stored.exists() or any(self._kept())):
             raise ValueError(
@@ -168,9 +170,16 @@ class Run:
         self._sweep()
 
     def state(self) -> Path | None:
-        """The checkpoint to resume from, if there is one."""
+        """The checkpoint to resume from, if there is one.
+
+        Raises:
+            ValueError: if it is damaged, or holds more than tensors and plain values.
+        """
         found = (self.checkpoints / name for name in (LAST, FIRST))
-        return next((path for path in found if path.exists()), None)
+        path = next((path for path in found if path.exists()), None)
+        if path is not None and path.is_file():  # a folder where parameters are sharded
+            read_checkpoint(path)
+        return path
 
     @rank_zero_only
     def leave_nothing(self) -> None:
@@ -280,6 +289,13 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
         earlier = table[table["step"] < part["step"].min()]
         table = pd.concat([earlier, part], ignore_index=True) if len(earlier) else part
     return table[sorted(table.columns)]  # the parts may have met the metrics in another order
+
+
+def _nothing(folder: Path) -> str:
+    return (
+        f"Nothing to resume: {folder / 'config.yaml'} does not exist. A fit that ended before its first step is started"
+        " again with -c and without --resume."
+    )
 
 
 def _remove(path: Path) -> None:

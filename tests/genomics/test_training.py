@@ -222,7 +222,7 @@ def run(folder, workers, recorder, ckpt_path=None, **options):
         callbacks=[SaveInside(3), recorder],
     )  # fmt: skip
     prepare_trainer(trainer, folder, 0)
-    trainer.fit(CausalLM("hnet", TINY), datamodule=data, ckpt_path=ckpt_path, weights_only=False)
+    trainer.fit(CausalLM("hnet", TINY), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return recorder.seen
 
 

@@ -136,7 +136,7 @@ def test_scan(genomics, folder):
         )
         == 0
     )
-    scores = np.load(folder / "s.npy")
+    scores = np.load(folder / "s.npy", allow_pickle=False)
     assert scores.shape == (4, 20)
     reference = Reference(folder / "g.fa")
     for k, base in enumerate(reference.fetch("synthetic", 1000, 1020).decode()):
@@ -167,7 +167,7 @@ def test_embed(genomics, folder):
         )
     import pyarrow.parquet as pq
 
-    with np.load(folder / "e.npz") as content:
+    with np.load(folder / "e.npz", allow_pickle=False) as content:
         values, names = content["values"], content["names"].tolist()
     assert names == ["synthetic:1-64", "synthetic:101-150"]
     assert values.shape == (2, 64)

@@ -31,7 +31,7 @@ def test_killed_runs_go_on(task, config, options, tmp_path, monkeypatch):
         with pytest.raises(SystemError, match="killed"):
             main([*words, "--run", "parts"])
     assert main(["timeseries", "fit", "--run", "parts", "--resume"]) == 0
-    whole, parts = (torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=False) for name in ("whole", "parts"))
+    whole, parts = (torch.load(f"runs/{name}/checkpoints/last.ckpt", weights_only=True) for name in ("whole", "parts"))
     assert whole["global_step"] == parts["global_step"] > 2
     for name, tensor in whole["state_dict"].items():
         torch.testing.assert_close(parts["state_dict"][name], tensor, rtol=0, atol=0)
