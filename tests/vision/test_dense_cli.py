@@ -193,3 +193,64 @@ def test_exported_graphs_compute_the_same(folder, monkeypatch, name):
         found = program.module()(images)
     for a, b in zip([expected] if name == "segment" else expected, [found] if name == "segment" else found):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+
+
+ATTENTIVE = {"dims": (8, 8, 12, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 2), "window_size": (5, 3, 3, 3)}
+VIM2 = {"dim": 8, "depths": (1, 2, 1, 1), "d_state": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("backbone", "options", "head"), [("segman_t", ATTENTIVE, "segman"), ("vim2_tiny", VIM2, "fpn")]
+)
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_graphs_of_the_larger_pyramids_compute_the_same(tmp_path, backbone, options, head, suffix):
+    from omnissm.vision.dense.predictor import DenseModel
+    from omnissm.vision.dense.segmenter import create_segmenter
+    from omnissm.vision.tasks import normalized
+
+    torch.manual_seed(0)
+    net = create_segmenter(backbone, 3, options, head=head, head_args={"width": 8}).eval()
+    _same_graph(DenseModel("segmentation", net, ("a", "b", "c"), (32, 48)), tmp_path / f"graph{suffix}")
+    with torch.no_grad():
+        logits = net(normalized(torch.rand(1, 3, 32, 48), net))
+    assert float(logits.std()) > 1e-3  # the comparison is of something
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_onnx_of_a_detector_computes_the_same(tmp_path):
+    from omnissm.vision.dense.detectors import create_detector
+    from omnissm.vision.dense.predictor import DenseModel
+
+    torch.manual_seed(0)
+    small = {"widths": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
+    net = create_detector("yolo", 2, (32, 64), backbone_args=small).eval()
+    _same_graph(DenseModel("detection", net, ("a", "b"), (32, 64)), tmp_path / "detector.onnx")
+
+
+def _same_graph(model, out):
+    """Write a graph, run it where it runs without this package, and compare."""
+    from omnissm.vision.dense.export import write_graph
+    from omnissm.vision.tasks import normalized
+
+    runtime = None
+    if out.suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+        runtime = pytest.importorskip("onnxruntime")
+    write_graph(model, out)
+    images = torch.rand(3 if runtime is None else 1, 3, *model.image_size)
+    with torch.no_grad():
+        expected = model.net(normalized(images, model.net))
+        if runtime is None:
+            program = torch.export.load(out)
+            called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+            assert [name for name in called if "omnissm" in name] == []  # torch's own functions only
+            found = program.module()(images)
+        else:
+            session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+            arrays = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+            found = tuple(torch.from_numpy(array) for array in arrays)
+            found = found if isinstance(expected, tuple) else found[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
