@@ -131,9 +131,9 @@ Each dot is a test graph. On the grey line the prediction is exact; the further 
 
 One graph as the model reads it. Left: nodes in columns by level, for edges only lead to the right; colour shows how
 much each node weighs in the output of the last node, number {NODES - 1} with the red ring, whose value is asked for.
-The first two nodes, where all paths begin, should stand out. Right: the same for all pairs of nodes; a bright cell says
-that the output of its row's node depends on the input of its column's node. It is dark above the diagonal: nothing
-flows backwards.
+Paths begin at nodes 0 and 1: node 0 has an edge to the last node and should stand out, node 1 reaches it by detours
+only and should weigh less. Right: the same for all pairs of nodes; a bright cell says that the output of its row's node
+depends on the input of its column's node. It is dark above the diagonal: nothing flows backwards.
 
 The commands, in the folder of this page:
 

@@ -21,7 +21,7 @@ img { max-width: 100%; border: 1px solid #e4e7eb; padding: 6px; box-sizing: bord
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { border-bottom: 1px solid #e4e7eb; padding: .3rem .8rem; text-align: left; vertical-align: top }
 pre, code { background: #f5f7fa; font-size: 14px } pre { padding: .6rem; overflow-x: auto }
-h1, h2 { line-height: 1.2; margin-top: 2.5rem } .failed { color: #ba2525 }
+td p { margin: 0 } h1, h2 { line-height: 1.2; margin-top: 2.5rem } .failed { color: #ba2525 }
 """
 
 
