@@ -32,6 +32,7 @@ else:
     from .fft_conv.op import fft_conv as fft_conv
     from .gated_norm.op import gated_norm as gated_norm
     from .gated_norm.rms import rms_norm as rms_norm
+    from .gating import swiglu as swiglu
     from .graph_resolvent.edges import GraphEdges as GraphEdges
     from .graph_resolvent.edges import graph_edges as graph_edges
     from .graph_resolvent.iterative import ConvergenceError as ConvergenceError
@@ -40,9 +41,8 @@ else:
     from .linear_scan.op import linear_scan as linear_scan
     from .overwriting import overwrite_states as overwrite_states
     from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
-    from .pointwise.rotate import rotate_heads as rotate_heads
-    from .pointwise.swiglu import swiglu as swiglu
     from .quasiseparable.op import quasiseparable as quasiseparable
+    from .rotate import rotate_heads as rotate_heads
     from .scan2d.grid import grid_scan as grid_scan
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
-from ..dispatch import choose
-from ..transforms import plain_call
+from .checks import check_devices, check_floating, check_shapes
+from .dispatch import choose
+from .transforms import plain_call
 
 
 def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -36,7 +36,7 @@ def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fal
         raise ValueError(f"heads of {x.shape[3]} channels have no {half} pairs to turn.")
     fused = not torch.compiler.is_compiling() and x.numel() > 0 and half > 0 and cos.dtype == torch.float32
     if fused and plain_call(x, cos, sin) and choose("auto", x, op="rotate_heads") == "triton":
-        from .triton_impl import rotate_heads_triton
+        from .triton_pointwise import rotate_heads_triton
 
         return rotate_heads_triton(x, cos, sin, interleaved)
     turned, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :]

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import operator
-from ..triton_utils import on_device
+from .transforms import operator
+from .triton_utils import on_device
 
 
 @triton.jit

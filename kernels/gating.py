@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating
-from ..dispatch import choose
-from ..transforms import plain_call
+from .checks import check_floating
+from .dispatch import choose
+from .transforms import plain_call
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def swiglu(x: Tensor) -> Tensor:
         raise ValueError(f"`x` must hold two halves, got a last dimension of {x.shape[-1]}.")
     fused = not torch.compiler.is_compiling() and x.numel() > 0 and x.dtype != torch.float64
     if fused and plain_call(x) and choose("auto", x, op="swiglu") == "triton":
-        from .triton_impl import swiglu_triton
+        from .triton_pointwise import swiglu_triton
 
         return swiglu_triton(x)
     value, gate = x.chunk(2, dim=-1)
