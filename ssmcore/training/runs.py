@@ -80,6 +80,9 @@ class Run:
         """Arguments with `-c FOLDER/config.yaml` in front, where only a run or a checkpoint of one is named.
 
         With a checkpoint also `--run FOLDER`: the folder may have moved since its configuration has named it.
+
+        Raises:
+            FileNotFoundError: if there is nothing to resume.
         """
         words = list(argv)
         if any(word.partition("=")[0] in ("-c", "--config", "-h", "--help") for word in words):

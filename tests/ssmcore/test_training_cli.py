@@ -220,7 +220,12 @@ def test_seed_of_the_run_changes_weights_and_order():
 @pytest.mark.parametrize("config", ["line.yaml", "cosine.yaml"])
 def test_killed_at_any_step_resumes_to_the_same_end(config):
     run("-c", config, "--run", "whole")
-    for step in (0, 5, 6, 17):
+    assert start("-c", config, "--run", "k0", KILL_AT_STEP="0").returncode == -9
+    with pytest.raises(FileNotFoundError, match=r"Nothing to resume.*before its first step is started again with -c"):
+        run("--run", "k0", "--resume")
+    run("-c", config, "--run", "k0")
+    assert_same_end("whole", "k0")
+    for step in (1, 5, 6, 17):
         assert start("-c", config, "--run", f"k{step}", KILL_AT_STEP=str(step)).returncode == -9
         assert start("--run", f"k{step}", "--resume", KILL_AT_STEP=str(step + 4)).returncode in (-9, 0)
         run("--run", f"k{step}", "--resume")
