@@ -66,6 +66,18 @@ def test_examples_in_docstrings():
             assert result.failed == 0, name
 
 
+def test_every_public_name_has_a_docstring():
+    """Of all packages, constants too; their text stands below the assignment."""
+    builder = script("docs/build.py")
+    bare = {
+        f"{module.__name__}.{name}"
+        for module, names in builder.surfaces().items()
+        for name in names
+        if not builder.documented(module, name)
+    }
+    assert not bare
+
+
 class Targets(HTMLParser):
     """What a page loads (`src`, stylesheets, icons), where it links to, and the names in it."""
 
@@ -154,3 +166,33 @@ def test_build_stops_at_what_is_missing(tmp_path, monkeypatch):
     (docs / "lost.md").write_text("# Lost\n")
     with pytest.raises(ValueError, match=r"does not list lost\.md"):
         build("")
+
+
+@pytest.mark.timeout(400)
+def test_build_stops_at_docstrings_that_are_wrong(tmp_path, monkeypatch):
+    pytest.importorskip("zensical", reason='needs pip install ".[docs]"')
+    builder = script("docs/build.py")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# Start\n")
+    plugin = "{mkdocstrings: {handlers: {python: {paths: ['.'], options: {docstring_style: google}}}}}"
+    settings = f"site_name: x\nuse_directory_urls: false\nplugins: [{plugin}]\nnav: [index.md]\n"
+    (tmp_path / "docs" / "site.yml").write_text(settings)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "__init__.py").touch()
+    source = 'def double(x: int) -> int:\n    """Twice.\n\n    Args:\n        y: A number.\n    """\n    return 2 * x\n'
+    for name, value in (("DOCS", tmp_path / "docs"), ("ROOT", tmp_path), ("PAGES", {})):
+        monkeypatch.setattr(builder, name, value)
+
+    def build(text):
+        (tmp_path / "kernels" / "__init__.py").write_text(text)
+        module = ModuleType("omnissm.kernels", "Some kernels.")
+        exec(text, vars(module))
+        monkeypatch.setattr(builder, "surfaces", lambda: {module: ["double"]})
+        builder.build(tmp_path / "site")
+
+    with pytest.raises(ValueError, match="Parameter 'y' does not appear in the function signature"):
+        build(source)
+    with pytest.raises(ValueError, match=r"omnissm\.kernels\.double has no docstring"):
+        build("def double(x: int) -> int:\n    return 2 * x\n")
+    build(source.replace("y:", "x:"))
+    assert "A number." in (tmp_path / "site" / "api" / "kernels.html").read_text()
