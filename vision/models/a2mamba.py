@@ -33,9 +33,8 @@ from ...ssmcore.init import a_log_init, dt_bias_init
 from ..neighborhood import neighborhood_average
 from ..scans import at_least_float32, raw_steps, selective_mix
 from .attentive import (
+    AttentiveMixer,
     AttentivePyramid,
-    TableResize,
-    check_heads,
     global_attention,
     normed,
     published_names,
@@ -155,7 +154,7 @@ def augmented_scan(
         return states.flatten(1, 2) * read + x.to(states.dtype) * D.to(states.dtype)[:, None, None]
 
 
-class A2Attention(nn.Module):
+class A2Attention(AttentiveMixer):
     """Attention in two windows, then the scan or attention over all cells, and a gate; maps (b, dim, i, j).
 
     Args:
@@ -163,7 +162,7 @@ class A2Attention(nn.Module):
         num_heads: Heads, an even divisor of them, each of a multiple of 4 channels.
         window: Side of the windows, odd.
         grid: For attention over all cells: rows and columns of the grid that its table is made for.
-        table_as_image: See `A2Mamba`.
+        table_as_image: See `AttentivePyramid`.
         device: Where to create the parameters.
         dtype: Their dtype.
 
@@ -171,7 +170,7 @@ class A2Attention(nn.Module):
         ValueError: if the heads do not fit.
     """
 
-    __constants__ = ("is_global",)  # TorchScript compiles only the branch taken
+    paired = True
 
     def __init__(
         self,
@@ -183,29 +182,14 @@ class A2Attention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_heads(dim, num_heads, even=True)
+        super().__init__(dim, num_heads, window, grid, table_as_image, device, dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim, self.num_heads, self.window = dim, num_heads, window
-        self.is_global, self.table_as_image = grid is not None, table_as_image
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, **factory)
         self.gate = nn.Sequential(nn.Conv2d(dim, dim, 1, **factory), nn.BatchNorm2d(dim, **factory), nn.SiLU())
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **factory)
         self.norm = ChannelNorm(dim, eps=1e-6, **factory)
         self.proj = nn.Sequential(ChannelNorm(dim, eps=1e-6, **factory), nn.Conv2d(dim, dim, 1, **factory))
-        side = 2 * window - 1
-        self.bias_table = nn.Parameter(torch.zeros(num_heads // 2, side, side, **factory))
         if grid is None:
-            self.grid = [0, 0]
             self.ssm = AugmentedScan(dim, num_heads, window, **factory)
-        else:
-            self.grid = list(grid)
-            cells = grid[0] * grid[1]
-            self.global_table = nn.Parameter(torch.zeros(num_heads, cells, cells, **factory))
-
-    def no_decay_names(self) -> tuple[str, ...]:
-        """Parameters that weight decay must leave alone."""
-        return ("bias_table", "global_table")
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, dim, i, j)."""
@@ -250,33 +234,9 @@ def gated_projection(
 
 
 class A2Mamba(AttentivePyramid):
-    """A2Mamba.
+    """A2Mamba; options as of `AttentivePyramid`."""
 
-    Args:
-        table_resize: How the table of pairs of cells follows another image size: "grid" resamples over queries and
-            over keys; "image" takes it as one image of l x l, as released.
-        device: Where to create the parameters.
-        dtype: Their dtype.
-        **options: Options of `AttentivePyramid`: `img_size`, `dims`, `depths`, `num_heads`, `window_size`, ...
-
-    Raises:
-        ValueError: if a setting per stage has not four entries, heads do not fit, a window is even, or an option has
-            an unknown value.
-    """
-
-    def __init__(
-        self,
-        table_resize: TableResize = "grid",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-
-        def create_mixer(dim: int, num_heads: int, window: int, grid: tuple[int, int] | None) -> nn.Module:
-            return A2Attention(dim, num_heads, window, grid, table_resize == "image", **factory)
-
-        super().__init__(create_mixer, table_resize=table_resize, **factory, **options)
+    mixer = A2Attention
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: A2Mamba) -> dict[str, Tensor]:

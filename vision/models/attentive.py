@@ -13,7 +13,7 @@ pairs (2 t, 2 t + 1) by position times 10000^(-t / (h/4 - 1)). Source: Lou, Fu &
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -298,12 +298,57 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return cells.permute(0, 3, 1, 2).to(x.dtype)
 
 
+class AttentiveMixer(nn.Module):
+    """Queries, keys, values and tables of attention in windows, and over all cells; base of mixers of maps.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads, each of a multiple of 4 channels.
+        window: Side of the windows, odd.
+        grid: For attention over all cells: rows and columns of the grid that its table is made for.
+        table_as_image: How that table follows another size; see `AttentivePyramid`.
+        device: Where to create the parameters.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: if the heads do not fit.
+    """
+
+    __constants__ = ("is_global",)  # TorchScript compiles only the branch taken
+    paired = False  # two halves of the heads share one table of windows
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        grid: tuple[int, int] | None = None,
+        table_as_image: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads, even=self.paired)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.window = dim, num_heads, window
+        self.is_global, self.table_as_image = grid is not None, table_as_image
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, **factory)
+        side = 2 * window - 1
+        self.bias_table = nn.Parameter(torch.zeros(num_heads // (1 + self.paired), side, side, **factory))
+        self.grid = list(grid or (0, 0))
+        if grid is not None:
+            cells = grid[0] * grid[1]
+            self.global_table = nn.Parameter(torch.zeros(num_heads, cells, cells, **factory))
+
+    def no_decay_names(self) -> tuple[str, ...]:
+        """Parameters that weight decay must leave alone."""
+        return ("bias_table", "global_table")
+
+
 class AttentivePyramid(Pyramid):
     """Stem, four stages of `AttentiveBlock` and the head; the last stage has a table of pairs of cells.
 
     Args:
-        create_mixer: Called with channels, heads, window and the grid of the table of pairs (None but for the last
-            stage).
         img_size: Height and width of the images that the table of the last stage is made for, pixels; any other size
             works too.
         in_chans: Channels of an image.
@@ -329,9 +374,10 @@ class AttentivePyramid(Pyramid):
             an unknown value.
     """
 
+    mixer: type[AttentiveMixer]  # of the blocks
+
     def __init__(
         self,
-        create_mixer: Callable[[int, int, int, tuple[int, int] | None], nn.Module],
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -368,7 +414,7 @@ class AttentivePyramid(Pyramid):
 
         def create_block(k: int) -> nn.Module:
             grid = self.table_grid if k == 3 else None
-            mixer = create_mixer(dims[k], num_heads[k], window_size[k], grid)
+            mixer = self.mixer(dims[k], num_heads[k], window_size[k], grid, self.table_as_image, **factory)
             hidden = int(mlp_ratios[k] * dims[k])
             return AttentiveBlock(mixer, dims[k], hidden, next(rates), layer_scale[k], scale_stream[k], **factory)
 

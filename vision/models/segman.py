@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..scans import at_least_float32
 from .attentive import (
+    AttentiveMixer,
     AttentivePyramid,
-    TableResize,
-    check_heads,
     global_attention,
     normed,
     published_names,
@@ -84,7 +83,7 @@ class FourScans(nn.Module):
         return y.permute(0, 3, 1, 2)
 
 
-class SegMANAttention(nn.Module):
+class SegMANAttention(AttentiveMixer):
     """Attention in windows, then four scans or attention over all cells; maps (b, dim, i, j).
 
     Args:
@@ -92,15 +91,13 @@ class SegMANAttention(nn.Module):
         num_heads: Heads, each of a multiple of 4 channels.
         window: Side of the windows, odd.
         grid: For attention over all cells: rows and columns of the grid that its table is made for.
-        table_as_image: How that table follows another size; see `SegMAN`.
+        table_as_image: How that table follows another size; see `AttentivePyramid`.
         device: Where to create the parameters.
         dtype: Their dtype.
 
     Raises:
         ValueError: if the heads do not fit.
     """
-
-    __constants__ = ("is_global",)  # TorchScript compiles only the branch taken
 
     def __init__(
         self,
@@ -112,30 +109,15 @@ class SegMANAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_heads(dim, num_heads)
+        super().__init__(dim, num_heads, window, grid, table_as_image, device, dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim, self.num_heads, self.window = dim, num_heads, window
-        self.is_global, self.table_as_image = grid is not None, table_as_image
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, **factory)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **factory)
         self.proj = nn.Conv2d(dim, dim, 1, **factory)
-        side = 2 * window - 1
-        self.bias_table = nn.Parameter(torch.zeros(num_heads, side, side, **factory))
         if grid is None:
-            self.grid = [0, 0]
             conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **factory)
             self.dwconv = nn.Sequential(conv, nn.BatchNorm2d(dim, **factory))
             self.ssm = FourScans(dim, **factory)
             self.norm = ChannelNorm(dim, eps=1e-6, **factory)
-        else:
-            self.grid = list(grid)
-            cells = grid[0] * grid[1]
-            self.global_table = nn.Parameter(torch.zeros(num_heads, cells, cells, **factory))
-
-    def no_decay_names(self) -> tuple[str, ...]:
-        """Parameters that weight decay must leave alone."""
-        return ("bias_table", "global_table")
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (b, dim, i, j)."""
@@ -160,33 +142,9 @@ def window_average(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: int) -
 
 
 class SegMAN(AttentivePyramid):
-    """SegMAN's encoder.
+    """SegMAN's encoder; options as of `AttentivePyramid`."""
 
-    Args:
-        table_resize: How the table of pairs of cells follows another image size: "grid" resamples over queries and
-            over keys; "image" takes it as one image of l x l.
-        device: Where to create the parameters.
-        dtype: Their dtype.
-        **options: Options of `AttentivePyramid`: `img_size`, `dims`, `depths`, `num_heads`, `window_size`, ...
-
-    Raises:
-        ValueError: if a setting per stage has not four entries, heads do not fit, a window is even, or an option has
-            an unknown value.
-    """
-
-    def __init__(
-        self,
-        table_resize: TableResize = "grid",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-
-        def create_mixer(dim: int, num_heads: int, window: int, grid: tuple[int, int] | None) -> nn.Module:
-            return SegMANAttention(dim, num_heads, window, grid, table_resize == "image", **factory)
-
-        super().__init__(create_mixer, table_resize=table_resize, **factory, **options)
+    mixer = SegMANAttention
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: SegMAN) -> dict[str, Tensor]:
