@@ -56,7 +56,7 @@ def score(
     Args:
         variants: .vcf, .vcf.gz, .bcf, .tsv, .csv, .parquet, .txt (HGVS-like names), or - for a VCF on stdin.
         reference: Genome, FASTA (plain, BGZF or gzip) or GenBank.
-        model: Model folder, run folder, .ckpt file, hf-hub:OWNER/NAME of the hub, or dnahnet_debug_ecoli of the package.
+        model: Model folder, run folder, .ckpt file, hf-hub:OWNER/NAME, or dnahnet_debug_ecoli of the package.
         out: .vcf, .vcf.gz, .bcf, .tsv, .tsv.gz, .parquet, or - for TSV on stdout; several as a list.
         window: Bases around a variant that the model reads.
         scores: Some of llr, llr_mean, llr_fwd, llr_rev, ll_ref, ll_alt, llr_site, masked_llr, embed_cos, embed_l1,
@@ -250,7 +250,7 @@ def scan(
     Args:
         reference: Genome.
         region: Such as chr1:1000-1200 (1-based, both included), or a whole contig.
-        model: Model folder, run folder, .ckpt file, hf-hub:OWNER/NAME of the hub, or dnahnet_debug_ecoli of the package.
+        model: Model folder, run folder, .ckpt file, hf-hub:OWNER/NAME, or dnahnet_debug_ecoli of the package.
         out: .tsv, .tsv.gz, .parquet, - for TSV on stdout, or .npy for a (4, l) array; several as a list.
         window: Bases that the model reads.
         strand: Reading directions.

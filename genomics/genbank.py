@@ -94,14 +94,18 @@ def read_genbank(path: str | Path) -> list[SequenceRecord]:
     kind = "embl" if Path(path).name.lower().removesuffix(".gz").endswith(".embl") else "genbank"
     with open_lines(path) as file:
         text = file.read().decode("latin-1")
+    try:
+        parsed = [(record, list(_features(record))) for record in SeqIO.parse(io.StringIO(text), kind)]
+    except Exception as error:  # Biopython's parser raises anything on a damaged file
+        raise ValueError(f"{path} is damaged or no {kind} file ({error!r})") from error
     records = []
-    for record in SeqIO.parse(io.StringIO(text), kind):
+    for record, features in parsed:
         try:
             bases = normalise(bytes(record.seq))
         except Exception as error:
             raise ValueError(f"{path}: record {record.id!r} holds no sequence ({error})") from error
         circular = record.annotations.get("topology") == "circular"
-        records.append(SequenceRecord(record.id, bases, circular, list(_features(record))))
+        records.append(SequenceRecord(record.id, bases, circular, features))
     if not records:
         raise ValueError(f"{path} holds no {kind} record; is it another format?")
     return records

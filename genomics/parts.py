@@ -54,7 +54,7 @@ class Parts:
             raise FileNotFoundError(2, "No parts of a run (manifest.json is missing)", str(folder))
         try:
             return cls(folder, json.loads(path.read_text()))
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete the folder and start again") from error
 
     def start(self, *, resume: bool, shared: bool) -> None:

@@ -135,7 +135,9 @@ class VariantFile:
                     yield from str(file.header).splitlines()
                     for record in file:
                         yield str(record).rstrip("\n")
-            except (OSError, ValueError) as error:
+            except PermissionError:
+                raise
+            except Exception as error:  # htslib's errors come as anything up to NotImplementedError
                 raise ValueError(f"{self.path} is damaged or no BCF file ({error})") from error
             finally:
                 pysam.set_verbosity(quiet)

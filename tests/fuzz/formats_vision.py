@@ -150,7 +150,8 @@ def as_masks(model: Any) -> list[Any]:
 
 # Boxes
 
-boxes = st.tuples(st.integers(-3, 8), st.integers(-3, 8), st.floats(0, 12, width=16), st.floats(0.5, 12, width=16))
+sizes = st.one_of(st.just(0.0), st.floats(0.5, 12, width=16))  # sides far below a pixel count as none
+boxes = st.tuples(st.integers(-3, 8), st.integers(-3, 8), sizes, sizes)
 coco_models = st.fixed_dictionaries(
     {
         "ids": st.lists(st.integers(0, 2**40), min_size=1, max_size=3, unique=True),
@@ -204,7 +205,7 @@ def as_boxes(model: Any) -> list[Any]:
     for entry in content["annotations"]:
         x, y, width, height = entry["bbox"]
         left, top, right, bottom = max(0, x), max(0, y), min(10, x + width), min(8, y + height)
-        if right > left and bottom > top:
+        if min(right - left, bottom - top) > 1e-2:
             found[entry["image_id"]][0].append((left, top, right, bottom))
             found[entry["image_id"]][1].append(order.index(entry["category_id"]))
     return [(key, *found[key]) for key in model["ids"]]

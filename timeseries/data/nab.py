@@ -42,7 +42,7 @@ def read_nab(root: str | Path, name: str, freq: str | None = None) -> xr.Dataset
                 f"{path} does not exist; expected {file} and {LABELS} of https://github.com/numenta/NAB in {folder}."
             )
     frame = pd.read_csv(folder / file, parse_dates=["timestamp"])
-    windows = {Path(key).name: value for key, value in json.loads((folder / LABELS).read_text()).items()}
+    windows = _read_windows(folder / LABELS)
     if file not in windows:
         raise ValueError(f"{LABELS} has no windows for {file}; it names {', '.join(sorted(windows)[:4])}, ...")
     ds = from_wide(frame.sort_values("timestamp", kind="stable"), time="timestamp", variates=["value"])
@@ -53,8 +53,19 @@ def read_nab(root: str | Path, name: str, freq: str | None = None) -> xr.Dataset
     times = pd.DatetimeIndex(ds["time"].to_numpy())
     flags = np.zeros(len(times), dtype=bool)
     for start, end in windows[file]:
-        flags |= (times >= pd.Timestamp(start)) & (times <= pd.Timestamp(end))
+        flags |= (times >= start) & (times <= end)
     return ds.assign(label=("time", flags)).assign_attrs(name=name)
+
+
+def _read_windows(path: Path) -> dict[str, list[tuple[pd.Timestamp, pd.Timestamp]]]:
+    """First and last times of the windows of each table."""
+    try:
+        found = json.loads(path.read_text()).items()
+        return {Path(key).name: [(pd.Timestamp(a), pd.Timestamp(b)) for a, b in value] for key, value in found}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: expected a list of [start, end] for each file, {' '.join(str(error).split())}"
+        ) from error
 
 
 def _on_grid(ds: xr.Dataset, freq: str) -> xr.Dataset:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ def read_coco(path: Path, images: Path, fault: Fault, note: Note, expected: Coco
         key, file = _identity(path, "an image", entry, "id"), images / str(values["file_name"])
         if key in records or key in skipped:
             raise ValueError(f"{path} has two images with the id {key}.")
-        if not file.is_file():
+        if not os.path.isfile(file):  # False too for a name that no file can have
             fault(MISSING_IMAGE, str(file), "Put it there")
             skipped.add(key)
             continue
@@ -120,7 +121,7 @@ def read_coco(path: Path, images: Path, fault: Fault, note: Note, expected: Coco
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object with images and annotations.")

@@ -20,6 +20,7 @@ from .base import ImageData, Part, split_off
 from .reading import SUFFIXES, read_image
 
 CLASSES = "classes.json"
+MOST_CLASSES = 1_000_000  # that are numbered without a file of names
 
 
 class _Place(NamedTuple):
@@ -68,7 +69,9 @@ class TarShards(ImageData):
             )
         listed = self.root / CLASSES
         highest = max(max(part.labels) for part in parts.values())
-        classes = json.loads(listed.read_text()) if listed.is_file() else [str(k) for k in range(highest + 1)]
+        if not listed.is_file() and highest >= MOST_CLASSES:
+            raise ValueError(f"a label is {highest}; so many classes need names in {listed}.")
+        classes = _names(listed) if listed.is_file() else [str(k) for k in range(highest + 1)]
         if highest >= len(classes):
             raise ValueError(f"a label is {highest}, but {listed} names only {len(classes)} classes.")
         if "val" not in parts and self.val_share > 0:
@@ -114,10 +117,22 @@ def read_shards(shards: Sequence[Path]) -> Part:
     return Part(_Reader(places), labels, [f"{place.shard}:{place.name}" for place in places])
 
 
+def _names(path: Path) -> list[str]:
+    try:
+        names = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file: {error}.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} must hold a list of the classes' names, got {str(names)[:60]}.")
+    return names
+
+
 def _label(content: bytes, suffix: str, name: str) -> int:
     try:
-        label = int(content) if suffix == "cls" else int(json.loads(content)["label"])
-    except (ValueError, KeyError, TypeError) as error:
+        label = json.loads(content) if suffix == "cls" else json.loads(content)["label"]
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise TypeError("a label is a whole number")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{name!r} holds no label: expected a number, got {content[:40]!r}.") from error
     if label < 0:
         raise ValueError(f"{name!r} holds label {label}, expected at least 0.")
