@@ -99,7 +99,7 @@ def quasiseparable(
 
     x, B_f, C_f, B_b, C_b = cast_for_autocast(x, B_f, C_f, B_b, C_b)
     dtype = state_dtype(*floating.values())
-    chosen = choose(backend, x, op="quasiseparable", obstacle=ssd_obstacle(headdim, n), on_request=True)
+    chosen = choose(backend, x, op="quasiseparable", obstacle=ssd_obstacle(headdim, n))
     state = None if initial_state is None else initial_state.to(dtype)
     empty = x.numel() == 0 or n == 0
     if state is None and (empty or chosen != "triton"):

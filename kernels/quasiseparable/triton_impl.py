@@ -22,6 +22,8 @@ from ..ssd.triton_impl import (
     contiguous,
     dense_rows,
     empty_gradients,
+    fine_chunk,
+    fine_products,
     options,
     padded,
     run_gradients,
@@ -257,16 +259,13 @@ def _forward(
         Sweep(x, B_f, log_decay_f, weight_f, left, 0),
         Sweep(x, B_b, log_decay_b, weight_b, right, DESCENDING),
     )
-    compiled = options(x, n, log_decay_f, seq_idx, chosen)
-    if x.dtype == torch.float32 and compiled["BLOCK_P"] == compiled["BLOCK_N"] == 16:
-        # Of tiles of 16 x 16 in two parts Triton 3.6 reads beyond its shared memory on Hopper.
-        compiled = compiled | {"BLOCK_P": 32}
     with on_device(x):
         borders, finals = run_sweeps(sweeps, seq_idx, sweeping, 1, parts)
         _quasiseparable_fwd_kernel[(programs * blocks,)](
             x, log_decay_f, weight_f, B_f, C_f, log_decay_b, weight_b, B_b, C_b, diag, seq_idx, borders[0], borders[1],
             y, length, nheads, repeats, blocks, block_heads, *strides(x, B_f, C_f, B_b, C_b), SHIFTED=shift,
-            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None, **compiled,
+            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None,
+            **options(x, n, log_decay_f, seq_idx, chosen),
         )  # fmt: skip
     return y, finals
 
@@ -305,8 +304,9 @@ def _backward(
     left, right = (None, None) if state is None else state.contiguous().unbind(0)
     dleft, dright = (None, None) if dfinal is None else dfinal.contiguous().unbind(0)
     shifted = SHIFT if shift else 0
-    from_left = Sweep(x, B_f, log_decay_f, weight_f, left, shifted)
-    from_right = Sweep(x, B_b, log_decay_b, weight_b, right, shifted | REVERSE)
+    fine, chunk = fine_products(x, B_f.shape[3]), chunk or fine_chunk(x, B_f.shape[3])
+    from_left = Sweep(x, B_f, log_decay_f, weight_f, left, shifted, fine)
+    from_right = Sweep(x, B_b, log_decay_b, weight_b, right, shifted | REVERSE, fine)
     one = empty_gradients(from_left, C_f, diag)
     two = empty_gradients(from_right, C_b, None, one.dx)
     with on_device(x):

@@ -111,7 +111,12 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     wide = headdim * state > 64 * 64
     if dtype == torch.float32:
         of_forward = Tiles(32 if wide else 64, 8, 1)
-        return {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": of_forward}.get(kernel, Tiles(64, 8, 1))
+        two_sided = Tiles(64, 8, 1)
+        if headdim < 64:
+            # With eight warps on 64 rows and few columns, Triton 3.6 reads beyond its shared memory on Hopper.
+            two_sided = Tiles(64, 4, 1) if state <= 64 else Tiles(32 if state == 128 else 16, 8, 1)
+        of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": of_forward, "two-sided": two_sided}
+        return of_kernel.get(kernel, Tiles(64, 8, 1))
     if headdim * state > 64 * 128:
         return Tiles(32, 8, 1)
     return ({"links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 3)} if wide else {}).get(kernel, Tiles(64, 4, 2))
@@ -366,6 +371,20 @@ class GradientTiles(NamedTuple):
     maps: Tiles
     sweep: Tiles
     subs: int  # chunks of the sweep per border
+
+
+def fine_products(x: Tensor, n: int) -> bool:
+    """Whether float32 products can keep their last digits, for gradients that are small differences of others.
+
+    Wide states have no room for it in shared memory.
+    """
+    headdim, state = padded(x, n)
+    return x.dtype == torch.float32 and headdim * state <= 64 * 128
+
+
+def fine_chunk(x: Tensor, n: int) -> int:
+    """A short chunk where operands of products take three parts, else 0 for the tables'."""
+    return 32 if fine_products(x, n) and not INTERPRETED else 0
 
 
 def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:

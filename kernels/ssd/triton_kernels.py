@@ -662,7 +662,10 @@ def _ssd_bwd_links_kernel(
         decays = tl.exp2(tl.where(linked, between, float("-inf")))  # [s, t]
         products = _dot_nt(v, v_low, dy, dy_low, ACC, PRECISION)
         if HAS_D and not MODE & 8:
-            own_products = tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1)
+            if EXACT:
+                own_products = tl.sum(gradient.to(ACC) * x.to(ACC), 1)
+            else:
+                own_products = tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1)
             tl.store(dD_ptr + out + ahead * nheads, own_products, mask=ok)
         scores = _dot_nt(B, B_low, C, C_low, ACC, PRECISION) * decays
         linking = products * scores

@@ -22,9 +22,10 @@ from ..ssd.triton_impl import (
     cdiv,
     contiguous,
     dense_rows,
+    fine_chunk,
+    fine_products,
     gradient_tiles,
     next_power_of_2,
-    padded,
     run_gradients_at_once,
     run_outputs,
     strides,
@@ -174,18 +175,9 @@ def launch(kernel: str, numbers: int) -> dict[str, int]:
     return {"num_warps": 4 if kernel == "turn" else 8, "maxnreg": 128}
 
 
-def _fine(x: Tensor, n: int) -> bool:
-    """Whether float32 products keep their last digits: those of beta and the angles are small differences of others.
-
-    Wide states have no room for it in shared memory.
-    """
-    headdim, state = padded(x, n)
-    return x.dtype == torch.float32 and headdim * state <= 64 * 128
-
-
 def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
     """Those of `ssd`, with short chunks where operands of products take three parts."""
-    return gradient_tiles(x, n, chunk or (32 if _fine(x, n) and not INTERPRETED else 0))
+    return gradient_tiles(x, n, chunk or fine_chunk(x, n))
 
 
 def _blocks(repeats: int, programs: int, wanted: int) -> tuple[int, int]:
@@ -246,10 +238,17 @@ def _forward(
         for rows in _groups(x, n, _TURNED_BYTES):
             some = given.cut(rows)
             turned = _turned(some, half, _tiles(x, n, chunk).links.chunk)
-            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, _fine(x, n))
+            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, fine_products(x, n))
             run_outputs(sweep, turned.q, turned.skip, some.seq_idx, y[rows], final[rows], chunk, parts)
             torch.mul(turned.before[..., -1], math.pi, out=last[rows])
     return y, final, last
+
+
+@torch.library.register_fake("ssm::trapezoid_ssd_triton_fwd")
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, log_decay, rate, B = arguments[0], arguments[1], arguments[4], arguments[5]
+    states = log_decay.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
+    return x.new_empty(x.shape), states, log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
 
 
 @operator("trapezoid_ssd_triton_bwd")
@@ -297,7 +296,7 @@ def _backward(
             dk, dq = turned.k.new_empty(2, *turned.k.shape).unbind(0)
             dweight, dskip = turned.weight.new_empty(2, *turned.weight.shape).unbind(0)
             into = Gradients(dx[rows], dlog_decay[rows], dk, dq, dweight, dskip, dstate[rows])
-            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, _fine(x, n))
+            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, fine_products(x, n))
             borders = run_gradients_at_once(
                 sweep, turned.q, turned.skip, some.seq_idx, dy[rows], end, into, tiles, False, parts, blocks
             )

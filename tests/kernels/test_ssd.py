@@ -452,13 +452,13 @@ def test_offsets_beyond_32_bit(triton, device):
     y, final = ssd(x, log_decay, B, C)
     part = x.detach()[:, -tail:].clone().requires_grad_()
     alone, last = ssd(part, log_decay[:, -tail:], B[:, -tail:], C[:, -tail:])
-    torch.testing.assert_close(y[:, -tail:], alone, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(final, last, rtol=2e-2, atol=2e-2)
+    assert relative_error(y[:, -tail:], alone.double()) < 1e-2  # chunks begin elsewhere, and products round to 16 bits
+    assert relative_error(final, last.double()) < 1e-2
     dy = torch.zeros_like(y)
     dy[:, -tail:] = torch.randn(1, tail, nheads, 64, **like)
     (dx,) = torch.autograd.grad(y, x, dy)
     (dpart,) = torch.autograd.grad(alone, part, dy[:, -tail:])
-    torch.testing.assert_close(dx[:, -tail:], dpart, rtol=2e-2, atol=2e-2)
+    assert relative_error(dx[:, -tail:], dpart.double()) < 1e-2
     assert not dx[:, :-tail].any()
 
 
@@ -468,7 +468,7 @@ def step_inputs(inputs, t):
 
 def test_steps_equal_the_scan(device):
     inputs = inputs_of(device, l=70, h=4, g=2)
-    y, final = ssd(**inputs)
+    y, final = ssd(**inputs, backend="chunked")
     state, place = inputs["initial_state"], inputs["initial_state"].clone()
     for t in range(70):
         one, state = ssd_step(**step_inputs(inputs, t), state=state)
