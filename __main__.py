@@ -329,12 +329,13 @@ def _list_configs(words: list[str]) -> int:
 def is_bad_input(error: BaseException) -> bool:
     """Whether an error was caused by what the user gave.
 
-    Files, full disks and refused options are. A `ValueError`, `TypeError` or `ImportError` is if a `raise` statement
-    speaks, here or in a library: one that the interpreter itself raises inside this package is a fault of ours.
+    Files, full disks, refused options and sizes beyond the memory are. A `ValueError`, `TypeError` or `ImportError` is
+    if a `raise` statement speaks, here or in a library: one that the interpreter itself raises inside this package is a
+    fault of ours.
     """
     if isinstance(error, (OSError, argparse.ArgumentError)):
         return True
-    if type(error).__name__ in ("MisconfigurationException", "BackendError"):
+    if type(error).__name__ in ("MisconfigurationException", "BackendError") or _is_out_of_memory(error):
         return True
     if not isinstance(error, (ValueError, TypeError, ImportError)):
         return False
@@ -344,6 +345,11 @@ def is_bad_input(error: BaseException) -> bool:
     while trace.tb_next is not None:
         trace = trace.tb_next
     return _raised(trace) or (isinstance(error, ValueError) and not _in_package(trace))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _raised(trace: TracebackType) -> bool:

@@ -105,9 +105,7 @@ def _read_gff(path: str | Path, *, gtf: bool) -> Iterator[Feature]:
             name = attributes.get("transcript_id") or name
         start, end = from_one_based(int(words[3])), int(words[4])
         if not 0 <= start < end:
-            raise ValueError(
-                f"{path}, line {number}: ends at {words[4]} before its start {words[3]}, or starts before 1"
-            )
+            raise ValueError(f"{path}, line {number}: expected 1 <= start <= end, got {words[3]} and {words[4]}")
         strand = words[6] if words[6] in ("+", "-") else "."
         yield Feature(words[0], start, end, strand, words[2], name, (), attributes)
 

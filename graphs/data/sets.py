@@ -204,8 +204,10 @@ class ZINC(_Prepared):
         self.folder, self.target = str(Path(root) / ("subset" if subset else "full")), "values"
 
 
-def _citations(arrays: dict[str, np.ndarray]) -> dict[str, list[Graph]]:
+def _citations(arrays: dict[str, Any]) -> dict[str, list[Graph]]:
     """One graph three times, each with the labels of its part."""
+    if arrays["x_indices"].min(initial=0) < 0:
+        raise ValueError("`x_indices` names a word below 0")
     counts = np.diff(arrays["x_indptr"].astype(np.int64))
     x = torch.zeros(len(counts), int(arrays["num_features"]))
     x[np.repeat(np.arange(len(counts)), counts), arrays["x_indices"].astype(np.int64)] = 1
