@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..ssmcore.devices import find_device
 from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint
+from ..ssmcore.training.devices import find_device
 from ..ssmcore.training.export import best_checkpoint
 from .likelihood import Scorer
 from .models import HUB, from_pretrained, pretrained_models

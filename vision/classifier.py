@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 
-from ..ssmcore.devices import find_device
 from ..ssmcore.training.checkpoints import (
     CONFIG,
     ModelFolder,
@@ -24,6 +23,7 @@ from ..ssmcore.training.checkpoints import (
     read_model_folder,
     write_atomic,
 )
+from ..ssmcore.training.devices import find_device
 from ..ssmcore.training.export import best_checkpoint
 from .data.reading import BadImageError, read_image
 from .data.transforms import eval_transform

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ssmcore.devices import find_device
+from ..ssmcore.training.devices import find_device
 from .registry import create_model
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...ssmcore.devices import find_device
 from ...ssmcore.training.checkpoints import ModelFolder, load_weights
+from ...ssmcore.training.devices import find_device
 from ..classifier import stored_model
 from ..data.dense_base import picture
 from ..data.joint import View, as_float, fitted_size

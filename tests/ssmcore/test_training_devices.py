@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omnissm.ssmcore.devices import find_device
+from omnissm.ssmcore.training.devices import find_device
 
 
 def test_devices_are_found_or_refused():
