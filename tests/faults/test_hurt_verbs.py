@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import patches
 import pytest
 import yaml
 from harness import Harm, begin, finish
-from test_hurt_fit import assert_one_line
+from test_hurt_fit import assert_one_line, children_of
 from test_kill_score import GRID, score, write_variants
 from tiny import contents
 
@@ -115,13 +114,16 @@ def test_protocol_names_the_cell_whose_loss_is_not_finite(inputs, tmp_path):
     assert set(done) <= {"last_value"}
 
 
+def makers(running) -> list[int]:
+    """The processes that make cells; another child tracks resources."""
+    return [child for child in children_of(running) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 @pytest.mark.slow
 def test_protocol_whose_process_dies_is_one_line(inputs, tmp_path):
     running = begin(protocol(inputs, "--jobs", "2"), tmp_path)
-    path = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-    running.wait_for(lambda: len(path.read_text().split()) >= 3)  # one tracks resources
-    time.sleep(0.5)
-    os.kill(int(path.read_text().split()[-1]), signal.SIGKILL)
+    running.wait_for(lambda: len(makers(running)) == 2)
+    os.kill(makers(running)[-1], signal.SIGKILL)
     ended = running.wait()
     assert ended.code == 2
     assert "A process that makes cells has ended." in ended.err.splitlines()[-1]
