@@ -282,7 +282,11 @@ class CLI(LightningCLI):
             raise NonFiniteError(f"{error} {self._left(self.run.checkpoints / STOPPED)}") from error
         except Exception as error:
             left = self._left()
-            if said := dead_worker(error):
+            said = dead_worker(error)
+            if said and self.trainer.received_sigterm:  # sent to all processes: those that load data are gone first
+                sys.stderr.write(f"Interrupted. {left}\n")
+                raise SystemExit(143) from error
+            if said:
                 raise ChildProcessError(f"{said} {left}") from error
             if isinstance(error, OSError) and error.strerror and self._point.has_begun:
                 place = f": {error.filename!r}" if error.filename else ""

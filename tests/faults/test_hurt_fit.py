@@ -232,6 +232,17 @@ def test_folder_of_a_running_process_is_refused_and_interrupts_say_how_to_go_on(
     assert_same_run(whole / RUN, tmp_path / RUN)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+def test_interrupt_of_all_processes_of_a_run_with_loading_processes(number, code, tmp_path):
+    running = start_held(fit("graphs", "--data.init_args.num_workers", "2"), tmp_path)
+    running.signal(number)
+    (tmp_path / "hold").unlink()
+    ended = running.wait()
+    assert ended.code == code, ended.err
+    # The processes that load data may complain of their lost connections before.
+    assert "Interrupted. The state at the start of the epoch is kept" in ended.err.splitlines()[-1]
+
+
 def test_interrupt_before_the_first_step_leaves_nothing(tmp_path):
     running = begin(fit("graphs"), tmp_path, Harm(patch=patches.slow_steps))
     running.wait_for(lambda: (tmp_path / RUN / "checkpoints/.first.ckpt").exists())
