@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,9 @@ from .common import (
 from .drafts import SSDDraft
 from .effective import effective_matrix
 
+if TYPE_CHECKING:
+    from ..distributed import SequenceRanks
+
 # silu(1.278464542761) = 1: a gate that is open.
 _OPEN_GATE = 1.278464542761
 
@@ -77,6 +80,7 @@ class _SSDMixer(nn.Module, ABC):
     linear_in_x: ClassVar[bool] = True
     varlen: ClassVar[bool] = True
     state_type: ClassVar[type[ConvSSMState]] = ConvSSMState
+    ranks: SequenceRanks | None = None  # that share sequences with this process, see `set_context_parallel`
 
     conv_activation: ClassVar[Literal["silu"] | None] = "silu"
     d_model: int
@@ -132,8 +136,13 @@ class _SSDMixer(nn.Module, ABC):
         layout = lay_out(x, mask, seq_idx, reset)
         projected = self._project(layout.align(x))
         before = None if state is None else state.conv
+        if self.ranks is not None:
+            self.ranks.require_plain(state, mask=mask, seq_idx=seq_idx, reset=reset)
+            before = self.ranks.inputs_before(projected.conv_in, self.conv1d.kernel_size[0] - 1, before)
         xBC, conv = convolve(projected.conv_in, self.conv1d, before, layout, self.conv_activation)
-        y, ssm = self._scan(self._scan_inputs(xBC, projected.dt, layout), None if state is None else state.ssm, layout)
+        scan = self._scan_inputs(xBC, projected.dt, layout)
+        first = None if state is None else state.ssm
+        y, ssm = self._scan(scan, first, layout) if self.ranks is None else self._scan_segment(scan, first, self.ranks)
         return layout.restore(self._output(projected, y)), ConvSSMState(conv, ssm)
 
     def step(self, x: Tensor, state: ConvSSMState) -> tuple[Tensor, ConvSSMState]:
@@ -347,6 +356,17 @@ class _SSDMixer(nn.Module, ABC):
             y = (wide(y) + read_states(scan.C, learned) * decay[..., None]).to(y.dtype)
             ssm = ssm + decay[:, -1, :, None, None] * learned
         return self._channel_skip(y, scan.x).flatten(2), ssm
+
+    def _scan_segment(self, scan: _Scan, state: Tensor | None, ranks: SequenceRanks) -> tuple[Tensor, Tensor]:
+        """`_scan` of one segment; what the ranks before leave in the state is added to the outputs afterwards."""
+        if ranks.rank and (learned := self._learned()) is not None:
+            # Only the first segment begins with it; the others have a gradient of zero, which DDP waits for.
+            state = (0 * learned).expand(scan.x.shape[0], -1, -1, -1)
+        y, ssm = self._scan(scan, state, Layout())
+        log_decay = scan.log_decay.cumsum(1)
+        start = ranks.carry(scan.log_decay.sum(1), ssm)
+        from_before = (read_states(scan.C, start) * log_decay[..., None].exp()).flatten(2)
+        return (wide(y) + from_before).to(y.dtype), ssm + log_decay[:, -1, :, None, None].exp() * start
 
 
 class Mamba2(_SSDMixer):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,9 @@ from .common import (
     wide,
 )
 from .effective import effective_matrix
+
+if TYPE_CHECKING:
+    from ..distributed import SequenceRanks
 
 DtInit = Literal["random", "constant"]
 
@@ -214,6 +217,7 @@ class Mamba(S6):
 
     causal: ClassVar[bool] = True
     state_type: ClassVar[type[ConvSSMState]] = ConvSSMState
+    ranks: SequenceRanks | None = None  # that share sequences with this process, see `set_context_parallel`
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """Mix whole sequences, (b, l, d) -> (b, l, d); see `prefill`."""
@@ -250,9 +254,18 @@ class Mamba(S6):
             self._check(state, x)
         layout = lay_out(x, mask, seq_idx, reset)
         conv_in, z = self.in_proj(layout.align(x)).chunk(2, dim=-1)
-        convolved, conv = convolve(conv_in, self.conv1d, None if state is None else state.conv, layout)
+        before = None if state is None else state.conv
+        if self.ranks is not None:
+            self.ranks.require_plain(state, mask=mask, seq_idx=seq_idx, reset=reset)
+            before = self.ranks.inputs_before(conv_in, self.conv1d.kernel_size[0] - 1, before)
+        convolved, conv = convolve(conv_in, self.conv1d, before, layout)
         initial = None if state is None else layout.restart(state.ssm)
         scan = self._scan_inputs(convolved, layout)
+        if self.ranks is not None:
+            # The first scan is for its last state only: outputs from a state would need all states at once.
+            _, end = selective_scan(*scan, initial_state=initial)
+            start = self.ranks.carry(scan.dt.sum(1)[..., None] * scan.A, end)
+            initial = start if initial is None else start + initial
         y, ssm = selective_scan(*scan, wide(self.D), z, initial, seq_idx=layout.index)
         return layout.restore(self.out_proj(y)), ConvSSMState(conv, ssm)
 
