@@ -157,7 +157,7 @@ def trapezoid_ssd(
         return skip, TrapezoidState(*(part.clone() for part in state))
     log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
-    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes, x_rank))
+    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes, x_rank), on_request=True)
 
     def run(*parts: Any) -> tuple[Tensor, ...]:
         x, gamma, beta, theta, B, C, log_decay = parts[:7]

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import omnissm.kernels
-from omnissm.kernels.testing import OpSpec, check_op, run_with_gradients
+from omnissm.kernels.testing import OpSpec, check_op, relative_error, run_with_gradients
 
 FOLDER = Path(omnissm.kernels.__file__).parent
 SPECS: list[OpSpec] = [
@@ -128,7 +128,7 @@ def test_inference_mode_and_checkpointing(spec, backend, device):
     with torch.inference_mode():
         found = spec.op(**inputs, backend=backend)
     first = found[0] if isinstance(found, tuple) else found
-    assert torch.equal(first, expected[spec.outputs[0]])
+    assert relative_error(first, expected[spec.outputs[0]].double()) < 1e-6  # sums may be taken in another order
 
     leaves = {name: x.requires_grad_() for name, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()}
     found = checkpoint(lambda: spec.op(**inputs, backend=backend), use_reentrant=False)

@@ -201,11 +201,13 @@ def test_chunks_and_parts_of_the_triton_kernels(chunk, parts, blocks, packed, de
         assert relative_error(value, other.double()) < 1e-5, place
 
 
-def test_triton_takes_one_rank(device):
+def test_triton_takes_one_rank_and_only_on_request(device):
     with pytest.raises(BackendError, match="Triton takes one rank and no x_rank, got r=2"):
         flat(**inputs_of(device, r=2), backend="triton")
     with pytest.raises(BackendError, match="n from 2 to 256, got p=3 and n=300"):
         flat(**inputs_of(device, n=300), backend="triton")
+    inputs = inputs_of(device)
+    assert torch.equal(flat(**inputs)[0], flat(**inputs, backend="chunked")[0])
 
 
 @pytest.mark.parametrize("rotation", ["interleaved", "half"])
