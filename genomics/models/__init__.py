@@ -151,7 +151,7 @@ def model_options(name: str) -> list[str]:
 def _class(name: str) -> Any:
     """The class that a name builds."""
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.5)
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"Unknown genomics model {name!r}. {hint}list_models() shows all {len(MODELS)}.")
     entry = MODELS[name]

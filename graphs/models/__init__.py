@@ -70,7 +70,7 @@ def create_model(name: str, **args: Any) -> GraphModel:
         TypeError: for an option that the model does not have; the message names close ones.
     """
     if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(f"Unknown graph model {name!r}.{hint} list_models() shows all {len(MODELS)}.")
     known = model_options(name)

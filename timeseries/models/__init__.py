@@ -121,7 +121,7 @@ def create_model(name: str, task: Task = "forecasting", **args: Any) -> nn.Modul
     table = TABLES[task]
     if name not in table:
         other = [kind for kind, names in TABLES.items() if name in names]
-        close = difflib.get_close_matches(name, table, n=3, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), table, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"available: {', '.join(list_models(task=task))}"
         raise ValueError(f"{name!r} is a model for {other[0]}; {hint}" if other else f"unknown model {name!r}; {hint}")
     known = model_options(name)
