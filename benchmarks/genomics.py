@@ -294,10 +294,9 @@ def table() -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, (result, curve) in found.items():
-        mate = f"dnahnet_{name.rpartition('_')[2]}"
-        limit = best_row(*found[mate])["flops"] if mate in found else None
-        own = best_row(result, curve)
-        equal = bits_at(curve, limit) if limit else None
+        size = name.rpartition("_")[2]
+        limit = min(best_row(*one)["flops"] for other, one in found.items() if other.endswith(f"_{size}"))
+        own, equal = best_row(result, curve), bits_at(curve, limit)
         rates = ", ".join(f"{value:.3f}" for value in result["rates"].values())
         lines.append(
             f"| `{name}` | {result['parameters']:,} | {result['best_step']:,} | {own['bases'] / 1e6:.0f} M |"

@@ -85,7 +85,7 @@ def score(
         overwrite_info: Replace such fields of an earlier run.
         device: auto, cpu or such as cuda:0.
         dtype: Of the weights.
-        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 262,144 on a GPU where none are given.
+        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 1,048,576 on a GPU where none are given.
         restrict: "acgt" renormalises probabilities over the four bases.
         workers: Threads that read the genome for the next blocks while the model works.
         progress: Show count, rate and time left; by default on a terminal.
@@ -258,7 +258,7 @@ def scan(
         skip_n: Leave out positions that are N.
         device: auto, cpu or such as cuda:0.
         dtype: Of the weights.
-        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 262,144 on a GPU where none are given.
+        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 1,048,576 on a GPU where none are given.
         progress: Show count, rate and time left.
 
     Raises:

@@ -24,7 +24,7 @@ Counts = npt.NDArray[np.int64]
 Ranges = Sequence[Sequence[tuple[int, int]]]
 
 BATCH_TOKENS = 65_536
-BATCH_TOKENS_ON_GPU = 262_144  # enough work for each of the many kernels of a pass
+BATCH_TOKENS_ON_GPU = 1_048_576  # enough work for each of the many kernels of a pass; too large a batch is halved
 WHOLE = 65_536  # longest sequence that a model with states reads at once
 PIECE = 16_384  # positions of a piece of a longer one: memory peaks near a piece, however long the sequence
 
@@ -65,9 +65,10 @@ class Scorer:
         dtype: Type of its weights; None leaves it.
         restrict: "acgt" renormalises the probabilities over the four bases; None uses all ids.
         batch_tokens: Most positions of a batch, padding included; a longer sequence makes a batch of its own. None:
-            65,536 on a CPU, 262,144 on a GPU.
+            65,536 on a CPU, 1,048,576 on a GPU.
         name: What output headers call it; the model's own name where it is empty.
-        share_prefix: Read what several sequences begin with once, where the model has `prefill`.
+        share_prefix: Read what several sequences begin with once, where the model has `prefill`. None: on a CPU; a GPU
+            has sooner read large batches whole.
 
     Raises:
         ValueError: for an unknown vocabulary or restriction.
@@ -85,7 +86,7 @@ class Scorer:
         restrict: str | None = None,
         batch_tokens: int | None = None,
         name: str = "",
-        share_prefix: bool = True,
+        share_prefix: bool | None = None,
     ) -> None:
         if restrict not in (None, "acgt"):
             raise ValueError(f"expected restrict 'acgt' or None, got {restrict!r}")
@@ -109,6 +110,7 @@ class Scorer:
         self._takes_mask = "mask" in parameters
         self._own = isinstance(model, LogProbModel)
         self._states = self.is_causal and hasattr(model, "prefill") and not (self._own and not restrict)
+        share_prefix = self.device.type == "cpu" if share_prefix is None else share_prefix
         self.continues = self._states and self.bos and share_prefix
         prefill = inspect.signature(model.prefill).parameters if self._states else {}  # type: ignore[arg-type]
         self._last: dict[str, Any] = {"with_state": False} if "with_state" in prefill else {}

@@ -67,7 +67,7 @@ def load_scorer(
         device: "auto" takes the first GPU if there is one; else such as "cpu" or "cuda:1".
         dtype: "float32" or "bfloat16".
         restrict: "acgt" renormalises over the four bases.
-        batch_tokens: Most positions of a batch; None: 65,536 on a CPU, 262,144 on a GPU.
+        batch_tokens: Most positions of a batch; None: 65,536 on a CPU, 1,048,576 on a GPU.
 
     Raises:
         ValueError: for a device that is not there.

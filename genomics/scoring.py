@@ -119,7 +119,7 @@ def score_variants(
         prefix: Begin of the INFO fields of a VCF.
         overwrite_info: Replace such fields of an earlier run.
         device: "auto", "cpu" or such as "cuda:0".
-        batch_tokens: Most positions of a batch; None: 65,536 on a CPU, 262,144 on a GPU.
+        batch_tokens: Most positions of a batch; None: 65,536 on a CPU, 1,048,576 on a GPU.
         workers: Threads that check records and cut windows of the next blocks while the model works on one; the result
             does not depend on them.
         progress: Show count, rate and time left on stderr; None does so on a terminal.

@@ -41,7 +41,7 @@ def embed(
         strands: Read forward, or join both directions.
         device: auto, cpu or such as cuda:0.
         dtype: Of the weights.
-        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 262,144 on a GPU where none are given.
+        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 1,048,576 on a GPU where none are given.
         progress: Show count, rate and time left.
 
     Raises:
@@ -253,7 +253,7 @@ def essential(
         circular: Circular contigs of the reference, or "all".
         device: auto, cpu or such as cuda:0.
         dtype: Of the weights.
-        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 262,144 on a GPU where none are given.
+        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 1,048,576 on a GPU where none are given.
         progress: Show count, rate and time left.
 
     Raises:
@@ -342,7 +342,7 @@ def evaluate(
         restrict: "acgt" renormalises probabilities over the four bases.
         device: auto, cpu or such as cuda:0.
         dtype: Of the weights.
-        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 262,144 on a GPU where none are given.
+        batch_tokens: Positions of a batch at most; 65,536 on a CPU and 1,048,576 on a GPU where none are given.
         progress: Show count, rate and time left.
 
     Raises:
