@@ -30,6 +30,8 @@ else:
     from .dispatch import use_backend as use_backend
     from .ema_scan.op import ema_scan as ema_scan
     from .fft_conv.op import fft_conv as fft_conv
+    from .gated_norm.layer import add_rounded_layer_norm as add_rounded_layer_norm
+    from .gated_norm.layer import rounded_layer_norm as rounded_layer_norm
     from .gated_norm.op import gated_norm as gated_norm
     from .gated_norm.rms import rms_norm as rms_norm
     from .gating import swiglu as swiglu
@@ -41,6 +43,7 @@ else:
     from .linear_scan.op import linear_scan as linear_scan
     from .overwriting import overwrite_states as overwrite_states
     from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
+    from .quasiseparable.from_steps import quasiseparable_from_steps as quasiseparable_from_steps
     from .quasiseparable.op import quasiseparable as quasiseparable
     from .rotate import rotate_heads as rotate_heads
     from .scan2d.grid import grid_scan as grid_scan
@@ -70,6 +73,7 @@ else:
         "GraphEdges",
         "TokenTree",
         "TrapezoidState",
+        "add_rounded_layer_norm",
         "available_backends",
         "causal_conv1d",
         "chain_order",
@@ -91,8 +95,10 @@ else:
         "linear_scan",
         "overwrite_states",
         "quasiseparable",
+        "quasiseparable_from_steps",
         "rms_norm",
         "rotate_heads",
+        "rounded_layer_norm",
         "scan2d",
         "selective_scan",
         "selective_scan2d",

@@ -16,9 +16,15 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor
 
-from ..kernels import causal_conv1d, cross_scan, gated_norm, selective_scan
-from ..kernels.gated_norm.layer import add_rounded_layer_norm, rounded_layer_norm
-from ..kernels.quasiseparable.from_steps import quasiseparable_from_steps
+from ..kernels import (
+    add_rounded_layer_norm,
+    causal_conv1d,
+    cross_scan,
+    gated_norm,
+    quasiseparable_from_steps,
+    rounded_layer_norm,
+    selective_scan,
+)
 
 __all__ = [
     "LayerNormForProduct",

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnissm.kernels import available_backends, quasiseparable
-from omnissm.kernels.quasiseparable.from_steps import quasiseparable_from_steps
+from omnissm.kernels import available_backends, quasiseparable, quasiseparable_from_steps
 from omnissm.kernels.testing import relative_error
 
 

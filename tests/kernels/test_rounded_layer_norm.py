@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnissm.kernels import available_backends, use_backend
-from omnissm.kernels.gated_norm.layer import add_rounded_layer_norm, rounded_layer_norm
+from omnissm.kernels import add_rounded_layer_norm, available_backends, rounded_layer_norm, use_backend
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ class Detection(SSMTask):
     """Train and test a detector.
 
     Logs `train/loss` and its parts, and for validation and test `map` (mean over classes and IoU 0.5 to 0.95, as COCO
-    defines it), `map50`, `map75`, `recall` and `loss` = 1 - map, over all images and in pixels of the original ones; NaN
-    where no image has a box.
+    defines it), `map50`, `map75`, `recall` and `loss` = 1 - map, over all images and in pixels of the original ones;
+    NaN where no image has a box.
 
     Args:
         detector: "yolo", "fcos", "retinanet", "faster_rcnn", or the name of a whole detector of torchvision.
