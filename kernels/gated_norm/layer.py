@@ -32,7 +32,18 @@ def rounded_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
 
 
 def add_rounded_layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + added, and its `rounded_layer_norm`; `added` in the shape of `x`."""
+    """A residual sum and its norm: x + added, and `rounded_layer_norm` of it.
+
+    Args:
+        x: Stream, (..., d).
+        added: What is added, in the shape of `x`.
+        weight: (d,).
+        bias: (d,).
+        eps: Added to the variance.
+
+    Returns:
+        The sum in the dtype of x + added, (..., d), and its norm as `rounded_layer_norm` gives it.
+    """
     dtype = _rounded(x, weight, bias)
     if dtype is None or added.shape != x.shape or not plain_call(added):
         x = x + added
