@@ -79,7 +79,7 @@ def score(
         embed_layer: Layer of the embeddings, see `describe`.
         part_size: Records of a block; a killed run loses at most one.
         shard: i/n, such as 0/4: score every n-th block; `score-merge` joins them.
-        devices: GPUs to spread over.
+        devices: GPUs to spread over; with `--device cpu`, processes.
         resume: Go on with a killed run.
         prefix: Begin of the new INFO fields.
         overwrite_info: Replace such fields of an earlier run.
@@ -108,7 +108,7 @@ def score(
 
     outs = [out] if isinstance(out, str) else list(out)
     if devices > 1 and shard is None:
-        return _spread(devices, variants, outs, prefix, overwrite_info, reference, resume)
+        return _spread(devices, device, variants, outs, prefix, overwrite_info, reference, resume)
     options = ScoreOptions(
         scores=tuple(scores or ()),
         window=window,
@@ -178,7 +178,14 @@ def _summary(table: Any, dtype: str, outs: list[str]) -> int:
 
 
 def _spread(
-    devices: int, variants: str, outs: list[str], prefix: str, overwrite_info: bool, reference: Path, resume: bool
+    devices: int,
+    device: str,
+    variants: str,
+    outs: list[str],
+    prefix: str,
+    overwrite_info: bool,
+    reference: Path,
+    resume: bool,
 ) -> int:
     """One process for each device over the shards, then the merge."""
     if variants == "-":
@@ -187,10 +194,10 @@ def _spread(
     base = words[words.index("score") + 1 :] if "score" in words else []
     if not base:
         raise ValueError("devices > 1 works from the command line; in Python, start one process for each shard")
-    start = [sys.executable, "-m", "omnissm", "genomics", "score"]
+    start = [sys.executable, "-m", "omnissm", "genomics", "score", *base, "--devices", "1"]
+    places = ["cpu" if device == "cpu" else f"cuda:{k}" for k in range(devices)]
     runs = [
-        subprocess.Popen([*start, *base, "--devices", "1", "--shard", f"{k}/{devices}", "--device", f"cuda:{k}"])
-        for k in range(devices)
+        subprocess.Popen([*start, "--shard", f"{k}/{devices}", "--device", place]) for k, place in enumerate(places)
     ]
     codes = [run.wait() for run in runs]
     if any(code not in (0, 3) for code in codes):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .optim import create_optimizer as create_optimizer
     from .optim import param_groups as param_groups
     from .runs import read_metrics as read_metrics
+    from .strategies import ShardedStrategy as ShardedStrategy
     from .task import NonFiniteError as NonFiniteError
     from .task import SSMTask as SSMTask
 
@@ -49,6 +50,7 @@ _HOME = {
     "ResumePoint": "callbacks",
     "SSMData": "data",
     "SSMTask": "task",
+    "ShardedStrategy": "strategies",
     "WarmupCosine": "optim",
     "best_checkpoint": "export",
     "create_optimizer": "optim",

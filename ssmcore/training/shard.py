@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from ..blocks import Stack
+
+# What tasks call on a network beside `forward`; without registration these would meet sharded weights.
+_FORWARD_METHODS = ("forward_train", "hidden", "logits", "losses", "detect")
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -27,4 +30,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> nn.Module:
             for block in module.blocks:
                 fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
+    for name in _FORWARD_METHODS:
+        if callable(getattr(net, name, None)):
+            register_fsdp_forward_method(net, name)
     return net
