@@ -6,10 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, choose
+from ..ssd.op import check_groups
 from ..transforms import call, plain_call
 from .op import quasiseparable
 
+_SHAPES = {
+    "x": "b l h p",
+    "dt_f": "b l h",
+    "dt_b": "b l h",
+    "dt_bias": "h",
+    "A_log": "h",
+    "B_f": "b l g n",
+    "C_f": "b l g n",
+    "B_b": "b l g n",
+    "C_b": "b l g n",
+    "diag": "b l h",
+    "D": "h",
+}
 # Of the kernel for short rows.
 _LONGEST, _WIDEST = 256, 128
 
@@ -49,8 +64,17 @@ def quasiseparable_from_steps(
 
     Returns:
         (b, l, h, p).
+
+    Raises:
+        TypeError: if an argument is no floating tensor.
+        ValueError: if shapes or devices disagree, g does not divide h, or chunk_size is below 1.
+        BackendError: if `backend` is named explicitly and cannot run here.
     """
     tensors = x, dt_f, dt_b, dt_bias, A_log, B_f, C_f, B_b, C_b, diag, D
+    kind = call_kind("quasiseparable_from_steps", *tensors, chunk_size)
+    if not known(kind):
+        _check(chunk_size, *tensors)
+        remember(kind)
     short = plain_call(*tensors) and _short(x, B_f, C_f, B_b, C_b)
     if short and choose(backend, x, op="quasiseparable") == "triton":
         from .triton_short import quasiseparable_short
@@ -74,6 +98,19 @@ def quasiseparable_from_steps(
         backend=backend,
     )
     return y
+
+
+def _check(chunk_size: int | None, *tensors: Tensor) -> None:
+    floating = dict(zip(_SHAPES, tensors, strict=True))
+    for name, tensor in floating.items():
+        if tensor is None:
+            raise TypeError(f"`{name}` must be a torch.Tensor of floating dtype, got NoneType.")
+    check_floating(allow_complex=False, **floating)
+    sizes = check_shapes(**{name: (floating[name], dims) for name, dims in _SHAPES.items()})
+    check_devices(**floating)
+    check_groups(sizes["h"], sizes["g"])
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
 
 
 def _short(x: Tensor, *maps: Tensor) -> bool:

@@ -54,6 +54,8 @@ def _vectors(dt_ptr, bias, rate, t, h, ok, stride):
         tl.load(dt_ptr + t[:, None] * stride + h[None, :], mask=ok, other=0.0).to(tl.float32) + bias[None, :]
     )
     decay = tl.where(ok, dt * rate[None, :], 0.0)
+    # 2 to this is zero; stronger decays would leave no digits for the others, or infinite sums without a difference.
+    decay = tl.where(decay < -256.0, -256.0, decay)
     return decay, tl.cumsum(decay, 0), tl.log2(dt)
 
 
@@ -246,11 +248,12 @@ def mix(
 ) -> Tensor:
     """`quasiseparable_short` with a tile."""
     (batch, length, nheads, headdim), (groups, n) = x.shape, maps[0].shape[2:]
-    if x.stride()[2:] != (headdim, 1):
+    # Offsets in a row have 31 bits.
+    if x.stride()[2:] != (headdim, 1) or x.stride(1) >= 2**23:
         x = x.contiguous()
-    if len({one.stride() for one in maps}) > 1 or maps[0].stride()[2:] != (n, 1):
+    if len({one.stride() for one in maps}) > 1 or maps[0].stride()[2:] != (n, 1) or maps[0].stride(1) >= 2**23:
         maps = tuple(one.contiguous() for one in maps)
-    if dt_f.stride() != dt_b.stride() or dt_f.stride(2) != 1:
+    if dt_f.stride() != dt_b.stride() or dt_f.stride(2) != 1 or dt_f.stride(1) >= 2**23:
         dt_f, dt_b = dt_f.contiguous(), dt_b.contiguous()
     repeats = nheads // groups
     heads = next(one for one in range(tile.heads, 0, -1) if repeats % one == 0)

@@ -100,6 +100,63 @@ def test_what_other_paths_take(device, triton, monkeypatch, case):
     assert y.requires_grad == (case == "gradient")
 
 
+@pytest.mark.parametrize("rate", [7.0, 20.0, 100.0])
+def test_decays_that_leave_nothing(device, triton, rate):
+    """Neighbours still see each other; sums of the decays of a row would have no digits for that, or be infinite."""
+    given = arguments(device, 1, 256, 2, 4, 4)
+    given[3], given[4] = torch.zeros_like(given[3]), torch.full_like(given[4], rate)
+    with torch.no_grad():
+        got = quasiseparable_from_steps(*given, backend="triton")
+    assert relative_error(got, definition(*(one.double() for one in given))) < 5e-3
+
+
+def test_other_layouts(device, triton):
+    """Batch and positions exchanged in memory, and positions so far apart that offsets in a row need 64 bits."""
+    given = arguments(device, 2, 7, 2, 4, 4)
+    swapped = [one.transpose(0, 1).contiguous().transpose(0, 1) if one.dim() > 2 else one for one in given]
+    far = torch.empty_strided(given[0].shape, (8, 2**23, 4, 1), dtype=torch.float16, device=device)
+    far.copy_(given[0])
+    with torch.no_grad():
+        expected = quasiseparable_from_steps(*given, backend="triton")
+        assert torch.equal(quasiseparable_from_steps(*swapped, backend="triton"), expected)
+        assert torch.equal(quasiseparable_from_steps(far, *given[1:], backend="triton"), expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+@pytest.mark.parametrize(
+    ("number", "shape", "message"),
+    [
+        (1, (1, 9, 1), "`dt_f` has h=1, expected 2"),
+        (3, (3,), "`dt_bias` has h=3, expected 2"),
+        (4, (1,), "`A_log` has h=1, expected 2"),
+        (6, (1, 9, 1, 5), "`C_f` has n=5, expected 4"),
+        (7, (1, 8, 1, 4), "`B_b` has l=8, expected 9"),
+        (9, (1, 9), "`diag` must have 3 dimensions"),
+        (10, (1,), "`D` has h=1, expected 2"),
+    ],
+)
+def test_shapes_that_disagree(device, triton, backend, number, shape, message):
+    given = arguments(device, 1, 9, 2, 4, 4)
+    with torch.no_grad():
+        quasiseparable_from_steps(*given, backend=backend)
+        given[number] = torch.zeros(shape, dtype=given[number].dtype, device=device)
+        with pytest.raises(ValueError, match=message):
+            quasiseparable_from_steps(*given, backend=backend)
+
+
+def test_other_wrong_calls(device, triton):
+    given = arguments(device, 1, 9, 2, 4, 4)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="3 groups"):
+            quasiseparable_from_steps(*given[:5], *4 * [torch.zeros(1, 9, 3, 4).to(given[5])], *given[9:])
+        with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+            quasiseparable_from_steps(*given, chunk_size=0, backend="triton")
+        with pytest.raises(TypeError, match="`x` must have a floating dtype"):
+            quasiseparable_from_steps(given[0].to(torch.int16), *given[1:], backend="triton")
+        with pytest.raises(TypeError, match=r"`dt_b` must be a torch\\.Tensor of floating dtype, got NoneType"):
+            quasiseparable_from_steps(*given[:2], None, *given[3:], backend="triton")
+
+
 def test_opcheck(device, triton):
     torch.library.opcheck(triton.quasiseparable_short, tuple(arguments(device, 1, 5, 2, 4, 4)))
 
