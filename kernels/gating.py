@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_floating
+from .checks import check_floating, check_shapes
 from .dispatch import choose
 from .transforms import plain_call
 
@@ -22,11 +22,12 @@ def swiglu(x: Tensor) -> Tensor:
 
     Raises:
         TypeError: if `x` is no floating tensor.
-        ValueError: if the last dimension is odd.
+        ValueError: if there is no last dimension or it is odd.
 
     Differentiable. Source: Shazeer (2020), section 2.
     """
     check_floating(x=x)
+    check_shapes(x=(x, "... d"))
     if x.shape[-1] % 2:
         raise ValueError(f"`x` must hold two halves, got a last dimension of {x.shape[-1]}.")
     fused = not torch.compiler.is_compiling() and x.numel() > 0 and x.dtype != torch.float64

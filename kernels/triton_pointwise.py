@@ -24,7 +24,7 @@ def _swiglu_kernel(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr):
 @operator("swiglu_triton")
 def swiglu_triton(x: Tensor) -> Tensor:
     """See `swiglu`; no float64."""
-    flat = x.flatten(0, -2)
+    flat = x.reshape(-1, x.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     width = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)

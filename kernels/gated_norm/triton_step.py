@@ -26,7 +26,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, channels, x_stride, EPS: tl.const
 @operator("rms_norm_triton")
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `rms_norm`; no float64."""
-    flat, weight = x.flatten(0, -2), weight.contiguous()
+    flat, weight = x.reshape(-1, x.shape[-1]), weight.contiguous()
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     y = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     block = next_power_of_2(x.shape[-1])

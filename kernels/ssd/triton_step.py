@@ -118,7 +118,7 @@ def _ssd_rates_kernel(
 @operator("ssd_rates_triton")
 def ssd_rates_triton(raw: Tensor, bias: Tensor, A_log: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """See `ssd_rates`, in float32."""
-    flat = raw.flatten(0, -2)
+    flat = raw.reshape(-1, raw.shape[-1])
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     bias, A_log = bias.contiguous(), A_log.contiguous()
     rows, heads = flat.shape

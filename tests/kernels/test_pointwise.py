@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnissm.kernels import rotate_heads, swiglu, use_backend
+from omnissm.kernels import rms_norm, rotate_heads, ssd_rates, swiglu, use_backend
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(3, 2), (2, 5, 14), (1, 3, 2200)])
+@pytest.mark.parametrize("shape", [(6,), (3, 2), (2, 5, 14), (1, 3, 2200)])
 def test_swiglu_is_its_formula(shape, dtype, backend, device):
     wide = torch.randn(*shape[:-1], shape[-1] + 3, dtype=dtype, device=device)
     x = wide[..., : shape[-1]]  # rows lie apart
@@ -56,11 +56,23 @@ def test_a_rotation_keeps_lengths_and_turns_gradients_back(device):
     torch.testing.assert_close(back, x.detach())
 
 
+def test_single_rows(backend, device):
+    """One vector, as for one position of one sequence."""
+    x, weight, A_log = torch.randn(3, 6, device=device)
+    with torch.no_grad(), use_backend(backend):
+        torch.testing.assert_close(rms_norm(x, weight), F.rms_norm(x, (6,), weight, 1e-5))
+        dt, log_decay = ssd_rates(x, weight, A_log)
+    torch.testing.assert_close(dt, F.softplus(x + weight))
+    torch.testing.assert_close(log_decay, -F.softplus(x + weight) * A_log.exp())
+
+
 def test_refusals(device):
     x, angle = torch.randn(1, 2, 3, 4, device=device), torch.zeros(1, 2, 3, device=device)
     with pytest.raises(ValueError, match="heads of 4 channels have no 3 pairs"):
         rotate_heads(x, angle, angle)
     with pytest.raises(ValueError, match="two halves, got a last dimension of 3"):
         swiglu(torch.zeros(2, 3, device=device))
+    with pytest.raises(ValueError, match="`x` must have at least 1 dimensions"):
+        swiglu(torch.zeros((), device=device))
     with pytest.raises(TypeError, match="`x`"):
         swiglu(torch.zeros(2, 4, dtype=torch.int64, device=device))
