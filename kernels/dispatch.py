@@ -116,10 +116,15 @@ def choose(
     return backend
 
 
+def autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for a type of device; tensors without data have none."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the tensors in its dtype (float64 ones stay as they are); else unchanged."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)

@@ -25,6 +25,7 @@ from ..kernels import (
     rounded_layer_norm,
     selective_scan,
 )
+from ..kernels.dispatch import autocast_enabled
 
 __all__ = [
     "LayerNormForProduct",
@@ -78,7 +79,7 @@ def raw_steps(low: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: (d,).
     """
     wide = torch.promote_types(low.dtype, torch.float32)
-    if low.dtype == wide and not torch.is_autocast_enabled(low.device.type):
+    if low.dtype == wide and not autocast_enabled(low.device.type):
         return F.linear(low, weight, bias)
     return F.linear(low, weight).to(wide) + bias.to(wide)
 
@@ -210,14 +211,17 @@ class PlainBlocks(torch.nn.Sequential):
         """Whether nothing comes between one block's sum and the next one's norm, and a GPU runs it in eager mode."""
         if not isinstance(x, Tensor) or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training:
             return False
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_enabled(x.device.type):
             return False
         blocks: list[Any] = list(self)
+        if not blocks or torch.nn.modules.module._has_any_global_hook():
+            return False
         return all(
             isinstance(block.norm, LayerNormForProduct)
             and not block.has_mlp
             and isinstance(block.scale, torch.nn.Identity)
-            and not (block._forward_hooks or block._forward_pre_hooks or block.norm._forward_hooks)
+            and not block.drop_path.training
+            and not any(map(_hooked, (block, block.norm, block.scale, block.drop_path)))
             for block in blocks
         )
 
@@ -230,6 +234,11 @@ class PlainBlocks(torch.nn.Sequential):
             norm = following.norm
             x, inner = add_rounded_layer_norm(x, block.mixer(inner), norm.weight, norm.bias, norm.eps)
         return x + blocks[-1].mixer(inner)
+
+
+def _hooked(module: Any) -> bool:
+    """Whether somebody looks at what enters or leaves a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def image_chunk(x: Tensor) -> int | None:

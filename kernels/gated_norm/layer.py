@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import autocast_enabled, choose
 from ..transforms import call, plain_call
 
 
@@ -56,7 +56,7 @@ def add_rounded_layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tenso
 def _rounded(x: Tensor, weight: Tensor, bias: Tensor) -> torch.dtype | None:
     """The dtype that the kernel rounds to, None where torch's own norm is taken."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or torch.compiler.is_compiling() or not plain_call(x, weight, bias):
+    if not autocast_enabled(kind) or torch.compiler.is_compiling() or not plain_call(x, weight, bias):
         return None
     dtype = torch.get_autocast_dtype(kind)
     narrow = dtype.itemsize == 2 and x.dtype == weight.dtype == bias.dtype == torch.float32

@@ -46,6 +46,15 @@ def test_what_torch_does(device, triton, case):
     assert got.requires_grad == (case == "gradient")
 
 
+def test_tensors_without_data_have_no_autocast():
+    x, weight = torch.zeros(2, 3, 6, device="meta"), torch.zeros(6, device="meta")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = rounded_layer_norm(x, weight, weight, 1e-6)
+        total, normed = add_rounded_layer_norm(x, x, weight, weight, 1e-6)
+    assert y.shape == total.shape == normed.shape == x.shape
+    assert y.device.type == "meta"
+
+
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 33)])
 def test_sum_and_norm(device, triton, shape):
     x, weight, bias = draw(device, *shape)

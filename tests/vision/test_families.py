@@ -161,8 +161,27 @@ def test_hydra_with_joined_sums_and_norms():
         torch.testing.assert_close(model.blocks.joined(x), expected, rtol=1e-6, atol=1e-6)
         with torch.autocast("cpu", torch.bfloat16):
             assert model.blocks.joinable(x)
-            model.blocks[0].register_forward_hook(lambda *_: None)
+            block = model.blocks[0]
+            for module in (block, block.norm, block.scale, block.drop_path):
+                for register in (module.register_forward_hook, module.register_forward_pre_hook):
+                    hook = register(lambda *_: None)
+                    assert not model.blocks.joinable(x)
+                    hook.remove()
+            hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
             assert not model.blocks.joinable(x)
+            hook.remove()
+            block.drop_path.train()
+            assert not model.blocks.joinable(x)
+            block.drop_path.eval()
+            assert model.blocks.joinable(x)
+            assert not type(model.blocks)().joinable(x)
+
+
+def test_hydra_without_data():
+    model = vision.create_model("hydra_vit_tiny_patch16_224", **SIZES["hydra_vit_tiny_patch16_224"]).eval().to("meta")
+    size = model.patch_embed.img_size
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, *size, device="meta")).shape == (2, model.num_classes)
 
 
 def test_hydra_turned_by_half_a_turn():
