@@ -172,5 +172,5 @@ def test_a_batch_that_does_not_fit_is_halved(genome, monkeypatch, caplog):
 
 def test_batches_are_larger_on_a_gpu(device):
     scorer = Scorer(create_model("hnet_tiny"), device=device)
-    assert scorer.batch_tokens == (65_536 if device.type == "cpu" else 262_144)
+    assert scorer.batch_tokens == (65_536 if device.type == "cpu" else 1_048_576)
     assert Scorer(scorer.model, batch_tokens=7).batch_tokens == 7

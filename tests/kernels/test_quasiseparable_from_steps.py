@@ -153,7 +153,7 @@ def test_other_wrong_calls(device, triton):
             quasiseparable_from_steps(*given, chunk_size=0, backend="triton")
         with pytest.raises(TypeError, match="`x` must have a floating dtype"):
             quasiseparable_from_steps(given[0].to(torch.int16), *given[1:], backend="triton")
-        with pytest.raises(TypeError, match=r"`dt_b` must be a torch\\.Tensor of floating dtype, got NoneType"):
+        with pytest.raises(TypeError, match=r"`dt_b` must be a torch\.Tensor of floating dtype, got NoneType"):
             quasiseparable_from_steps(*given[:2], None, *given[3:], backend="triton")
 
 
