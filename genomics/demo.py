@@ -135,11 +135,11 @@ def write_variants(out: Path, genome: Path, genes: Path, count: int, seed: int) 
     return np.array([effect for *_, effect in chosen])
 
 
-def _effect(codon: str, position: int, base: str) -> str:
+def _effect(codon: str, index: int, base: str) -> str:
     from Bio.Seq import translate
 
     before = translate(codon, table=11)
-    after = translate(codon[:position] + base + codon[position + 1 :], table=11)
+    after = translate(codon[:index] + base + codon[index + 1 :], table=11)
     return "silent" if before == after else "stop" if after == "*" else "missense"
 
 

@@ -24,7 +24,15 @@ from .files import SUFFIXES
 from .inputs import Source, as_dataset, like_source
 from .models import MODELS, create_model
 from .models.layers import check_quantiles
-from .rollout import forecast_dataset, prepare, progress_bar, run_windows, target_end, yardstick
+from .rollout import (
+    backtest_origins,
+    forecast_dataset,
+    prepare,
+    progress_bar,
+    run_windows,
+    target_end,
+    yardstick,
+)
 from .schema import COVARIATES
 from .splits import Cut, cut_step, is_date
 
@@ -589,22 +597,3 @@ _SETTINGS = (
     "model", "lookback", "horizon", "scaler", "loss", "quantiles", "fill", "seed", "model_args", "calendar",
     "fourier", "ids", "distribution", "threads",
 )  # fmt: skip
-
-
-def backtest_origins(ds: xr.Dataset, lookback: int, horizon: int, start: Cut | None, stride: int) -> range:
-    """Cutoffs of a backtest as steps of the time axis.
-
-    Raises:
-        ValueError: if there is none, or the arguments are out of range.
-    """
-    length = ds.sizes["time"]
-    if stride < 1 or horizon < 1:
-        raise ValueError(f"expected a stride and a horizon of at least 1 step, got {stride} and {horizon}")
-    first = lookback if start is None else cut_step("start", start, ds["time"].to_numpy())
-    origins = range(max(first, lookback) - 1, length - horizon, stride)
-    if not origins:
-        raise ValueError(
-            f"no cutoff has {lookback} steps before and {horizon} behind it from start {start} on, in a series of "
-            f"{length} steps; start earlier, or use a shorter horizon or a longer series"
-        )
-    return origins

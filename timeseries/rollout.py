@@ -24,6 +24,7 @@ from .freq import infer_freq, normalize_freq, same_freq
 from .models.layers import middle_quantile
 from .scaling import Scaler
 from .schema import canonical, check_future, extend, validate
+from .splits import Cut, cut_step
 from .time_features import add_time_features
 from .windows import WindowBatch, Windows
 
@@ -364,3 +365,22 @@ def _with_intervals(mean: Array, intervals: dict[str, Any]) -> Array:
 def _names(labels: xr.DataArray) -> Array:
     """Labels as plain text, whatever kind of string they were."""
     return np.array([str(label) for label in labels.to_numpy()])
+
+
+def backtest_origins(ds: xr.Dataset, lookback: int, horizon: int, start: Cut | None, stride: int) -> range:
+    """Cutoffs of a backtest as steps of the time axis.
+
+    Raises:
+        ValueError: if there is none, or the arguments are out of range.
+    """
+    length = ds.sizes["time"]
+    if stride < 1 or horizon < 1:
+        raise ValueError(f"expected a stride and a horizon of at least 1 step, got {stride} and {horizon}")
+    first = lookback if start is None else cut_step("start", start, ds["time"].to_numpy())
+    origins = range(max(first, lookback) - 1, length - horizon, stride)
+    if not origins:
+        raise ValueError(
+            f"no cutoff has {lookback} steps before and {horizon} behind it from start {start} on, in a series of "
+            f"{length} steps; start earlier, or use a shorter horizon or a longer series"
+        )
+    return origins

@@ -260,7 +260,7 @@ class HNet(nn.Module):
     def boundaries(
         self, tokens: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
     ) -> list[StageBoundaries]:
-        """Boundaries of every stage at positions of the input; none for a model without stages."""
+        """Boundaries of every stage at positions of the input (b, l); none for a model without stages."""
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         return to_input(self.hidden(tokens, mask=mask, seq_idx=seq_idx)[1], real)
 

@@ -117,7 +117,7 @@ class Lyra(nn.Module):
         return x, []
 
     def predict(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Mean over the real positions, norm, head."""
+        """Mean of (b, l, d) over the positions where `mask` (b, l) is True, norm, head: (b, n_outputs)."""
         pooled = hidden.mean(1) if mask is None else (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return self.head(self.dropout(self.norm(pooled)))
 

@@ -80,7 +80,7 @@ class MarkovModel(nn.Module):
         return self
 
     def log_table(self) -> Tensor:
-        """(sum of 4 ** (k + 1) for k = 0..order) float32 natural log-probabilities, order 0 first.
+        """Natural log-probabilities, order 0 first, float32 of shape (sum of 4 ** (k + 1) for k = 0..order,).
 
         The entry of context c (its bases read as a number in base 4) and next base x at order k lies at
         (4 ** (k + 1) - 4) / 3 + 4 c + x.

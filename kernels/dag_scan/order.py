@@ -78,7 +78,7 @@ class DagOrder:
         return replace(self, **moved)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in the order in which the operators take them."""
+        """All tensors, in the order in which the operators take them; the fields above give their shapes."""
         return [getattr(self, field.name) for field in fields(self) if field.name not in ("num_nodes", "kind")]
 
 

@@ -92,19 +92,9 @@ def trapezoid_ssd(
     """
     given = check_state(initial_state)
     floating = {
-        "x": x,
-        "log_decay": log_decay,
-        "gamma": gamma,
-        "beta": beta,
-        "theta": theta,
-        "B": B,
-        "C": C,
-        "B_bias": B_bias,
-        "C_bias": C_bias,
-        "D": D,
-        "x_rank": x_rank,
-        **given,
-    }
+        "x": x, "log_decay": log_decay, "gamma": gamma, "beta": beta, "theta": theta, "B": B, "C": C,
+        "B_bias": B_bias, "C_bias": C_bias, "D": D, "x_rank": x_rank, **given,
+    }  # fmt: skip
     check_floating(allow_complex=False, **floating)
     initial_rows = None if initial_state is None else initial_state.phi.shape[0]
     seq_idx, each = read_packing(x, seq_idx, cu_seqlens, final_states, initial_rows)

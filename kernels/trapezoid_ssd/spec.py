@@ -13,7 +13,7 @@ from .state import TrapezoidState
 
 
 def trapezoid_ssd(**inputs: Any) -> tuple[Tensor, ...]:
-    """The op with the parts of its states as single tensors, as shared tests and benchmarks need them."""
+    """The op (see `trapezoid_ssd`) with the parts of its states as single tensors, as tests need them."""
     parts = [inputs.pop(name, None) for name in ("phi", "ssm", "k", "v")]
     initial = None if parts[0] is None else TrapezoidState(*parts)
     y, final = op.trapezoid_ssd(**inputs, initial_state=initial)

@@ -168,19 +168,9 @@ def _advance(
     """y and the new state of each row, in the dtypes of `state`."""
     given = check_state(state)
     floating = {
-        "x": x,
-        "log_decay": log_decay,
-        "gamma": gamma,
-        "beta": beta,
-        "theta": theta,
-        "B": B,
-        "C": C,
-        "B_bias": B_bias,
-        "C_bias": C_bias,
-        "D": D,
-        "x_rank": x_rank,
-        **given,
-    }
+        "x": x, "log_decay": log_decay, "gamma": gamma, "beta": beta, "theta": theta, "B": B, "C": C,
+        "B_bias": B_bias, "C_bias": C_bias, "D": D, "x_rank": x_rank, **given,
+    }  # fmt: skip
     check_floating(allow_complex=False, **floating)
     rows = "b" if state_index is None else "rows"
     sizes = check_shapes(

@@ -163,7 +163,7 @@ def dechunk(z: Tensor, boundaries: Boundaries, chunks: Chunks, state: Tensor | N
 
 
 def straight_through(confidence: Tensor) -> Tensor:
-    """Exactly 1, with the gradient of `confidence`.
+    """Exactly 1, with the gradient and shape of `confidence`.
 
     Source: Hwang, Wang & Gu (2025), equation (7).
     """

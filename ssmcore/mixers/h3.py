@@ -181,7 +181,7 @@ class H3(nn.Module):
         )
 
     def mixing_matrix(self, x: Tensor, *, state: H3State | None = None) -> MixingMatrix:
-        """q_t.k'_s K_{t-s} for s <= t, plus q_t.k'_t D on the diagonal, per head, on the values."""
+        """q_t.k'_s K_{t-s} for s <= t, plus q_t.k'_t D on the diagonal: per head, (b, h, l, l), on values."""
         check_input(x, self.d_model)
         length = x.shape[1]
         q, k, v = self._project(x, Layout())

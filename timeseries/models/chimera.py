@@ -168,7 +168,7 @@ class ChimeraForecaster(nn.Module):
         return self._forecast(batch, self.horizon)[0]
 
     def forward_train(self, batch: WindowBatch) -> tuple[Tensor, Tensor | float]:
-        """The forecast, and the losses of a closed loop inside the lookback, in normalised units."""
+        """The forecast of `forward`, and scalar losses of a closed loop inside the lookback, in normalised units."""
         return self._forecast(batch, self.horizon)
 
     def forward_ahead(self, batch: WindowBatch, horizon: int) -> Tensor:

@@ -122,7 +122,7 @@ class SpaceTime(nn.Module):
         return self._forecast(batch, self.horizon)[0]
 
     def forward_train(self, batch: WindowBatch) -> tuple[Tensor, Tensor]:
-        """The forecast, and the weighted losses of one-step predictions in normalised units."""
+        """The forecast of `forward`, and the scalar weighted losses of one-step predictions in normalised units."""
         return self._forecast(batch, self.horizon)
 
     def forward_ahead(self, batch: WindowBatch, horizon: int) -> Tensor:

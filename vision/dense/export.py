@@ -24,7 +24,7 @@ class Graph(nn.Module):
         self.net = net
 
     def forward(self, image: Tensor) -> Any:
-        """Normalise and apply the network."""
+        """Normalise images (b, 3, height, width) and apply the network."""
         return self.net(normalized(image, self.net))
 
 

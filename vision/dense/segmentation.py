@@ -96,7 +96,15 @@ class SemanticSegmentation(SSMTask):
         return dict.fromkeys(features.body.parameters(), self.backbone_lr)
 
     def loss(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Mean cross entropy over the pixels that count, plus the Dice loss; 0 where no pixel counts."""
+        """Mean cross entropy over the pixels that count, plus the Dice loss; 0 where no pixel counts.
+
+        Args:
+            logits: (b, classes, height, width).
+            mask: Class of each pixel, (b, height, width); `IGNORE` where none is known.
+
+        Returns:
+            A scalar.
+        """
         logits, known = logits.float(), mask != IGNORE
         losses = F.cross_entropy(
             logits, mask, ignore_index=IGNORE, reduction="none", label_smoothing=self.label_smoothing

@@ -31,7 +31,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def mix(self, x: Tensor) -> Tensor:
-        """The blocks, one after another."""
+        """The blocks, one after another: maps (batch, channels, i, j) to such maps."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
