@@ -199,7 +199,7 @@ class Scorer:
         for row, sequence in enumerate(sequences):
             scores = np.full(len(sequence), np.nan)
             skip = ids.shape[1] - values.shape[1]
-            scores[skip:] = values[row, : len(sequence) - skip]
+            scores[skip:] = values[row, : max(len(sequence) - skip, 0)]
             scores[~scored[row, : len(sequence)]] = np.nan
             result.append(scores)
         return result

@@ -55,10 +55,17 @@ class RunningSums:
         rows, length = scored.shape
         first = length - values.shape[1]
         self.nats, self.scored = np.zeros((rows, length + 1)), np.zeros((rows, length + 1), np.int64)
-        np.cumsum(np.where(scored[:, first:], values, 0.0), axis=1, dtype=np.float64, out=self.nats[:, first + 1 :])
+        self._counted, self._first = np.where(scored[:, first:], values, 0.0), first
+        with np.errstate(invalid="ignore"):
+            np.cumsum(self._counted, axis=1, dtype=np.float64, out=self.nats[:, first + 1 :])
         np.cumsum(scored[:, first:], axis=1, out=self.scored[:, first + 1 :])
 
     def between(self, row: int, start: int, end: int) -> RangeSum:
         """Of positions [start, end) of a row."""
         nats, scored = self.nats[row], self.scored[row]
-        return RangeSum(float(nats[end] - nats[start]), int(scored[end] - scored[start]))
+        count = int(scored[end] - scored[start])
+        if np.isfinite(nats[end]):
+            return RangeSum(float(nats[end] - nats[start]), count)
+        # What is not finite may stand before the range.
+        own = self._counted[row, max(start - self._first, 0) : max(end - self._first, 0)]
+        return RangeSum(float(own.sum(dtype=np.float64)), count)

@@ -11,6 +11,7 @@ from omnissm.genomics.intervals import Variant
 from omnissm.genomics.likelihood import Scorer
 from omnissm.genomics.reference import Reference
 from omnissm.genomics.scoring import score_sequences, score_variants
+from omnissm.genomics.sums import RunningSums
 
 RNG = np.random.default_rng(3)
 SEQUENCE = "".join(RNG.choice(list("ACGT"), 300))
@@ -103,6 +104,27 @@ def test_long_sequences_are_read_in_pieces(model, monkeypatch):
     for piece in (32, 33, 50):
         monkeypatch.setattr(likelihood, "PIECE", piece)
         np.testing.assert_allclose(score_sequences(texts, model, strands="both"), whole, atol=1e-5)
+
+
+def test_what_is_not_finite_stays_in_its_ranges():
+    values = np.array([[-1.0, -np.inf, -2.0, -3.0, np.nan, -5.0]], np.float32)  # of the last 6 of 8 positions
+    scored = np.array([[True, True, True, True, True, True, False, True]])
+    known = {(0, 3): -1.0, (3, 4): -np.inf, (4, 6): -5.0, (5, 5): 0.0, (0, 2): 0.0, (4, 8): -10.0, (1, 5): -np.inf}
+    for ends, nats in known.items():
+        assert RunningSums(values, scored).between(0, *ends) == (nats, scored[0, max(ends[0], 2) : ends[1]].sum())
+    scored[0, 6] = True
+    assert np.isnan(RunningSums(values, scored).between(0, 4, 8).nats)
+
+
+@pytest.mark.parametrize("restrict", [None, "acgt"])
+def test_sequences_of_no_and_of_one_base(restrict):
+    scorer = Scorer(create_model("markov", order=2), restrict=restrict)
+    texts = [b"ACGT", b"", b"A"]
+    assert [len(values) for values in scorer.log_probs(texts)] == [4, 0, 1]
+    sums = scorer.sums(texts, [[(0, 4)], [(0, 0)], [(0, 1)]])()
+    assert [one.scored for (one,) in sums] == ([4, 0, 1] if restrict is None else [3, 0, 0])
+    for values, (one,) in zip(scorer.log_probs(texts), sums):
+        np.testing.assert_allclose(one.nats, np.nansum(values), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hnet_tiny", "hybridna_tiny"])
