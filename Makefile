@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test slow-test gpu-test lint bench docs clean
+.PHONY: demo test slow-test gpu-test lint bench docs release-check clean
 
 $(VENV)/.stamp: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,7 @@ gpu-test:
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python tests/house/metrics.py
 
 bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/run.py
@@ -34,6 +35,9 @@ bench: $(VENV)/.stamp
 docs: $(VENV)/.stamp
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python docs/build.py --out site
+
+release-check: $(VENV)/.stamp
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/release.py
 
 clean:
 	rm -rf build dist site .venv .links *.egg-info .mypy_cache .ruff_cache .pytest_cache

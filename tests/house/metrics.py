@@ -185,7 +185,7 @@ def comments(file: File) -> Iterator[tuple[int, str]]:
 
 def commented_out_code() -> list[str]:
     """Comments that parse as a statement with an effect."""
-    effects = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Import, ast.ImportFrom, ast.Raise, ast.Assert)
+    effects = (ast.Assign, ast.AugAssign, ast.Return, ast.Import, ast.ImportFrom, ast.Raise, ast.Assert)
     found = []
     for file in (*library(), *tests()):
         for number, comment in comments(file):

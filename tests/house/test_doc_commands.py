@@ -25,6 +25,7 @@ ELSEWHERE = {
     "docs/guides/vision.md": "tests/vision/test_cli.py",
     "docs/guides/dense.md": "tests/vision/test_dense_cli.py",
     "docs/guides/graphs.md": "tests/graphs/test_cli.py",
+    "docs/guides/distributed.md": "tests/ssmcore/test_distributed_training.py",
 }
 SHORT = [
     "--trainer.limit_train_batches",

@@ -52,6 +52,29 @@ def test_wheel_metadata(wheel):
     assert any(name.endswith("LICENSE") for name in wheel)
 
 
+def test_packaged_models_have_complete_cards():
+    """Licence, origin of the data, how it was made, figures with their command or data, limits."""
+    folders = [path.parent for path in (ROOT / "genomics" / "pretrained").glob("*/config.json")]
+    assert folders
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        _, front, body = card.split("---\n", 2)
+        assert {line.split(":")[0] for line in front.splitlines()} >= {"library_name", "license", "tags"}, folder.name
+        headings = " ".join(line.lower() for line in body.splitlines() if line.startswith("## "))
+        for word in ("data", "training", "figures", "limits"):
+            assert word in headings, f"the card of {folder.name} says nothing of its {word}"
+        assert "INSDC" in body, f"the card of {folder.name} does not say where its data come from"
+
+
+def test_changelog_has_no_entry_twice_and_names_its_packages():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    entries = [line for line in text.splitlines() if line.startswith("- ")]
+    assert len(entries) == len(set(entries))
+    known = {*FOLDERS, "package", "command line", "readers", "docs", "benchmarks", "tests"}
+    unknown = [entry for entry in entries if entry[2:].split(":")[0] not in known]
+    assert not unknown, unknown
+
+
 def test_root_holds_no_other_python_file():
     """Any .py file in the root would become part of the package."""
     assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "setup.py"}
