@@ -5,7 +5,8 @@
 Training: forward, loss and backward under bfloat16 autocast (float32 on a CPU), both with the same sizes; transformers
 runs its plain PyTorch path, as it does without its optional CUDA packages. What does not fit the memory says so.
 Decoding: one symbol for each of a batch of sequences, on a GPU as the replay of a CUDA graph, beside the time to read
-all parameters once and to read and write all states once.
+all parameters once and to read and write all states once. Mixers, on a CPU only: one layer forward, and forward and
+backward, beside the same layer of transformers with the same weights.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 from run import Timer, copy_bandwidth, describe, folder_of, installed, write_json
 
 from omnissm.ssmcore import SequenceModel
+from omnissm.ssmcore.checkpoints import from_checkpoint
 from omnissm.ssmcore.generate import RecordedStep
 
 VOCABULARY = 512
@@ -112,6 +115,38 @@ def use_checkpointing(model: nn.Module) -> None:
         model.gradient_checkpointing_enable()
 
 
+def _forward_and_backward(layer: nn.Module, x: torch.Tensor) -> None:
+    layer(x).square().mean().backward()
+
+
+def mixer_rows(timer: Timer) -> list[dict[str, Any]]:
+    """One Mamba and one Mamba-2 layer of transformers' PyTorch path beside ours, float32."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+    one = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "use_cache": False}
+    wide = Mamba2Config(hidden_size=256, state_size=64, head_dim=64, num_heads=8, n_groups=1, expand=2, **one)
+    slim = MambaConfig(hidden_size=128, state_size=16, expand=2, **one)
+    rows = []
+    for name, length, model in (
+        ("mamba2", 4096, Mamba2ForCausalLM(wide)),
+        ("mamba", 2048, MambaForCausalLM(slim)),
+    ):
+        same = from_checkpoint(model.state_dict(), model.config.to_dict(), f"hf_{name}")
+        layers = {"omnissm": same.stack.blocks[0].mixer, "transformers": model.backbone.layers[0].mixer}
+        x = torch.randn(2, length, model.config.hidden_size)
+        close = torch.allclose(layers["omnissm"](x), layers["transformers"](x), rtol=1e-3, atol=1e-4)
+        if not close:
+            raise SystemExit(f"the two {name} layers differ: not timed")
+        for path, layer in layers.items():
+            row = {"job": "mixer", "model": name, "path": path, "batch": 2, "length": length}
+            with torch.no_grad():
+                row["forward_ms"] = timer(partial(layer, x))
+            row["step_ms"] = timer(partial(_forward_and_backward, layer, x))
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
 @torch.no_grad()
 def decoding_row(model: nn.Module, batch: int, device: torch.device, timer: Timer, bandwidth: float) -> dict[str, Any]:
     symbols = torch.zeros(batch, dtype=torch.long, device=device)
@@ -145,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for DEVICE/core.json")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each number")
+    parser.add_argument("--jobs", nargs="+", default=["training", "decoding", "mixers"], help="what to time")
     parser.add_argument("--commit", help="commit to note, where the code is a copy without history")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
@@ -152,7 +188,10 @@ def main(argv: list[str] | None = None) -> int:
     about = describe(device, options.commit) | {"transformers": installed("transformers")}
     bandwidth = copy_bandwidth(timer)
     about["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
-    rows = training_rows(device, timer) + decoding_rows(device, timer, bandwidth)
+    rows = training_rows(device, timer) if "training" in options.jobs else []
+    rows += decoding_rows(device, timer, bandwidth) if "decoding" in options.jobs else []
+    if "mixers" in options.jobs and device.type == "cpu":
+        rows += mixer_rows(timer)
     write_json(options.out / folder_of(about["device"]) / "core.json", {**about, "rows": rows})
     return 0
 
