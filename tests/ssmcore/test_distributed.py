@@ -14,24 +14,33 @@ import tiny_distributed as tiny
 from omnissm.ssmcore import Stack, create_mixer
 from omnissm.ssmcore.distributed import SequenceRanks, set_context_parallel
 
+WORLDS = [
+    ("gloo", 2),
+    pytest.param(("gloo", 3), marks=pytest.mark.slow),
+    pytest.param(("nccl", 2), marks=[pytest.mark.slow, pytest.mark.gpu]),
+]
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0]}-{world[1]}")
 def ranks(request, tmp_path_factory):
     """What every process saved."""
+    backend, size = request.param
+    if backend == "nccl" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, tiny.__file__]
     runs = [
-        subprocess.Popen([*command, str(rank), str(request.param), str(folder)], env=environment)
-        for rank in range(request.param)
+        subprocess.Popen([*command, str(rank), str(size), str(folder), backend], env=environment)
+        for rank in range(size)
     ]
     try:
         codes = [run.wait(timeout=110) for run in runs]
     finally:
         for run in runs:
             run.kill()
-    assert codes == [0] * request.param
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+    assert codes == [0] * size
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
 
 
 def alone(module, state=None):

@@ -63,13 +63,13 @@ def sequences() -> torch.Tensor:
 def start(module: nn.Module) -> object:
     """A state other than the first, where the module makes one."""
     with torch.no_grad():
-        return module.prefill(sequences()[:, :5].flip(2))[1]
+        return module.prefill(sequences()[:, :5].flip(2).to(next(module.parameters()).device))[1]
 
 
 def loss(y: torch.Tensor, ranks: SequenceRanks | None = None) -> torch.Tensor:
     """A sum over positions whose weights tell them apart."""
     weights = torch.randn(y.shape[0], LENGTH, y.shape[2], dtype=y.dtype, generator=torch.Generator().manual_seed(3))
-    return (y.sin() * (weights if ranks is None else ranks.split(weights))).sum()
+    return (y.sin() * (weights if ranks is None else ranks.split(weights)).to(y.device)).sum()
 
 
 def gradients(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -78,13 +78,16 @@ def gradients(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in found.items()}
 
 
-def main(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
+def main(rank: int, world: int, folder: str, backend: str) -> None:
+    device = torch.device("cpu" if backend == "gloo" else f"cuda:{rank}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"file://{folder}/init", rank=rank, world_size=world)
     ranks = SequenceRanks()
     saved = {}
 
     def run(name, module, call):
-        x = ranks.split(sequences()).clone().requires_grad_()
+        x = ranks.split(sequences().to(device)).clone().requires_grad_()
         y, state = call(module, x)
         loss(y, ranks).backward()
         grads = gradients(module, x)
@@ -98,33 +101,34 @@ def main(rank: int, world: int, folder: str) -> None:
         }
 
     for name, module in at_once().items():
-        before = start(module)
+        before = start(module.to(device))
         set_context_parallel(module, ranks)
         run(name, module, lambda module, x: module.prefill(x))
         module.zero_grad()
         given = None if rank else before
         run(f"{name} from a state", module, lambda module, x, given=given: module.prefill(x, given))
     for name, module in in_turn().items():
+        module.to(device)
         before = None if rank else start(module)
         run(name, module, lambda module, x: prefill_in_turn(module, x, ranks))
         module.zero_grad()
         run(f"{name} from a state", module, lambda module, x, s=before: prefill_in_turn(module, x, ranks, s, pieces=3))
 
-    stack = at_once()["stack"]
+    stack = at_once()["stack"].to(device)
     set_context_parallel(stack, ranks)
     averaged = nn.parallel.DistributedDataParallel(stack)
-    x = ranks.split(sequences())
+    x = ranks.split(sequences().to(device))
     stack.set_grad_checkpointing(2)
     (averaged(x).square().sum() * world).backward()
     saved["averaged"] = {name: parameter.grad for name, parameter in stack.named_parameters()}
 
-    whole = torch.arange(LENGTH, dtype=torch.float64, requires_grad=True)
+    whole = torch.arange(LENGTH, dtype=torch.float64, device=device, requires_grad=True)
     joined = ranks.join(ranks.split(whole, 0), 0)
-    (joined * (rank + 1) * torch.arange(LENGTH)).sum().backward()
+    (joined * (rank + 1) * whole.detach()).sum().backward()
     saved["join"] = {"y": joined.detach(), "grad": whole.grad}
-    torch.save(saved, f"{folder}/rank{rank}.pt")
+    torch.save(torch.utils._pytree.tree_map(lambda tensor: tensor.cpu(), saved), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
