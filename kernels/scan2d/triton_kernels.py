@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..selective_scan.triton_kernels import _columns
+
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -21,22 +23,6 @@ def _less_one(dt, scaled, A, PRECISE: tl.constexpr):
             return tl.where(tl.abs(x) < 0.25, small, tl.exp2(scaled * A) - 1.0)
     else:
         return tl.exp2(scaled * A) - 1.0
-
-
-@triton.jit
-def _columns(x, K: tl.constexpr):
-    """The K columns of x [lanes, K] as a tuple of vectors."""
-    lanes: tl.constexpr = x.shape[0]
-    if K == 1:
-        return (tl.reshape(x, [lanes]),)
-    elif K == 2:
-        x0, x1 = tl.split(x)
-        return (x0, x1)
-    else:
-        even, odd = tl.split(tl.reshape(x, [lanes, 2, 2]))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-        return (x0, x1, x2, x3)
 
 
 @triton.jit

@@ -26,9 +26,9 @@ LIMITS = {
     "asserts on arguments": (0, 0),
     "lines of commented-out code": (0, 0),
     "TODO, FIXME, XXX": (0, 0),
-    "files over 600 lines": (0, 3),
+    "files over 600 lines": (0, 2),
     "median lines of a file": (0, 200),
-    "duplicated blocks of 12 lines": (0, 1),
+    "duplicated blocks of 12 lines": (0, 0),
 }
 # "(b, l, d)", "(2, e)", "(v,)", "(..., n)", "(batch, channels)"; or the function where they stand: "See `forward`".
 _SIZE = r"(?:\.\.\.|[\w *+/.^-]+)"
