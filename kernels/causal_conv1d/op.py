@@ -70,7 +70,7 @@ def causal_conv1d(
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     state = last_inputs(x, initial_state, seq_idx, 0 if symmetric else k - 1)
     left = (k - 1) // 2 if symmetric else k - 1
-    if initial_state is not None and k > 1:
+    if initial_state is not None and k > 1 and length > 0:
         if not torch.compiler.is_compiling() and length > _LONG and plain_call(x, weight, bias, initial_state):
             # Only the first positions see the state: no copy of all of x with the state in front.
             options: dict[str, Any] = {"activation": activation, "backend": backend}

@@ -110,6 +110,8 @@ def test_no_positions(backend, device):
     y, final = causal_conv1d(**inputs, initial_state=state, backend=backend)
     assert y.shape == (2, 0, 3)
     assert torch.equal(final, state)
+    packed = torch.zeros(2, 0, dtype=torch.int32, device=device)
+    assert torch.equal(causal_conv1d(**inputs, initial_state=state, seq_idx=packed, backend=backend)[1], state)
     assert not causal_conv1d(**inputs, backend=backend)[1].any()
 
 
