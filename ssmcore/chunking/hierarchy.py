@@ -205,7 +205,7 @@ class Hierarchy(nn.Module):
             seq_idx: Which packed sequence a position belongs to, (b, l) integers; `state` belongs to the first one.
             reset: True where the state starts anew before the position is absorbed, (b, l) bool.
             with_state: Whether the state after is wanted. Causal stacks take less work to go without it, where padding
-                stands behind all real positions.
+                stands behind all real positions; y at padding is then of no meaning.
 
         Returns:
             y, the state after the last real position (None if it is not wanted), and the boundaries of each stage
