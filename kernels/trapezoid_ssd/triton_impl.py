@@ -239,7 +239,9 @@ def _forward(
             some = given.cut(rows)
             turned = _turned(some, half, _tiles(x, n, chunk).links.chunk)
             sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, fine_products(x, n))
-            run_outputs(sweep, turned.q, turned.skip, some.seq_idx, y[rows], final[rows], chunk, parts)
+            # Short chunks as in the gradient: of 64 steps the products in three parts would be wgmma, see `tiles`.
+            of_outputs = chunk or fine_chunk(x, n)
+            run_outputs(sweep, turned.q, turned.skip, some.seq_idx, y[rows], final[rows], of_outputs, parts)
             torch.mul(turned.before[..., -1], math.pi, out=last[rows])
     return y, final, last
 
