@@ -122,9 +122,10 @@ def _forward(
 
 
 @torch.library.register_fake("ssm::dag_scan_chunked_fwd")
-def _(
+def fake_forward(
     x: Tensor, weight: Tensor, B: Tensor, C: Tensor, topology: list[Tensor], reverse: bool, max_state_bytes: int
 ) -> tuple[Tensor, Tensor]:
+    """What compilers are told of the forward op, in whatever implementation."""
     block = state_block(x, weight, B.shape[2], max_state_bytes)
     states = weight.new_empty(*x.shape, B.shape[2]) if block == B.shape[2] else weight.new_empty(0)
     return torch.empty_like(x, memory_format=torch.contiguous_format), states
@@ -175,7 +176,7 @@ def _backward(
 
 
 @torch.library.register_fake("ssm::dag_scan_chunked_bwd")
-def _(
+def fake_backward(
     x: Tensor,
     weight: Tensor,
     B: Tensor,
@@ -186,6 +187,7 @@ def _(
     reverse: bool,
     max_state_bytes: int,
 ) -> tuple[Tensor, ...]:
+    """What they are told of the backward op."""
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, B, C))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..transforms import apply, operator
 from ..triton_utils import INTERPRETED, on_device
-from .chunked import DagScan, DagScanGradient, state_block
+from .chunked import DagScan, DagScanGradient, fake_backward, fake_forward, state_block
 from .order import DagOrder
 from .triton_kernels import _dag_edges_kernel, _dag_level_kernel, _dag_maps_kernel, _dag_walk_kernel
 
@@ -106,13 +106,7 @@ def _forward(
     return y.to(x.dtype), states.view(*x.shape, size) if block == size else weight.new_empty(0)
 
 
-@torch.library.register_fake("ssm::dag_scan_triton_fwd")
-def _(
-    x: Tensor, weight: Tensor, B: Tensor, C: Tensor, topology: list[Tensor], reverse: bool, max_state_bytes: int
-) -> tuple[Tensor, Tensor]:
-    block = state_block(x, weight, B.shape[2], max_state_bytes)
-    states = weight.new_empty(*x.shape, B.shape[2]) if block == B.shape[2] else weight.new_empty(0)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), states
+torch.library.register_fake("ssm::dag_scan_triton_fwd", fake_forward)
 
 
 @operator("dag_scan_triton_bwd")
@@ -162,19 +156,7 @@ def _backward(
     return dx.to(x.dtype), dweight, dB, dC
 
 
-@torch.library.register_fake("ssm::dag_scan_triton_bwd")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    B: Tensor,
-    C: Tensor,
-    kept: Tensor,
-    dy: Tensor,
-    topology: list[Tensor],
-    reverse: bool,
-    max_state_bytes: int,
-) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, B, C))
+torch.library.register_fake("ssm::dag_scan_triton_bwd", fake_backward)
 
 
 def _acc(weight: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import check_devices, check_floating, check_shapes
 from ..dispatch import Backend, cast_for_autocast, choose
 from .grid_paths import grid_scan_chunked, grid_scan_reference
+from .op import check_choice, check_grid
 
 Rule = Literal["mean", "separable"]
 _LARGEST_STATE = 256
@@ -83,15 +84,13 @@ def grid_scan(
         D=(D, "d"),
     )
     check_devices(**tensors)
-    if rule not in get_args(Rule):
-        raise ValueError(f"`rule` must be one of {', '.join(map(repr, get_args(Rule)))}, got {rule!r}.")
+    check_choice("rule", rule, get_args(Rule))
     check_flip(flip)
     for name in ("dt2", "A2", "B2"):
         if (tensors[name] is None) == (rule == "mean"):
             wanted = "needs" if rule == "mean" else "takes no"
             raise ValueError(f"rule={rule!r} {wanted} `{name}`; dt2, A2 and B2 are given with 'mean' and only there.")
-    if sizes["i"] * sizes["j"] == 0:
-        raise ValueError(f"grid_scan needs at least one row and one column, got i={sizes['i']}, j={sizes['j']}.")
+    check_grid("grid_scan", sizes, "row", "column")
     x, B1, C = cast_for_autocast(x, B1, C)
     if B2 is not None:
         (B2,) = cast_for_autocast(B2)

@@ -54,7 +54,7 @@ def scan2d(
         b1=(b1, full), b2=(b2, full), a1=(a1, broadcast), a2=(a2, broadcast), a3=(a3, broadcast), a4=(a4, broadcast)
     )
     check_devices(**tensors)
-    _check_grid("scan2d", sizes)
+    check_grid("scan2d", sizes, "variate", "time step")
     backend_chosen = choose(backend, b1, op="scan2d", implementations=("reference", "chunked"))
     dtype = _state_dtype(*tensors.values())
     wide = [tensor.to(dtype).expand(b1.shape) for tensor in tensors.values()]
@@ -148,10 +148,10 @@ def selective_scan2d(
         time_gap=(time_gap, "gap_rows j"),
     )
     check_devices(**tensors)
-    _check_grid("selective_scan2d", sizes)
+    check_grid("selective_scan2d", sizes, "variate", "time step")
     _check_groups(sizes)
-    _check_choice("coupling", coupling, get_args(Coupling))
-    _check_choice("input_discretization", input_discretization, get_args(InputDiscretization))
+    check_choice("coupling", coupling, get_args(Coupling))
+    check_choice("input_discretization", input_discretization, get_args(InputDiscretization))
     if not 0 <= kappa <= 1:
         raise ValueError(f"`kappa` must lie in [0, 1] for bounded states, got {kappa}.")
     n = sizes["n"]
@@ -242,9 +242,14 @@ def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _check_grid(op: str, sizes: dict[str, int]) -> None:
+def check_grid(op: str, sizes: dict[str, int], row: str, column: str) -> None:
+    """Refuse a grid without cells; `row` and `column` are what the caller's axes i and j count.
+
+    Raises:
+        ValueError: if i or j is 0.
+    """
     if sizes["i"] * sizes["j"] == 0:
-        raise ValueError(f"{op} needs at least one variate and one time step, got i={sizes['i']}, j={sizes['j']}.")
+        raise ValueError(f"{op} needs at least one {row} and one {column}, got i={sizes['i']}, j={sizes['j']}.")
 
 
 def _check_groups(sizes: dict[str, int]) -> None:
@@ -258,6 +263,11 @@ def _check_groups(sizes: dict[str, int]) -> None:
         raise ValueError(f"`time_gap` has {rows} rows, expected b={batch} or batch={batch // groups} (b over groups).")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse an option that is none of `choices`.
+
+    Raises:
+        ValueError: naming them.
+    """
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
