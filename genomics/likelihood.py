@@ -6,10 +6,12 @@ with a method `log_prob(tokens, mask) -> (b, l)` is asked directly.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from ..ssmcore.chunking import padding_behind
 from .sequence import Vocabulary, encode, vocabulary
 from .sums import Arriving, Floats, RangeSum, RunningSums
+
+log = logging.getLogger(__name__)
 
 Counts = npt.NDArray[np.int64]
 Ranges = Sequence[Sequence[tuple[int, int]]]
@@ -52,6 +56,28 @@ class Stage(NamedTuple):
     eligible: npt.NDArray[np.bool_]
     prob: npt.NDArray[np.float32]
     confidence: npt.NDArray[np.float32]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Read = Callable[Concatenate["Scorer", Sequence[bytes], P], list[T]]
+
+
+def _halved(method: Read[P, T]) -> Read[P, T]:
+    """A method with one result for each sequence that reads a batch without room on the device as two halves."""
+
+    @functools.wraps(method)
+    def read(self: Scorer, sequences: Sequence[bytes], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        try:
+            return method(self, sequences, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            if len(sequences) < 2:
+                raise
+            log.warning("a batch of %d has no room, its halves are read, which is slower: %s", len(sequences), error)
+        half = len(sequences) // 2  # outside of `except`, whose error holds on to all that the batch had made
+        return read(self, sequences[:half], *args, **kwargs) + read(self, sequences[half:], *args, **kwargs)
+
+    return read
 
 
 class Scorer:
@@ -178,6 +204,7 @@ class Scorer:
             logits = kept
         return logits.log_softmax(dim=-1, dtype=torch.float32)
 
+    @_halved
     @torch.inference_mode()
     def log_probs(self, sequences: Sequence[bytes]) -> list[Floats]:
         """Log-probability of every base given those before it, for one batch of sequences.
@@ -345,6 +372,7 @@ class Scorer:
             found.append(values[np.maximum(place, 0)])
         return found
 
+    @_halved
     @torch.inference_mode()
     def chunks(
         self, sequences: Sequence[bytes], layer: str | None = None

@@ -192,6 +192,32 @@ def test_a_batch_that_does_not_fit_is_halved(genome, monkeypatch, caplog):
     assert "halves are tried, which is slower: OutOfMemoryError: no room" in caplog.text
 
 
+def test_whole_sequences_that_do_not_fit_are_read_in_halves(monkeypatch, caplog):
+    """Other verbs than `score` take batches as large, and have no other way out."""
+    torch.manual_seed(0)
+    scorer = Scorer(create_model("hnet_tiny"))
+    texts = [SEQUENCE[:length].encode() for length in (40, 31, 25, 40, 7)]
+    known, vectors = scorer.log_probs(texts), scorer.embeddings(texts)
+    sizes, encode = [], scorer._encode
+
+    def small(sequences, **options):
+        sizes.append(len(sequences))
+        if len(sequences) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return encode(sequences, **options)
+
+    monkeypatch.setattr(scorer, "_encode", small)
+    for found, expected in ((scorer.log_probs(texts), known), (scorer.embeddings(texts), vectors)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+    assert sizes == 2 * [5, 2, 3, 1, 2]
+    assert "a batch of 5 has no room, its halves are read, which is slower: no room" in caplog.text
+    monkeypatch.setattr(scorer, "_encode", lambda *_, **__: small([b""] * 3))
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.log_probs(texts[:1])
+
+
 def test_batches_are_larger_on_a_gpu(device):
     scorer = Scorer(create_model("hnet_tiny"), device=device)
     assert scorer.batch_tokens == (65_536 if device.type == "cpu" else 1_048_576)
