@@ -72,7 +72,8 @@ def test_describe(folder, monkeypatch, capsys):
 )
 def test_faults_of_the_user(folder, monkeypatch, capsys, words, message):
     monkeypatch.chdir(folder)
-    nothing = {"node_ptr": np.zeros(1), "edge_ptr": np.zeros(1), "x": np.zeros((0, 1)), "edge_index": np.zeros((2, 0))}
+    pointer, no_edges = np.zeros(1, np.int64), np.zeros((2, 0), np.int64)
+    nothing = {"node_ptr": pointer, "edge_ptr": pointer, "x": np.zeros((0, 1)), "edge_index": no_edges}
     np.savez("empty.npz", **nothing, y=np.zeros((0, 1)), split=np.zeros(0, np.uint8))
     assert main(["graphs", *words]) == 2
     error = capsys.readouterr().err
