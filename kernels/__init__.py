@@ -26,6 +26,7 @@ else:
     from .dag_scan.order import dag_order as dag_order
     from .dispatch import Backend as Backend
     from .dispatch import BackendError as BackendError
+    from .dispatch import autocast_enabled as autocast_enabled
     from .dispatch import available_backends as available_backends
     from .dispatch import use_backend as use_backend
     from .ema_scan.op import ema_scan as ema_scan
@@ -74,6 +75,7 @@ else:
         "TokenTree",
         "TrapezoidState",
         "add_rounded_layer_norm",
+        "autocast_enabled",
         "available_backends",
         "causal_conv1d",
         "chain_order",

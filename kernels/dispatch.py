@@ -117,7 +117,11 @@ def choose(
 
 
 def autocast_enabled(kind: str) -> bool:
-    """Whether autocast is on for a type of device; tensors without data have none."""
+    """Whether autocast is on for a type of device; tensors without data have none.
+
+    Args:
+        kind: As `torch.device.type` gives it.
+    """
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 

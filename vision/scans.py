@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels import (
     add_rounded_layer_norm,
+    autocast_enabled,
     causal_conv1d,
     cross_scan,
     gated_norm,
@@ -25,7 +26,6 @@ from ..kernels import (
     rounded_layer_norm,
     selective_scan,
 )
-from ..kernels.dispatch import autocast_enabled
 
 __all__ = [
     "LayerNormForProduct",
