@@ -113,9 +113,10 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Call an autograd function that has a `setup_context`, in the cheapest way that is right here.
 
     `torch.func` and torch.compile need the function itself. In eager mode a twin whose forward also sets up the context
-    costs half as much to call and to differentiate, and without gradients the forward alone is enough.
+    costs half as much to call and to differentiate, and without gradients the forward alone is enough; but not for
+    `torch.func.jvp`, whose derivatives are there without them: those that a function lacks must not be taken for zero.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and (torch.compiler.is_compiling() or not transforming()):
         return function.forward(*arguments)
     if torch.compiler.is_compiling():
         # torch.compile cannot trace a function whose context nobody needs.

@@ -60,6 +60,18 @@ def test_apply_is_the_same_function_in_every_mode():
     assert torch.equal(torch.autograd.grad(first.sum(), x)[0], torch.full((3,), 4.0))
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["gradients", "no_grad"])
+def test_derivatives_that_are_lacking_are_not_zero(enabled):
+    x, log_decay, B = torch.randn(1, 9, 2, 3), -torch.rand(1, 9, 2), torch.randn(1, 9, 1, 4)
+    with torch.set_grad_enabled(enabled):
+        _, change = torch.func.jvp(lambda x: ssd(x, log_decay, B, B, backend="reference")[0], (x,), (2 * x,))
+        torch.testing.assert_close(change, 2 * ssd(x, log_decay, B, B)[0])
+        with pytest.raises(NotImplementedError, match="jvp"):
+            torch.func.jvp(lambda x: ssd(x, log_decay, B, B)[0], (x,), (x,))
+        many = torch.func.vmap(lambda x: ssd(x, log_decay, B, B)[0])(torch.stack([x, -x]))
+    torch.testing.assert_close(many, torch.stack([change, -change]) / 2)
+
+
 def test_compiles_whole_where_nothing_needs_a_gradient():
     """Frozen parameters in grad mode: the context of the autograd function is never used."""
     x, log_decay, B = torch.randn(1, 9, 2, 3), -torch.rand(1, 9, 2), torch.randn(1, 9, 1, 4)
