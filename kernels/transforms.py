@@ -116,8 +116,10 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     costs half as much to call and to differentiate, and without gradients the forward alone is enough; but not for
     `torch.func.jvp`, whose derivatives are there without them: those that a function lacks must not be taken for zero.
     """
-    if not torch.is_grad_enabled() and (torch.compiler.is_compiling() or not transforming()):
-        return function.forward(*arguments)
+    if not torch.is_grad_enabled():
+        # Without a rule of its own a function works under vmap only by what its forward calls.
+        seen = transforming() and function.generate_vmap_rule and not torch.compiler.is_compiling()
+        return function.apply(*arguments) if seen else function.forward(*arguments)
     if torch.compiler.is_compiling():
         # torch.compile cannot trace a function whose context nobody needs.
         needed = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
