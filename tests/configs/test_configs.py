@@ -82,7 +82,8 @@ def test_takes_one_step(path):
     words += ["--trainer.check_val_every_n_epoch", "1"]
     options = yaml.safe_load(path.read_text())["data"]["init_args"]
     for name, small in SMALLER.items():  # what a GPU takes in a second takes a CPU minutes
-        if options.get(name, 0) > small:
+        of_series = name == "length" and "lookback" in options  # whose windows must find room
+        if options.get(name, 0) > small and not of_series:
             words += [f"--data.init_args.{name}", str(small)]
     if isinstance(options.get("image_size"), list):
         words += ["--data.init_args.image_size", "[64, 96]"]
