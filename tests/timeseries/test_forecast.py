@@ -24,7 +24,8 @@ def test_newer_checkpoint_of_a_run_beats_its_model_folder(tmp_path):
     best = tmp_path / "checkpoints" / "best.ckpt"
     best.parent.mkdir()
     state = {f"net.{name}": tensor for name, tensor in folder.state.items()}
-    torch.save({"state_dict": state, "omnissm": {"config": folder.config, "files": folder.files}}, best)
+    about = {"config": dict(folder.config), "files": dict(folder.files)}
+    torch.save({"state_dict": state, "omnissm": about}, best)
     written = (tmp_path / "model" / "config.json").stat().st_mtime_ns
     os.utime(best, ns=(written + 1, written + 1))
     assert_same_weights(load(tmp_path), models[1])
