@@ -57,8 +57,8 @@ def test_scores_are_those_of_whole_sequences(options, model, genome):
     asked = variants()
     read = {"window": 61, "scores": NAMES, "max_n_frac": 0.2, **options}
     whole = score_variants(asked, genome, Scorer(model, share_prefix=False), **read)
-    shared = score_variants(asked, genome, Scorer(model, batch_tokens=2000), **read)
-    alone = score_variants(asked[:6], genome, Scorer(model, batch_tokens=1), **read)
+    shared = score_variants(asked, genome, Scorer(model, batch_tokens=2000, share_prefix=True), **read)
+    alone = score_variants(asked[:6], genome, Scorer(model, batch_tokens=1, share_prefix=True), **read)
     assert set(whole.counts()) == {"ok"}
     for name in NAMES:  # the log-softmax is float32
         np.testing.assert_allclose(shared[name], whole[name], atol=1e-6 if name.startswith("llr") else 1e-4)
@@ -78,7 +78,10 @@ def test_a_prefix_is_read_once(genome, monkeypatch):
     monkeypatch.setattr(model, "forward", lambda tokens, mask=None: pytest.fail("read whole"))
     at = 150
     score_variants(
-        [Variant("c", at, SEQUENCE[at], alt) for alt in "ACGT" if alt != SEQUENCE[at]], genome, model, window=61
+        [Variant("c", at, SEQUENCE[at], alt) for alt in "ACGT" if alt != SEQUENCE[at]],
+        genome,
+        Scorer(model, share_prefix=True),
+        window=61,
     )
     assert shapes == [
         (2, 31),
@@ -91,7 +94,7 @@ def test_a_family_that_fails_is_read_whole(model, genome, monkeypatch):
         raise RuntimeError("no")
 
     expected = score_variants(variants()[:4], genome, model, window=61)
-    scorer = Scorer(model)
+    scorer = Scorer(model, share_prefix=True)
     monkeypatch.setattr(scorer, "sums_after", fails)
     found = score_variants(variants()[:4], genome, scorer, window=61)
     assert found["status"].tolist() == expected["status"].tolist() == ["ok"] * 4
@@ -130,7 +133,7 @@ def test_sequences_of_no_and_of_one_base(restrict):
 @pytest.mark.parametrize("name", ["hnet_tiny", "hybridna_tiny"])
 def test_sums_are_those_of_the_log_probabilities(name, device):
     torch.manual_seed(0)
-    scorer = Scorer(create_model(name, **MODELS[name]), device=device)
+    scorer = Scorer(create_model(name, **MODELS[name]), device=device, share_prefix=True)
     texts = [SEQUENCE[:40].encode(), SEQUENCE[:25].encode(), b"NN" + SEQUENCE[:30].encode() + b"RN"]
     ranges = [[(0, 40), (20, 40), (7, 7)], [(3, 24)], [(0, 34), (1, 3)]]
     expected = [
@@ -195,7 +198,7 @@ def test_a_batch_that_does_not_fit_is_halved(genome, monkeypatch, caplog):
 def test_whole_sequences_that_do_not_fit_are_read_in_halves(monkeypatch, caplog):
     """Other verbs than `score` take batches as large, and have no other way out."""
     torch.manual_seed(0)
-    scorer = Scorer(create_model("hnet_tiny"))
+    scorer = Scorer(create_model("hnet_tiny"), share_prefix=True)
     texts = [SEQUENCE[:length].encode() for length in (40, 31, 25, 40, 7)]
     known, vectors = scorer.log_probs(texts), scorer.embeddings(texts)
     sizes, encode = [], scorer._encode

@@ -39,4 +39,4 @@ def test_200_steps_in_bfloat16(name):
         assert norm > 0
     losses = torch.stack(losses)
     assert losses.isfinite().all()
-    assert losses[-20:].mean() < 0.2 < 1.0 < losses[:5].mean()
+    assert losses[-20:].mean() < 0.2 < 1.0 < losses[0]
