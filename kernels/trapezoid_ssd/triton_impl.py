@@ -15,23 +15,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..ssd.triton_impl import (
-    Gradients,
-    GradientTiles,
-    Sweep,
-    cdiv,
-    contiguous,
-    dense_rows,
-    fine_chunk,
-    fine_products,
-    gradient_tiles,
-    next_power_of_2,
-    run_gradients_at_once,
-    run_outputs,
-    strides,
-)
+from ..ssd.triton_backward import Gradients, run_gradients_at_once
+from ..ssd.triton_forward import Sweep, contiguous, dense_rows, run_outputs, strides
+from ..ssd.triton_tiles import GradientTiles, fine_chunk, fine_products, gradient_tiles
 from ..transforms import FirstDerivative, apply, operator
-from ..triton_utils import INTERPRETED, multiprocessors, on_device
+from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .state import rotate, spin
 from .triton_kernels import (
     _trapezoid_angle_kernel,

@@ -1,0 +1,146 @@
+"""Compile-time choices of the kernels of `ssd`: tiles by size and dtype, and what a search for faster ones tries."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_utils import INTERPRETED, next_power_of_2
+
+
+class Tiles(NamedTuple):
+    """Compile-time choices of one kernel."""
+
+    chunk: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
+    """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "maps") for padded p and n.
+
+    Registers and shared memory are what limits them; float32 operands take twice the space, in two parts.
+    """
+    if INTERPRETED:
+        return Tiles(128, 4, 1)
+    if dtype == torch.float64:
+        return Tiles(16, 4, 1)
+    if dtype == torch.float32 and headdim * state > 64 * 128:
+        return Tiles(16, 8, 1)
+    wide = headdim * state > 64 * 64
+    if dtype == torch.float32:
+        # On 64 rows of few columns ptxas 12.8 reads operands of wgmma from registers it has not set; 32 rows need none.
+        of_forward = Tiles(32 if wide or headdim < 64 else 64, 8, 1)
+        two_sided = Tiles(64, 8, 1)
+        if headdim < 64:
+            # With eight warps on 64 rows and few columns, Triton 3.6 reads beyond its shared memory on Hopper.
+            two_sided = Tiles(64, 4, 1) if state <= 64 else Tiles(32 if state == 128 else 16, 8, 1)
+        of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": of_forward, "two-sided": two_sided}
+        return of_kernel.get(kernel, Tiles(64, 8, 1))
+    if headdim * state > 64 * 128:
+        return Tiles(32, 8, 1)
+    return ({"links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 3)} if wide else {}).get(kernel, Tiles(64, 4, 2))
+
+
+def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """What a search for tiles tries, see `autotune`: first the tiles of the table."""
+    first = tiles(kernel, headdim, state, dtype)
+    if INTERPRETED or dtype == torch.float64:
+        return (first,)
+    others = [Tiles(chunk, warps, stages) for chunk in (32, 64) for warps in (4, 8) for stages in (1, 2, 3)]
+    if dtype == torch.float32 and headdim < 64:  # what `tiles` avoids
+        others = [one for one in others if (one.chunk, one.warps) != (64, 8)]
+    return first, *(one for one in others if one != first)
+
+
+class GradientTiles(NamedTuple):
+    """Tiles of the kernels of a gradient, one border per chunk of theirs."""
+
+    links: Tiles
+    maps: Tiles
+    sweep: Tiles
+    subs: int  # chunks of the sweep per border
+
+
+def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:
+    """Those of the tables, or with another chunk."""
+    links, maps, sweep = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
+    chunk = chunk or links.chunk
+    of_sweep = min(sweep.chunk, chunk)
+    return GradientTiles(
+        links._replace(chunk=chunk), maps._replace(chunk=chunk), sweep._replace(chunk=of_sweep), chunk // of_sweep
+    )
+
+
+def gradient_alternatives(first: GradientTiles, x: Tensor) -> tuple[GradientTiles, ...]:
+    """What a search tries: first the tiles of the tables."""
+    if INTERPRETED or x.dtype == torch.float64:
+        return (first,)
+    others = [
+        GradientTiles(Tiles(chunk, warps, stages), Tiles(chunk, 4, of_maps), Tiles(chunk, of_sweep, 2), 1)
+        for chunk in (32, 64)
+        for warps in (4, 8)
+        for stages in (1, 2)
+        for of_maps in (1, 2)
+        for of_sweep in (4, 8)
+    ]
+    return first, *(one for one in others if one != first)
+
+
+def fine_products(x: Tensor, n: int) -> bool:
+    """Whether float32 products can keep their last digits, for gradients that are small differences of others.
+
+    Wide states have no room for it in shared memory.
+    """
+    headdim, state = padded(x, n)
+    return x.dtype == torch.float32 and headdim * state <= 64 * 128
+
+
+def fine_chunk(x: Tensor, n: int) -> int:
+    """A short chunk where operands of products take three parts, else 0 for the tables'."""
+    return 32 if fine_products(x, n) and not INTERPRETED else 0
+
+
+def padded(x: Tensor, n: int) -> tuple[int, int]:
+    return max(16, next_power_of_2(x.shape[3])), max(16, next_power_of_2(n))
+
+
+def options(
+    x: Tensor, n: int, log_decay: Tensor, seq_idx: Tensor | None, chosen: Tiles, fine: bool = False
+) -> dict[str, Any]:
+    """Compile-time arguments that all kernels share."""
+    return _options(x.shape[3], n, x.dtype, log_decay.dtype, seq_idx is not None, chosen, precision(x.dtype, fine))
+
+
+@functools.cache
+def _options(
+    headdim: int, n: int, dtype: torch.dtype, sums: torch.dtype, packed: bool, chosen: Tiles, multiply: str
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "P": headdim,
+        "N": n,
+        "Q": chosen.chunk,
+        "BLOCK_P": max(16, next_power_of_2(headdim)),
+        "BLOCK_N": max(16, next_power_of_2(n)),
+        "PACKED": packed,
+        "EXACT": dtype == torch.float32,
+        "DOT": tl.float32 if INTERPRETED and dtype.itemsize < 4 else getattr(tl, str(dtype).removeprefix("torch.")),
+        "ACC": tl.float64 if sums == torch.float64 else tl.float32,
+        "PRECISION": multiply,
+        "STAGES": chosen.stages,
+    }
+    return found if INTERPRETED else found | {"num_warps": chosen.warps}
+
+
+def precision(dtype: torch.dtype, fine: bool = False) -> str:
+    """How kernels multiply: float32 as sums of two or three bfloat16 numbers, unless the user allows TensorFloat-32."""
+    if INTERPRETED or dtype != torch.float32:
+        return "ieee"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "bf16x6" if fine else "bf16x3"
