@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ssd.op import heads_per_head
-from ..ssd.triton_backward import empty_gradients, run_gradients
-from ..ssd.triton_forward import Sweep, contiguous, dense_rows, run_sweeps, strides
+from ..ssd.triton_gradients import empty_gradients, run_gradients
 from ..ssd.triton_kernels import (
     DESCENDING,
     REVERSE,
@@ -34,6 +33,7 @@ from ..ssd.triton_kernels import (
     _whole,
     keep_addresses_in_loops,
 )
+from ..ssd.triton_outputs import Sweep, contiguous, dense_rows, run_sweeps, strides
 from ..ssd.triton_tiles import fine_chunk, fine_products, options, padded, tiles
 from ..transforms import FirstDerivative, apply, fold, operator, unfold
 from ..triton_utils import cdiv, multiprocessors, on_device

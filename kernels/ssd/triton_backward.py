@@ -1,165 +1,370 @@
-"""Launchers of the kernels of `ssd` for its gradient, for one group of rows after another."""
+"""The Triton kernels of the gradient of `ssd`: what is per head, and the maps. Notation as in `triton_kernels.py`."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import triton
+import triton.language as tl
 
-from torch import Tensor
-
-from ..autotune import fastest
-from ..triton_utils import cdiv, multiprocessors
-from .triton_backward_kernels import _ssd_bwd_links_kernel, _ssd_bwd_maps_kernel
-from .triton_forward import Sweep, run_sweeps, strides
-from .triton_kernels import ADJOINT, DESCENDING, SHIFT
-from .triton_tiles import GradientTiles, Tiles, gradient_alternatives, gradient_tiles, options, padded
-
-# States and gradients of states between the kernels take about this many bytes; rows are taken in groups that do.
-_BORDER_BYTES = 2**28
-
-
-class Gradients(NamedTuple):
-    """Gradients of a recurrence in the shapes of its inputs, where the kernels write them."""
-
-    dx: Tensor
-    dlog_decay: Tensor
-    dB: Tensor  # noqa: N815
-    dC: Tensor  # noqa: N815
-    dweight: Tensor
-    dD: Tensor  # noqa: N815
-    dstate: Tensor
+from ..triton_utils import quick
+from .triton_kernels import (
+    _dot_add,
+    _dot_nt,
+    _halves,
+    _last,
+    _less,
+    _load_state,
+    _log2_sums,
+    _position,
+    _tile,
+    _vector,
+    _whole,
+    keep_addresses_in_loops,
+)
 
 
-def empty_gradients(sweep: Sweep, C: Tensor, D: Tensor | None, dx: Tensor | None = None) -> Gradients:
-    """Tensors for the gradients of a recurrence; those of absent weights and D have no positions."""
-    x, B, log_decay = sweep.values, sweep.keys, sweep.log_decay
-    absent = x.shape[0], 0, x.shape[2]
-    return Gradients(
-        dx=x.new_empty(x.shape) if dx is None else dx,
-        dlog_decay=log_decay.new_empty(log_decay.shape),
-        dB=B.new_empty(B.shape),
-        dC=C.new_empty(C.shape),
-        dweight=log_decay.new_empty(absent if sweep.weight is None else log_decay.shape),
-        dD=log_decay.new_empty(absent if D is None else log_decay.shape),
-        dstate=log_decay.new_empty(x.shape[0], *x.shape[2:], B.shape[3]),
-    )
+@triton.jit
+def _chunk(
+    seq_row,
+    begin,
+    length,
+    MODE: tl.constexpr,
+    PACKED: tl.constexpr,
+    Q: tl.constexpr,
+):
+    """Where a chunk lies: position, steps in it, those of the gradients of its outputs, and its sequences.
 
-
-def run_gradients(
-    sweep: Sweep,
-    C: Tensor,
-    D: Tensor | None,
-    seq_idx: Tensor | None,
-    dy: Tensor,
-    dfinal: Tensor | None,
-    into: Gradients,
-    *,
-    add: bool = False,
-    chunk: int = 0,
-    parts: int = 0,
-    blocks: int = 0,
-) -> None:
-    """Gradients of a recurrence; all tensors have dense rows.
-
-    Args:
-        sweep: The recurrence forward in its own direction; its `mode` may hold REVERSE and SHIFT.
-        C: What is read, (b, l, g, n).
-        D: Skip, (b, l, h).
-        seq_idx: (b, l).
-        dy: Gradient of the outputs, contiguous.
-        dfinal: Gradient of the last state, (b, h, p, n).
-        into: Where to write.
-        add: Add to dx instead of overwriting it.
-        chunk: Positions per chunk, 0 to choose.
-        parts: Parts of a row, 0 to choose.
-        blocks: Blocks of heads per group, each with its own sum for dB and dC, 0 to choose.
+    The last three are the index of each step, of the step before the chunk and of its last one (zeros unless PACKED).
     """
-    x, n = sweep.values, sweep.keys.shape[3]
-    batch, length, nheads, headdim = x.shape
+    steps = tl.arange(0, Q)
+    ahead = -steps if MODE & 4 else steps
+    position = _position(begin, length, MODE & 4)
+    ok = steps < length - begin
+    dy_position = position
+    dy_ok = ok
+    if MODE & 8:
+        dy_position = position - 1 if MODE & 4 else position + 1
+        dy_ok = steps + 1 < length - begin
+    index = steps * 0
+    before = 0
+    last = 0
+    if PACKED:
+        index = tl.load(seq_row + position + ahead, mask=ok, other=-1)
+        before = tl.load(seq_row + _position(tl.maximum(tl.minimum(begin, length) - 1, 0), length, MODE & 4))
+        last = tl.load(seq_row + _position(tl.minimum(begin + Q, length) - 1, length, MODE & 4))
+        if MODE & 8:
+            dy_ok = dy_ok & (tl.load(seq_row + dy_position + ahead, mask=dy_ok, other=-1) == index)
+    return position, ahead, ok, dy_position, dy_ok, index, before, last
 
-    def run(chosen: GradientTiles) -> None:
-        state_bytes = 2 * nheads * cdiv(length, chosen.links.chunk) * headdim * n * x.element_size()
-        group = max(1, _BORDER_BYTES // state_bytes)
-        if group >= batch:
-            run_gradients_at_once(sweep, C, D, seq_idx, dy, dfinal, into, chosen, add, parts, blocks)
-            return
-        for start in range(0, batch, group):
-            rows = slice(start, start + group)
-            some, index = sweep.cut(rows), None if seq_idx is None else seq_idx[rows]
-            run_gradients_at_once(
-                some, C[rows], None if D is None else D[rows], index, dy[rows],
-                None if dfinal is None else dfinal[rows], Gradients(*(one[rows] for one in into)), chosen, add, parts,
-                blocks,
-            )  # fmt: skip
 
-    first = gradient_tiles(x, n, chunk)
-    if chunk or add:  # a search overwrites its results, and does not add to them
-        run(first)
+@quick
+@keep_addresses_in_loops
+@triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
+def _ssd_bwd_links_kernel(
+    x_ptr,
+    log_decay_ptr,
+    B_ptr,
+    C_ptr,
+    weight_ptr,
+    D_ptr,
+    seq_ptr,
+    entering_ptr,
+    leaving_ptr,
+    dy_ptr,
+    dx_ptr,
+    dlog_decay_ptr,
+    dweight_ptr,
+    dD_ptr,
+    kernel_ptr,
+    length,
+    nheads,
+    repeats,
+    blocks,
+    block_heads,
+    x_stride_b,
+    x_stride_t,
+    B_stride_b,
+    B_stride_t,
+    C_stride_b,
+    C_stride_t,
+    D_stride_b,
+    D_stride_t,
+    MODE: tl.constexpr,
+    ADD: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_D: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of a chunk but for dB and dC, for one head after another of a block of a group's heads.
+
+    Matrices over a chunk are [s, t]: from the step that writes to the one that reads. What their entries L pass through
+    step i is the sum over s < i <= t, which is that of the rows before i less that of the columns before i, of the same
+    numbers. Leaves K^T, the sum over the heads of (v dy^T) E^T, for the next kernel.
+    """
+    block = tl.program_id(0) % blocks
+    groups = nheads // repeats
+    group = tl.program_id(0) // blocks % groups
+    chunks = tl.cdiv(length, Q)
+    chunk = tl.program_id(0) // blocks // groups % chunks
+    row = (tl.program_id(0) // blocks // groups // chunks).to(tl.int64)
+    first_head = group * repeats + block * block_heads
+    last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
+    steps = tl.arange(0, Q)
+    begin = chunk.to(tl.int64) * Q
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * length
+    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
+    B = _tile(B_ptr + row * B_stride_b + group * N, position, ahead, ok, B_stride_t, N, BLOCK_N, DOT)
+    C = _tile(C_ptr + row * C_stride_b + group * N, position, ahead, ok, C_stride_t, N, BLOCK_N, DOT)
+    B, B_low = _halves(B, PRECISION)
+    C, C_low = _halves(C, PRECISION)
+    kernel = tl.zeros([Q, Q], ACC)  # sum over heads of (v dy^T) E^T
+    p_columns = tl.arange(0, BLOCK_P)
+    width = nheads * P
+    offset = ahead[:, None] * width + p_columns[None, :]
+    offset_ok = ok[:, None]
+    if P < BLOCK_P:
+        offset_ok = offset_ok & (p_columns < P)[None, :]
+    for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
+        # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
+        own = steps + tl.minimum(head, 0)
+        p_own = p_columns + tl.minimum(head, 0)
+        vectors = row * length * nheads + head
+        out = vectors + position * nheads
+        border = ((row * nheads + head) * chunks + chunk) * (P * N)
+        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
+        high_last, low_last = _last(high, Q), _last(low, Q)
+        decay_in = tl.exp2(_whole(high, low, EXACT))
+        decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
+        factor = tl.exp2(_whole(high_last, low_last, EXACT))
+        linked = own[:, None] <= own[None, :]
+        if PACKED:
+            decay_in = tl.where(index == before, decay_in, 0.0)
+            decay_out = tl.where(index == last, decay_out, 0.0)
+            factor = tl.where(before == last, factor, 0.0)
+            of = index + (own - steps)
+            linked = linked & (of[:, None] == of[None, :])
+        x = _tile(x_ptr + row * x_stride_b + head * P, position, ahead, ok, x_stride_t, P, BLOCK_P, DOT)
+        gradient = _tile(dy_ptr + vectors * P, dy_position, ahead, dy_ok, width, P, BLOCK_P, DOT)
+        v, v_low = _halves(x, PRECISION)
+        dy, dy_low = _halves(gradient, PRECISION)
+
+        between = _less(high[None, :], low[None, :], high[:, None], low[:, None], EXACT)
+        decays = tl.exp2(tl.where(linked, between, float("-inf")))  # [s, t]
+        products = _dot_nt(v, v_low, dy, dy_low, ACC, PRECISION)
+        if HAS_D and not MODE & 8:
+            if EXACT:
+                own_products = tl.sum(gradient.to(ACC) * x.to(ACC), 1)
+            else:
+                own_products = tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1)
+            tl.store(dD_ptr + out + ahead * nheads, own_products, mask=ok)
+        scores = _dot_nt(B, B_low, C, C_low, ACC, PRECISION) * decays
+        linking = products * scores
+        dweight = tl.sum(linking, 1)
+        if HAS_WEIGHT:
+            weight = _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
+            linking = linking * weight[:, None]
+            decays = decays * weight[:, None]
+            scores = scores * weight[:, None]
+        kernel += products * decays
+        columns = tl.sum(linking, 0)
+        mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
+
+        entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        entering, entering_low = _halves(entering, PRECISION)
+        leaving, leaving_low = _halves(leaving, PRECISION)
+        # The trace of this one is their product; tensor cores have the time.
+        both = _dot_nt(entering, entering_low, leaving, leaving_low, ACC, PRECISION)
+        passed = tl.sum(tl.sum(tl.where(p_own[:, None] == p_own[None, :], both, 0.0), 1) * factor, 0)
+        dx = _dot_nt(B, B_low, leaving, leaving_low, ACC, PRECISION)  # [s, p]
+        dweight += tl.sum(dx * x.to(ACC), 1) * decay_out
+        change = dweight
+        if HAS_WEIGHT:
+            tl.store(dweight_ptr + out + ahead * nheads, dweight, mask=ok)
+            change = change * weight
+            decay_out = decay_out * weight
+        dx = dx * decay_out[:, None]
+        reads = tl.sum(_dot_nt(C, C_low, entering, entering_low, ACC, PRECISION) * gradient.to(ACC), 1) * decay_in
+        if HAS_D:
+            D = _vector(D_ptr + row * D_stride_b + head, position, ahead, ok, D_stride_t, ACC)
+            if MODE & 8:
+                # The skip reads the gradient of its own position, not of the next one.
+                direct = tl.load(dy_ptr + vectors * P + position * width + offset, mask=offset_ok, other=0.0).to(ACC)
+                tl.store(dD_ptr + out + ahead * nheads, tl.sum(direct * x.to(ACC), 1), mask=ok)
+                dx += direct * D[:, None]
+            else:
+                dx += gradient.to(ACC) * D[:, None]
+        dx = _dot_add(mixing, mixing_low, dy, dy_low, dx, ACC, PRECISION)
+        change = change - reads - columns
+        found = passed + tl.sum(reads, 0) + (tl.cumsum(change, 0) - change)
+        tl.store(dlog_decay_ptr + out + ahead * nheads, found, mask=ok)
+        dx_tile = dx_ptr + vectors * P + position * width + offset
+        if ADD:
+            dx += tl.load(dx_tile, mask=offset_ok, other=0.0).to(ACC)
+        tl.store(dx_tile, dx, mask=offset_ok)
+    place = tl.program_id(0).to(tl.int64)
+    tl.store(kernel_ptr + place * (Q * Q) + (steps[:, None] * Q + steps[None, :]), kernel)
+
+
+@triton.jit
+def _map_gradients(
+    value_ptr,
+    log_decay_ptr,
+    key_ptr,
+    weight_ptr,
+    seq_ptr,
+    borders_ptr,
+    kernel_ptr,
+    out_ptr,
+    row,
+    chunk,
+    group,
+    block,
+    place,
+    rows,
+    groups,
+    length,
+    nheads,
+    first_head,
+    last_head,
+    value_stride_b,
+    value_stride_t,
+    key_stride_b,
+    key_stride_t,
+    OF_B: tl.constexpr,
+    MODE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R); `key` is B, or C."""
+    steps = tl.arange(0, Q)
+    begin = chunk.to(tl.int64) * Q
+    chunks = tl.cdiv(length, Q)
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * length
+    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
+    key = _tile(key_ptr + row * key_stride_b + group * N, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
+    kernel_tile = kernel_ptr + place * (Q * Q)
+    if OF_B:
+        kernel = tl.load(kernel_tile + (steps[:, None] * Q + steps[None, :])).to(DOT)
     else:
-        run(fastest("ssd gradient", gradient_alternatives(first, x), run, x.device, sizes=(*padded(x, n), x.dtype)))
+        kernel = tl.load(kernel_tile + (steps[None, :] * Q + steps[:, None])).to(DOT)
+    kernel, kernel_low = _halves(kernel, PRECISION)
+    key, key_low = _halves(key, PRECISION)
+    found = _dot_add(kernel, kernel_low, key, key_low, tl.zeros([Q, BLOCK_N], ACC), ACC, PRECISION)
+    for head in tl.range(first_head, last_head, num_stages=STAGES):
+        vectors = row * length * nheads + head
+        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
+        if OF_B:
+            decay = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT))
+            if HAS_WEIGHT:
+                decay = decay * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
+            if PACKED:
+                decay = tl.where(index == last, decay, 0.0)
+            value = _tile(
+                value_ptr + row * value_stride_b + head * P, position, ahead, ok, value_stride_t, P, BLOCK_P, DOT
+            )
+        else:
+            decay = tl.exp2(_whole(high, low, EXACT))
+            if PACKED:
+                decay = tl.where(index == before, decay, 0.0)
+            value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
+        border = ((row * nheads + head) * chunks + chunk) * (P * N)
+        state = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        scaled, scaled_low = _halves((value.to(ACC) * decay[:, None]).to(DOT), PRECISION)
+        state, state_low = _halves(state, PRECISION)
+        found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
+    columns = tl.arange(0, BLOCK_N)
+    offset = ahead[:, None] * (groups * N) + columns[None, :]
+    tile = out_ptr + ((block * rows + row) * length + position) * (groups * N) + group * N
+    tl.store(tile + offset, found, mask=ok[:, None] & (columns < N)[None, :])
 
 
-def run_gradients_at_once(
-    sweep: Sweep,
-    C: Tensor,
-    D: Tensor | None,
-    seq_idx: Tensor | None,
-    dy: Tensor,
-    dfinal: Tensor | None,
-    into: Gradients,
-    chosen: GradientTiles,
-    add: bool = False,
-    parts: int = 0,
-    blocks: int = 0,
-) -> Tensor:
-    """`run_gradients` for all rows at once; returns the states around all chunks.
-
-    Those that enter and the gradients of those that leave, (2, b, h, chunks, p, n), both in the order of the steps.
-    """
-    links, maps, sweeping, subs = chosen
-    backward = Sweep(dy, C, sweep.log_decay, None, dfinal, sweep.mode | DESCENDING | ADJOINT, sweep.fine)
-    forward = sweep._replace(mode=sweep.mode & ~SHIFT)
-    borders, _ = run_sweeps((forward, backward), seq_idx, sweeping, subs, parts, into.dstate)
-    _run_chunks(sweep, C, D, seq_idx, borders, dy, into, add, links, maps, blocks)
-    return borders
-
-
-def _run_chunks(
-    sweep: Sweep,
-    C: Tensor,
-    D: Tensor | None,
-    seq_idx: Tensor | None,
-    borders: Tensor,
-    dy: Tensor,
-    into: Gradients,
-    add: bool,
-    links: Tiles,
-    maps: Tiles,
-    blocks: int,
-) -> None:
-    """The two kernels that compute the gradients of all chunks from the states at the borders."""
-    x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
-    (batch, length, nheads, _), (groups, n) = x.shape, B.shape[2:]
-    repeats = nheads // groups
-    programs = batch * cdiv(length, links.chunk) * groups
-    if blocks == 0:
-        blocks = max(1, min(repeats, 2 * multiprocessors(x.device) // programs))
-    block_heads = cdiv(repeats, blocks)
-    blocks = cdiv(repeats, block_heads)
-    dB, dC = into.dB, into.dC
-    if blocks > 1:
-        dB, dC = (log_decay.new_empty(blocks, *one.shape) for one in (dB, dC))
-    kernel = x.new_empty(programs * blocks, links.chunk, links.chunk)
-    sizes = length, nheads, repeats, blocks, block_heads
-    shared = {"MODE": sweep.mode, "HAS_WEIGHT": weight is not None}
-    _ssd_bwd_links_kernel[(programs * blocks,)](
-        x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, into.dx, into.dlog_decay, into.dweight,
-        into.dD, kernel, *sizes, *strides(x, B, C, D), ADD=add, HAS_D=D is not None,
-        **shared, **options(x, n, log_decay, seq_idx, links, sweep.fine),
-    )  # fmt: skip
-    _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
-        x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, dB, dC, batch, *sizes,
-        *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, maps, sweep.fine),
-    )  # fmt: skip
-    if blocks > 1:
-        into.dB.copy_(dB.sum(0))
-        into.dC.copy_(dC.sum(0))
+@quick
+@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
+def _ssd_bwd_maps_kernel(
+    x_ptr,
+    log_decay_ptr,
+    B_ptr,
+    C_ptr,
+    weight_ptr,
+    seq_ptr,
+    entering_ptr,
+    leaving_ptr,
+    dy_ptr,
+    kernel_ptr,
+    dB_ptr,
+    dC_ptr,
+    rows,
+    length,
+    nheads,
+    repeats,
+    blocks,
+    block_heads,
+    x_stride_b,
+    x_stride_t,
+    B_stride_b,
+    B_stride_t,
+    C_stride_b,
+    C_stride_t,
+    MODE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dC in the first half of the programs and dB in the second, each summed over the heads of a block in registers."""
+    count = tl.num_programs(0) // 2
+    of_B = tl.program_id(0) >= count
+    program = tl.program_id(0) % count
+    block = program % blocks
+    groups = nheads // repeats
+    group = program // blocks % groups
+    chunks = tl.cdiv(length, Q)
+    chunk = program // blocks // groups % chunks
+    row = (program // blocks // groups // chunks).to(tl.int64)
+    first = group * repeats + block * block_heads
+    last = tl.minimum(first + block_heads, (group + 1) * repeats)
+    place = program.to(tl.int64)
+    if of_B:
+        _map_gradients(
+            x_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, kernel_ptr, dB_ptr, row, chunk, group, block,
+            place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, C_stride_b, C_stride_t, True,
+            MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+        )  # fmt: skip
+    else:
+        _map_gradients(
+            dy_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, kernel_ptr, dC_ptr, row, chunk, group,
+            block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, B_stride_b, B_stride_t,
+            False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+        )  # fmt: skip

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..transforms import FirstDerivative, apply, fold, operator, unfold
 from ..triton_utils import on_device
 from .op import heads_per_head
-from .triton_backward import empty_gradients, run_gradients
-from .triton_forward import Sweep, contiguous, dense_rows, run_outputs
+from .triton_gradients import empty_gradients, run_gradients
+from .triton_outputs import Sweep, contiguous, dense_rows, run_outputs
 
 
 def ssd_triton(

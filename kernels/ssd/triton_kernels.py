@@ -1,6 +1,6 @@
 """The Triton kernels of `ssd`, shared with `quasiseparable`: outputs and sweeps over states.
 
-Those of the gradient are in `triton_backward_kernels.py`.
+Those of the gradient are in `triton_backward.py`.
 
 Notation as in `chunked.py`: u is the sum of log-decays from the start of a chunk, S the state that enters a chunk, R
 the gradient of the state that leaves it. Kernels count steps: step s is position s, or l - 1 - s with REVERSE, so that

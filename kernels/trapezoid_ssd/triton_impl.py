@@ -15,8 +15,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..ssd.triton_backward import Gradients, run_gradients_at_once
-from ..ssd.triton_forward import Sweep, contiguous, dense_rows, run_outputs, strides
+from ..ssd.triton_gradients import Gradients, run_gradients_at_once
+from ..ssd.triton_outputs import Sweep, contiguous, dense_rows, run_outputs, strides
 from ..ssd.triton_tiles import GradientTiles, fine_chunk, fine_products, gradient_tiles
 from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device

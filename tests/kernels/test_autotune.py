@@ -67,14 +67,14 @@ def test_broken_file_is_replaced(clock):
 
 @pytest.mark.gpu
 def test_ssd_with_a_search_gives_the_same(device, monkeypatch, tmp_path):
-    from omnissm.kernels.ssd import triton_backward, triton_forward, triton_tiles
+    from omnissm.kernels.ssd import triton_gradients, triton_outputs, triton_tiles
     from omnissm.kernels.ssd.spec import SPEC
     from omnissm.kernels.testing import check_op
 
     monkeypatch.setenv("SSM_AUTOTUNE", "1")
     monkeypatch.setenv("SSM_AUTOTUNE_CACHE", str(tmp_path / "tiles.json"))
     few = lambda first, *rest: (first, first._replace(stages=1))  # noqa: E731
-    monkeypatch.setattr(triton_forward, "alternatives", lambda *sizes: few(triton_tiles.tiles(*sizes)))
-    monkeypatch.setattr(triton_backward, "gradient_alternatives", lambda first, x: (first, first))
+    monkeypatch.setattr(triton_outputs, "alternatives", lambda *sizes: few(triton_tiles.tiles(*sizes)))
+    monkeypatch.setattr(triton_gradients, "gradient_alternatives", lambda first, x: (first, first))
     check_op(SPEC, {"b": 2, "l": 200, "h": 2, "p": 16, "n": 16}, "triton", torch.float32, device)
     assert len(json.loads((tmp_path / "tiles.json").read_text())) == 2

@@ -328,7 +328,7 @@ NAMES = ("x", "log_decay", "B", "C", "initial_state", "weight", "D", "seq_idx")
 @pytest.mark.parametrize("regime", [pytest.param("initial", marks=pytest.mark.slow), "strong"])
 def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, monkeypatch):
     """Outputs and gradients for other chunks, cuts of the row, blocks of heads and groups of rows, packed."""
-    from omnissm.kernels.ssd import triton_backward
+    from omnissm.kernels.ssd import triton_gradients
 
     inputs = inputs_of(device, l=50, g=1, packed=True, D="position", regime=regime)
     arguments = [inputs[name] for name in NAMES]
@@ -340,7 +340,7 @@ def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, m
 
     expected = run(0, 1, 1)
     found = [run(16, 2, 2), run(32, 1, 1)]
-    monkeypatch.setattr(triton_backward, "_BORDER_BYTES", 1)
+    monkeypatch.setattr(triton_gradients, "_BORDER_BYTES", 1)
     found.append(run(32, 2, 1))
     for other in found:
         for value, one in zip(other, expected, strict=True):
