@@ -10,9 +10,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .checkpoints import write_atomic
 from .runs import FIRST, LAST, STOPPED
@@ -114,26 +115,43 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state)
 
 
-class EMA(EMAWeightAveraging):
+class EMA(WeightAveraging):
     """Exponential moving average of the weights, used for validation, the best checkpoint and the saved model.
+
+        average_t = d average_{t-1} + (1 - d) weights_t,      d = decay, or min(decay, (1 + t) / (10 + t)) with `warmup`
+
+    Buffers, such as the statistics of batch normalisation, are averaged too. Without the warm-up the first weights hold
+    a share of decay^t of the average after t updates, which spoils it for some 3 / (1 - decay) steps.
 
     Args:
         decay: Share of the old average kept at each update.
         every_n_steps: Optimiser steps between updates.
         start_step: First step that is averaged; until then the average is a copy of the first weights.
+        warmup: Average over about a ninth of the updates so far where that is less than the decay says; for short runs.
     """
 
-    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0) -> None:
-        super().__init__(decay=decay, update_every_n_steps=every_n_steps, update_starting_at_step=start_step)
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0, warmup: bool = False) -> None:
+        super().__init__(multi_avg_fn=self._mix)
+        self.decay, self.warmup = decay, warmup
+        self.every_n_steps, self.start_step = every_n_steps, start_step
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether to average after this optimiser step, counted from 0."""
+        return step_idx is not None and step_idx >= self.start_step and step_idx % self.every_n_steps == 0
+
+    def _mix(self, averaged: Any, current: Any, number: torch.Tensor | int) -> None:
+        decay = min(self.decay, (1 + int(number)) / (10 + int(number))) if self.warmup else self.decay
+        get_ema_multi_avg_fn(decay)(averaged, current, number)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Copy the weights when a fit begins.
+        """Copy the weights when a fit begins, to the device of the training.
 
         Raises:
             ValueError: if the weights are sharded.
         """
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise ValueError("EMA keeps a whole copy of the weights, which sharding avoids; use one or the other.")
+        self._device = trainer.strategy.root_device  # the weights move there later; a copy elsewhere is slow to update
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*overrides the configure_model")  # ours shards or does nothing
             super().setup(trainer, pl_module, stage)

@@ -120,6 +120,28 @@ def test_average_is_what_is_validated_saved_and_left(tmp_path):
     torch.testing.assert_close(saved["current_model_state"]["net.weight"], raw[-1])
 
 
+def test_average_warms_up(tmp_path):
+    raw, task = [], Mean(optimizer=sgd(0.3))
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, run, module, *_):
+            raw.append(module.net.weight.detach().clone())
+
+    run = trainer(tmp_path, callbacks=[Watch(), EMA(decay=0.25, warmup=True)], limit_val_batches=0, max_epochs=1)
+    run.fit(task, Batches(torch.randn(24, 2)))
+    average = raw[0]
+    for weight, decay in zip(raw[1:], (2 / 11, 3 / 12, 0.25, 0.25, 0.25), strict=True):
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(task.net.weight.detach(), average)
+
+
+def test_average_lies_where_the_training_runs(device):
+    task, average = Mean(optimizer=sgd()), EMA()
+    run = pl.Trainer(accelerator=device.type, devices=1, logger=False, enable_checkpointing=False)
+    average.setup(run, task, "fit")
+    assert {p.device.type for p in average._average_model.parameters()} == {device.type}
+
+
 def test_checkpoint_says_what_to_build(tmp_path):
     trainer(tmp_path).fit(Mean(optimizer=sgd()), Batches(torch.randn(8, 2)))
     about = torch.load(tmp_path / "last.ckpt", weights_only=True)["omnissm"]
