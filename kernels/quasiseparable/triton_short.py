@@ -6,12 +6,14 @@
     r^b_t = -v_t,     c^b_s = log2(dt_s) + v_{s-1},  v the same sum of the other side's decays
 
 One kernel makes the vectors from raw steps; the other one works like attention, on the rows of a block and a few heads
-that share the products of C and B.
+that share the products of C and B. `triton_blocks` calls them for pieces of longer rows too, with the states that enter
+a piece from both sides, and lets the second one weight and gate its outputs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,7 +36,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILE = Tile(64, 32, 2, 4, 3)
+TILE = Tile(64, 16, 4, 4, 3)
 
 
 @triton.jit
@@ -49,14 +51,14 @@ def _softplus(x):
 
 @triton.jit
 def _vectors(dt_ptr, bias, rate, t, h, ok, stride):
-    """Log2-decays, their inclusive sums, and log2 of the steps, (positions, heads)."""
+    """Log2-decays, their inclusive sums, and the steps, (positions, heads)."""
     dt = _softplus(
         tl.load(dt_ptr + t[:, None] * stride + h[None, :], mask=ok, other=0.0).to(tl.float32) + bias[None, :]
     )
     decay = tl.where(ok, dt * rate[None, :], 0.0)
     # 2 to this is zero; stronger decays would leave no digits for the others, or infinite sums without a difference.
     decay = tl.where(decay < -256.0, -256.0, decay)
-    return decay, tl.cumsum(decay, 0), tl.log2(dt)
+    return decay, tl.cumsum(decay, 0), dt
 
 
 @quick
@@ -67,6 +69,7 @@ def _vectors_kernel(
     bias_ptr,
     A_log_ptr,
     out_ptr,
+    steps_ptr,
     batch,
     length,
     heads,
@@ -74,25 +77,40 @@ def _vectors_kernel(
     stride_t,
     LONGEST: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """(4, b, h, LONGEST): r and c of both sides; beyond the row r is 0 and c the logarithm of 0."""
+    """(4, b, pieces, h, LONGEST): r and c of both sides in each piece; beyond the row c is the logarithm of 0.
+
+    With STEPS also natural decays and steps, each forward and backward, (4, b, l, h).
+    """
     blocks = tl.cdiv(heads, BLOCK_H)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    pieces = tl.cdiv(length, LONGEST)
+    place = (tl.program_id(0) // blocks).to(tl.int64)  # of the piece among those of all rows
+    row = place // pieces
     h = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     t = tl.arange(0, LONGEST)
+    begin = (place % pieces * LONGEST).to(tl.int32)
     h_ok = h < heads
-    ok = (t < length)[:, None] & h_ok[None, :]
+    ok = (t < length - begin)[:, None] & h_ok[None, :]
     bias = tl.load(bias_ptr + h, mask=h_ok, other=0.0).to(tl.float32)
     rate = -1.4426950408889634 * tl.exp(tl.load(A_log_ptr + h, mask=h_ok, other=0.0).to(tl.float32))
-    decay_f, sum_f, step_f = _vectors(dt_f_ptr + row * stride_b, bias, rate, t, h, ok, stride_t)
-    decay_b, sum_b, step_b = _vectors(dt_b_ptr + row * stride_b, bias, rate, t, h, ok, stride_t)
-    out = out_ptr + row * heads * LONGEST + h[None, :] * LONGEST + t[:, None]
-    one = tl.cast(batch, tl.int64) * heads * LONGEST
+    start = row * stride_b + begin.to(tl.int64) * stride_t
+    decay_f, sum_f, step_f = _vectors(dt_f_ptr + start, bias, rate, t, h, ok, stride_t)
+    decay_b, sum_b, step_b = _vectors(dt_b_ptr + start, bias, rate, t, h, ok, stride_t)
+    out = out_ptr + place * heads * LONGEST + h[None, :] * LONGEST + t[:, None]
+    one = tl.cast(batch, tl.int64) * pieces * heads * LONGEST
     h_ok = h_ok[None, :] & (t >= 0)[:, None]
-    tl.store(out, tl.where(ok, sum_f - decay_f, 0.0), mask=h_ok)
-    tl.store(out + one, tl.where(ok, step_f - sum_f, float("-inf")), mask=h_ok)
-    tl.store(out + 2 * one, tl.where(ok, -sum_b, 0.0), mask=h_ok)
-    tl.store(out + 3 * one, tl.where(ok, step_b + (sum_b - decay_b), float("-inf")), mask=h_ok)
+    tl.store(out, sum_f - decay_f, mask=h_ok)
+    tl.store(out + one, tl.where(ok, tl.log2(step_f) - sum_f, float("-inf")), mask=h_ok)
+    tl.store(out + 2 * one, -sum_b, mask=h_ok)
+    tl.store(out + 3 * one, tl.where(ok, tl.log2(step_b) + (sum_b - decay_b), float("-inf")), mask=h_ok)
+    if STEPS:
+        steps = steps_ptr + (row * length + begin) * heads + h[None, :] + t[:, None] * heads
+        one = tl.cast(batch, tl.int64) * length * heads
+        tl.store(steps, decay_f * 0.6931471805599453, mask=ok)
+        tl.store(steps + one, decay_b * 0.6931471805599453, mask=ok)
+        tl.store(steps + 2 * one, step_f, mask=ok)
+        tl.store(steps + 3 * one, step_b, mask=ok)
 
 
 @triton.jit
@@ -113,6 +131,13 @@ def _add(total, scores, row, column, x, linked, DOT: tl.constexpr, MASKED: tl.co
     return tl.dot((scores * tl.exp2(exponent)).to(DOT), x, total)
 
 
+@triton.jit
+def _from_state(ptr, C, factor, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a state (p, n) adds to the rows that read it."""
+    state = _rows(ptr, tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P) < P, N, N, BLOCK_N, C.dtype)
+    return tl.dot(C, tl.trans(state)) * factor[:, None]
+
+
 @quick
 @triton.jit(do_not_specialize=["batch", "length", "heads", "repeats"])
 def _mix_kernel(
@@ -124,7 +149,12 @@ def _mix_kernel(
     vectors_ptr,
     diag_ptr,
     D_ptr,
+    left_ptr,
+    right_ptr,
+    z_ptr,
+    weight_ptr,
     y_ptr,
+    squares_ptr,
     batch,
     length,
     heads,
@@ -133,6 +163,9 @@ def _mix_kernel(
     x_stride_t,
     map_stride_b,
     map_stride_t,
+    diag_stride,
+    z_stride_b,
+    z_stride_t,
     P: tl.constexpr,
     N: tl.constexpr,
     LONGEST: tl.constexpr,
@@ -143,37 +176,60 @@ def _mix_kernel(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    STATES: tl.constexpr,
+    GATED: tl.constexpr,
 ):
+    """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that.
+
+    With STATES rows are in pieces of LONGEST, and states (b, h, pieces, p, n) enter each from the left and the right.
+    """
     head_blocks = heads // HEADS
     row_blocks = tl.cdiv(length, ROWS)
-    head = tl.program_id(0) % head_blocks * HEADS
+    head_block = tl.program_id(0) % head_blocks
+    head = head_block * HEADS
     first = tl.program_id(0) // head_blocks % row_blocks * ROWS
     row = (tl.program_id(0) // head_blocks // row_blocks).to(tl.int64)
     t = first + tl.arange(0, ROWS)
+    piece = 0
+    pieces = 1
+    if STATES:
+        piece = first // LONGEST
+        pieces = tl.cdiv(length, LONGEST)
+    begin = piece * LONGEST
+    end = tl.minimum(begin + LONGEST, length)
     maps = row * map_stride_b + (head // repeats) * N
     C_f = _rows(C_f_ptr + maps, t - 1, (t > 0) & (t <= length), map_stride_t, N, BLOCK_N, DOT)
     C_b = _rows(C_b_ptr + maps, t + 1, t + 1 < length, map_stride_t, N, BLOCK_N, DOT)
-    one = tl.cast(batch, tl.int64) * heads * LONGEST
-    vectors = vectors_ptr + (row * heads + head) * LONGEST
+    one = tl.cast(batch, tl.int64) * pieces * heads * LONGEST
+    vectors = vectors_ptr + ((row * pieces + piece) * heads + head) * LONGEST
     x_ptr += row * x_stride_b + head * P
     totals = ()
     rows_f = ()
     rows_b = ()
     for i in tl.static_range(HEADS):
-        totals = totals + (tl.zeros([ROWS, BLOCK_P], tl.float32),)
-        rows_f = rows_f + (tl.load(vectors + i * LONGEST + t),)
-        rows_b = rows_b + (tl.load(vectors + i * LONGEST + 2 * one + t),)
-    for start in tl.range(0, first, COLUMNS, num_stages=STAGES):
+        row_f = tl.load(vectors + i * LONGEST + (t - begin))
+        row_b = tl.load(vectors + i * LONGEST + 2 * one + (t - begin))
+        total = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        if STATES:
+            state = ((row * heads + head + i) * pieces + piece) * (P * N)
+            # Beyond a row the sums stay what they are at its end.
+            all_b = tl.load(vectors + i * LONGEST + 2 * one + (LONGEST - 1))
+            total += _from_state(left_ptr + state, C_f, tl.exp2(row_f), P, N, BLOCK_P, BLOCK_N)
+            total += _from_state(right_ptr + state, C_b, tl.exp2(row_b - all_b), P, N, BLOCK_P, BLOCK_N)
+        totals = totals + (total,)
+        rows_f = rows_f + (row_f,)
+        rows_b = rows_b + (row_b,)
+    for start in tl.range(begin, first, COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
         scores = tl.dot(C_f, tl.trans(_rows(B_f_ptr + maps, s, ok, map_stride_t, N, BLOCK_N, DOT)))
         found = ()
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
-            column = tl.load(vectors + i * LONGEST + one + s)
+            column = tl.load(vectors + i * LONGEST + one + (s - begin))
             found = found + (_add(totals[i], scores, rows_f[i], column, x, ok, DOT, False),)
         totals = found
-    for start in tl.range(first, tl.minimum(first + ROWS, length), COLUMNS, num_stages=STAGES):
+    for start in tl.range(first, tl.minimum(first + ROWS, end), COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
         before = s[None, :] < t[:, None]
@@ -184,32 +240,41 @@ def _mix_kernel(
         found = ()
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
-            column_f = tl.load(vectors + i * LONGEST + one + s)
-            column_b = tl.load(vectors + i * LONGEST + 3 * one + s)
+            column_f = tl.load(vectors + i * LONGEST + one + (s - begin))
+            column_b = tl.load(vectors + i * LONGEST + 3 * one + (s - begin))
             exponent_f = rows_f[i][:, None] + column_f[None, :]
             exponent_b = rows_b[i][:, None] + column_b[None, :]
             exponent = tl.where(linked, tl.where(before, exponent_f, exponent_b), float("-inf"))
             found = found + (tl.dot((scores * tl.exp2(exponent)).to(DOT), x, totals[i]),)
         totals = found
-    for start in tl.range(first + ROWS, length, COLUMNS, num_stages=STAGES):
+    for start in tl.range(first + ROWS, end, COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
         scores = tl.dot(C_b, tl.trans(_rows(B_b_ptr + maps, s, ok, map_stride_t, N, BLOCK_N, DOT)))
         found = ()
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
-            column = tl.load(vectors + i * LONGEST + 3 * one + s)
+            column = tl.load(vectors + i * LONGEST + 3 * one + (s - begin))
             found = found + (_add(totals[i], scores, rows_b[i], column, x, ok, DOT, False),)
         totals = found
     t_ok = t < length
     p = tl.arange(0, BLOCK_P)
     y_ok = t_ok[:, None] & (p < P)[None, :]
-    place = row * length * heads + t.to(tl.int64) * heads + head
+    place = row * length + t.to(tl.int64)
+    squares = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(HEADS):
         x = _rows(x_ptr + i * P, t, t_ok, x_stride_t, P, BLOCK_P, tl.float32)
-        diagonal = tl.load(diag_ptr + place + i, mask=t_ok, other=0.0).to(tl.float32) + tl.load(D_ptr + head + i)
-        y = totals[i] + diagonal[:, None] * x
-        tl.store(y_ptr + (place + i)[:, None] * P + p[None, :], y, mask=y_ok)
+        diagonal = tl.load(diag_ptr + place * diag_stride + head + i, mask=t_ok, other=0.0).to(tl.float32)
+        y = totals[i] + (diagonal + tl.load(D_ptr + head + i))[:, None] * x
+        if GATED:
+            squares += tl.sum(tl.where((p < P)[None, :], y * y, 0.0), axis=1)
+            z_row = z_ptr + row * z_stride_b + (head + i) * P
+            z = _rows(z_row, t, t_ok, z_stride_t, P, BLOCK_P, tl.float32)
+            weight = tl.load(weight_ptr + (head + i) * P + p, mask=p < P, other=0.0).to(tl.float32)
+            y = y * weight[None, :] * (z * tl.sigmoid(z))
+        tl.store(y_ptr + (place * heads + head + i)[:, None] * P + p[None, :], y, mask=y_ok)
+    if GATED:
+        tl.store(squares_ptr + place * head_blocks + head_block, squares, mask=t_ok)
 
 
 @operator("quasiseparable_short_triton")
@@ -259,17 +324,33 @@ def mix(
     heads = next(one for one in range(tile.heads, 0, -1) if repeats % one == 0)
     vectors = torch.empty(4, batch, nheads, LONGEST, dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kind = tl.float32 if INTERPRETED else tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
     block_h = 4
     with on_device(x):
         _vectors_kernel[(batch * cdiv(nheads, block_h),)](
-            dt_f, dt_b, dt_bias.contiguous(), A_log.contiguous(), vectors, batch, length, nheads, *dt_f.stride()[:2],
-            LONGEST=LONGEST, BLOCK_H=block_h,
+            dt_f, dt_b, dt_bias.contiguous(), A_log.contiguous(), vectors, None, batch, length, nheads,
+            *dt_f.stride()[:2], LONGEST=LONGEST, BLOCK_H=block_h, STEPS=False,
         )  # fmt: skip
         _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // heads),)](
-            x, *maps, vectors, diag.contiguous(), D.contiguous(), y, batch, length, nheads, repeats, *x.stride()[:2],
-            *maps[0].stride()[:2], P=headdim, N=n, LONGEST=LONGEST, HEADS=heads, ROWS=tile.rows, COLUMNS=tile.columns,
-            BLOCK_P=max(16, next_power_of_2(headdim)), BLOCK_N=max(16, next_power_of_2(n)), DOT=kind,
-            STAGES=tile.stages, num_warps=tile.warps,
+            x, *maps, vectors, diag.contiguous(), D.contiguous(), None, None, None, None, y, None, batch, length,
+            nheads, repeats, *x.stride()[:2], *maps[0].stride()[:2], nheads, 0, 0,
+            **mix_options(x.dtype, headdim, n, tile._replace(heads=heads)), STATES=False, GATED=False,
         )  # fmt: skip
     return y
+
+
+@functools.cache
+def mix_options(dtype: torch.dtype, headdim: int, n: int, tile: Tile) -> dict[str, Any]:
+    """Compile-time arguments of the second kernel; the heads of the tile are those that a program takes."""
+    return {
+        "P": headdim,
+        "N": n,
+        "LONGEST": LONGEST,
+        "HEADS": tile.heads,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "BLOCK_P": max(16, next_power_of_2(headdim)),
+        "BLOCK_N": max(16, next_power_of_2(n)),
+        "DOT": tl.float32 if INTERPRETED else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
