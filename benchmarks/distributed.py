@@ -1,15 +1,16 @@
 """Train one configuration per domain on one device and on several: are the results equal, how does the speed grow?
 
     python benchmarks/distributed.py [--devices N] [--accelerator cpu|gpu] [--domain NAME ...]
-                                     [--strategy ddp|fsdp2 ...] [--steps 60] [--small] [--out FILE]
+                                     [--strategy ddp|fsdp2 ...] [--steps 60] [--jobs 1] [--small] [--out FILE]
 
-For each domain and strategy two runs on N devices are compared with one run on one device:
+For each domain and strategy two runs on N devices are compared with the like on one device:
 
 equal    the batch divided by N on each device: weights after a few steps, as a share of what the steps changed
 speed    the whole batch on each device: samples per second, and efficiency = speed of N / (N times speed of one)
 
-`--small` takes small networks and batches, for a CPU, where several processes say nothing about speed. The exit code is
-1 where weights differ by more than the tolerance.
+Runs of the first kind come first, `--jobs` of them at once, those of the second alone; the file is written whenever a
+row is known. `--small` takes small networks and batches, for a CPU, where several processes say nothing about speed.
+The exit code is 1 where weights differ by more than the tolerance.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +39,11 @@ from run import describe, write_json
 
 COMPARED = 4  # steps after which weights are compared: later ones only add up rounding
 WARM = 10  # steps before the clock starts
+BLOCK = 10  # steps between two looks at the clock; the median of blocks leaves out kernels that are compiled late
 TOLERANCE = 1e-3
 
+# Adam would turn the rounding of gradients near zero into whole steps; its usual eps is below that rounding.
+EVERYWHERE = {"model.lr_scheduler": "null", "model.optimizer.init_args.eps": 1e-4}
 # Without dropout, whose draws differ between processes.
 # Domain: configuration, batch of one device, options always given, those of a large run; batch and options of a small.
 DOMAINS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], int, dict[str, Any]]] = {
@@ -50,7 +57,7 @@ DOMAINS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], int, dict[str
     ),
     "genomics": (
         "hnet_tiny_synthetic",
-        16,
+        8,
         {"model.ratio_sync": True},
         {"model.model": "dnahnet_small", "data.bases": 2_000_000, "data.length": 4096},
         8,
@@ -82,14 +89,16 @@ SAMPLES = {"genomics": "epoch_size", "vision": "train_samples", "graphs": "train
 
 
 class Clock(pl.Callback):
-    """Write the weights at the start and after a few steps, and the seconds per step after the first ones.
+    """Write the weights at the start and after a few steps, and the median of seconds per step after the first ones.
 
     Args:
         folder: Where to, an existing folder.
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder, self.began = Path(folder), 0.0
+        self.folder = Path(folder)
+        torch.backends.cudnn.allow_tf32 = False  # which convolutions take it depends on the batch
+        self.looks: list[tuple[int, float]] = []  # steps done, time
 
     def keep(self, trainer: pl.Trainer, module: pl.LightningModule, name: str) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -106,14 +115,15 @@ class Clock(pl.Callback):
         done = batch_idx + 1
         if done == COMPARED:
             self.keep(trainer, pl_module, "end")
-        if done == WARM or (done == trainer.num_training_batches and done > WARM):
+        is_last = done == trainer.num_training_batches
+        if done >= WARM and ((done - WARM) % BLOCK == 0 or is_last):
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize()
-            now = time.perf_counter()
-            if done > WARM and trainer.is_global_zero:
-                found = {"seconds": (now - self.began) / (done - WARM), "devices": trainer.world_size}
+            self.looks.append((done, time.perf_counter()))
+            if is_last and trainer.is_global_zero:
+                blocks = [(t1 - t0) / (n1 - n0) for (n0, t0), (n1, t1) in zip(self.looks, self.looks[1:])]
+                found = {"seconds": statistics.median(blocks), "devices": trainer.world_size}
                 (self.folder / "clock.json").write_text(json.dumps(found))
-            self.began = now
 
 
 def train(domain: str, name: str, options: argparse.Namespace, strategy: str | None, batch: int, steps: int) -> Path:
@@ -122,7 +132,7 @@ def train(domain: str, name: str, options: argparse.Namespace, strategy: str | N
     folder = options.work / domain / name
     folder.mkdir(parents=True)
     devices = options.devices if strategy else 1
-    values = {**always, **(small if options.small else large), "data.batch_size": batch, "model.lr_scheduler": "null"}
+    values = {**always, **(small if options.small else large), **EVERYWHERE, "data.batch_size": batch}
     if domain in SAMPLES:
         batches = options.devices * options.steps  # the same set in all runs
         values[f"data.{SAMPLES[domain]}"] = batches * (small_batch if options.small else large_batch)
@@ -165,33 +175,68 @@ def difference(one: Path, several: Path) -> float:
     return float((apart / moved).sqrt())
 
 
-def measure(domain: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every strategy."""
-    _, batch, _, _, small, _ = DOMAINS[domain]
-    batch = small if options.small else batch
-    if batch % options.devices:
-        raise SystemExit(f"--devices must divide the batch of {batch}, got {options.devices}")
-    one = train(domain, "one", options, None, batch, options.steps)
-    alone = json.loads((one / "clock.json").read_text())["seconds"]
-    rows = []
-    for strategy in options.strategy:
-        equal = train(domain, f"{strategy}-equal", options, strategy, batch // options.devices, COMPARED)
-        fast = train(domain, f"{strategy}-speed", options, strategy, batch, options.steps)
-        clock = json.loads((fast / "clock.json").read_text())
-        rows.append(
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for every domain and strategy: how far the weights are from those of one device."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+
+        def begin(domain: str, strategy: str | None) -> Any:
+            share = 1 if strategy is None else options.devices
+            batch = batch_of(domain, options) // share
+            return pool.submit(train, domain, f"{strategy or 'one'}-equal", options, strategy, batch, COMPARED)
+
+        runs = {domain: {way: begin(domain, way) for way in (None, *options.strategy)} for domain in options.domain}
+        return [
             {
                 "domain": domain,
                 "config": f"{domain}/{DOMAINS[domain][0]}",
                 "strategy": strategy,
-                "devices": clock["devices"],
-                "batch_per_device": batch,
-                "samples_per_second_one": batch / alone,
-                "samples_per_second": clock["devices"] * batch / clock["seconds"],
-                "efficiency": alone / clock["seconds"],
-                "difference": difference(one, equal),
+                "devices": options.devices,
+                "difference": difference(found[None].result(), found[strategy].result()),
             }
-        )
-    return rows
+            for domain, found in runs.items()
+            for strategy in options.strategy
+        ]
+
+
+def measure(rows: list[dict[str, Any]], options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Add speeds to the rows, and call `tell` with each."""
+    alone: dict[str, float] = {}
+
+    def seconds(domain: str, strategy: str | None) -> float:
+        batch = batch_of(domain, options)
+        folder = train(domain, f"{strategy or 'one'}-speed", options, strategy, batch, options.steps)
+        clock = json.loads((folder / "clock.json").read_text())
+        if clock["devices"] != (options.devices if strategy else 1):
+            raise SystemExit(f"{folder}: trained on {clock['devices']} devices")
+        return clock["seconds"]
+
+    for row in sorted(rows, key=lambda row: options.strategy.index(row["strategy"])):
+        domain, batch = row["domain"], batch_of(row["domain"], options)
+        if domain not in alone:
+            alone[domain] = seconds(domain, None)
+        together = seconds(domain, row["strategy"])
+        row["batch_per_device"] = batch
+        row["samples_per_second_one"] = batch / alone[domain]
+        row["samples_per_second"] = options.devices * batch / together
+        row["efficiency"] = alone[domain] / together
+        tell(row)
+
+
+def batch_of(domain: str, options: argparse.Namespace) -> int:
+    """Samples of one device's whole batch.
+
+    Raises:
+        SystemExit: if the devices do not divide it.
+    """
+    _, large, _, _, small, _ = DOMAINS[domain]
+    batch = small if options.small else large
+    if batch % options.devices:
+        raise SystemExit(f"--devices must divide the batch of {batch}, got {options.devices}")
+    return batch
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--domain", nargs="+", choices=tuple(DOMAINS), default=list(DOMAINS))
     parser.add_argument("--strategy", nargs="+", choices=("ddp", "fsdp2"), default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=1, help="runs for comparison at once")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, help="file of results, JSON")
     parser.add_argument("--commit", help="of the code, where git cannot tell")
@@ -210,23 +256,26 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--steps must be above {WARM}, which are not timed")
     if options.accelerator == "gpu" and options.devices > gpus:
         parser.error(f"{options.devices} devices were asked for, this machine has {gpus} GPUs")
-    rows: list[dict[str, Any]] = []
+    place = describe(torch.device("cuda" if options.accelerator == "gpu" else "cpu"), options.commit)
+    command = " ".join(["python benchmarks/distributed.py", *(sys.argv[1:] if argv is None else argv)])
+
+    def keep() -> None:
+        if options.out:
+            facts = {**place, "command": command, "small": options.small, "steps": options.steps}
+            write_json(options.out, {**facts, "rows": rows})
+
+    def tell(row: dict[str, Any]) -> None:
+        speed, share = row["samples_per_second"], row["efficiency"]
+        say(f"{row['domain']:<11} {row['strategy']:<6} {speed:10.1f} samples/s, efficiency {share:.2f}")
+        keep()
+
     with tempfile.TemporaryDirectory() as work:
         options.work = Path(work)
-        for domain in options.domain:
-            for row in measure(domain, options):
-                rows.append(row)
-                print(
-                    f"{row['domain']:<11} {row['strategy']:<6} {row['samples_per_second']:10.1f} samples/s, efficiency"
-                    f" {row['efficiency']:.2f}, weights differ by {row['difference']:.1e} of their change",
-                    flush=True,
-                )
-    if options.out:
-        place = describe(torch.device("cuda" if options.accelerator == "gpu" else "cpu"), options.commit)
-        command = " ".join(["python benchmarks/distributed.py", *(sys.argv[1:] if argv is None else argv)])
-        write_json(
-            options.out, {**place, "command": command, "small": options.small, "steps": options.steps, "rows": rows}
-        )
+        rows = compare(options)
+        for row in rows:
+            say(f"{row['domain']:<11} {row['strategy']:<6} weights differ by {row['difference']:.1e} of their change")
+        keep()
+        measure(rows, options, tell)
     return int(any(not row["difference"] <= TOLERANCE for row in rows))
 
 
