@@ -1,4 +1,4 @@
-"""One position of `trapezoid_ssd`, for decoding: read the state once, write it once."""
+"""One position of `trapezoid_ssd`, for decoding. Where no gradient is asked for, one Triton kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_devices, check_floating, check_shapes
-from ..dispatch import cast_for_autocast
+from ..dispatch import cast_for_autocast, choose
 from ..overwriting import overwriting
 from ..ssd.op import state_dtype
+from ..transforms import plain_call
 from .op import STATE_SHAPES, check_rotation, check_state, default_parameters
 from .reference import advance
 from .state import Rotation, TrapezoidState
@@ -68,9 +69,12 @@ def trapezoid_step(
             B_bias=B_bias, C_bias=C_bias, D=D, x_rank=x_rank, rotation=rotation, state_index=state_index,
         )  # fmt: skip
         return y, state
-    y, new = _advance(
-        x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, x_rank, rotation, state_index
-    )  # fmt: skip
+    arguments = (x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, x_rank, rotation, state_index)
+    sizes = _check(*arguments)
+    if _fused(*arguments):
+        new = TrapezoidState(*(part.clone() for part in state))
+        return _in_place(*arguments[:7], new, *arguments[8:]), new
+    y, new = _advance(sizes, *arguments)
     if state_index is None:
         return y, new
     # For each state of the pool the row that writes it; padding rows write to a place behind the last state.
@@ -130,9 +134,11 @@ def trapezoid_step_(
         ValueError: if shapes or devices disagree, g does not divide h, there are more angles than pairs, or `rotation`
             is unknown.
     """
-    y, new = _advance(
-        x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, x_rank, rotation, state_index
-    )  # fmt: skip
+    arguments = (x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, x_rank, rotation, state_index)
+    sizes = _check(*arguments)
+    if _fused(*arguments):
+        return _in_place(*arguments)
+    y, new = _advance(sizes, *arguments)
     if state_index is None:
         for old, part in zip(state, new, strict=True):
             old.copy_(part)
@@ -149,7 +155,7 @@ def trapezoid_step_(
     return y
 
 
-def _advance(
+def _check(
     x: Tensor,
     log_decay: Tensor,
     gamma: Tensor,
@@ -164,8 +170,8 @@ def _advance(
     x_rank: Tensor | None,
     rotation: str,
     state_index: Tensor | None,
-) -> tuple[Tensor, TrapezoidState]:
-    """y and the new state of each row, in the dtypes of `state`."""
+) -> dict[str, int]:
+    """The sizes."""
     given = check_state(state)
     floating = {
         "x": x, "log_decay": log_decay, "gamma": gamma, "beta": beta, "theta": theta, "B": B, "C": C,
@@ -189,16 +195,87 @@ def _advance(
         **{name: (part, rows + dims[1:]) for (name, part), dims in zip(given.items(), STATE_SHAPES, strict=True)},
     )
     check_devices(**floating, state_index=state_index)
-    half = check_rotation(rotation, sizes)
+    check_rotation(rotation, sizes)
+    return sizes
+
+
+def _fused(
+    x: Tensor,
+    log_decay: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    theta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: TrapezoidState,
+    B_bias: Tensor | None,
+    C_bias: Tensor | None,
+    D: Tensor | None,
+    x_rank: Tensor | None,
+    rotation: str,
+    state_index: Tensor | None,
+) -> bool:
+    """Whether the Triton kernel, which has no gradient, takes this call."""
+    if not (x.numel() and B.numel() and state.ssm.numel()) or not all(part.is_contiguous() for part in state):
+        return False
+    if not plain_call(x, log_decay, gamma, beta, theta, B, C, *state, B_bias, C_bias, D, x_rank):
+        return False
+    return choose("auto", x, op="trapezoid_step") == "triton"
+
+
+def _in_place(
+    x: Tensor,
+    log_decay: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    theta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: TrapezoidState,
+    B_bias: Tensor | None,
+    C_bias: Tensor | None,
+    D: Tensor | None,
+    x_rank: Tensor | None,
+    rotation: str,
+    state_index: Tensor | None,
+) -> Tensor:
+    from .triton_step import trapezoid_step_triton
+
     x, B, C = cast_for_autocast(x, B, C)
-    dtype = state_dtype(*floating.values())
+    double = state_dtype(x, log_decay, gamma, beta, theta, B, C, *state, B_bias, C_bias, D, x_rank) == torch.float64
+    return trapezoid_step_triton(
+        x, log_decay, gamma, beta, theta, B, C, *state, B_bias, C_bias, D, x_rank, state_index, rotation == "half",
+        double,
+    )  # fmt: skip
+
+
+def _advance(
+    sizes: dict[str, int],
+    x: Tensor,
+    log_decay: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    theta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: TrapezoidState,
+    B_bias: Tensor | None,
+    C_bias: Tensor | None,
+    D: Tensor | None,
+    x_rank: Tensor | None,
+    rotation: str,
+    state_index: Tensor | None,
+) -> tuple[Tensor, TrapezoidState]:
+    """y and the new state of each row, in the dtypes of `state`."""
+    x, B, C = cast_for_autocast(x, B, C)
+    dtype = state_dtype(x, log_decay, gamma, beta, theta, B, C, *state, B_bias, C_bias, D, x_rank)
     log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
     before = state
     if state_index is not None:
         chosen = state_index.clamp(min=0).long()
         before = TrapezoidState(*(part.index_select(0, chosen) for part in state))
-    y, new = advance(x, log_decay, gamma, beta, theta, B, C, before, *parameters, half)
+    y, new = advance(x, log_decay, gamma, beta, theta, B, C, before, *parameters, rotation == "half")
     if state_index is not None:
         y = torch.where((state_index >= 0)[:, None, None, None], y, torch.zeros_like(y))
     return y.to(x.dtype), TrapezoidState(*(part.to(old.dtype) for part, old in zip(new, state, strict=True)))
