@@ -9,7 +9,7 @@ from PIL import Image
 
 from omnissm.vision.data import CocoBoxes, MaskFolder
 from omnissm.vision.data.coco_file import CROWD, CUT, DEGENERATE, EMPTY, MISSING_IMAGE, UNKNOWN_CATEGORY
-from omnissm.vision.data.joint import View, fitted_size, train_view
+from omnissm.vision.data.joint import Colours, View, fitted_size, train_view
 
 CLASSES = ["background", "thing"]
 
@@ -250,6 +250,36 @@ def test_boxes_masks_and_images_move_together(size):
     assert kept >= 15
     fitted, _ = View(size)(tv_tensors.Image(image), {})
     assert fitted.shape == (3, *size)
+
+
+def test_colours_change_as_torchvision_changes_them():
+    """Brightness, contrast and saturation one after another; where nothing is cut the order is the only freedom."""
+    from torchvision.transforms.v2 import functional as tvf
+
+    image = torch.randint(90, 160, (3, 9, 11), dtype=torch.uint8)
+    torch.manual_seed(5)
+    brightness, contrast, saturation = (1 + 0.3 * (2 * torch.rand(3) - 1)).tolist()
+    turn = 0.03 * (2 * float(torch.rand(())) - 1)
+    expected = tvf.adjust_brightness(image / 255, brightness)
+    expected = tvf.adjust_saturation(tvf.adjust_contrast(expected, contrast), saturation)
+    torch.manual_seed(5)
+    seen, _ = Colours(0.3)(image, {})
+    luminance = torch.tensor([0.299, 0.587, 0.114])
+    torch.testing.assert_close(*(torch.einsum("c,chw->hw", luminance, x) for x in (seen, expected)), atol=2e-3, rtol=0)
+    assert (seen - expected).abs().max() < 3 * abs(turn)  # the hue's turn, in radians, of colours up to 0.2 from grey
+    still, _ = Colours(0.0)(image, {})
+    torch.testing.assert_close(still, image / 255, atol=1e-3, rtol=0)
+
+
+def test_grey_stays_grey_and_bright_pixels_are_cut():
+    grey = torch.arange(0, 256, 5, dtype=torch.uint8).expand(3, 4, -1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        seen, _ = Colours(1.0)(grey, {})
+        torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(seen[0], seen[2], atol=1e-5, rtol=0)
+        assert seen.min() >= 0
+        assert seen.max() <= 1
 
 
 def test_fitted_size_of_extreme_images():

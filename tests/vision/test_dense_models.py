@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omnissm.vision.dense.assignment import assign, detection_loss, distribution_loss
+from omnissm.vision.dense.assignment import Assigned, assign, detection_loss, distribution_loss
 from omnissm.vision.dense.detectors import choose, create_detector, pyramid_backbone
 from omnissm.vision.dense.features import Features
 from omnissm.vision.dense.heads import SegMANDecoder, create_head
@@ -173,6 +173,11 @@ def test_distribution_loss_is_least_at_the_target():
     assert (distribution_loss(torch.randn(5, BINS), target) > entropy).all()
 
 
+def assigned(probability, boxes, raw, truth, labels, **options):
+    """Of one image."""
+    return Assigned(*(x[0] for x in assign(probability[None], boxes[None], raw, truth[None], labels[None], **options)))
+
+
 def grid(rows, columns, stride):
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return (torch.stack([x, y], -1).flatten(0, 1) + 0.5) * stride
@@ -187,7 +192,7 @@ def test_assignment_against_a_plain_loop():
     truth = torch.tensor([[4.0, 4, 40, 36], [20, 10, 50, 60], [1, 1, 3, 3]])
     labels = torch.tensor([0, 2, 1])
     raw = raw_of(centres, strides, None, None)
-    found = assign(probability, boxes, raw, truth, labels, top=5)
+    found = assigned(probability, boxes, raw, truth, labels, top=5)
 
     def iou(a, b):
         edges = torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])
@@ -219,7 +224,7 @@ def test_a_cell_of_two_boxes_stays_with_one_of_them():
     truth = torch.tensor([[0.0, 0, 20, 12], [0, 0, 12, 20], [0, 0, 20, 20]])
     boxes = torch.tensor([[0.0, 0, 19, 18], [0, 0, 20, 20]])
     probability = torch.tensor([[1.0, 1.0, 0.1], [0.1, 0.1, 1.0]])
-    found = assign(probability, boxes, raw_of(centres, strides, None, None), truth, torch.arange(3), top=1)
+    found = assigned(probability, boxes, raw_of(centres, strides, None, None), truth, torch.arange(3), top=1)
     assert found.positive.tolist() == [True, True]
     assert found.box.tolist() == [0, 2]
 
@@ -228,9 +233,38 @@ def test_the_best_cell_of_a_tiny_box_has_its_overlap_as_soft_label():
     centres, strides = grid(8, 8, 8.0), torch.full((64,), 8.0)
     boxes = torch.cat([centres - 60, centres + 60], 1)  # as an untrained head has them
     truth = torch.tensor([[19.0, 19, 22, 22]])
-    found = assign(torch.full((64, 1), 0.01), boxes, raw_of(centres, strides, None, None), truth, torch.tensor([0]))
+    found = assigned(torch.full((64, 1), 0.01), boxes, raw_of(centres, strides, None, None), truth, torch.tensor([0]))
     assert found.positive.sum() == 1
     assert float(found.weight.max()) == pytest.approx(9 / 120**2, rel=1e-4)
+
+
+def test_losses_of_a_batch_are_those_of_its_images():
+    """Images with three, one and no box, one of them too small for a centre, in a batch and each alone."""
+    centres = torch.cat([grid(8, 8, 8.0), grid(4, 4, 16.0)])
+    strides = torch.cat([torch.full((64,), 8.0), torch.full((16,), 16.0)])
+    boxes = torch.tensor(
+        [[[4.0, 4, 40, 36], [20, 10, 50, 60], [1, 1, 3, 3]], [[9, 9, 30, 41]] + [[0] * 4] * 2, [[0] * 4] * 3]
+    )
+    labels = torch.tensor([[0, 2, 1], [1, -1, -1], [-1, -1, -1]])
+    scores, distances = torch.randn(3, 80, 3), 2 * torch.randn(3, 80, 4, BINS)
+    raw = raw_of(centres, strides, scores, distances)
+    found = assign(scores.sigmoid(), decoded(raw), raw, boxes, labels)
+    whole = detection_loss(raw, boxes, labels)
+    sums, total = dict.fromkeys(whole, 0.0), 0.0
+    for k, count in enumerate((3, 1, 0)):
+        own = raw._replace(scores=scores[k : k + 1], distances=distances[k : k + 1])
+        parts = detection_loss(own, boxes[k : k + 1, :count], labels[k : k + 1, :count])
+        if count:
+            alone = assigned(scores[k].sigmoid(), decoded(own)[0], own, boxes[k, :count], labels[k, :count])
+            for batched, one in zip(found, alone):
+                torch.testing.assert_close(batched[k], one)
+        share = float(found.weight[k].sum())
+        total += share
+        for name, value in parts.items():
+            sums[name] += value * max(1.0, share)
+    assert not found.positive[2].any()
+    for name, value in whole.items():
+        torch.testing.assert_close(value, sums[name] / total)
 
 
 def test_no_boxes_train_the_scores_only():

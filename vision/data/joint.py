@@ -6,6 +6,7 @@ with a `mask`.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -77,6 +78,38 @@ class View(nn.Module):
         return place(image), moved
 
 
+# luminance, and two axes of colour around it
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+
+
+class Colours(nn.Module):
+    """Random brightness b, contrast c, saturation s and hue h of an image by one product with a matrix, cut to [0, 1].
+
+        y = b c Q^-1 diag(1, s R(h)) Q x + b (1 - c) m,      Q x = luminance and two axes of colour, m = mean luminance
+
+    As four changes one after another, but for their cuts to [0, 1]; hues turn around the axis of greys, not in HSV.
+
+    Args:
+        strength: b, c and s are drawn from [1 - strength, 1 + strength], h from a tenth of [-strength, strength] turns.
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """An image of bytes as float32 in [0, 1], and the target as it is."""
+        brightness, contrast, saturation = (1 + self.strength * (2 * torch.rand(3) - 1)).tolist()
+        angle = 2 * math.pi * self.strength / 10 * (2 * float(torch.rand(())) - 1)
+        cos, sin = saturation * math.cos(angle), saturation * math.sin(angle)
+        turned = torch.tensor([[1.0, 0, 0], [0, cos, -sin], [0, sin, cos]])
+        matrix = brightness * contrast * torch.linalg.solve(YIQ, turned @ YIQ)
+        values = as_float(image)
+        grey = brightness * (1 - contrast) * (YIQ[0] @ values.mean(dim=(1, 2)))
+        changed = torch.addmm(grey.expand(3, 1), matrix, values.flatten(1)).clamp_(0, 1)
+        return tv_tensors.Image(changed.view_as(values)), target
+
+
 def _areas(boxes: Tensor) -> Tensor:
     corners = boxes.as_subclass(Tensor)
     return (corners[:, 2:] - corners[:, :2]).prod(dim=1)
@@ -116,10 +149,11 @@ def train_view(
         steps.append(v2.RandomVerticalFlip())
     steps.append(View(size, tuple(zoom) if zoom else None, mask_fill))
     if strength := plan["colour"]:
-        steps.append(v2.ColorJitter(strength, strength, strength, strength / 10))
+        steps.append(Colours(strength))
     return v2.Compose(steps)
 
 
 def as_float(image: Tensor) -> Tensor:
-    """Bytes (3, height, width) as plain float32 in [0, 1]."""
-    return image.as_subclass(Tensor).float() / 255
+    """Bytes (3, height, width) as plain float32 in [0, 1]; what is so already stays."""
+    values = image.as_subclass(Tensor)
+    return values if values.is_floating_point() else values.float().div_(255)

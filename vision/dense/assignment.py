@@ -15,18 +15,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_iou, complete_box_iou_loss
+from torchvision.ops import complete_box_iou_loss
 
 from .yolo import BINS, Raw, decoded
 
 
 class Assigned(NamedTuple):
-    """Targets of one image's A cells.
+    """Targets of the A cells of each image.
 
     Attributes:
-        box: Number of the box of each cell, (A,) int64; 0 where there is none.
-        positive: Whether there is one, (A,) bool.
-        weight: Soft label of the positive cells, (A,) float32, else 0.
+        box: Number of the box of each cell, (b, A) int64; 0 where there is none.
+        positive: Whether there is one, (b, A) bool.
+        weight: Soft label of the positive cells, (b, A) float32, else 0.
     """
 
     box: Tensor
@@ -44,46 +44,48 @@ def assign(
     alpha: float = 0.5,
     beta: float = 6.0,
 ) -> Assigned:
-    """Match the cells of one image with its boxes. A box too small to hold a centre takes the nearest finest cell.
+    """Match cells with boxes, in all images at once. A box too small to hold a centre takes the nearest finest cell.
 
     Args:
-        probability: Of each class, (A, classes).
-        boxes: Predicted corners, (A, 4).
+        probability: Of each class, (b, A, classes).
+        boxes: Predicted corners, (b, A, 4).
         raw: Whose centres and strides count.
-        truth: Corners of the m boxes, (m, 4).
-        labels: Their classes, (m,).
+        truth: Corners of m boxes an image, at least one, (b, m, 4).
+        labels: Their classes, (b, m), -1 where there is no box.
         top: Cells per box at most.
         alpha: Power of the score.
         beta: Power of the overlap.
     """
-    cells = len(raw.centres)
-    if not len(truth):
-        none = torch.zeros(cells, device=boxes.device)
-        return Assigned(none.long(), none.bool(), none)
     x, y = raw.centres[:, 0], raw.centres[:, 1]
-    edges = [x - truth[:, :1], y - truth[:, 1:2], truth[:, 2:3] - x, truth[:, 3:] - y]
-    inside = torch.stack(edges).amin(0) > 1e-6  # (m, A)
+    x0, y0, x1, y1 = truth[..., None].unbind(2)  # (b, m, 1)
+    inside = torch.stack([x - x0, y - y0, x1 - x, y1 - y]).amin(0) > 1e-6  # (b, m, A)
     finest = int((raw.strides == raw.strides[0]).sum())
-    middle = (truth[:, :2] + truth[:, 2:]) / 2
-    nearest = torch.cdist(middle, raw.centres[:finest]).argmin(1)
-    empty = ~inside.any(1)
-    inside[empty, nearest[empty]] = True
+    middle = (truth[..., :2] + truth[..., 2:]) / 2
+    nearest = torch.cdist(middle, raw.centres[:finest].expand(len(truth), -1, -1)).argmin(2, keepdim=True)
+    empty = ~inside.any(2, keepdim=True)
+    inside = inside.scatter(2, nearest, inside.gather(2, nearest) | empty) & (labels >= 0)[..., None]
 
-    overlap = box_iou(truth, boxes).nan_to_num(0).clamp(min=0)
-    merit = (probability.T[labels] ** alpha * overlap**beta).where(inside, 0)
-    best = merit.topk(min(top, cells), dim=1).indices
-    taken = torch.zeros_like(inside).scatter_(1, best, True) & inside
-    several = taken.sum(0) > 1
-    winner = overlap.where(taken, -1).argmax(0)
-    only = F.one_hot(winner, len(truth)).T.bool()
-    taken = torch.where(several, taken & only, taken)
+    overlap = _overlaps(truth, boxes)
+    score = probability.mT.gather(1, labels.clamp(min=0)[..., None].expand_as(overlap))
+    merit = (score**alpha * overlap**beta).where(inside, 0)
+    best = merit.topk(min(top, merit.shape[2]), dim=2).indices
+    taken = torch.zeros_like(inside).scatter(2, best, True) & inside
+    winner = overlap.where(taken, -1).argmax(1, keepdim=True)
+    taken &= torch.zeros_like(taken).scatter(1, winner, True)
 
-    positive = taken.any(0)
-    box = taken.long().argmax(0)
     merit, overlap = merit * taken, overlap * taken
     # a box of few pixels begins with an overlap of 1e-3 and a merit of 1e-19, and must learn all the same
-    soft = merit * overlap.amax(1, keepdim=True) / merit.amax(1, keepdim=True).clamp(min=1e-37)
-    return Assigned(box, positive, soft.amax(0))
+    soft = merit * overlap.amax(2, keepdim=True) / merit.amax(2, keepdim=True).clamp(min=1e-37)
+    return Assigned(taken.long().argmax(1), taken.any(1), soft.amax(1))
+
+
+def _overlaps(truth: Tensor, boxes: Tensor) -> Tensor:
+    """IoU of boxes (b, m, 4) with boxes (b, A, 4), (b, m, A); 0 where there is no area."""
+    ours, theirs = truth[:, :, None], boxes[:, None]
+    sides = torch.minimum(ours[..., 2:], theirs[..., 2:]) - torch.maximum(ours[..., :2], theirs[..., :2])
+    common = sides.clamp(min=0).prod(-1)
+    areas = (ours[..., 2:] - ours[..., :2]).prod(-1) + (theirs[..., 2:] - theirs[..., :2]).prod(-1)
+    return (common / (areas - common)).nan_to_num(0, 0, 0).clamp(min=0)
 
 
 def distribution_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -115,22 +117,19 @@ def detection_loss(raw: Raw, boxes: Tensor, labels: Tensor) -> dict[str, Tensor]
     """
     scores, predicted = raw.scores.float(), decoded(raw)
     soft = torch.zeros_like(scores)
-    box_loss = distribution = scores.new_zeros(())
-    for k in range(len(scores)):
-        held = labels[k] >= 0
-        truth, classes = boxes[k][held].float(), labels[k][held]
-        with torch.no_grad():
-            found = assign(scores[k].sigmoid(), predicted[k], raw, truth, classes)
-        if not len(truth):
-            continue
-        cells = found.positive.nonzero()[:, 0]
-        number, weight = found.box[cells], found.weight[cells]
-        soft[k, cells, classes[number]] = weight
-        box_loss = box_loss + (complete_box_iou_loss(predicted[k][cells], truth[number]) * weight).sum()
-        centres, strides = raw.centres[cells], raw.strides[cells, None]
-        sides = torch.cat([centres - truth[number, :2], truth[number, 2:] - centres], dim=1) / strides
-        losses = distribution_loss(raw.distances[k][cells].float(), sides)
-        distribution = distribution + (losses.mean(1) * weight).sum()
-    total = soft.sum().clamp(min=1)
+    if not labels.shape[1]:
+        score = F.binary_cross_entropy_with_logits(scores, soft, reduction="sum")
+        return {"score": score, "box": score.new_zeros(()), "distribution": score.new_zeros(())}
+    boxes = boxes.float()
+    with torch.no_grad():
+        found = assign(scores.sigmoid(), predicted, raw, boxes, labels)
+    image, cell = found.positive.nonzero(as_tuple=True)
+    number, weight = found.box[image, cell], found.weight[image, cell]
+    soft[image, cell, labels[image, number]] = weight
+    total, truth = weight.sum().clamp(min=1), boxes[image, number]
+    box = (complete_box_iou_loss(predicted[image, cell], truth) * weight).sum()
+    centres, strides = raw.centres[cell], raw.strides[cell, None]
+    sides = torch.cat([centres - truth[:, :2], truth[:, 2:] - centres], dim=1) / strides
+    distribution = (distribution_loss(raw.distances[image, cell].float(), sides).mean(1) * weight).sum()
     score = F.binary_cross_entropy_with_logits(scores, soft, reduction="sum")
-    return {"score": score / total, "box": box_loss / total, "distribution": distribution / total}
+    return {"score": score / total, "box": box / total, "distribution": distribution / total}
