@@ -22,11 +22,12 @@ Source: Lou, Fu & Yu (2025), A2Mamba, section 3.
 # No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
@@ -42,7 +43,7 @@ from .attentive import (
     window_attention,
 )
 from .pyramid import ChannelNorm
-from .settings import pyramid_cfg
+from .settings import create_pyramid, pyramid_cfg
 
 
 class AugmentedScan(nn.Module):
@@ -247,15 +248,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: A2Mamba) -> dict[str
     return published_names(state_dict, model, "rpb.2", r"\.rpb\.1$")
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> A2Mamba:
-    return build_model_with_cfg(
-        A2Mamba,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **options,
-    )
+_create = partial(create_pyramid, A2Mamba, checkpoint_filter_fn)
 
 
 default_cfgs = generate_default_cfgs(

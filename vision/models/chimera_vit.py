@@ -14,18 +14,19 @@ Source: Lahoti, Marwah, Puduppully & Gu (2025), Chimera, section 5 (images); see
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ...ssmcore.init import dt_bias_init
 from ..grid_mixer import Normalization, grid_mix
 from ..layers import init_linear_
 from ..scans import at_least_float32
-from .settings import token_cfg
+from .settings import create_tokens, token_cfg
 from .token_model import Block, TokenModel, fitted, unwrapped
 
 
@@ -189,15 +190,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ChimeraViT) -> dict[
     return fitted(unwrapped(state_dict), model)
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> ChimeraViT:
-    return build_model_with_cfg(
-        ChimeraViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **options,
-    )
+_create = partial(create_tokens, ChimeraViT, checkpoint_filter_fn)
 
 
 default_cfgs = generate_default_cfgs(

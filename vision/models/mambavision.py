@@ -25,19 +25,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..layers import drop_path_rates, init_linear_, pad_grid
 from ..scans import at_least_float32, selective_mix, short_conv
 from .pyramid import Head, Pyramid, Stage, check_per_stage
-from .settings import pyramid_cfg
+from .settings import create_pyramid, pyramid_cfg
 from .token_model import Block, Mlp, unwrapped
 
 
@@ -338,15 +339,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: MambaVision) -> dict
     return renamed
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> MambaVision:
-    return build_model_with_cfg(
-        MambaVision,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **options,
-    )
+_create = partial(create_pyramid, MambaVision, checkpoint_filter_fn)
 
 
 default_cfgs = generate_default_cfgs(

@@ -20,18 +20,19 @@ Source: Yang et al. (2024), PlainMamba, section 3.
 import math
 import re
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..layers import SNAKE4, PatchEmbed, check_image_size, init_linear_, pad_image, scan_order
 from ..scans import at_least_float32, raw_steps, selective_mix
-from .settings import token_cfg
+from .settings import create_tokens, token_cfg
 from .token_model import TokenModel, fitted, resampled_positions, unwrapped
 
 
@@ -328,15 +329,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PlainMamba) -> dict[
     return fitted(state, model)
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> PlainMamba:
-    return build_model_with_cfg(
-        PlainMamba,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **options,
-    )
+_create = partial(create_tokens, PlainMamba, checkpoint_filter_fn)
 
 
 default_cfgs = generate_default_cfgs(

@@ -18,11 +18,12 @@ Source: Fu, Lou & Yu (2025), SegMAN, section 3.2.
 # No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
@@ -37,7 +38,7 @@ from .attentive import (
     window_attention,
 )
 from .pyramid import ChannelNorm
-from .settings import pyramid_cfg
+from .settings import create_pyramid, pyramid_cfg
 from .vmamba import scan_four_ways
 
 
@@ -152,15 +153,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: SegMAN) -> dict[str,
     return published_names(state_dict, model, "rpb.1", r"^$")
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> SegMAN:
-    return build_model_with_cfg(
-        SegMAN,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **options,
-    )
+_create = partial(create_pyramid, SegMAN, checkpoint_filter_fn)
 
 
 default_cfgs = generate_default_cfgs(

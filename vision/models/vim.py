@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..scans import at_least_float32, raw_steps, selective_mix, short_conv
-from .settings import token_cfg
+from .settings import create_tokens, token_cfg
 from .token_model import Block, TokenModel, fitted, unwrapped
 
 
@@ -258,15 +259,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Te
     return fitted(state, model)
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> Vim:
-    return build_model_with_cfg(
-        Vim,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-        **options,
-    )
+_create = partial(create_tokens, Vim, checkpoint_filter_fn)
 
 
 default_cfgs = generate_default_cfgs(

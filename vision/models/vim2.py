@@ -19,16 +19,17 @@ Source: Behrouz, Santacatterina & Zabih (2024), MambaMixer, section 3. No code w
 # No postponed annotations here: TorchScript reads those of the functions that it leaves alone.
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ..layers import drop_path_rates, init_linear_
 from .pyramid import ChannelNorm, Head, Pyramid, check_per_stage
-from .settings import pyramid_cfg
+from .settings import create_pyramid, pyramid_cfg
 from .token_model import unwrapped
 from .vim import VimMixer
 from .vmamba import SS2D, ConvDown, ConvStem
@@ -229,15 +230,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ViM2) -> dict[str, T
     return unwrapped(state_dict)
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> ViM2:
-    return build_model_with_cfg(
-        ViM2,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **options,
-    )
+_create = partial(create_pyramid, ViM2, checkpoint_filter_fn)
 
 
 default_cfgs = generate_default_cfgs(

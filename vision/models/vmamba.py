@@ -29,18 +29,19 @@ Source: Liu et al. (2024), VMamba, sections 4 and 5.
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
 from ...ssmcore.init import a_log_init, dt_bias_init
 from ..layers import drop_path_rates, init_linear_, pad_grid
 from ..scans import at_least_float32, cross_mix
 from .pyramid import ChannelNorm, GridStage, Head, Pyramid, check_per_stage
-from .settings import pyramid_cfg
+from .settings import create_pyramid, pyramid_cfg
 from .token_model import Block, Mlp, unwrapped
 
 
@@ -300,15 +301,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: VMamba) -> dict[str,
     return state
 
 
-def _create(name: str, pretrained: bool, **options: Any) -> VMamba:
-    return build_model_with_cfg(
-        VMamba,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **options,
-    )
+_create = partial(create_pyramid, VMamba, checkpoint_filter_fn)
 
 
 _FIRST: dict[str, Any] = {"generation": 0, "d_state": 16, "ssm_ratio": 2.0, "mlp_ratio": 0.0}
