@@ -44,6 +44,8 @@ else:
     from .linear_scan.op import linear_scan as linear_scan
     from .overwriting import overwrite_states as overwrite_states
     from .packing import cu_seqlens_to_seq_idx as cu_seqlens_to_seq_idx
+    from .quasiseparable.blocks import HydraWeights as HydraWeights
+    from .quasiseparable.blocks import hydra_blocks as hydra_blocks
     from .quasiseparable.from_steps import quasiseparable_from_steps as quasiseparable_from_steps
     from .quasiseparable.op import quasiseparable as quasiseparable
     from .rotate import rotate_heads as rotate_heads
@@ -72,6 +74,7 @@ else:
         "ConvergenceError",
         "DagOrder",
         "GraphEdges",
+        "HydraWeights",
         "TokenTree",
         "TrapezoidState",
         "add_rounded_layer_norm",
@@ -94,6 +97,7 @@ else:
         "graph_edges",
         "graph_resolvent",
         "grid_scan",
+        "hydra_blocks",
         "linear_scan",
         "overwrite_states",
         "quasiseparable",

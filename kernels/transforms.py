@@ -94,7 +94,8 @@ def _seen(arguments: tuple[Any, ...]) -> bool:
         return True
     if _modes():
         return True
-    return not _PLAIN_CLASSES.issuperset(map(type, arguments))
+    flat = [one for each in arguments for one in (each if type(each) is list else (each,))]
+    return not _PLAIN_CLASSES.issuperset(map(type, flat))
 
 
 class _Unrecorded(torch.autograd.Function):

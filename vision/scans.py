@@ -33,6 +33,7 @@ __all__ = [
     "at_least_float32",
     "cross_mix",
     "gate_norm",
+    "hooked",
     "norm_for_product",
     "plain_scans",
     "quasiseparable_mix",
@@ -196,7 +197,13 @@ class LayerNormForProduct(torch.nn.LayerNorm):
 
 
 class PlainBlocks(torch.nn.Sequential):
-    """Blocks x + mixer(norm(x)); without gradients each sum is made together with the norm of the next block."""
+    """Blocks x + mixer(norm(x)); without gradients each sum is made together with the norm of the next block.
+
+    Attributes:
+        whole: Whether `joined` is worth it in compiled code, which joins sums and norms by itself.
+    """
+
+    whole = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass the stream through all blocks."""
@@ -208,8 +215,10 @@ class PlainBlocks(torch.nn.Sequential):
 
     @torch.jit.ignore
     def joinable(self, x: Tensor) -> bool:
-        """Whether nothing comes between one block's sum and the next one's norm, and a GPU runs it in eager mode."""
-        if not isinstance(x, Tensor) or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training:
+        """Whether nothing comes between one block's sum and the next one's norm, and its products are narrow."""
+        if not isinstance(x, Tensor) or torch.is_grad_enabled() or self.training:
+            return False
+        if torch.compiler.is_compiling() and not self.whole:
             return False
         if not autocast_enabled(x.device.type):
             return False
@@ -221,7 +230,7 @@ class PlainBlocks(torch.nn.Sequential):
             and not block.has_mlp
             and isinstance(block.scale, torch.nn.Identity)
             and not block.drop_path.training
-            and not any(map(_hooked, (block, block.norm, block.scale, block.drop_path)))
+            and not any(map(hooked, (block, block.norm, block.scale, block.drop_path)))
             for block in blocks
         )
 
@@ -236,7 +245,7 @@ class PlainBlocks(torch.nn.Sequential):
         return x + blocks[-1].mixer(inner)
 
 
-def _hooked(module: Any) -> bool:
+def hooked(module: Any) -> bool:
     """Whether somebody looks at what enters or leaves a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 

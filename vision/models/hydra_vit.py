@@ -20,9 +20,10 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from ...kernels import HydraWeights, hydra_blocks
 from ...ssmcore.mixers import Hydra
 from ..layers import init_linear_
-from ..scans import LayerNormForProduct, PlainBlocks, gate_norm, quasiseparable_mix, short_conv
+from ..scans import LayerNormForProduct, PlainBlocks, gate_norm, hooked, quasiseparable_mix, short_conv
 from .settings import token_cfg
 from .token_model import Block, Mlp, TokenModel, fitted, unwrapped
 
@@ -75,6 +76,62 @@ class NormGate(nn.Module):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate (..., d) by (..., d)."""
         return gate_norm(y, z, self.weight, self.eps)
+
+
+class HydraBlocks(PlainBlocks):
+    """Blocks whose mixers are `TokenHydra`; without gradients all are one call where the kernels allow it."""
+
+    whole = True
+
+    @torch.jit.ignore
+    def joined(self, x: Tensor) -> Tensor:
+        """The blocks one after another, the norms joined with sums or the blocks with each other."""
+        blocks = [_weights(block) for block in self]
+        if all(blocks):
+            first: Any = self[0]
+            y = hydra_blocks(
+                x,
+                blocks,  # type: ignore[arg-type]
+                headdim=first.mixer.headdim,
+                d_state=first.mixer.d_state,
+                eps=first.norm.eps,
+                gate_eps=first.mixer.norm.eps,
+            )
+            if y is not None:
+                return y
+        return super().joined(x)
+
+
+def _weights(block: Any) -> HydraWeights | None:
+    """Parameters of a block, None where its parts are not those that it was built with or somebody looks at them."""
+    mixer = block._modules["mixer"]
+    if type(mixer) is not TokenHydra or hooked(mixer):
+        return None
+    parts: Any = mixer._modules
+    for name, kind in _PARTS.items():
+        if type(parts[name]) is not kind or hooked(parts[name]):
+            return None
+    in_proj, conv, out_proj, of_x, gate = (parts[name]._parameters for name in _PARTS)
+    own: Any = mixer._parameters
+    norm = block._modules["norm"]._parameters
+    if in_proj["bias"] is not None or out_proj["bias"] is not None or conv["bias"] is None:
+        return None
+    return HydraWeights(
+        norm["weight"],
+        norm["bias"],
+        in_proj["weight"],
+        conv["weight"],
+        conv["bias"],
+        own["dt_bias"],
+        own["A_log"],
+        of_x["weight"],
+        own["D"],
+        gate["weight"],
+        out_proj["weight"],
+    )
+
+
+_PARTS = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "out_proj": nn.Linear, "fc_D": nn.Linear, "norm": NormGate}
 
 
 class HydraViT(TokenModel):
@@ -135,7 +192,7 @@ class HydraViT(TokenModel):
             **options,
         )
         if mlp_ratio <= 0:
-            self.blocks = PlainBlocks(*self.blocks)
+            self.blocks = HydraBlocks(*self.blocks)
         init_linear_(self)
 
 
