@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from omnissm.vision.data import CocoBoxes, MaskFolder
+from omnissm.vision.data import CocoBoxes, MaskFolder, dense_base
 from omnissm.vision.data.coco_file import CROWD, CUT, DEGENERATE, EMPTY, MISSING_IMAGE, UNKNOWN_CATEGORY
 from omnissm.vision.data.joint import Colours, View, fitted_size, train_view
 
@@ -201,6 +201,26 @@ def test_masks_and_images_of_one_name(masks):
     save(masks / "images" / "3.bmp", np.zeros((23, 31, 3)))
     with pytest.raises(ValueError, match=r"has 3.bmp and 3.png; names need different stems"):
         MaskFolder(masks, CLASSES).setup()
+
+
+def test_images_stay_in_memory_where_they_fit(coco, monkeypatch):
+    root, _ = coco
+    paths = [root / "images" / name for name in ("a.png", "b.png")]
+    assert dense_base.decoded_bytes(paths, 10**9) == 2 * 3 * 40 * 60
+    kept, read = (CocoBoxes(root, augment="none", in_memory=keep).part("train") for keep in (None, False))
+    assert (len(kept.pictures.kept), read.pictures.kept) == (3, None)
+    torch.testing.assert_close(kept[0][0], read[0][0])
+    monkeypatch.setattr(dense_base, "MOST_BYTES", 2 * 3 * 40 * 60)
+    assert CocoBoxes(root).part("train").pictures.kept is None
+    assert len(CocoBoxes(root, in_memory=True).part("train").pictures.kept) == 3
+
+
+def test_masks_stay_in_memory_beside_their_images(masks, monkeypatch):
+    part = MaskFolder(masks, CLASSES, val_share=0.2).part("train")
+    assert len(part.pictures.kept) == len(part.kept) == len(part)
+    monkeypatch.setattr(dense_base, "MOST_BYTES", 1000)
+    part = MaskFolder(masks, CLASSES, val_share=0.2).part("train")
+    assert part.pictures.kept is part.kept is None
 
 
 def test_unknown_pixels_and_palettes(masks):

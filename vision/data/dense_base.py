@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -19,6 +20,7 @@ from .joint import DenseAugment, View, train_view
 from .reading import read_image
 
 log = logging.getLogger(__name__)
+MOST_BYTES = 4 * 10**9  # of decoded images that are kept without being asked for
 
 OnBad = Literal["raise", "skip"]
 
@@ -33,7 +35,7 @@ class DenseData(SSMData):
         batch_size: Training images per batch and process.
         eval_batch_size: Others.
         num_workers: Processes that transform images.
-        in_memory: Keep decoded images.
+        in_memory: Keep decoded images and masks; None: of parts that take 4 GB at most.
         augment: "none", "flip", "cells" or "scenes", see `train_view`.
         augment_args: Changes of it.
         on_bad: "raise" at the first fault in the data, or "skip" what is faulty: counted, and named in the log.
@@ -56,7 +58,7 @@ class DenseData(SSMData):
         batch_size: int = 8,
         eval_batch_size: int = 8,
         num_workers: int = 0,
-        in_memory: bool = True,
+        in_memory: bool | None = None,
         augment: DenseAugment = "flip",
         augment_args: dict[str, Any] | None = None,
         on_bad: OnBad = "raise",
@@ -167,15 +169,30 @@ class Pictures:
 
     Args:
         paths: The files.
-        in_memory: Read all now and keep them.
+        in_memory: Read all now and keep them; None: if they take 4 GB at most.
+
+    Attributes:
+        kept: The images in memory; None where they are read anew each time.
     """
 
-    def __init__(self, paths: Sequence[Path], in_memory: bool) -> None:
+    def __init__(self, paths: Sequence[Path], in_memory: bool | None) -> None:
         self.paths = list(paths)
-        self.kept: list[Tensor] | None = [picture(path) for path in paths] if in_memory else None
+        keep = decoded_bytes(paths, MOST_BYTES) <= MOST_BYTES if in_memory is None else in_memory
+        self.kept: list[Tensor] | None = [picture(path) for path in paths] if keep else None
 
     def __call__(self, k: int) -> tv_tensors.Image:
         return tv_tensors.Image(self.kept[k] if self.kept is not None else picture(self.paths[k]))
+
+
+def decoded_bytes(paths: Sequence[Path], most: int) -> int:
+    """Bytes of images once they are decoded, from the heads of the files; counted no further than beyond `most`."""
+    total = 0
+    for path in paths:
+        with Image.open(path) as image:
+            total += 3 * image.width * image.height
+        if total > most:
+            break
+    return total
 
 
 def picture(path: Path) -> Tensor:

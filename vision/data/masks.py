@@ -194,7 +194,8 @@ class Masks(Dataset):
         self.paths = [path for path, _ in pairs]
         self.pictures = Pictures(self.paths, data.in_memory)
         self.mask_paths = [mask for _, mask in pairs]
-        self.kept = [read_mask(mask) for mask in self.mask_paths] if data.in_memory else None
+        keep = self.pictures.kept is not None
+        self.kept = [read_mask(mask) for mask in self.mask_paths] if keep else None
         self.view, self.fit = view, data.eval_view
 
     def __len__(self) -> int:
