@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
+from .patches import PatchConv2d
+
 __all__ = [
     "CROSS4",
     "SNAKE4",
@@ -168,7 +170,8 @@ class PatchEmbed(nn.Module):
         self.stride = stride or patch_size
         self.dynamic = dynamic
         self.grid_size = self.dynamic_feat_size(self.img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, self.stride, device=device, dtype=dtype)
+        kind = PatchConv2d if self.stride == patch_size else nn.Conv2d
+        self.proj = kind(in_chans, embed_dim, patch_size, self.stride, device=device, dtype=dtype)
 
     def feat_ratio(self) -> int:
         """Pixels per token along each axis."""
