@@ -182,11 +182,14 @@ def _ssd_bwd_links_kernel(
 
         entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
         leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        if BLOCK_P < 64 or BLOCK_N < 64:
+            passed = tl.sum(tl.sum(entering.to(ACC) * leaving.to(ACC), 1) * factor, 0)
         entering, entering_low = _halves(entering, PRECISION)
         leaving, leaving_low = _halves(leaving, PRECISION)
-        # The trace of this one is their product; tensor cores have the time.
-        both = _dot_nt(entering, entering_low, leaving, leaving_low, ACC, PRECISION)
-        passed = tl.sum(tl.sum(tl.where(p_own[:, None] == p_own[None, :], both, 0.0), 1) * factor, 0)
+        if BLOCK_P >= 64 and BLOCK_N >= 64:
+            # The trace of this one is their product; tensor cores have the time.
+            both = _dot_nt(entering, entering_low, leaving, leaving_low, ACC, PRECISION)
+            passed = tl.sum(tl.sum(tl.where(p_own[:, None] == p_own[None, :], both, 0.0), 1) * factor, 0)
         dx = _dot_nt(B, B_low, leaving, leaving_low, ACC, PRECISION)  # [s, p]
         dweight += tl.sum(dx * x.to(ACC), 1) * decay_out
         change = dweight

@@ -95,7 +95,7 @@ def run_gradients(
     if chunk or add:  # a search overwrites its results, and does not add to them
         run(first)
     else:
-        run(fastest("ssd gradient", gradient_alternatives(first, x), run, x.device, sizes=(*padded(x, n), x.dtype)))
+        run(fastest("ssd gradient", gradient_alternatives(first, x, n), run, x.device, sizes=(*padded(x, n), x.dtype)))
 
 
 def run_gradients_at_once(

@@ -20,6 +20,16 @@ class Tiles(NamedTuple):
     stages: int
 
 
+def narrow(headdim: int, state: int) -> bool:
+    """Whether a kernel must do without wgmma: wherever padded p or n is below 64. It then has one or two warps.
+
+    On tiles of fewer columns ptxas 12.8 mistakes registers when it addresses the operands of wgmma, which then reads
+    other numbers or beyond its memory, and Triton 3.6 reads beyond what it reserved. Triton emits wgmma for four warps
+    and more only.
+    """
+    return min(headdim, state) < 64
+
+
 @functools.cache
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "maps") for padded p and n.
@@ -30,21 +40,21 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
         return Tiles(128, 4, 1)
     if dtype == torch.float64:
         return Tiles(16, 4, 1)
-    if dtype == torch.float32 and headdim * state > 64 * 128:
-        return Tiles(16, 8, 1)
-    wide = headdim * state > 64 * 64
-    if dtype == torch.float32:
-        # On 64 rows of few columns ptxas 12.8 reads operands of wgmma from registers it has not set; 32 rows need none.
-        of_forward = Tiles(32 if wide or headdim < 64 else 64, 8, 1)
-        two_sided = Tiles(64, 8, 1)
-        if headdim < 64:
-            # With eight warps on 64 rows and few columns, Triton 3.6 reads beyond its shared memory on Hopper.
-            two_sided = Tiles(64, 4, 1) if state <= 64 else Tiles(32 if state == 128 else 16, 8, 1)
-        of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": of_forward, "two-sided": two_sided}
-        return of_kernel.get(kernel, Tiles(64, 8, 1))
+    exact = dtype == torch.float32
+    if narrow(headdim, state):
+        return Tiles(16 if exact and state > 128 else 32, 2, 1 if exact else 2)
     if headdim * state > 64 * 128:
-        return Tiles(32, 8, 1)
+        return Tiles(16 if exact else 32, 8, 1)
+    wide = headdim * state > 64 * 64
+    if exact:
+        of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": Tiles(32 if wide else 64, 8, 1)}
+        return of_kernel.get(kernel, Tiles(64, 8, 1))
     return ({"links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 3)} if wide else {}).get(kernel, Tiles(64, 4, 2))
+
+
+def _choices(headdim: int, state: int) -> tuple[int, int]:
+    """Numbers of warps that a search tries."""
+    return (2, 1) if narrow(headdim, state) else (4, 8)
 
 
 def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
@@ -52,9 +62,8 @@ def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> t
     first = tiles(kernel, headdim, state, dtype)
     if INTERPRETED or dtype == torch.float64:
         return (first,)
-    others = [Tiles(chunk, warps, stages) for chunk in (32, 64) for warps in (4, 8) for stages in (1, 2, 3)]
-    if dtype == torch.float32 and headdim < 64:  # what `tiles` avoids
-        others = [one for one in others if (one.chunk, one.warps) != (64, 8)]
+    warps = _choices(headdim, state)
+    others = [Tiles(chunk, count, stages) for chunk in (32, 64) for count in warps for stages in (1, 2, 3)]
     return first, *(one for one in others if one != first)
 
 
@@ -77,17 +86,18 @@ def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:
     )
 
 
-def gradient_alternatives(first: GradientTiles, x: Tensor) -> tuple[GradientTiles, ...]:
+def gradient_alternatives(first: GradientTiles, x: Tensor, n: int) -> tuple[GradientTiles, ...]:
     """What a search tries: first the tiles of the tables."""
     if INTERPRETED or x.dtype == torch.float64:
         return (first,)
+    some = _choices(*padded(x, n))
     others = [
-        GradientTiles(Tiles(chunk, warps, stages), Tiles(chunk, 4, of_maps), Tiles(chunk, of_sweep, 2), 1)
+        GradientTiles(Tiles(chunk, warps, stages), Tiles(chunk, some[0], of_maps), Tiles(chunk, of_sweep, 2), 1)
         for chunk in (32, 64)
-        for warps in (4, 8)
+        for warps in some
         for stages in (1, 2)
         for of_maps in (1, 2)
-        for of_sweep in (4, 8)
+        for of_sweep in some
     ]
     return first, *(one for one in others if one != first)
 

@@ -75,6 +75,6 @@ def test_ssd_with_a_search_gives_the_same(device, monkeypatch, tmp_path):
     monkeypatch.setenv("SSM_AUTOTUNE_CACHE", str(tmp_path / "tiles.json"))
     few = lambda first, *rest: (first, first._replace(stages=1))  # noqa: E731
     monkeypatch.setattr(triton_outputs, "alternatives", lambda *sizes: few(triton_tiles.tiles(*sizes)))
-    monkeypatch.setattr(triton_gradients, "gradient_alternatives", lambda first, x: (first, first))
+    monkeypatch.setattr(triton_gradients, "gradient_alternatives", lambda first, x, n: (first, first))
     check_op(SPEC, {"b": 2, "l": 200, "h": 2, "p": 16, "n": 16}, "triton", torch.float32, device)
     assert len(json.loads((tmp_path / "tiles.json").read_text())) == 2

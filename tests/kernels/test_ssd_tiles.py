@@ -1,0 +1,43 @@
+"""No kernel of the ssd family is compiled to wgmma on narrow tiles, where compilers get it wrong."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+SIZES = [(p, n) for p, n in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256)) if p * n <= 128 * 128]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """The module of the tables, as on a GPU."""
+    from omnissm.kernels.ssd import triton_tiles
+
+    monkeypatch.setattr(triton_tiles, "INTERPRETED", False)
+    triton_tiles.tiles.cache_clear()
+    yield triton_tiles
+    triton_tiles.tiles.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("p", "n"), SIZES)
+def test_tiles_of_fewer_than_64_columns_have_too_few_warps_for_wgmma(p, n, dtype, tables):
+    """Tables, what a search tries, and short chunks for gradients in float32; wgmma takes groups of four warps."""
+    x = torch.empty(1, 1, 1, p, dtype=dtype)
+    outputs = [tables.tiles(kernel, p, n, dtype) for kernel in ("fwd", "two-sided")]
+    outputs += tables.alternatives("fwd", p, n, dtype)
+    first = tables.gradient_tiles(x, n)
+    gradients = [first, *tables.gradient_alternatives(first, x, n), tables.gradient_tiles(x, n, 32)]
+    outputs += [one for tiles in gradients for one in tiles[:3]]
+    assert all((one.warps < 4) == (min(p, n) < 64) for one in outputs)
+    assert all(one.chunk % 16 == 0 for one in outputs)
+
+
+def test_padding_counts(tables):
+    """p = 33 and n = 40 become 64, which is wide; p = 32 stays narrow whatever n is."""
+    x = torch.empty(1, 1, 1, 33)
+    assert not tables.narrow(*tables.padded(x, 40))
+    assert tables.narrow(*tables.padded(x[..., :32], 256))
