@@ -1,0 +1,144 @@
+"""`hydra_blocks`: a stack of Hydra blocks in one call against the blocks one by one, and what it leaves to these."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from omnissm.kernels import HydraWeights, available_backends, hydra_blocks, use_backend
+from omnissm.kernels.testing import relative_error
+from omnissm.ssmcore import Hydra
+
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _triton(device):
+    if reason := available_backends(device)["triton"]:
+        pytest.skip(reason)
+    with use_backend("triton"):
+        yield
+
+
+def build(device, depth=3, d=16, **options):
+    """Blocks (norm, mixer) whose vectors are not what they start with."""
+    torch.manual_seed(0)
+    options = {"headdim": 8, "d_state": 8} | options
+    blocks = [nn.ModuleList([nn.LayerNorm(d, EPS), Hydra(d, **options)]).to(device) for _ in range(depth)]
+    for block in blocks:
+        for parameter in block.parameters():
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, parameter.mean().item(), 0.2)
+    return blocks
+
+
+def weights_of(blocks):
+    return [
+        HydraWeights(
+            norm.weight,
+            norm.bias,
+            mixer.in_proj.weight,
+            mixer.conv1d.weight,
+            mixer.conv1d.bias,
+            mixer.dt_bias,
+            mixer.A_log,
+            mixer.fc_D.weight,
+            mixer.D,
+            mixer.norm.weight,
+            mixer.out_proj.weight,
+        )
+        for norm, mixer in blocks
+    ]
+
+
+def stream(device, b, l, d):  # noqa: E741
+    return torch.randn(b, l, d, device=device, generator=torch.Generator(device).manual_seed(1))
+
+
+def run(x, weights, dtype=torch.bfloat16, headdim=8, d_state=8):
+    with torch.no_grad(), torch.autocast(x.device.type, dtype):
+        return hydra_blocks(x, weights, headdim=headdim, d_state=d_state, eps=EPS, gate_eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("b", "l", "depth", "d", "dtype", "options"),
+    [
+        (2, 20, 3, 16, torch.bfloat16, {}),
+        (1, 1, 2, 16, torch.float16, {}),
+        (1, 70, 1, 16, torch.float16, {"headdim": 4, "d_state": 5, "ngroups": 2, "d_conv": 3}),
+        (1, 257, 1, 8, torch.float16, {"headdim": 16, "d_state": 4}),
+        (1, 300, 1, 8, torch.float16, {"d_state": 16, "expand": 3, "ngroups": 3}),
+    ],
+)
+def test_blocks_one_by_one(device, b, l, depth, d, dtype, options):  # noqa: E741
+    blocks = build(device, depth, d, **options)
+    x = stream(device, b, l, d)
+    given = x.clone()
+    y = run(x, weights_of(blocks), dtype, blocks[0][1].headdim, blocks[0][1].d_state)
+    assert torch.equal(x, given)
+    expected = x.double()
+    with torch.no_grad(), use_backend("chunked"):
+        for norm, mixer in copy.deepcopy(blocks):
+            expected = expected + mixer.double()(norm.double()(expected))
+    assert y.dtype == torch.float32
+    assert relative_error(y - x, expected - x.double()) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+def test_weights_anywhere_in_memory(device):
+    blocks = build(device, 2)
+    x, weights = stream(device, 1, 9, 16), weights_of(blocks)
+    expected = run(x, weights)
+    moved = []
+    for block in weights:
+        parts = []
+        for one in block:
+            flat = torch.empty(one.numel() + 1, device=device)[1:]  # at no multiple of 16 bytes
+            parts.append(flat.copy_(one.detach().flatten()).view(one.shape))
+        moved.append(HydraWeights(*parts))
+    moved[1] = moved[1]._replace(in_proj=weights[1].in_proj.detach().mT.contiguous().mT)
+    assert torch.equal(run(x, moved), expected)
+    assert torch.equal(run(x.transpose(0, 1).contiguous().transpose(0, 1), weights), expected)
+
+
+@pytest.mark.parametrize("case", ["gradient", "wide", "parameters", "stream", "width", "class", "filter", "none"])
+def test_what_goes_block_by_block(device, case):
+    blocks = build(device, 1, 12 if case == "width" else 16, d_conv=1 if case == "filter" else 7)
+    x, weights = stream(device, 1, 3, 12 if case == "width" else 16), weights_of(blocks)
+    options = {"headdim": 8, "d_state": 8, "eps": EPS, "gate_eps": 1e-5}
+    if case == "parameters":
+        weights[0] = weights[0]._replace(D=weights[0].D.double())
+    if case == "class":
+
+        class Other(torch.Tensor):
+            pass
+
+        weights[0] = weights[0]._replace(D=weights[0].D.detach().as_subclass(Other))
+    if case == "stream":
+        x = x.bfloat16()
+    with torch.set_grad_enabled(case == "gradient"), torch.autocast(x.device.type, torch.bfloat16, case != "wide"):
+        y = hydra_blocks(x, [] if case == "none" else weights, **options)
+    assert (y is None) == (case != "filter")
+
+
+def test_shapes_that_disagree(device):
+    blocks = build(device, 2)
+    x, weights = stream(device, 1, 3, 16), weights_of(blocks)
+    wrong = [weights[0], weights[1]._replace(conv_bias=weights[1].conv_bias[1:])]
+    with pytest.raises(ValueError, match=r"`conv_bias` of block 1 has shape \(63,\), expected \(64,\)"):
+        run(x, wrong)
+    with pytest.raises(ValueError, match="4 heads of 4 channels and maps of 8 states do not make up 32"):
+        run(x, weights, headdim=4)
+    with pytest.raises(ValueError, match="maps of 5 states"):
+        run(x, weights, d_state=5)
+
+
+def test_opcheck_and_compiled(device):
+    from omnissm.kernels.quasiseparable.triton_blocks import hydra_blocks_triton
+
+    blocks = build(device, 2)
+    x, weights = stream(device, 1, 5, 16), weights_of(blocks)
+    flat = [one.detach() for block in weights for one in block]
+    torch.library.opcheck(hydra_blocks_triton, (x, flat, 8, 8, EPS, 1e-5, torch.bfloat16))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weights), run(x, weights))
