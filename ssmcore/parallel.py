@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import TokenTree
 from .drafts import PairDraft
-from .mixers.common import Mode, bidirectional_only, require_state
+from .mixers.common import Mode, require_causal, require_state
 from .states import PairState
 
 Merge = Literal["sum", "norm_mean", "adapter"]
@@ -93,7 +93,7 @@ class DoubleMixer(nn.Module):
         Raises:
             TypeError: if a mixer is not causal, or the state is of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         if state is not None:
             require_state(state, PairState)
         a, first = self.first.prefill(x, None if state is None else state.first, **arguments)  # type: ignore[operator]
@@ -106,7 +106,7 @@ class DoubleMixer(nn.Module):
         Raises:
             TypeError: if a mixer is not causal, or the state is of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         require_state(state, PairState)
         a, first = self.first.step(x, state.first)  # type: ignore[operator]
         b, second = self.second.step(x, state.second)  # type: ignore[operator]
@@ -118,7 +118,7 @@ class DoubleMixer(nn.Module):
         Raises:
             TypeError: if a mixer is not causal, or the state is of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         require_state(state, PairState)
         a, first = self.first.verify(x, state.first, tree)  # type: ignore[operator]
         b, second = self.second.verify(x, state.second, tree)  # type: ignore[operator]
@@ -126,7 +126,7 @@ class DoubleMixer(nn.Module):
 
     def init_state(self, batch: int, **options: Any) -> PairState:
         """State before the first position; options (`device`, `dtype`) go to both."""
-        self._require_causal()
+        require_causal(self)
         first, second = self.first.init_state(batch, **options), self.second.init_state(batch, **options)  # type: ignore[operator]
         return PairState(first, second)
 
@@ -147,10 +147,6 @@ class DoubleMixer(nn.Module):
     def state_numel(self) -> int:
         """Numbers in the states of one sequence."""
         return int(self.first.state_numel() + self.second.state_numel())  # type: ignore[operator]
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise bidirectional_only(self)
 
     def _merged(self, a: Tensor, b: Tensor) -> Tensor:
         if self.merge == "sum":

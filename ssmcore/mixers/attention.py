@@ -23,7 +23,6 @@ from .common import (
     MixerState,
     MixingMatrix,
     Mode,
-    bidirectional_only,
     check_input,
     check_state,
     convolve,
@@ -31,6 +30,7 @@ from .common import (
     lay_out,
     linear_flops,
     mixer_state,
+    require_causal,
     require_state,
     sequence_start,
     total_flops,
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         Raises:
             TypeError: if attention is not causal or the state of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model)
         layout = lay_out(x, mask, seq_idx, reset)
         begins = state is None
@@ -215,7 +215,7 @@ class Attention(nn.Module):
             ValueError: if a shape is wrong or the state does not fit.
             TypeError: if attention is not causal or the state of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model, "b")
         require_state(state, AttentionState)
         y, state = self.prefill(x[:, None], state)
@@ -236,7 +236,7 @@ class Attention(nn.Module):
             ValueError: if a shape is wrong or the state does not fit.
             TypeError: if attention is not causal or the state of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model)
         require_state(state, AttentionState)
         state = self._state(x, state, Layout())
@@ -273,7 +273,7 @@ class Attention(nn.Module):
             device: Where to create it.
             dtype: That of the activations.
         """
-        self._require_causal()
+        require_causal(self)
         like: dict[str, Any] = {"device": device or self.in_proj.weight.device}
         left, _ = self.window
         room = slots or 0 if left is None else left
@@ -287,7 +287,7 @@ class Attention(nn.Module):
         """The attention of every head, (b, h, l, l), acting on the values; keys of a state take part in the softmax."""
         check_input(x, self.d_model)
         if state is not None:
-            self._require_causal()
+            require_causal(self)
         layout = Layout()
         state = None if state is None else self._state(x, state, layout)
         q, k, v, _, _ = self._project(x, state, layout)
@@ -325,10 +325,6 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         """Shown by repr()."""
         return f"nheads={self.nheads}, kv_heads={self.kv_heads}, headdim={self.headdim}, window={self.window}"
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise bidirectional_only(self)
 
     def _state(self, x: Tensor, state: AttentionState | None, layout: Layout) -> AttentionState:
         if state is None:

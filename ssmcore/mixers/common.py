@@ -162,6 +162,16 @@ def bidirectional_only(mixer: nn.Module) -> TypeError:
     )
 
 
+def require_causal(mixer: Any) -> None:
+    """Check that a mixer with the attribute `causal` has a state.
+
+    Raises:
+        TypeError: if its outputs depend on later positions.
+    """
+    if not mixer.causal:
+        raise bidirectional_only(mixer)
+
+
 class MixingMatrix(NamedTuple):
     """A mixer's linear operator on one batch: outputs[t] = sum_s matrix[t, s] inputs[s] (+ from_state + offset).
 

@@ -24,19 +24,18 @@ from .common import (
     MixerState,
     MixingMatrix,
     Mode,
-    bidirectional_only,
     check_input,
     check_state,
     convolve,
     depthwise_conv,
-    lay_out,
     linear_flops,
     mixer_state,
     recurrence_dtype,
-    require_state,
+    require_causal,
     total_flops,
     wide,
 )
+from .rows import RowMixer
 
 
 @mixer_state
@@ -61,107 +60,22 @@ class MonarchState(MixerState):
     x: Tensor
 
 
-class _LongConv(nn.Module):
+class _LongConv(RowMixer):
     """What mixers by long convolution share; see the subclasses."""
 
     linear_in_x: ClassVar[bool] = True
-    varlen: ClassVar[bool] = True
-    d_model: int
     max_len: int
-    causal: bool
     D: nn.Parameter
-    out_proj: nn.Linear
-
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
-        """Mix whole sequences.
-
-        Args:
-            x: (b, l, d).
-            mask: True at real tokens, (b, l); contiguous in each row.
-            seq_idx: Numbers of packed sequences, (b, l), not decreasing.
-
-        Returns:
-            (b, l, d), zero at padding.
-        """
-        check_input(x, self.d_model)
-        layout = lay_out(x, mask, seq_idx)
-        return layout.restore(self._mix(layout.zero_padding(layout.align(x)), None, layout)[0])
-
-    def prefill(
-        self,
-        x: Tensor,
-        state: Any = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Like `forward`, going on from a state and returning the one after the last real token.
-
-        Args:
-            x: (b, l, d).
-            state: Of the positions before; None: none.
-            mask: True at real tokens, (b, l).
-            seq_idx: Numbers of packed sequences, (b, l); the state belongs to the first.
-            reset: True where the state is dropped first, (b, l).
-
-        Raises:
-            TypeError: if the mixer is two-sided or the state of another kind.
-        """
-        self._require_causal()
-        check_input(x, self.d_model)
-        layout = lay_out(x, mask, seq_idx, reset)
-        if state is None:
-            state = self.init_state(x.shape[0], device=x.device, dtype=self._dtype(x))
-        check_state(state, type(self).state_type, self._shapes(x.shape[0]), x.device)  # type: ignore[attr-defined]
-        y, state = self._mix(layout.zero_padding(layout.align(x)), state, layout)
-        return layout.restore(y), state
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One position, (b, d): products with the inputs held.
-
-        Raises:
-            ValueError: if a shape is wrong or the state does not fit.
-            TypeError: if the mixer is two-sided or the state of another kind.
-        """
-        self._require_causal()
-        check_input(x, self.d_model, "b")
-        require_state(state, type(self).state_type)  # type: ignore[attr-defined]
-        y, state = self.prefill(x[:, None], state)
-        return y[:, 0], state
-
-    def init_state(
-        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
-        """State before the first position; `dtype` is that of the activations."""
-        self._require_causal()
-        device, dtype = device or self.D.device, dtype or self.out_proj.weight.dtype
-        zeros = {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in self._shapes(batch).items()}
-        return type(self).state_type(**zeros)  # type: ignore[attr-defined]
-
-    def state_numel(self) -> int:
-        """Numbers in the state of one sequence."""
-        return sum(math.prod(shape) for shape in self._shapes(1).values()) if self.causal else 0
 
     def extra_repr(self) -> str:
         """Shown by repr()."""
         return f"max_len={self.max_len}, causal={self.causal}"
 
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise bidirectional_only(self)
-
     def _dtype(self, x: Tensor) -> torch.dtype:
         """float64 where the parameters are; under autocast its dtype; else that of the input."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        return torch.promote_types(x.dtype, self.out_proj.weight.dtype)
-
-    def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        raise TypeError(f"{type(self).__name__} is no mixer by itself.")
-
-    def _mix(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
-        raise TypeError(f"{type(self).__name__} is no mixer by itself.")
+        return super()._dtype(x)
 
     def _matrix(self, kernels: Tensor, D: Tensor, x: Tensor, before: Tensor | None) -> MixingMatrix:
         """The Toeplitz matrix of every channel, (1, d, l, l), acting on x (b, l, d)."""
@@ -243,7 +157,7 @@ class LongConv(_LongConv):
         """The Toeplitz matrix of every channel, (1, d, l, l), before activation and output map."""
         check_input(x, self.d_model)
         if state is not None:
-            self._require_causal()
+            require_causal(self)
             check_state(state, LongConvState, self._shapes(x.shape[0]), x.device)
         return self._matrix(self._kernels(), self.D, x, None if state is None else state.x)
 
@@ -380,7 +294,7 @@ class MonarchMixer(_LongConv):
         """The Toeplitz matrix of every channel, (1, d, l, l), on k v and before q; without the residual convolution."""
         check_input(x, self.d_model)
         if state is not None:
-            self._require_causal()
+            require_causal(self)
             check_state(state, MonarchState, self._shapes(x.shape[0]), x.device)
         _, kv, _ = self._project(x, None if state is None else state.conv, Layout())
         return self._matrix(_taps(self.filters), self.D, kv, None if state is None else state.kv)

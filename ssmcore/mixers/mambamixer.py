@@ -23,11 +23,11 @@ from .common import (
     ConvSSMState,
     MixerState,
     Mode,
-    bidirectional_only,
     check_input,
     check_state,
     lay_out,
     recurrence_dtype,
+    require_causal,
     require_state,
 )
 from .s6 import Mamba
@@ -194,7 +194,7 @@ class MambaMixer(nn.Module):
             TypeError: if the mixer is not causal or the state of another kind.
             ValueError: as for `forward`, or if the state does not fit.
         """
-        self._require_causal()
+        require_causal(self)
         if state is None:
             dtype = torch.promote_types(x.dtype, self.to_token[0].dtype)
             state = self.init_state(x.shape[0], device=x.device, dtype=None if dtype == torch.float64 else x.dtype)
@@ -208,7 +208,7 @@ class MambaMixer(nn.Module):
             ValueError: if a shape is wrong or the state does not fit.
             TypeError: if the mixer is not causal or the state of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model, "b")
         require_state(state, ConvSSMState)
         y, state = self.prefill(x[:, None], state)
@@ -218,7 +218,7 @@ class MambaMixer(nn.Module):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ConvSSMState:
         """State before the first position, one entry per layer behind the batch: that of `Mamba` with a layer axis."""
-        self._require_causal()
+        require_causal(self)
         like = self.to_token[0]
         device, dtype = device or like.device, dtype or like.dtype
         shapes = self._shapes(batch)
@@ -244,7 +244,7 @@ class MambaMixer(nn.Module):
             TypeError: for mode "decode" of a mixer that is not causal.
         """
         if mode == "decode":
-            self._require_causal()
+            require_causal(self)
         tokens = sum(mixer.flops(l, mode=mode) for mixer in self.tokens)  # type: ignore[operator]
         channels = sum(mixer.flops(1 if mode == "decode" else l) for mixer in self.channels)  # type: ignore[operator]
         return int(tokens + channels * (3 if mode == "train" else 1))
@@ -256,10 +256,6 @@ class MambaMixer(nn.Module):
     def extra_repr(self) -> str:
         """Shown by repr()."""
         return f"n_layer={self.n_layer}, causal={self.causal}" + ("" if self.causal else f", max_len={self.max_len}")
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise bidirectional_only(self)
 
     def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         each = self.tokens[0]._state_shapes(batch)  # type: ignore[operator]

@@ -26,13 +26,13 @@ from .common import (
     MixerState,
     MixingMatrix,
     Mode,
-    bidirectional_only,
     check_input,
     check_state,
     lay_out,
     linear_flops,
     mixer_state,
     recurrence_dtype,
+    require_causal,
     require_state,
     total_flops,
     wide,
@@ -181,7 +181,7 @@ class S4D(nn.Module):
         Raises:
             TypeError: if the mixer is two-sided or the state of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model)
         layout = lay_out(x, mask, seq_idx, reset)
         u = layout.zero_padding(layout.align(x))
@@ -206,7 +206,7 @@ class S4D(nn.Module):
             ValueError: if a shape is wrong or the state does not fit.
             TypeError: if the mixer is two-sided or the state of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model, "b")
         require_state(state, S4DState)
         log_A, B, C = self._discrete()
@@ -219,7 +219,7 @@ class S4D(nn.Module):
         self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> S4DState:
         """State before the first position; `dtype` is that of the activations."""
-        self._require_causal()
+        require_causal(self)
         shape = (batch, self.d_model, self.d_state // 2, 2)
         dtype = recurrence_dtype(dtype or self.out_proj.weight.dtype)
         return S4DState(torch.zeros(shape, device=device or self.D.device, dtype=dtype))
@@ -237,7 +237,7 @@ class S4D(nn.Module):
         matrix = matrix + torch.diag_embed(wide(self.D)[:, None].expand(-1, length))
         y, from_state = wide(self._convolve(x, Layout())), None
         if state is not None:
-            self._require_causal()
+            require_causal(self)
             log_A, _, C = self._discrete()
             h = torch.view_as_complex(self._state(x, state).ssm)
             from_state = self._from_state(h, log_A, C, Layout(), length)[..., None]
@@ -260,10 +260,6 @@ class S4D(nn.Module):
     def state_numel(self) -> int:
         """Real numbers in the state of one sequence."""
         return self.d_model * self.d_state if self.causal else 0
-
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise bidirectional_only(self)
 
     def _state(self, x: Tensor, state: S4DState | None) -> S4DState:
         if state is None:

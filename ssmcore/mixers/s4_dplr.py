@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..hippo import normal_form, perturbed_form
 from ..init import no_weight_decay
-from .common import Layout, MixingMatrix, Mode, check_input, lay_out, require_state, total_flops, wide
+from .common import Layout, MixingMatrix, Mode, check_input, lay_out, require_causal, require_state, total_flops, wide
 from .s4 import S4D, S4DState, _last_sequence
 
 S4Init = Literal["legs", "legt", "ptd"]
@@ -125,7 +125,7 @@ class S4(S4D):
         """Like `forward`, going on from a state; see `S4D.prefill`."""
         if self.P is None:
             return super().prefill(x, state, mask=mask, seq_idx=seq_idx, reset=reset)
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model)
         layout = lay_out(x, mask, seq_idx, reset)
         u, length = layout.zero_padding(layout.align(x)), x.shape[1]
@@ -149,7 +149,7 @@ class S4(S4D):
         """One position, (b, d), in O(n) per channel; see `S4D.step`."""
         if self.P is None:
             return super().step(x, state)
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model, "b")
         require_state(state, S4DState)
         ssm = self._state(x, state).ssm
@@ -163,7 +163,7 @@ class S4(S4D):
         found = super().mixing_matrix(x, state=state if self.P is None else None)
         if state is None or self.P is None:
             return found
-        self._require_causal()
+        require_causal(self)
         h = torch.view_as_complex(self._state(x, state).ssm)
         added = self._response(self._system(), h, Layout(), x.shape[1])[..., None].to(found.outputs.dtype)
         return found._replace(outputs=found.outputs + added, from_state=added)

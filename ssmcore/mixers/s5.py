@@ -24,16 +24,16 @@ from .common import (
     MixerState,
     MixingMatrix,
     Mode,
-    bidirectional_only,
     check_input,
     check_state,
-    lay_out,
     linear_flops,
     mixer_state,
     recurrence_dtype,
+    require_causal,
     total_flops,
     wide,
 )
+from .rows import RowMixer
 from .s4 import Discretization, discretize
 
 S5Init = Literal["lecun", "complex_normal"]
@@ -52,7 +52,7 @@ class S5State(MixerState):
     recurrent: ClassVar[tuple[str, ...]] = ("ssm",)
 
 
-class S5(nn.Module):
+class S5(RowMixer):
     """Sequence mixer with constant diagonal dynamics that all channels share, causal or two-sided.
 
     Args:
@@ -74,7 +74,6 @@ class S5(nn.Module):
     """
 
     linear_in_x: ClassVar[bool] = True
-    varlen: ClassVar[bool] = True
     state_type: ClassVar[type[MixerState]] = S5State
 
     def __init__(
@@ -139,53 +138,6 @@ class S5(nn.Module):
         """Parameters that weight decay must leave alone."""
         return (*self.lr_names(), "D")
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
-        """Mix whole sequences.
-
-        Args:
-            x: (b, l, d).
-            mask: True at real tokens, (b, l); contiguous in each row.
-            seq_idx: Numbers of packed sequences, (b, l), not decreasing.
-
-        Returns:
-            (b, l, d), zero at padding.
-        """
-        check_input(x, self.d_model)
-        layout = lay_out(x, mask, seq_idx)
-        y, _ = self._mix(layout.zero_padding(layout.align(x)), None, layout)
-        return layout.restore(self._out(y.to(x.dtype)))
-
-    def prefill(
-        self,
-        x: Tensor,
-        state: S5State | None = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, S5State]:
-        """Like `forward`, going on from a state.
-
-        Args:
-            x: (b, l, d).
-            state: Of the positions before; None: none.
-            mask: True at real tokens, (b, l).
-            seq_idx: Numbers of packed sequences, (b, l); the state belongs to the first.
-            reset: True where the state is dropped first, (b, l).
-
-        Returns:
-            (b, l, d), and the state after the last real token.
-
-        Raises:
-            TypeError: if the mixer is two-sided or the state of another kind.
-        """
-        self._require_causal()
-        check_input(x, self.d_model)
-        layout = lay_out(x, mask, seq_idx, reset)
-        start = layout.restart(torch.view_as_complex(self._state(x, state).ssm))
-        y, last = self._mix(layout.zero_padding(layout.align(x)), start, layout)
-        return layout.restore(self._out(y.to(x.dtype))), S5State(torch.view_as_real(last))
-
     def step(self, x: Tensor, state: S5State) -> tuple[Tensor, S5State]:
         """One position, (b, d).
 
@@ -193,22 +145,14 @@ class S5(nn.Module):
             ValueError: if a shape is wrong or the state does not fit.
             TypeError: if the mixer is two-sided or the state of another kind.
         """
-        self._require_causal()
+        require_causal(self)
         check_input(x, self.d_model, "b")
-        check_state(state, S5State, {"ssm": (x.shape[0], self.d_state // 2, 2)}, x.device)
+        check_state(state, S5State, self._shapes(x.shape[0]), x.device)
         log_A, B, C = self._discrete()
         h = torch.view_as_complex(state.ssm)
         h = h * log_A.exp().to(h.dtype) + _project_in(wide(x), B)
         y = _project_out(h, C[0]) + wide(self.D) * wide(x)
         return self._out(y.to(x.dtype)), S5State(torch.view_as_real(h))
-
-    def init_state(
-        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> S5State:
-        """State before the first position; `dtype` is that of the activations."""
-        self._require_causal()
-        dtype = recurrence_dtype(dtype or self.out_proj.weight.dtype)
-        return S5State(torch.zeros(batch, self.d_state // 2, 2, device=device or self.D.device, dtype=dtype))
 
     def mixing_matrix(self, x: Tensor, *, state: S5State | None = None) -> MixingMatrix:
         """The operator before activation and gate, (1, 1, l, d, l, d): every channel reads all channels."""
@@ -225,11 +169,12 @@ class S5(nn.Module):
             matrix = matrix + torch.where((lag <= 0)[..., None, None], kernels[1][-lag.clamp(max=0)], 0.0)
         start, from_state = None, None
         if state is not None:
-            self._require_causal()
-            start = torch.view_as_complex(self._state(x, state).ssm)
+            require_causal(self)
+            check_state(state, S5State, self._shapes(x.shape[0]), x.device)
+            start = torch.view_as_complex(state.ssm)
             responses = (log_A * torch.arange(1, length + 1, device=x.device)[:, None]).exp().to(start.dtype)
             from_state = _project_out(start[:, None] * responses, C[0])[..., None, None]
-        y, _ = self._mix(x, start, Layout())
+        y, _ = self._scan(x, start, Layout())
         matrix = matrix.movedim(2, 1)[None, None]  # (1, 1, t, i, s, j)
         return MixingMatrix(matrix, wide(x)[..., None, None], y[..., None, None], from_state)
 
@@ -241,19 +186,13 @@ class S5(nn.Module):
         parts = {"gate": linear_flops(self.out_proj), "maps": maps + 2 * self.d_model, "scan": 8 * half * sides}
         return positions * total_flops(parts, mode)
 
-    def state_numel(self) -> int:
-        """Real numbers in the state of one sequence."""
-        return self.d_state if self.causal else 0
+    def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return {"ssm": (batch, self.d_state // 2, 2)}
 
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise bidirectional_only(self)
-
-    def _state(self, x: Tensor, state: S5State | None) -> S5State:
-        if state is None:
-            return self.init_state(x.shape[0], device=x.device, dtype=torch.promote_types(x.dtype, self.D.dtype))
-        check_state(state, S5State, {"ssm": (x.shape[0], self.d_state // 2, 2)}, x.device)
-        return state
+    def _mix(self, x: Tensor, state: S5State | None, layout: Layout) -> tuple[Tensor, S5State]:
+        start = None if state is None else layout.restart(torch.view_as_complex(state.ssm))
+        y, last = self._scan(x, start, layout)
+        return self._out(y.to(x.dtype)), S5State(torch.view_as_real(last))
 
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
         """log A_ (n/2), B_ (n/2, d) and C (sides, d, n/2), complex."""
@@ -263,7 +202,7 @@ class S5(nn.Module):
         log_A, B = discretize(dt, A, torch.view_as_complex(wide(self.B)), self.discretization)
         return log_A[:, 0], B, torch.view_as_complex(wide(self.C))
 
-    def _mix(self, u: Tensor, start: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _scan(self, u: Tensor, start: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """Outputs before the activation (b, l, d), in at least float32, and the last state (b, n/2)."""
         log_A, B, C = self._discrete()
         u = wide(u)

@@ -25,17 +25,15 @@ from .common import (
     Layout,
     MixerState,
     Mode,
-    bidirectional_only,
     check_input,
-    check_state,
-    lay_out,
     linear_flops,
     mixer_state,
     recurrence_dtype,
-    require_state,
+    require_causal,
     total_flops,
     wide,
 )
+from .rows import RowMixer
 
 AttentionActivation = Literal["relu2", "softmax"]
 
@@ -60,7 +58,7 @@ class SeqBoatState(MixerState):
     integral: ClassVar[tuple[str, ...]] = ("count",)
 
 
-class SeqBoat(nn.Module):
+class SeqBoat(RowMixer):
     """Sequence mixer that attends among few tokens, causal or two-sided.
 
     Time and memory of a call are quadratic in the number of its active tokens (compiled code: of all).
@@ -82,7 +80,6 @@ class SeqBoat(nn.Module):
     """
 
     linear_in_x: ClassVar[bool] = False
-    varlen: ClassVar[bool] = True
     state_type: ClassVar[type[MixerState]] = SeqBoatState
 
     def __init__(
@@ -139,76 +136,6 @@ class SeqBoat(nn.Module):
         ema = ("delta", "alpha", "beta", "gamma", "omega")
         return (*ema, "qk_scale", "qk_bias", "distance_bias", "log_temperature")
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
-        """Mix whole sequences.
-
-        Args:
-            x: (b, l, d).
-            mask: True at real tokens, (b, l); contiguous in each row.
-            seq_idx: Numbers of packed sequences, (b, l), not decreasing.
-
-        Returns:
-            (b, l, d), zero at padding.
-        """
-        check_input(x, self.d_model)
-        layout = lay_out(x, mask, seq_idx)
-        return layout.restore(self._mix(layout.zero_padding(layout.align(x)), None, layout)[0])
-
-    def prefill(
-        self,
-        x: Tensor,
-        state: SeqBoatState | None = None,
-        *,
-        mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, SeqBoatState]:
-        """Like `forward`, going on from a state and returning the one after the last real token.
-
-        Args:
-            x: (b, l, d).
-            state: Of the positions before; None: none.
-            mask: True at real tokens, (b, l).
-            seq_idx: Numbers of packed sequences, (b, l); the state belongs to the first.
-            reset: True where the state is dropped first, (b, l).
-
-        Raises:
-            TypeError: if the mixer is two-sided or the state of another kind.
-            ValueError: if a shape is wrong or the state does not fit.
-        """
-        self._require_causal()
-        check_input(x, self.d_model)
-        layout = lay_out(x, mask, seq_idx, reset)
-        if state is None:
-            wide_dtype = torch.promote_types(x.dtype, self.mx_proj.weight.dtype)
-            state = self.init_state(x.shape[0], device=x.device, dtype=wide_dtype)
-        check_state(state, SeqBoatState, self._shapes(x.shape[0]), x.device)
-        y, after = self._mix(layout.zero_padding(layout.align(x)), state, layout)
-        return layout.restore(y), state if after is None else after
-
-    def step(self, x: Tensor, state: SeqBoatState) -> tuple[Tensor, SeqBoatState]:
-        """One position, (b, d).
-
-        Raises:
-            ValueError: if a shape is wrong or the state does not fit.
-            TypeError: if the mixer is two-sided or the state of another kind.
-        """
-        self._require_causal()
-        check_input(x, self.d_model, "b")
-        require_state(state, SeqBoatState)
-        y, state = self.prefill(x[:, None], state)
-        return y[:, 0], state
-
-    def init_state(
-        self, batch: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> SeqBoatState:
-        """State before the first position; `dtype` is that of the activations."""
-        self._require_causal()
-        device, dtype = device or self.omega.device, dtype or self.mx_proj.weight.dtype
-        kinds = {"ssm": recurrence_dtype(dtype), "k": dtype, "v": dtype, "count": torch.int64}
-        shapes = self._shapes(batch)
-        return SeqBoatState(**{name: torch.zeros(shapes[name], device=device, dtype=kinds[name]) for name in kinds})
-
     def mixing_matrix(self, x: Tensor, *, state: SeqBoatState | None = None) -> NoReturn:
         """Not of this mixer.
 
@@ -230,22 +157,16 @@ class SeqBoat(nn.Module):
         position = linear_flops(self.hx_proj, self.mx_proj, self.h_proj) + ema
         pair = 2 * (self.qk_dim + self.d_hidden)
         if mode == "decode":
-            self._require_causal()
+            require_causal(self)
             return position + pair * (self.window + 1)
         return total_flops({"positions": l * position, "attention": pair * l * l}, mode)
-
-    def state_numel(self) -> int:
-        """Numbers in the state of one sequence, the count of active tokens not among them."""
-        shapes = self._shapes(1)
-        return sum(math.prod(shapes[name]) for name in ("ssm", "k", "v")) if self.causal else 0
 
     def extra_repr(self) -> str:
         """Shown by repr()."""
         return f"n_ema={self.n_ema}, window={self.window}, activation={self.activation!r}, causal={self.causal}"
 
-    def _require_causal(self) -> None:
-        if not self.causal:
-            raise bidirectional_only(self)
+    def _weight(self) -> Tensor:
+        return self.mx_proj.weight
 
     def _shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         held = {"k": (batch, self.window, self.qk_dim), "v": (batch, self.window, self.d_hidden), "count": (batch,)}
