@@ -130,10 +130,9 @@ class YoloHead(nn.Module):
             nn.Sequential(ConvAct(c, score, 3), ConvAct(score, score, 3), nn.Conv2d(score, num_classes, 1))
             for c in channels
         )
-        for boxes, scores, stride in zip(self.boxes, self.scores, strides):
+        for boxes, scores in zip(self.boxes, self.scores):
             nn.init.ones_(boxes[-1].bias)  # type: ignore[index, arg-type]
-            likely = 5 / num_classes * (stride / 640) ** 2  # five objects per level in an image of 640 x 640
-            nn.init.constant_(scores[-1].bias, math.log(likely / (1 - likely)))  # type: ignore[index, arg-type]
+            nn.init.constant_(scores[-1].bias, -math.log(99))  # type: ignore[index, arg-type]
 
     def forward(self, levels: Sequence[Tensor]) -> Raw:
         """All cells of all levels, finest first, each level row by row."""
