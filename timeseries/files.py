@@ -248,7 +248,11 @@ def _read_dataset(path: Path, suffix: str, lazy: bool) -> xr.Dataset:
 def _read_table(path: Path, suffix: str, id_column: str | None) -> pd.DataFrame:
     if suffix == ".parquet":
         with _reading(path, "Parquet"):
-            return pd.read_parquet(path).pipe(_index_to_columns)
+            frame = pd.read_parquet(path).pipe(_index_to_columns)
+            for _, column in frame.items():
+                if pd.api.types.is_string_dtype(column.dtype):
+                    column.to_numpy()  # only here texts that are no UTF-8 show
+            return frame
     with _reading(path, "CSV"), path.open(newline="", encoding="utf-8-sig") as file:
         names = next(csv.reader(file), [])
     if len(set(names)) < len(names):  # pandas would rename the second one

@@ -263,15 +263,16 @@ def read_table(path: str) -> dict[str, list[Any]]:
 
         try:
             frame = pd.read_parquet(path)
+            columns = [frame.iloc[:, place].tolist() for place in range(frame.shape[1])]
         except (ImportError, PermissionError):
             raise
-        except Exception as error:  # Arrow's kinds of errors
+        except Exception as error:  # Arrow's kinds of errors; texts that are no UTF-8 show only in the second line
             raise ValueError(f"{path} is damaged or no Parquet file ({error}); fetch it again") from error
         if not frame.columns.is_unique:
             raise ValueError(
                 f"{path}: two columns are named {frame.columns[frame.columns.duplicated()][0]!r}; rename one"
             )
-        return {str(name): frame[name].tolist() for name in frame}
+        return dict(zip(map(str, frame.columns), columns))
     stem = path.removesuffix(".gz")
     if not stem.endswith((".csv", ".tsv")):
         raise ValueError(f"unknown kind of table {path!r}; expected .csv, .tsv (also .gz) or .parquet")

@@ -9,6 +9,7 @@ import torch
 from omnissm.__main__ import main
 from omnissm.genomics.annotation import read_features
 from omnissm.genomics.contigs import ContigMap
+from omnissm.genomics.data.labelled import read_table
 from omnissm.genomics.models.markov import MarkovModel
 from omnissm.genomics.reference import Reference
 from omnissm.genomics.scoring import score_variants
@@ -186,3 +187,18 @@ def test_a_model_that_does_not_fit_into_memory_is_one_line(tmp_path, monkeypatch
     assert main([*words, "--model.init_args.model_args", json.dumps({"d_model": 2**40})]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
+
+
+def test_parquet_text_that_is_no_utf8(tmp_path):
+    """Arrow finds out when a column becomes Python's texts, long after the file was read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"A\xff"))
+    pq.write_table(pa.table({"sequence": text}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="damaged or no Parquet file"):
+        read_table(str(tmp_path / "a.parquet"))
+    times = pa.array(["2024-01-01"])
+    pq.write_table(pa.table({"time": times, "unique_id": text, "value": [1.0]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet"):
+        read_series(tmp_path / "a.parquet", time="time")
