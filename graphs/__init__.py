@@ -6,6 +6,7 @@ from .batch import collate as collate
 from .conv import ChimeraConv as ChimeraConv
 from .encoders import depth_pe as depth_pe
 from .encoders import random_walk_pe as random_walk_pe
+from .encoders import sibling_pe as sibling_pe
 from .models import create_model as create_model
 from .models import list_models as list_models
 from .order import orient as orient
@@ -27,5 +28,6 @@ __all__ = [
     "prepare",
     "random_walk_pe",
     "rank_nodes",
+    "sibling_pe",
     "to_pyg",
 ]

@@ -108,7 +108,7 @@ def plot(
     chosen = prepare(
         chosen,
         orientation=None if chosen.is_directed else orientation,
-        **{name: prepared[name] for name in ("pe_steps", "depth_steps", "seed") if name in prepared},
+        **{name: prepared[name] for name in ("pe_steps", "depth_steps", "sibling_steps", "seed") if name in prepared},
     )
     source = str(synthetic or (data.name if data else ""))
     depth = int(plots.node_levels(chosen).max()) + 1 if chosen.num_nodes else 0

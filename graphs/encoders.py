@@ -1,4 +1,4 @@
-"""From features to vectors: categories by sums of embeddings, values by a linear map; positions by walks and depth."""
+"""From features to vectors: categories by sums of embeddings, values by a linear map; positions of nodes."""
 
 from __future__ import annotations
 
@@ -109,6 +109,34 @@ def depth_pe(edge_index: Tensor, num_nodes: int, steps: int) -> Tensor:
             " orientation, or depth_steps=0."
         )
     return torch.zeros(0, steps)
+
+
+def sibling_pe(edge_index: Tensor, num_nodes: int, steps: int) -> Tensor:
+    """Place of each node among the children of its parent as one of `steps` columns, (v, steps) float32.
+
+    Children are in the order of their numbers, from both ends: the first half of the columns counts the brothers before
+    a node, the second half those after it. Roots have zeros.
+
+    Args:
+        edge_index: Source (parent) and target (child) of each edge, (2, e); of several parents the highest counts.
+        num_nodes: Nodes v.
+        steps: Columns, an even number; farther places are in the last column of each half.
+
+    Raises:
+        ValueError: if `steps` is odd.
+    """
+    if steps % 2:
+        raise ValueError(f"the columns for places among siblings must be an even number, got {steps}.")
+    source, target = edge_index
+    parent = torch.full((num_nodes,), -1, dtype=torch.int64).scatter_reduce(0, target, source, "amax")
+    line = torch.argsort(parent, stable=True)
+    count = torch.bincount(parent + 1, minlength=num_nodes + 1)
+    before = torch.empty_like(parent)
+    before[line] = torch.arange(num_nodes) - (count.cumsum(0) - count)[parent[line] + 1]
+    after = count[parent + 1] - 1 - before
+    half = steps // 2
+    found = [torch.nn.functional.one_hot(place.clamp(max=half - 1), half) for place in (before, after)]
+    return torch.cat(found, dim=1).float() * (parent >= 0)[:, None]
 
 
 def feature_schema(graphs: Sequence[Graph]) -> dict[str, Any]:

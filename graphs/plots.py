@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dag_order
-from ..ssmcore.mixers import GraphSSM, graph_topology
+from ..ssmcore.mixers import graph_topology
 from ..ssmcore.training.checkpoints import write_atomic
 from .batch import Graph, collate
 from .models.graph_model import GraphModel
@@ -58,10 +58,10 @@ def influence(net: GraphModel, graph: Graph, layer: int = 0) -> Tensor:
     Raises:
         ValueError: if the model has no such state-space layer.
     """
-    mixers = [made.mixer for made in net.layers if isinstance(made, SSMLayer)]
+    mixers = [made.mixer for made in net.layers if isinstance(made, SSMLayer) and made.mixer is not None]
     if not -len(mixers) <= layer < len(mixers):
         raise ValueError(f"layer {layer} is not there; the model has {len(mixers)} state-space layers.")
-    mixer: GraphSSM = mixers[layer]
+    mixer = mixers[layer]
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = mixer.register_forward_pre_hook(lambda _, a, k: seen.append((a, k)), with_kwargs=True)
     try:

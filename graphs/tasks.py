@@ -34,6 +34,7 @@ class GraphPrediction(SSMTask):
         schema: What the graphs are, see `GraphData.schema`; taken from the data module on the command line.
         loss: For values: "mse", "mae" or "huber".
         class_weighted: Weigh classes by the share of the others in the batch, as the published runs on images do.
+        label_smoothing: Share of each class label that goes to all classes alike while training.
         optimizer: Called with the parameter groups.
         lr_scheduler: Called with the optimiser.
         compile: Compile the model.
@@ -50,6 +51,7 @@ class GraphPrediction(SSMTask):
         schema: dict[str, Any] | None = None,
         loss: Loss = "mse",
         class_weighted: bool = False,
+        label_smoothing: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         compile: bool = False,
@@ -61,11 +63,14 @@ class GraphPrediction(SSMTask):
             raise ValueError("a graph task needs a schema; give that of the data module, `data.schema`.")
         if loss not in _LOSSES:
             raise ValueError(f"loss must be one of {', '.join(_LOSSES)}, got {loss!r}.")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
         about = dict(schema)
         self.target = about.pop("target", "classes")
         if self.target not in _TARGETS:
             raise ValueError(f"target must be one of {', '.join(_TARGETS)}, got {self.target!r}.")
         self.model, self.loss, self.class_weighted = model, loss, class_weighted
+        self.label_smoothing = label_smoothing
         self.mean, self.scale = about.pop("mean", None), about.pop("scale", None)
         self.args: dict[str, Any] = {**about, **(model_args or {})}
         self.net = create_model(model, **self.args)
@@ -125,7 +130,10 @@ class GraphPrediction(SSMTask):
             if self.class_weighted:
                 count = torch.bincount(labels[labels >= 0], minlength=y.shape[1]).to(y.dtype)
                 weight = (count.sum() - count) / count.sum().clamp(min=1) * (count > 0)
-            total = F.cross_entropy(y, labels, weight=weight, ignore_index=-1, reduction="sum")
+            smoothing = self.label_smoothing if self.training else 0.0
+            total = F.cross_entropy(
+                y, labels, weight=weight, ignore_index=-1, reduction="sum", label_smoothing=smoothing
+            )
             known = labels >= 0
             size = known.sum() if weight is None else weight[labels[known]].sum()
             return total / size.clamp(min=1e-6)

@@ -45,6 +45,7 @@ class GraphData(SSMData):
             None: leave them.
         pe_steps: Length of the longest random walk of the positional features; 0: none.
         depth_steps: Columns of positional features that tell the depth of a node of a DAG; 0: none.
+        sibling_steps: Columns of positional features that tell a node's place among its siblings; 0: none.
         max_nodes: Leave out larger graphs.
         topology: Work out orders and sorted edges with each batch, as state-space layers need.
         clusters: Work out the clusters of nodes once for every graph, as models over hierarchical sequences need.
@@ -64,23 +65,23 @@ class GraphData(SSMData):
         orientation: Orientation | None = None,
         pe_steps: int = 0,
         depth_steps: int = 0,
+        sibling_steps: int = 0,
         max_nodes: int | None = None,
         topology: bool = True,
         clusters: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or min(pe_steps, depth_steps) < 0 or (max_nodes is not None and max_nodes < 1):
+        columns = {"pe_steps": pe_steps, "depth_steps": depth_steps, "sibling_steps": sibling_steps}
+        if batch_size < 1 or min(columns.values()) < 0 or (max_nodes is not None and max_nodes < 1):
             raise ValueError(
-                "batch_size and max_nodes must be positive, pe_steps and depth_steps not negative, got"
-                f" {batch_size}, {max_nodes}, {pe_steps}, {depth_steps}."
+                f"batch_size and max_nodes must be positive, {', '.join(columns)} not negative, got"
+                f" {batch_size}, {max_nodes}, {', '.join(map(str, columns.values()))}."
             )
         if orientation is not None and orientation not in get_args(Orientation):
             raise ValueError(f"orientation must be one of {', '.join(get_args(Orientation))}, got {orientation!r}.")
         self.batch_size, self.num_workers, self.topology, self.clusters = batch_size, num_workers, topology, clusters
-        self.preparation: dict[str, Any] = {
-            "orientation": orientation, "pe_steps": pe_steps, "depth_steps": depth_steps, "seed": seed
-        }  # fmt: skip
+        self.preparation: dict[str, Any] = {"orientation": orientation, **columns, "seed": seed}
         self.max_nodes, self.seed = max_nodes, seed
         self._parts: dict[str, list[Graph]] = {}
         self._schema: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from .layers import View
 from .message_passing import add_up
 
 Level = Literal["graph", "node", "link"]
-Readout = Literal["mean", "sum", "sinks"]
+READOUTS = ("mean", "sum", "max", "sinks")
 
 
 class GraphModel(nn.Module):
@@ -33,9 +33,11 @@ class GraphModel(nn.Module):
         level: What is predicted: "graph", "node" or "link" (pairs of nodes, by the inner product of their vectors).
         d_model: Width.
         n_layer: Layers.
-        readout: How nodes become a graph: "mean", "sum", or "sinks": the mean over nodes without an edge leaving them.
+        readout: How nodes become a graph: "mean", "sum", "max", or "sinks": the mean over nodes without an edge leaving
+            them; several joined by "+", such as "mean+max", are laid side by side.
         head_layers: Linear maps in the head.
         dropout: Share of channels set to zero.
+        node_dropout: Share of nodes whose features are hidden while training; positions and edges stay.
         **options: Of the layers.
 
     Raises:
@@ -55,20 +57,27 @@ class GraphModel(nn.Module):
         level: Level = "graph",
         d_model: int = 64,
         n_layer: int = 4,
-        readout: Readout = "mean",
+        readout: str = "mean",
         head_layers: int = 2,
         dropout: float = 0.0,
+        node_dropout: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, value, choices in (("level", level, Level), ("readout", readout, Readout)):
-            if value not in get_args(choices):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
+        if level not in get_args(Level):
+            raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}.")
+        self.readouts = tuple(str(readout).split("+"))
+        if not set(self.readouts) <= set(READOUTS) or len(set(self.readouts)) < len(self.readouts):
+            raise ValueError(
+                f"readout must be one of {', '.join(READOUTS)}, or several joined by '+', each once; got {readout!r}."
+            )
+        if not 0 <= node_dropout < 1:
+            raise ValueError(f"node_dropout must be at least 0 and below 1, got {node_dropout}.")
         if level == "link" and num_outputs != 1:
             raise ValueError(f"pairs of nodes have one output, their inner product; got num_outputs={num_outputs}.")
         if min(d_model, n_layer, num_outputs, head_layers) < 1:
             raise ValueError("d_model, n_layer, num_outputs and head_layers must be positive.")
-        self.level, self.readout, self.num_outputs, self.d_model = level, readout, num_outputs, d_model
+        self.level, self.num_outputs, self.d_model, self.node_dropout = level, num_outputs, d_model, node_dropout
         self.node_encoder = FeatureEncoder(d_model, node_vocab, node_features)
         self.pe_encoder = nn.Linear(pe, d_model) if pe else None
         has_edges = bool(edge_vocab) or edge_features > 0
@@ -80,9 +89,11 @@ class GraphModel(nn.Module):
         self.direction = nn.Parameter(torch.randn(2, d_model) * 0.1) if uses_edges else None  # with, against an edge
         self.norm = RMSNorm(d_model)
         parts: list[nn.Module] = []
+        width = d_model * (len(self.readouts) if level == "graph" else 1)
         for _ in range(head_layers - 1):
-            parts += [nn.Linear(d_model, d_model), nn.GELU(), nn.Dropout(dropout)]
-        self.head = nn.Sequential(*parts, nn.Linear(d_model, d_model if level == "link" else num_outputs))
+            parts += [nn.Linear(width, d_model), nn.GELU(), nn.Dropout(dropout)]
+            width = d_model
+        self.head = nn.Sequential(*parts, nn.Linear(width, d_model if level == "link" else num_outputs))
 
     def no_decay_names(self) -> tuple[str, ...]:
         """Parameters that weight decay must leave alone."""
@@ -133,6 +144,8 @@ class GraphModel(nn.Module):
     def encode(self, batch: GraphBatch) -> tuple[Tensor, Tensor, View]:
         """What enters the first layer: nodes (v, d_model), edges (m, d_model), and the view of the batch."""
         x = self.node_encoder(batch.x, batch.num_nodes)
+        if self.training and self.node_dropout:
+            x = x * (torch.rand(len(x), 1, device=x.device) >= self.node_dropout)
         if self.pe_encoder is not None:
             if batch.pe is None:
                 raise ValueError("the model takes positional features, and the batch has no `pe`.")
@@ -152,11 +165,17 @@ class GraphModel(nn.Module):
         return x, edges, View(both, batch.batch, batch.ptr, topology, count, clusters)
 
     def pool(self, x: Tensor, batch: GraphBatch) -> Tensor:
-        """Vectors of the graphs, (graphs, d_model), from those of the nodes; zero for a graph without nodes."""
-        if self.readout == "sum":
+        """Vectors of the graphs, (graphs, readouts * d_model), from those of the nodes; zero for one without nodes."""
+        return torch.cat([self._read_out(x, batch, how) for how in self.readouts], dim=1)
+
+    def _read_out(self, x: Tensor, batch: GraphBatch, how: str) -> Tensor:
+        if how == "sum":
             return add_up(x, batch.batch, batch.num_graphs)
+        if how == "max":
+            rows = x.new_zeros(batch.num_graphs, x.shape[1])
+            return rows.scatter_reduce(0, batch.batch[:, None].expand_as(x), x, "amax", include_self=False)
         weight = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
-        if self.readout == "sinks":
+        if how == "sinks":
             leaving = torch.bincount(batch.edge_index[0], minlength=len(x))
             weight = (leaving == 0).to(x.dtype)[:, None]
         total = add_up(torch.cat([x * weight, weight], dim=1), batch.batch, batch.num_graphs)

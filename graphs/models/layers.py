@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ssmcore import RMSNorm
-from ...ssmcore.mixers import GraphSSM, GraphTopology
+from ...ssmcore.mixers import GraphSSM, GraphTopology, Hydra
 from .message_passing import GCN, GINE, GatedGCN, GraphAttention
 
 Local = Literal["none", "gcn", "gine", "gated_gcn"]
+Along = Literal["edges", "order", "both"]
 
 
 class View(NamedTuple):
@@ -164,34 +165,52 @@ class SSMLayer(nn.Module):
         d_model: Width.
         local: Message passing before the mixer: "none", "gcn", "gine" or "gated_gcn", which updates the edges that the
             mixer's steps read.
+        along: What states follow: "edges": the graph's, by `GraphSSM`; "order": the nodes of a graph in the order of
+            their numbers, both ways, by Hydra; "both": the order after the edges. Of a tree whose nodes are numbered
+            depth first the order is its text, which the edges do not tell. Numbers matter then: renumbered nodes give
+            other answers.
         has_edges: Whether edges have features; else only "gated_gcn" gives the mixer any.
         mlp: Inner width of the MLP over `d_model`; 0 for none.
         dropout: Share of channels set to zero.
-        **mixer: Options of `GraphSSM`.
+        **mixer: Options of `GraphSSM`; Hydra takes `d_state`, `headdim` and `expand` from them.
 
-    Source: Lahoti, Marwah, Puduppully & Gu (2025), the graph model of section 5, with norms per node.
+    Raises:
+        ValueError: if an option is unknown.
+
+    Source: Lahoti, Marwah, Puduppully & Gu (2025), the graph model of section 5, with norms per node; Hwang, Lahoti,
+    Dao & Gu (2024) for the order.
     """
-
-    uses_topology = True
 
     def __init__(
         self,
         d_model: int,
         *,
         local: Local = "none",
+        along: Along = "edges",
         has_edges: bool = False,
         mlp: int = 2,
         dropout: float = 0.0,
         **mixer: Any,
     ) -> None:
         super().__init__()
-        if local not in get_args(Local):
-            raise ValueError(f"local must be one of {', '.join(get_args(Local))}, got {local!r}.")
+        for name, value, choices in (("local", local, Local), ("along", along, Along)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
         self.local = None if local == "none" else MessageLayer(d_model, kind=local, dropout=dropout)
-        self.norm = RMSNorm(d_model)
-        in_steps = has_edges or local == "gated_gcn"
-        self.uses_edges = in_steps or local == "gine"
-        self.mixer = GraphSSM(d_model, d_edge=d_model if in_steps else None, **mixer)
+        self.uses_topology = along != "order"
+        in_steps = self.uses_topology and (has_edges or local == "gated_gcn")
+        self.uses_edges = in_steps or local in ("gine", "gated_gcn")
+        self.norm: RMSNorm | None = None
+        self.mixer: GraphSSM | None = None
+        if self.uses_topology:
+            self.norm = RMSNorm(d_model)
+            self.mixer = GraphSSM(d_model, d_edge=d_model if in_steps else None, **mixer)
+        self.order_norm: RMSNorm | None = None
+        self.order_mixer: Hydra | None = None
+        if along != "edges":
+            sizes = {"d_state": 16, "headdim": 16, "expand": 1}
+            sizes |= {name: mixer[name] for name in sizes if name in mixer}
+            self.order_norm, self.order_mixer = RMSNorm(d_model), Hydra(d_model, **sizes)
         self.dropout = nn.Dropout(dropout)
         self.mlp = FeedForward(d_model, mlp, dropout) if mlp else None
 
@@ -199,7 +218,11 @@ class SSMLayer(nn.Module):
         """New nodes (v, d) and edges (m, d)."""
         if self.local is not None:
             x, edges = self.local(x, edges, view)
-        assert view.topology is not None
-        edge_attr = None if self.mixer.d_edge is None else edges[: view.num_edges]
-        x = x + self.dropout(self.mixer(self.norm(x), view.topology, edge_attr=edge_attr))
+        if self.mixer is not None and self.norm is not None:
+            assert view.topology is not None
+            edge_attr = None if self.mixer.d_edge is None else edges[: view.num_edges]
+            x = x + self.dropout(self.mixer(self.norm(x), view.topology, edge_attr=edge_attr))
+        if self.order_mixer is not None and self.order_norm is not None and len(x):
+            line = self.order_mixer(self.order_norm(x)[None], seq_idx=view.batch[None])
+            x = x + self.dropout(line[0])
         return x if self.mlp is None else self.mlp(x), edges

@@ -53,7 +53,7 @@ def test_shapes_and_gradients(name, level):
 
 
 @pytest.mark.parametrize("name", list_models())
-@pytest.mark.parametrize("readout", ["mean", "sum", "sinks"])
+@pytest.mark.parametrize("readout", ["mean", "sum+max", "sinks"])
 def test_alone_and_in_a_batch(name, readout):
     net = create_model(name, **options(name, readout=readout)).double().eval()
     graphs = graphs_for(name)
@@ -72,6 +72,53 @@ def test_renaming_nodes_and_shuffling_edges(name):
     x = torch.empty_like(one.x).index_copy(0, names, one.x)
     other = replace(one, x=x, edge_index=names[one.edge_index][:, edges], edge_attr=one.edge_attr[edges])
     torch.testing.assert_close(net(other)[names], net(one))
+
+
+def test_readouts_lie_side_by_side():
+    net = create_model("gcn", **options("gcn", readout="mean+max+sum"))
+    batch = collate(graphs_for("gcn"))
+    x = torch.randn(batch.num_nodes, 16)
+    mean, top, total = net.pool(x, batch).split(16, dim=1)
+    for k, nodes in enumerate(torch.tensor_split(x, batch.ptr[1:-1])):
+        expected = (nodes.mean(0), nodes.amax(0), nodes.sum(0)) if len(nodes) else (torch.zeros(16),) * 3
+        for found, one in zip((mean[k], top[k], total[k]), expected):
+            torch.testing.assert_close(found, one)
+    for wrong in ("median", "mean+mean", "mean+"):
+        with pytest.raises(ValueError, match=r"readout must be one of mean, sum, max, sinks, or several"):
+            create_model("gcn", **options("gcn", readout=wrong))
+
+
+def test_hidden_nodes_keep_their_positions():
+    net = create_model("mlp", **options("mlp", pe=3, node_dropout=0.5))
+    one = replace(graph(400, 0), pe=torch.randn(400, 3))
+    seen, hidden = net.eval().encode(collate([one]))[0], net.train().encode(collate([one]))[0]
+    same, bare = (hidden == seen).all(1), (hidden == net.pe_encoder(one.pe)).all(1)
+    assert bool((same ^ bare).all())
+    assert 140 < int(bare.sum()) < 260
+    with pytest.raises(ValueError, match="node_dropout must be at least 0 and below 1, got 1"):
+        create_model("mlp", **options("mlp", node_dropout=1.0))
+
+
+@pytest.mark.parametrize("along", ["order", "both"])
+@pytest.mark.parametrize("name", ["dag_gine_tiny", "chimera_graph_tiny"])
+def test_states_along_the_order_of_nodes(name, along):
+    """Nodes without edges tell each other something, within their graph and by their numbers."""
+    net = create_model(name, **options(name, along=along, level="node")).double().eval()
+    graphs = graphs_for(name)
+    y = net(collate(graphs))
+    torch.testing.assert_close(y, torch.cat([net(one) for one in graphs]))
+    bare = graph(9, 0)
+    first = replace(bare, x=torch.cat([(bare.x[:1] + 1) % 3, bare.x[1:]]))
+    assert ((net(first) - net(bare)).abs().amax(1) > 1e-9).all()
+    turned = replace(bare, x=bare.x.flip(0))
+    assert not torch.allclose(net(turned).flip(0), net(bare))
+    edges = create_model(name, **options(name, along="edges", level="node")).double().eval()
+    assert int(((edges(first) - edges(bare)).abs().amax(1) > 1e-9).sum()) == 1
+    y.sum().backward()
+    unused = {"layers.1.local.conv.edge_norm.weight"} if (name, along) == ("chimera_graph_tiny", "order") else set()
+    assert {key for key, p in net.named_parameters() if p.grad is None} == unused
+    with pytest.raises(ValueError, match="along must be one of edges, order, both, got 'line'"):
+        create_model(name, **options(name, along="line"))
 
 
 @pytest.mark.parametrize("name", list_models())

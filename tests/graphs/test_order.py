@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from omnissm.graphs import Graph, depth_pe, orient, prepare, random_walk_pe, rank_nodes
+from omnissm.graphs import Graph, depth_pe, orient, prepare, random_walk_pe, rank_nodes, sibling_pe
 from omnissm.kernels import dag_order
 
 WAYS = ["input", "bfs", "degree", "random"]
@@ -88,6 +88,24 @@ def test_depth_is_the_longest_path():
     assert depth_pe(edges[:, :0], 0, 3).shape == (0, 3)
     with pytest.raises(ValueError, match=r"depth_steps=3 needs graphs without cycles.*6 nodes has a cycle"):
         depth_pe(torch.cat([edges, torch.tensor([[4], [0]])], dim=1), 6, 3)
+
+
+def test_places_among_siblings():
+    """0 has children 1, 2, 3, and 2 has 5, 4: as the numbers say, not as edges are stored."""
+    edges = torch.tensor([[0, 0, 0, 2, 2], [3, 1, 2, 5, 4]])
+    eye = torch.eye(2)
+    before, after = eye[[0, 0, 1, 1, 0, 1]], eye[[0, 1, 1, 0, 1, 0]]
+    expected = torch.cat([before, after], dim=1)
+    expected[0] = 0
+    assert torch.equal(sibling_pe(edges, 6, 4), expected)
+    wide = sibling_pe(edges, 6, 6)
+    assert wide[:, :3].argmax(1).tolist() == [0, 0, 1, 2, 0, 1]
+    assert wide[1:, 3:].argmax(1).tolist() == [2, 1, 0, 1, 0]
+    assert sibling_pe(edges[:, :0], 0, 4).shape == (0, 4)
+    graph = Graph(torch.zeros(6, 1), edges)
+    assert torch.equal(prepare(graph, depth_steps=3, sibling_steps=4).pe[:, 3:], expected)
+    with pytest.raises(ValueError, match="must be an even number, got 3"):
+        sibling_pe(edges, 6, 3)
 
 
 def test_prepared_in_order():

@@ -43,6 +43,17 @@ def test_classes_are_weighted_by_the_others():
     torch.testing.assert_close(task.mean_loss(y, labels), (each * weight).sum() / weight.sum())
 
 
+def test_labels_are_smoothed_while_training():
+    task = task_for("classes", 2, label_smoothing=0.2)
+    y, labels = torch.tensor([[2.0, 0], [0.0, 1.0], [5.0, 5.0]]), torch.tensor([0, 1, -1])
+    logs = y.log_softmax(1)
+    plain = -(logs[0, 0] + logs[1, 1]) / 2
+    torch.testing.assert_close(task.train().mean_loss(y, labels), 0.8 * plain - 0.2 * logs[:2].mean())
+    torch.testing.assert_close(task.eval().mean_loss(y, labels), plain)
+    with pytest.raises(ValueError, match="label_smoothing must be at least 0 and below 1, got 1"):
+        task_for("classes", 2, label_smoothing=1.0)
+
+
 def test_metrics_are_of_the_whole_part():
     task = task_for("binary", 2)
     y = torch.tensor([[0.1, 0.0], [0.4, 1.0], [0.35, 2.0], [0.8, 3.0]])
