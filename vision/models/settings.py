@@ -38,13 +38,13 @@ def pyramid_cfg(paper: str, first_conv: str, classifier: str, **changes: Any) ->
 
 
 def create_tokens(
-    model: type[M], filter_fn: Callable[..., dict[str, Tensor]], name: str, pretrained: bool, **options: Any
+    model: type[M], filter_fn: Callable[..., dict[str, Tensor]] | None, name: str, pretrained: bool, **options: Any
 ) -> M:
     """timm's way to a token model; `features_only=True` takes its levels by the model's own method.
 
     Args:
         model: Its class.
-        filter_fn: From the weights of a file and a model to that model's weights.
+        filter_fn: From the weights of a file and a model to that model's weights; None where names agree.
         name: Registered name.
         pretrained: Whether to load weights.
         **options: Of the model, or of timm's builder.
@@ -54,7 +54,7 @@ def create_tokens(
 
 
 def create_pyramid(
-    model: type[M], filter_fn: Callable[..., dict[str, Tensor]], name: str, pretrained: bool, **options: Any
+    model: type[M], filter_fn: Callable[..., dict[str, Tensor]] | None, name: str, pretrained: bool, **options: Any
 ) -> M:
     """The same for a pyramid, whose stages are its levels; arguments as of `create_tokens`."""
     levels = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
