@@ -133,8 +133,8 @@ def try_wheel(case: str, wheel: Path, source: Path, tests: list[str], version: s
         work.mkdir()
         call("uv", "venv", "-q", "--python", python, env, cwd=folder)
         uv = ("--python", env / "bin" / "python")
-        options = ("--extra", "test", "--resolution", resolution, *uv)
-        call("uv", "pip", "compile", "-q", "-o", pins, *options, source / "pyproject.toml", cwd=folder)
+        wanted = ("--extra", "test", "--resolution", resolution, *uv)
+        call("uv", "pip", "compile", "-q", "-o", pins, *wanted, source / "pyproject.toml", cwd=folder)
         call("uv", "pip", "install", "-q", *uv, "-r", pins, wheel, cwd=folder)
         call("uv", "pip", "check", *uv, cwd=folder)
 
@@ -154,7 +154,8 @@ def try_wheel(case: str, wheel: Path, source: Path, tests: list[str], version: s
         for domain, config in CONFIGS.items():
             command = (omnissm, domain, "fit", "-c", f"{domain}/{config}", "-c", "trainer/cpu_smoke")
             step(f"fit {domain}", lambda command=command: call(*command, cwd=work)[:0])
-        pytest = (env / "bin" / "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *tests)
+        options = ("-q", "-p", "no:cacheprovider", "--disable-warnings", "--tb", "short", "--timeout", "600")
+        pytest = (env / "bin" / "pytest", *options, "-m", "not slow and not gpu", *tests)
         step("tests", lambda: call(*pytest, cwd=source))
 
 
