@@ -70,8 +70,8 @@ def trapezoid_ssd(
             instead of `seq_idx`. `initial_state` may then have a row for each sequence.
         final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         chunk_size: Positions per chunk of the chunked path; None is 64 divided by the rank, at least 16.
-        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`. Triton takes one
-            rank and runs only where it is asked for.
+        backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`. Triton takes up
+            to 8 ranks and runs only where it is asked for.
 
     Returns:
         y, (b, l, r, h, p) in the dtype of `x`, and the state after the last position; `phi`, `ssm` and `k` of it are
@@ -147,7 +147,7 @@ def trapezoid_ssd(
         return skip, TrapezoidState(*(part.clone() for part in state))
     log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
-    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes, x_rank), on_request=True)
+    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes), on_request=True)
 
     def run(*parts: Any) -> tuple[Tensor, ...]:
         x, gamma, beta, theta, B, C, log_decay = parts[:7]
@@ -164,8 +164,9 @@ def trapezoid_ssd(
             before = None if initial_state is None else entering
             phi_before = None if initial_state is None else state.phi
             y, ssm, phi = trapezoid_ssd_triton(
-                x, log_decay, gamma, beta, theta, B, C, before, phi_before, B_bias, C_bias, D, seq_idx, half
-            )
+                x, log_decay, gamma, beta, theta, B, C, before, phi_before, B_bias, C_bias, D,
+                None if x_rank is None and sizes["r"] == 1 else ranks, seq_idx, half,
+            )  # fmt: skip
         else:
             if initial_state is not None:
                 entering = _turned(entering, -state.phi, half)
@@ -187,10 +188,10 @@ def trapezoid_ssd(
     return y, TrapezoidState(*after)
 
 
-def _obstacle(sizes: dict[str, int], x_rank: Tensor | None) -> str | None:
+def _obstacle(sizes: dict[str, int]) -> str | None:
     """Why Triton cannot take a call, None if it can."""
-    if sizes["r"] > 1 or x_rank is not None:
-        return f"Triton takes one rank and no x_rank, got r={sizes['r']}"
+    if sizes["r"] > 8:
+        return f"Triton takes up to 8 ranks, got r={sizes['r']}"
     if sizes["p"] > 128 or not 2 <= sizes["n"] <= 256:
         return f"Triton takes p up to 128 and n from 2 to 256, got p={sizes['p']} and n={sizes['n']}"
     return None

@@ -104,5 +104,6 @@ SPEC = OpSpec(
         BenchSize(_LANG | {"r": 4, "rotation": "half", "x_rank": True}, torch.bfloat16, (1.6, 6.0)),
     ),
     cpu_bench_sizes=(BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),),
-    not_triton=("r", "x_rank"),
+    # In the smallest size one number, a sum of 16 rounded terms that nearly cancel.
+    tolerance={("dv", torch.bfloat16): 3e-2},
 )

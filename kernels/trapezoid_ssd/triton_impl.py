@@ -3,7 +3,8 @@
 One kernel writes turned keys and queries per head, the weights of the inputs and skips such that what is left is `ssd`
 with as many groups as heads. For the gradient they are computed again, the kernels of `ssd` find theirs, one kernel
 reads from the states what later chunks make of the angles, one turns back and sums over heads, and a small one adds up
-gamma and beta. Rows are taken in groups, so that all this never exists for many at once.
+gamma and beta. Rows are taken in groups, so that all this never exists for many at once. With several ranks `ssd` scans
+(position, rank) pairs; the kernels of `triton_ranks.py` put right what the ranks of one position read of each other.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .triton_kernels import (
     _trapezoid_unturn_kernel,
     _trapezoid_weights_kernel,
 )
+from .triton_ranks import GradientsOfRanks, gradients_of_ranks, inputs_of_ranks, outputs_of_ranks, products_of_ranks
 
 
 def trapezoid_ssd_triton(
@@ -43,30 +45,39 @@ def trapezoid_ssd_triton(
     B_bias: Tensor,
     C_bias: Tensor,
     D: Tensor,
+    x_rank: Tensor | None,
     seq_idx: Tensor | None,
     half: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, last state and last angles, for one rank and without x_rank.
+    """Outputs, last state and last angles.
 
     `state` has the first position's share of the last input, and like the last state it is turned by its angles `phi`;
-    both are None at the start.
+    both are None at the start. `x_rank` may be None with one rank only.
     """
+    ranks = B.shape[2]
     dtype, sums, pairs = x.dtype, log_decay.dtype, theta.shape[2]
     narrow = sums if sums == torch.float64 else torch.promote_types(torch.promote_types(dtype, B.dtype), C.dtype)
-    x, B, C = x.to(narrow), B[:, :, 0].to(narrow), C[:, :, 0].to(narrow)
+    x, B, C = x.to(narrow), B.to(narrow), C.to(narrow)
+    if ranks == 1 and x_rank is not None:
+        x, x_rank = (x * x_rank[:, 0]).to(narrow), None
+    if missing := next_power_of_2(ranks) - ranks:  # tiles hold whole positions: ranks of zeros fill them up
+        assert x_rank is not None
+        B, C = (torch.nn.functional.pad(one, (0, 0, 0, 0, 0, missing)) for one in (B, C))
+        B_bias, C_bias, x_rank = (torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (B_bias, C_bias, x_rank))
     rate = theta.tanh()  # angles are counted in half turns, so that whole turns are taken off exactly
     if not pairs:  # one that stands still
         rate = rate.new_zeros(*rate.shape[:2], 1)
         phi = None if phi is None else phi.new_zeros(*phi.shape[:2], 1)
     y, final, through = apply(
-        _Trapezoid, x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias[:, 0], C_bias[:, 0], D, seq_idx, half
-    )
+        _Trapezoid, x, log_decay, gamma, beta, rate, B.flatten(1, 2), C.flatten(1, 2), state, phi, B_bias, C_bias, D,
+        x_rank, seq_idx, half,
+    )  # fmt: skip
     if seq_idx is not None:
         # Angles ran through all sequences of a row; those of the last one begin where it begins.
         angles = _of_last_sequence(rate, gamma + beta, phi, seq_idx)
         back = angles - through
         final, through = rotate(final, back.cos()[:, :, None], back.sin()[:, :, None], half), angles
-    return y[:, :, None].to(dtype), final, through[:, :, :pairs]
+    return y.unflatten(1, (x.shape[1], -1))[:, :, :ranks].to(dtype), final, through[:, :, :pairs]
 
 
 def _of_last_sequence(rate: Tensor, dt: Tensor, phi: Tensor | None, seq_idx: Tensor) -> Tensor:
@@ -79,7 +90,7 @@ def _of_last_sequence(rate: Tensor, dt: Tensor, phi: Tensor | None, seq_idx: Ten
 
 
 class _Inputs(NamedTuple):
-    """The inputs as the kernels read them."""
+    """The inputs as the kernels read them; keys and queries are (b, l * r, g, n), their biases (h, r, n)."""
 
     x: Tensor
     log_decay: Tensor
@@ -93,11 +104,16 @@ class _Inputs(NamedTuple):
     B_bias: Tensor
     C_bias: Tensor
     D: Tensor
+    x_rank: Tensor | None
     seq_idx: Tensor | None
+
+    @property
+    def ranks(self) -> int:
+        return self.B_bias.shape[1]
 
     def cut(self, rows: slice) -> _Inputs:
         """The same for some rows of the batch."""
-        whole = ("B_bias", "C_bias", "D")
+        whole = ("B_bias", "C_bias", "D", "x_rank")
         return _Inputs(*(one if one is None or name in whole else one[rows] for name, one in self._asdict().items()))
 
 
@@ -110,26 +126,34 @@ def _readable(*tensors: Tensor | None) -> _Inputs:
     return given._replace(x=dense_rows(given.x), B=dense_rows(given.B), C=dense_rows(given.C), **dense)
 
 
-# Turned keys and queries of a group of rows take about this many bytes; in the gradient, where as much again is needed
-# for their gradients and for states, half of it.
+# Turned keys and queries of a group of rows, with inputs and outputs of several ranks, take about this many bytes; in
+# the gradient, where as much again is needed for their gradients and for states, half of it.
 _TURNED_BYTES = 2**29
 
 
 class _Turned(NamedTuple):
-    """What `ssd` takes."""
+    """What `ssd` takes, l counting positions and ranks."""
 
     before: Tensor  # angles up to each chunk, and after the last one, (b, h, s, chunks + 1), in half turns from 0 to 2
+    x: Tensor  # (b, l, h, p)
+    log_decay: Tensor  # (b, l, h)
     k: Tensor  # (b, l, h, n)
     q: Tensor
     weight: Tensor  # (b, l, h)
     skip: Tensor  # (b, l, h)
-    product: Tensor  # of key and query, (b, l, h)
+    product: Tensor  # of key and query, (b, l, h); with several ranks of all ranks of a position, (b, l, h, r)
+    seq_idx: Tensor | None  # (b, l)
+
+    def sweep(self, state: Tensor | None) -> Sweep:
+        fine = fine_products(self.x, self.k.shape[3])
+        return Sweep(self.x, self.k, self.log_decay, self.weight, state, 0, fine)
 
 
-def _groups(x: Tensor, n: int, budget: int) -> list[slice]:
-    """Groups of rows such that the turned keys and queries of each take about `budget` bytes."""
-    batch, length, nheads, _ = x.shape
-    rows = max(1, budget // (2 * length * nheads * n * x.element_size()))
+def _groups(given: _Inputs, budget: int) -> list[slice]:
+    """Groups of rows such that what exists for each takes about `budget` bytes."""
+    (batch, _, nheads, headdim), n, size = given.x.shape, given.B.shape[3], given.x.element_size()
+    numbers = 2 * n * size + (headdim * (size + 4) if given.ranks > 1 else 0)
+    rows = max(1, budget // (given.B.shape[1] * nheads * numbers))
     return [slice(start, start + rows) for start in range(0, batch, rows)]
 
 
@@ -144,6 +168,7 @@ def _shared(given: _Inputs, half: bool, chunk: int) -> dict[str, Any]:
         "HALF": half,
         "PACKED": given.seq_idx is not None,
         "ACC": tl.float64 if given.log_decay.dtype == torch.float64 else tl.float32,
+        "RANKS": given.ranks,
     }
 
 
@@ -175,19 +200,28 @@ def _blocks(repeats: int, programs: int, wanted: int) -> tuple[int, int]:
 
 
 def _turned(given: _Inputs, half: bool, chunk: int) -> _Turned:
-    (batch, length, nheads, _), pairs = given.x.shape, given.rate.shape[2]
-    groups, n = given.B.shape[2:]
+    (batch, positions, nheads, _), pairs = given.x.shape, given.rate.shape[2]
+    length, groups, n = given.B.shape[1:]
+    ranks, wide = given.ranks, given.log_decay
     chunks, repeats = cdiv(length, chunk), nheads // groups
     shared = _shared(given, half, chunk)
-    totals = given.log_decay.new_empty(batch, nheads, pairs, chunks + 1)
+    totals = wide.new_empty(batch, nheads, pairs, chunks + 1)
     _trapezoid_angle_kernel[(batch * chunks * nheads,)](
-        given.gamma, given.beta, given.rate, given.phi, totals, length, nheads, HAS_PHI=given.phi is not None,
-        S=pairs, Q=chunk, BLOCK_S=next_power_of_2(pairs), ACC=shared["ACC"],
+        given.gamma, given.beta, given.rate, given.phi, totals, positions, nheads, HAS_PHI=given.phi is not None,
+        S=pairs, Q=chunk // ranks, BLOCK_S=next_power_of_2(pairs), ACC=shared["ACC"],
     )  # fmt: skip
     # Whole turns are taken off each term; float64 keeps the digits of the sum over chunks.
     before = totals.cumsum(3, dtype=torch.float64).remainder(2.0).to(totals.dtype)
+    x, log_decay, seq_idx = given.x, wide, given.seq_idx
+    weight = wide.new_empty(batch, length, nheads)
+    if given.x_rank is None:
+        skip, product = wide.new_empty(2, *weight.shape).unbind(0)
+    else:
+        x, product = inputs_of_ranks(x, given.x_rank), products_of_ranks(given.B, given.C, given.B_bias, given.C_bias)
+        skip = given.D.expand(weight.shape)
+        log_decay = torch.nn.functional.pad(wide[:, :, None], (0, 0, 0, ranks - 1)).flatten(1, 2)
+        seq_idx = None if seq_idx is None else seq_idx.repeat_interleave(ranks, dim=1)
     k, q = given.x.new_empty(2, batch, length, nheads, n).unbind(0)
-    weight, skip, product = given.log_decay.new_empty(3, batch, length, nheads).unbind(0)
     programs = batch * chunks * groups
     blocks, block_heads = _blocks(repeats, programs, 12 * multiprocessors(given.x.device))
     _trapezoid_turn_kernel[(programs * blocks,)](
@@ -195,7 +229,7 @@ def _turned(given: _Inputs, half: bool, chunk: int) -> _Turned:
         given.seq_idx, k, q, weight, skip, product, length, nheads, repeats, blocks, block_heads,
         *strides(given.B, given.C), **shared | {"BLOCK_N": _COLUMNS}, **launch("turn", chunk * _COLUMNS),
     )  # fmt: skip
-    return _Turned(before, k, q, weight, skip, product)
+    return _Turned(before, x, log_decay, k, q, weight, skip, product, seq_idx)
 
 
 @operator("trapezoid_ssd_triton_fwd")
@@ -212,24 +246,34 @@ def _forward(
     B_bias: Tensor,
     C_bias: Tensor,
     D: Tensor,
+    x_rank: Tensor | None,
     seq_idx: Tensor | None,
     half: bool,
     chunk: int,
     parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, last state, last angles modulo 2 pi; `chunk` and `parts` (of a row) are 0 to be chosen."""
-    given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, seq_idx)
+    """Outputs (b, l * r, h, p), last state, last angles modulo 2 pi; `chunk` and `parts` are 0 to be chosen."""
+    given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx)
     n = B.shape[3]
-    y, final = x.new_empty(x.shape), log_decay.new_empty(x.shape[0], *x.shape[2:], n)
+    y = x.new_empty(x.shape[0], B.shape[1], *x.shape[2:])
+    final = log_decay.new_empty(x.shape[0], *x.shape[2:], n)
     last = log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
     with on_device(x):
-        for rows in _groups(x, n, _TURNED_BYTES):
+        for rows in _groups(given, _TURNED_BYTES):
             some = given.cut(rows)
             turned = _turned(some, half, _tiles(x, n, chunk).links.chunk)
-            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, fine_products(x, n))
+            # What several ranks of a position add comes to unrounded outputs.
+            rounded = some.x_rank is not None and y.dtype != log_decay.dtype
+            partial = log_decay.new_empty(y[rows].shape) if rounded else y[rows]
             # Short chunks as in the gradient: of 64 steps the products in three parts would be wgmma, see `tiles`.
             of_outputs = chunk or fine_chunk(x, n)
-            run_outputs(sweep, turned.q, turned.skip, some.seq_idx, y[rows], final[rows], of_outputs, parts)
+            run_outputs(
+                turned.sweep(some.state), turned.q, turned.skip, turned.seq_idx, partial, final[rows], of_outputs, parts
+            )
+            if some.x_rank is not None:
+                outputs_of_ranks(
+                    some.x, some.x_rank, turned.product, some.gamma, some.beta, some.seq_idx, partial, y[rows]
+                )
             torch.mul(turned.before[..., -1], math.pi, out=last[rows])
     return y, final, last
 
@@ -238,7 +282,8 @@ def _forward(
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, log_decay, rate, B = arguments[0], arguments[1], arguments[4], arguments[5]
     states = log_decay.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
-    return x.new_empty(x.shape), states, log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
+    y = x.new_empty(x.shape[0], B.shape[1], *x.shape[2:])
+    return y, states, log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
 
 
 @operator("trapezoid_ssd_triton_bwd")
@@ -255,6 +300,7 @@ def _backward(
     B_bias: Tensor,
     C_bias: Tensor,
     D: Tensor,
+    x_rank: Tensor | None,
     seq_idx: Tensor | None,
     half: bool,
     dy: Tensor,
@@ -264,12 +310,14 @@ def _backward(
     chunk: int,
     parts: int,
     blocks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x to D; `blocks` (of a group's heads) is 0 to be chosen.
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """Gradients of x to x_rank (empty if it is None); `blocks` (of a group's heads) is 0 to be chosen.
 
     `dphase` is the gradient of the last angles, `dphi_end`, with what they do to the last state.
     """
-    given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, seq_idx)
+    given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx)
     dy, dfinal, dphase, dphi_end = dy.contiguous(), contiguous(dfinal), contiguous(dphase), contiguous(dphi_end)
     n = B.shape[3]
     tiles = _tiles(x, n, chunk)
@@ -280,24 +328,32 @@ def _backward(
     dstate = log_decay.new_empty(x.shape[0], *x.shape[2:], n)
     sums: list[tuple[Tensor, ...]] = []
     with on_device(x):
-        for rows in _groups(x, n, _TURNED_BYTES // 2):
+        for rows in _groups(given, _TURNED_BYTES // 2):
             some, end = given.cut(rows), None if dfinal is None else dfinal[rows]
             turned = _turned(some, half, tiles.links.chunk)
             dk, dq = turned.k.new_empty(2, *turned.k.shape).unbind(0)
+            dv = dx[rows] if some.ranks == 1 else log_decay.new_empty(turned.x.shape)
+            ddecays = dlog_decay[rows] if some.ranks == 1 else log_decay.new_empty(turned.log_decay.shape)
             dweight, dskip = turned.weight.new_empty(2, *turned.weight.shape).unbind(0)
-            into = Gradients(dx[rows], dlog_decay[rows], dk, dq, dweight, dskip, dstate[rows])
-            sweep = Sweep(some.x, turned.k, some.log_decay, turned.weight, some.state, 0, fine_products(x, n))
+            into = Gradients(dv, ddecays, dk, dq, dweight, dskip, dstate[rows])
             borders = run_gradients_at_once(
-                sweep, turned.q, turned.skip, some.seq_idx, dy[rows], end, into, tiles, False, parts, blocks
-            )
+                turned.sweep(some.state), turned.q, turned.skip, turned.seq_idx, dy[rows], end, into, tiles, False,
+                parts, blocks,
+            )  # fmt: skip
+            of_ranks, dx_rank = None, log_decay.new_empty(0)
+            if some.x_rank is not None:
+                dlog_decay[rows] = ddecays[:, :: some.ranks]
+                of_ranks, dx_rank = gradients_of_ranks(
+                    some.x, some.x_rank, turned.product, some.gamma, some.beta, some.seq_idx, dy[rows], dv, dx[rows]
+                )
             outputs = dgamma[rows], dbeta[rows], drate[rows], dB[rows], dC[rows], dphi[rows]
             ends = tuple(None if one is None else one[rows] for one in (dphase, dphi_end))
-            sums.append((*_unturned(some, half, tiles.links.chunk, turned, into, borders, ends, outputs, blocks),
-                         dskip.sum((0, 1))))  # fmt: skip
-    dB_bias, dC_bias, dD = (
+            of_biases = _unturned(some, half, tiles.links.chunk, turned, into, of_ranks, borders, ends, outputs, blocks)
+            sums.append((*of_biases, dskip.sum((0, 1)), dx_rank))
+    dB_bias, dC_bias, dD, dx_rank = (
         parts[0] if len(sums) == 1 else torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)
     )
-    return dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD
+    return dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD, dx_rank
 
 
 def _unturned(
@@ -306,6 +362,7 @@ def _unturned(
     chunk: int,
     turned: _Turned,
     found: Gradients,
+    of_ranks: GradientsOfRanks | None,
     borders: Tensor,
     ends: tuple[Tensor | None, ...],
     outputs: tuple[Tensor, ...],
@@ -313,7 +370,7 @@ def _unturned(
 ) -> tuple[Tensor, Tensor]:
     """Write the gradients that are left, and return those of the biases."""
     dgamma, dbeta, drate, dB, dC, dphi = outputs
-    (batch, length, nheads, headdim), groups = given.x.shape, given.B.shape[2]
+    (batch, positions, nheads, headdim), (length, groups) = given.x.shape, given.B.shape[1:3]
     chunks, repeats = cdiv(length, chunk), nheads // groups
     shared, wide = _shared(given, half, chunk), given.log_decay
     block_p = next_power_of_2(headdim)
@@ -333,16 +390,17 @@ def _unturned(
     turning = cdiv(shared["S"], _COLUMNS // 2)  # slices with pairs that turn
     ddt = wide.new_empty(turning, *wide.shape)
     few = wide.dtype == torch.float64 or INTERPRETED
+    links, above, below = of_ranks or (None, None, turned.product)
     _trapezoid_unturn_kernel[(programs * blocks * slices,)](
         given.gamma, given.beta, given.rate, turned.before, given.B, given.C, given.B_bias, given.C_bias, given.seq_idx,
-        later, found.dB, found.dC, found.dD, ddt, drate_parts, dB_parts, dC_parts, dB_bias, dC_bias, dphi,
-        batch, length, nheads, repeats, blocks, block_heads, *strides(given.B, given.C),
+        later, found.dB, found.dC, found.dD, links, ddt, drate_parts, dB_parts, dC_parts, dB_bias, dC_bias,
+        dphi, batch, length, nheads, repeats, blocks, block_heads, *strides(given.B, given.C),
         TERMS=0 if few else 3 if given.x.dtype == torch.float32 else 2, STAGES=1 if few else 2,
         **shared | {"BLOCK_N": _COLUMNS}, **launch("unturn", chunk * _COLUMNS),
     )  # fmt: skip
     _trapezoid_weights_kernel[(cdiv(wide.numel(), 1024),)](
-        ddt, found.dweight, found.dD, turned.product, given.seq_idx, dgamma, dbeta, wide.numel(), length, nheads,
-        SLICES=turning, PACKED=shared["PACKED"], BLOCK=1024,
+        ddt, found.dweight, found.dD, below, above, given.seq_idx, dgamma, dbeta, wide.numel(), positions, nheads,
+        SLICES=turning, PACKED=shared["PACKED"], BLOCK=1024, RANKS=given.ranks,
     )  # fmt: skip
     if blocks > 1:
         dB.copy_(dB_parts.sum(0))
@@ -354,11 +412,12 @@ def _unturned(
 
 @torch.library.register_fake("ssm::trapezoid_ssd_triton_bwd")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x, log_decay, gamma, beta, rate, B, C, _, _, B_bias, C_bias, D = arguments[:12]
+    x, log_decay, gamma, beta, rate, B, C, _, _, B_bias, C_bias, D, x_rank = arguments[:13]
     dstate = log_decay.new_empty(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
     dphi = log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
     like = (tensor.new_empty(tensor.shape) for tensor in (x, log_decay, gamma, beta, rate, B, C))
-    return *like, dstate, dphi, *(tensor.new_empty(tensor.shape) for tensor in (B_bias, C_bias, D))
+    dx_rank = log_decay.new_empty(0 if x_rank is None else x_rank.shape)
+    return *like, dstate, dphi, *(tensor.new_empty(tensor.shape) for tensor in (B_bias, C_bias, D)), dx_rank
 
 
 class _Trapezoid(torch.autograd.Function):
@@ -379,14 +438,16 @@ class _Trapezoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dphi: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, final = ctx.saved_tensors
-        dy = torch.zeros_like(tensors[0]) if dy is None else dy
+        if dy is None:
+            x, B = tensors[0], tensors[5]
+            dy = x.new_zeros(x.shape[0], B.shape[1], *x.shape[2:])
         dphase = dphi
         if dfinal is not None:
             # The last state is turned by the last angles.
             turned = spin(dfinal, final, tensors[4].shape[2], ctx.half).sum(2)
             dphase = turned if dphi is None else dphi + turned
         found = list(apply(_TrapezoidGradient, *tensors, ctx.half, dy, dfinal, dphase, dphi))
-        for place in (7, 8):
+        for place in (7, 8, 12):
             found[place] = None if tensors[place] is None else found[place]
         return *found, None, None
 

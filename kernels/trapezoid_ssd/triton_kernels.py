@@ -1,9 +1,10 @@
-"""The Triton kernels of `trapezoid_ssd` for one rank: what it adds to `ssd`, before its kernels and after them.
+"""The Triton kernels of `trapezoid_ssd`: what it adds to `ssd`, before its kernels and after them.
 
 Notation as in `chunked.py`. Here angles run through a whole row, so that states need not be turned between chunks: one
 kernel sums them over chunks, and their sum up to each chunk is reduced to one turn. They count half turns. Tiles of
 keys, queries and states hold the two entries of a pair side by side, in columns 2i and 2i + 1, wherever they lie in
-memory; pairs that do not turn have angle 0.
+memory; pairs that do not turn have angle 0. With several ranks the rows of tiles, counted by `length`, are (position,
+rank) pairs; angles advance at the first one of a position.
 """
 
 from __future__ import annotations
@@ -71,9 +72,14 @@ def _spin(gradient, tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _bias(ptr, head, columns, columns_ok, N: tl.constexpr, ACC: tl.constexpr):
-    """What is added to the keys or queries of one head, [1, n]."""
-    return tl.load(ptr + head * N + columns, mask=columns_ok, other=0.0).to(ACC)[None, :]
+def _bias(ptr, head, ranks, columns, columns_ok, N: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr):
+    """What is added to the keys or queries of one head, [1, n], or with several ranks [rows, n]."""
+    if RANKS == 1:
+        bias = tl.load(ptr + head * N + columns, mask=columns_ok, other=0.0).to(ACC)[None, :]
+    else:
+        of_rank = (head * RANKS + ranks[:, None]) * N
+        bias = tl.load(ptr + of_rank + columns[None, :], mask=columns_ok[None, :], other=0.0).to(ACC)
+    return bias
 
 
 @triton.jit
@@ -94,10 +100,13 @@ def _sums_onward(upper, x, total, ACC: tl.constexpr, TERMS: tl.constexpr):
 @triton.jit
 def _weights(
     gamma_ptr, beta_ptr, seq_ptr, vectors, begin, length, nheads, PACKED: tl.constexpr, Q: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """gamma, beta and the beta of the next position of the same sequence, of a chunk [Q]."""
-    steps = tl.arange(0, Q)
+    """gamma, beta and the beta of the next position of the same sequence, of a chunk of positions and ranks [Q].
+
+    `begin` and `length` count positions.
+    """
+    steps = tl.arange(0, Q) // RANKS
     ok = steps < length - begin
     gamma = _vector(gamma_ptr + vectors, begin, steps, ok, nheads, ACC)
     beta = _vector(beta_ptr + vectors, begin, steps, ok, nheads, ACC)
@@ -106,6 +115,15 @@ def _weights(
         index = tl.load(seq_ptr + begin + steps, mask=ok, other=-1)
         more = more & (tl.load(seq_ptr + begin + 1 + steps, mask=more, other=-2) == index)
     return gamma, beta, _vector(beta_ptr + vectors, begin + 1, steps, more, nheads, ACC)
+
+
+@triton.jit
+def _increments(gamma, beta, Q: tl.constexpr, RANKS: tl.constexpr):
+    """By how much time goes on at each row of a chunk: at the first rank of a position."""
+    dt = gamma + beta
+    if RANKS > 1:
+        dt = tl.where(tl.arange(0, Q) % RANKS == 0, dt, 0.0)
+    return dt
 
 
 @triton.jit
@@ -153,12 +171,13 @@ def _trapezoid_turn_kernel(
     weight_ptr, skip_ptr, product_ptr, length, nheads, repeats, blocks, block_heads,
     B_stride_b, B_stride_t, C_stride_b, C_stride_t,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Turned keys and queries of a block of a group's heads in one chunk, (b, l, h, n), weights of inputs, and skips.
 
     In `ssd` an input has the weight gamma + beta of the next position already where it is read for the first time; the
-    skip takes off the second part, times the product of key and query, which turning them leaves as it is.
+    skip takes off the second part, times the product of key and query, which turning them leaves as it is. Skips of
+    several ranks are the matter of `triton_ranks.py`.
     """
     block = tl.program_id(0) % blocks
     groups = nheads // repeats
@@ -170,28 +189,34 @@ def _trapezoid_turn_kernel(
     steps = tl.arange(0, Q)
     begin = chunk.to(tl.int64) * Q
     ok = steps < length - begin
+    positions, first, ranks = length // RANKS, begin // RANKS, steps % RANKS
     seq_row = seq_ptr
     if PACKED:
-        seq_row = seq_ptr + row * length
+        seq_row = seq_ptr + row * positions
     B_tile = B_ptr + row * B_stride_b + group * N
     C_tile = C_ptr + row * C_stride_b + group * N
     first_head = group * repeats + block * block_heads
     last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
     for head in tl.range(first_head, last_head, num_stages=1, disable_licm=True):
         vectors = row * length * nheads + head
-        gamma, beta, following = _weights(gamma_ptr, beta_ptr, seq_row, vectors, begin, length, nheads, PACKED, Q, ACC)
+        of_head = row * positions * nheads + head
+        gamma, beta, following = _weights(
+            gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
+        )
         product = tl.zeros([Q], ACC)
         for of_slice in tl.static_range(slices):
             columns, columns_ok = _columns(of_slice * BLOCK_N, N, BLOCK_N, HALF)
             k = _rows(B_tile, begin, steps, ok, B_stride_t, columns, columns_ok, ACC)
             q = _rows(C_tile, begin, steps, ok, C_stride_t, columns, columns_ok, ACC)
-            k += _bias(B_bias_ptr, head, columns, columns_ok, N, ACC)
-            q += _bias(C_bias_ptr, head, columns, columns_ok, N, ACC)
-            product += tl.sum(k * q, 1)
+            k += _bias(B_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
+            q += _bias(C_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
+            if RANKS == 1:
+                product += tl.sum(k * q, 1)
             if of_slice * (BLOCK_N // 2) < S:  # else all its pairs stand still
                 pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-                rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
-                dt = gamma + beta
+                rate_row = rate_ptr + row * positions * S
+                rate = _rows(rate_row, first, steps // RANKS, ok, S, pairs, pairs < S, ACC)
+                dt = _increments(gamma, beta, Q, RANKS)
                 cos, sin = _directions(phases_ptr, rate, dt, row * nheads + head, chunk, chunks, pairs, S, ACC)
                 k = _rotated(k, cos, sin, Q, BLOCK_N)
                 q = _rotated(q, cos, sin, Q, BLOCK_N)
@@ -200,9 +225,10 @@ def _trapezoid_turn_kernel(
             tl.store(k_ptr + tile, k, mask=tile_ok)
             tl.store(q_ptr + tile, q, mask=tile_ok)
         out = vectors + (begin + steps) * nheads
-        tl.store(product_ptr + out, product, mask=ok)
         tl.store(weight_ptr + out, gamma + following, mask=ok)
-        tl.store(skip_ptr + out, tl.load(D_ptr + head).to(ACC) - following * product, mask=ok)
+        if RANKS == 1:
+            tl.store(product_ptr + out, product, mask=ok)
+            tl.store(skip_ptr + out, tl.load(D_ptr + head).to(ACC) - following * product, mask=ok)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -238,11 +264,11 @@ def _trapezoid_later_kernel(
 @triton.jit
 def _unturn_slice(
     gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr, dq_ptr,
-    dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block, group, chunk,
-    row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+    dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block,
+    group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
     TURNS: tl.constexpr,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
-    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """One slice of columns; TURNS unless all its pairs stand still."""
     groups = nheads // repeats
@@ -252,14 +278,15 @@ def _unturn_slice(
     steps = tl.arange(0, Q)
     begin = chunk.to(tl.int64) * Q
     ok = steps < length - begin
+    positions, first, ranks = length // RANKS, begin // RANKS, steps % RANKS
     seq_row = seq_ptr
     if PACKED:
-        seq_row = seq_ptr + row * length
+        seq_row = seq_ptr + row * positions
     dB = tl.zeros([Q, BLOCK_N], ACC)
     dC = tl.zeros([Q, BLOCK_N], ACC)
     if TURNS:
         drate = tl.zeros([Q, BLOCK_N // 2], ACC)
-        rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
+        rate = _rows(rate_ptr + row * positions * S, first, steps // RANKS, ok, S, pairs, pairs < S, ACC)
         upper = steps[:, None] <= steps[None, :]
         if TERMS == 0:
             upper = upper.to(ACC)
@@ -272,8 +299,11 @@ def _unturn_slice(
         vectors = row * length * nheads + head
         heads = row * nheads + head
         of_chunk = (row * chunks + chunk) * nheads + head
-        gamma, beta, following = _weights(gamma_ptr, beta_ptr, seq_row, vectors, begin, length, nheads, PACKED, Q, ACC)
-        dt = gamma + beta
+        of_head = row * positions * nheads + head
+        gamma, beta, following = _weights(
+            gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
+        )
+        dt = _increments(gamma, beta, Q, RANKS)
         tile = (vectors + begin * nheads) * N + (steps[:, None] * (nheads * N) + columns[None, :])
         dk = tl.load(dk_ptr + tile, mask=tile_ok, other=0.0).to(ACC)
         dq = tl.load(dq_ptr + tile, mask=tile_ok, other=0.0).to(ACC)
@@ -282,21 +312,43 @@ def _unturn_slice(
             dk = _rotated(dk, cos, -sin, Q, BLOCK_N)
             dq = _rotated(dq, cos, -sin, Q, BLOCK_N)
         k = _rows(B_ptr + row * B_stride_b + group * N, begin, steps, ok, B_stride_t, columns, columns_ok, ACC)
-        k += _bias(B_bias_ptr, head, columns, columns_ok, N, ACC)
+        k += _bias(B_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
         q = _rows(C_ptr + row * C_stride_b + group * N, begin, steps, ok, C_stride_t, columns, columns_ok, ACC)
-        q += _bias(C_bias_ptr, head, columns, columns_ok, N, ACC)
+        q += _bias(C_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
         if TURNS:
             dangle = _spin(dk, k, Q, BLOCK_N) + _spin(dq, q, Q, BLOCK_N)
 
-        # Skips: D - beta (k.q).
-        out = vectors + (begin + steps) * nheads
-        of_product = -following * tl.load(dskip_ptr + out, mask=ok, other=0.0)
-        dk += of_product[:, None] * q
-        dq += of_product[:, None] * k
+        if RANKS == 1:
+            # Skips: D - beta (k.q).
+            out = vectors + (begin + steps) * nheads
+            of_product = -following * tl.load(dskip_ptr + out, mask=ok, other=0.0)
+            dk += of_product[:, None] * q
+            dq += of_product[:, None] * k
+        else:
+            # Each rank with all ranks of its position.
+            for d in range(RANKS):
+                other = (ranks + d) % RANKS
+                beside = steps - ranks + other
+                k = _rows(B_ptr + row * B_stride_b + group * N, begin, beside, ok, B_stride_t, columns, columns_ok, ACC)
+                k += _bias(B_bias_ptr, head, other, columns, columns_ok, N, ACC, RANKS)
+                q = _rows(C_ptr + row * C_stride_b + group * N, begin, beside, ok, C_stride_t, columns, columns_ok, ACC)
+                q += _bias(C_bias_ptr, head, other, columns, columns_ok, N, ACC, RANKS)
+                of_rows = links_ptr + (vectors + begin * nheads) * RANKS
+                read = tl.load(of_rows + steps * (nheads * RANKS) + other, mask=ok, other=0.0)
+                written = tl.load(of_rows + beside * (nheads * RANKS) + ranks, mask=ok, other=0.0)
+                dk += read[:, None] * q
+                dq += written[:, None] * k
         dB += dk
         dC += dq
-        tl.store(dB_bias_ptr + of_chunk * N + columns, tl.sum(dk, 0), mask=columns_ok)
-        tl.store(dC_bias_ptr + of_chunk * N + columns, tl.sum(dq, 0), mask=columns_ok)
+        if RANKS == 1:
+            tl.store(dB_bias_ptr + of_chunk * N + columns, tl.sum(dk, 0), mask=columns_ok)
+            tl.store(dC_bias_ptr + of_chunk * N + columns, tl.sum(dq, 0), mask=columns_ok)
+        else:
+            each = (of_chunk * RANKS + tl.arange(0, RANKS)[:, None]) * N + columns[None, :]
+            of_ranks = tl.sum(tl.reshape(dk, [Q // RANKS, RANKS, BLOCK_N]), 0)
+            tl.store(dB_bias_ptr + each, of_ranks, mask=columns_ok[None, :])
+            of_ranks = tl.sum(tl.reshape(dq, [Q // RANKS, RANKS, BLOCK_N]), 0)
+            tl.store(dC_bias_ptr + each, of_ranks, mask=columns_ok[None, :])
 
         if TURNS:
             later = tl.load(later_ptr + (heads * chunks + chunk) * S + pairs, mask=pairs < S, other=0.0)
@@ -306,8 +358,9 @@ def _unturn_slice(
                 tl.store(dphi_ptr + heads * S + pairs, at_first, mask=pairs < S)
             ddelta = ddelta * 3.141592653589793
             drate += ddelta * dt[:, None]
-            ddt_slice = ddt_ptr + of_slice.to(tl.int64) * (rows * length * nheads)
-            tl.store(ddt_slice + out, tl.sum(ddelta * rate, 1), mask=ok)
+            ddt_slice = ddt_ptr + of_slice.to(tl.int64) * (rows * positions * nheads)
+            out = (row * positions + first + steps // RANKS) * nheads + head
+            tl.store(ddt_slice + out, tl.sum(ddelta * rate, 1), mask=ok & (ranks == 0))
 
     width = groups * N
     out = ((block * rows + row) * length + begin) * width + group * N
@@ -315,17 +368,18 @@ def _unturn_slice(
     tl.store(dB_ptr + out + offset, dB, mask=tile_ok)
     tl.store(dC_ptr + out + offset, dC, mask=tile_ok)
     if TURNS:
-        out = (((block * groups + group) * rows + row) * length + begin) * S
-        tl.store(drate_ptr + out + steps[:, None] * S + pairs[None, :], drate, mask=ok[:, None] & (pairs < S)[None, :])
+        out = (((block * groups + group) * rows + row) * positions + first) * S
+        tile_ok = (ok & (ranks == 0))[:, None] & (pairs < S)[None, :]
+        tl.store(drate_ptr + out + steps[:, None] // RANKS * S + pairs[None, :], drate, mask=tile_ok)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
 def _trapezoid_unturn_kernel(
     gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr, dq_ptr,
-    dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
+    dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
     rows, length, nheads, repeats, blocks, block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
-    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of turned keys and queries and of skips those of what they are made of, in one chunk.
 
@@ -344,40 +398,51 @@ def _trapezoid_unturn_kernel(
     if of_slice * (BLOCK_N // 2) < S:
         _unturn_slice(
             gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr,
-            dq_ptr, dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block,
-            group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b,
-            C_stride_t, True, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES,
+            dq_ptr, dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
+            of_slice, block, group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t,
+            C_stride_b, C_stride_t, True, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES, RANKS,
         )  # fmt: skip
     else:
         _unturn_slice(
             gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr,
-            dq_ptr, dskip_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block,
-            group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b,
-            C_stride_t, False, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES,
+            dq_ptr, dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
+            of_slice, block, group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t,
+            C_stride_b, C_stride_t, False, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES, RANKS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["total", "length", "nheads"])
 def _trapezoid_weights_kernel(
-    ddt_ptr, dweight_ptr, dskip_ptr, product_ptr, seq_ptr, dgamma_ptr, dbeta_ptr, total, length, nheads,
-    SLICES: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    ddt_ptr, dweight_ptr, dskip_ptr, product_ptr, above_ptr, seq_ptr, dgamma_ptr, dbeta_ptr, total, length, nheads,
+    SLICES: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of gamma and beta from that of dt, in slices to be added, and from those of weights and skips.
 
-    An input weighs what it had when it came and, one position later, what beta adds to it.
+    An input weighs what it had when it came and, one position later, what beta adds to it. With several ranks
+    `product` is what beta loses of the weights' gradients, and `above` what gamma gets besides them.
     """
     of = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = of < total
     ddt = tl.load(ddt_ptr + of, mask=ok, other=0.0)
     for k in tl.static_range(1, SLICES):
         ddt += tl.load(ddt_ptr + total.to(tl.int64) * k + of, mask=ok, other=0.0)
-    tl.store(dgamma_ptr + of, ddt + tl.load(dweight_ptr + of, mask=ok, other=0.0), mask=ok)
     place = of // nheads  # row and position
     linked = ok & (place % length > 0)
     if PACKED:
         own = tl.load(seq_ptr + place, mask=ok, other=-1)
         linked = linked & (tl.load(seq_ptr + place - 1, mask=linked, other=-2) == own)
     before = of - nheads
-    added = tl.load(dweight_ptr + before, mask=linked, other=0.0)
-    added -= tl.load(dskip_ptr + before, mask=linked, other=0.0) * tl.load(product_ptr + before, mask=linked, other=0.0)
-    tl.store(dbeta_ptr + of, ddt + added, mask=ok)
+    lost = tl.load(product_ptr + before, mask=linked, other=0.0)
+    if RANKS == 1:
+        now = tl.load(dweight_ptr + of, mask=ok, other=0.0)
+        added = tl.load(dweight_ptr + before, mask=linked, other=0.0)
+        lost *= tl.load(dskip_ptr + before, mask=linked, other=0.0)
+    else:
+        now = tl.load(above_ptr + of, mask=ok, other=0.0)
+        added = tl.zeros_like(now)
+        first = place * (RANKS * nheads) + of % nheads
+        for i in range(RANKS):
+            now += tl.load(dweight_ptr + first + i * nheads, mask=ok, other=0.0)
+            added += tl.load(dweight_ptr + first + (i - RANKS) * nheads, mask=linked, other=0.0)
+    tl.store(dgamma_ptr + of, ddt + now, mask=ok)
+    tl.store(dbeta_ptr + of, ddt + (added - lost), mask=ok)

@@ -21,7 +21,6 @@ from omnissm.kernels.trapezoid_ssd.spec import trapezoid_ssd as flat
 from omnissm.kernels.trapezoid_ssd.state import rotate, spin
 
 PATHS = pytest.mark.parametrize("path", ["reference", "chunked", "triton"])
-TWO_PATHS = pytest.mark.parametrize("path", ["reference", "chunked"])  # all that take several ranks
 ALONG = ("x", "log_decay", "gamma", "beta", "theta", "B", "C", "seq_idx")
 STATE = ("phi", "ssm", "k", "v")
 
@@ -90,7 +89,7 @@ def test_golden_row_of_the_matrix(path, device):
     close(torch.stack(row), [0.088233441, -0.016359580, 0.014504616, -0.045963634, 1.848152711])
 
 
-@TWO_PATHS
+@PATHS
 def test_golden_numbers_of_two_ranks(path, device):
     inputs = golden_inputs(2, device) | {"x_rank": det(11, 2, 2, 2).to(device), "rotation": "half"}
     y, state = trapezoid_ssd(**inputs, chunk_size=3, backend=path)
@@ -160,7 +159,7 @@ def test_a_full_turn_changes_nothing(path, device):
     torch.testing.assert_close(state.phi.cos(), torch.ones_like(state.phi))
 
 
-@TWO_PATHS
+@PATHS
 def test_equal_ranks_are_one(path, device):
     """r equal ranks, each with 1 / r of the input and r times D: every output is that of one rank, so is the state."""
     one = inputs_of(device, l=30, n=8, dtype=torch.float64, rotation="half")
@@ -180,19 +179,19 @@ def test_lengths(length, backend, device):
 
 
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize(("chunk", "parts", "blocks"), [(32, 1, 2), (16, 3, 1)])
-def test_chunks_and_parts_of_the_triton_kernels(chunk, parts, blocks, packed, device):
+@pytest.mark.parametrize(("chunk", "parts", "blocks", "r"), [(32, 1, 2, 1), (16, 3, 1, 1), (16, 2, 2, 4)])
+def test_chunks_and_parts_of_the_triton_kernels(chunk, parts, blocks, r, packed, device):
     """Cutting rows into chunks and parts, and heads into blocks, does not change results."""
     pytest.importorskip("triton")
     from omnissm.kernels.trapezoid_ssd.triton_impl import _backward, _forward
 
-    inputs = inputs_of(device, b=1, l=70, h=2, n=8, packed=packed)
+    inputs = inputs_of(device, b=1, l=70 if r == 1 else 37, h=2, n=8, r=r, packed=packed, x_rank=r > 1)
     names = ("x", "log_decay", "gamma", "beta", "theta", "B", "C", "ssm", "phi", "B_bias", "C_bias", "D")
     arguments = [inputs[name] for name in names]
-    arguments[5:7] = [part[:, :, 0] for part in arguments[5:7]]
-    arguments[9:11] = [part[:, 0] for part in arguments[9:11]]
-    arguments += [inputs.get("seq_idx"), False]
-    dy, dfinal, dphi = (torch.randn_like(inputs[name]) for name in ("x", "ssm", "phi"))
+    arguments[5:7] = [part.flatten(1, 2) for part in arguments[5:7]]
+    arguments += [inputs.get("x_rank"), inputs.get("seq_idx"), False]
+    dy = torch.randn_like(inputs["x"].repeat(1, r, 1, 1))
+    dfinal, dphi = (torch.randn_like(inputs[name]) for name in ("ssm", "phi"))
     turned = spin(dfinal, _forward(*arguments, 0, 1)[1], dphi.shape[2], False).sum(2)
     gradients = [dy, dfinal, dphi + turned, dphi]
     expected = (*_forward(*arguments, 0, 1), *_backward(*arguments, *gradients, 0, 1, 1))
@@ -201,9 +200,9 @@ def test_chunks_and_parts_of_the_triton_kernels(chunk, parts, blocks, packed, de
         assert relative_error(value, other.double()) < 1e-5, place
 
 
-def test_triton_takes_one_rank_and_only_on_request(device):
-    with pytest.raises(BackendError, match="Triton takes one rank and no x_rank, got r=2"):
-        flat(**inputs_of(device, r=2), backend="triton")
+def test_triton_takes_up_to_eight_ranks_and_only_on_request(device):
+    with pytest.raises(BackendError, match="Triton takes up to 8 ranks, got r=9"):
+        flat(**inputs_of(device, r=9), backend="triton")
     with pytest.raises(BackendError, match="n from 2 to 256, got p=3 and n=300"):
         flat(**inputs_of(device, n=300), backend="triton")
     inputs = inputs_of(device)
