@@ -90,12 +90,15 @@ def call(op: Callable[..., Any], *arguments: Any) -> Any:
 
 def _seen(arguments: tuple[Any, ...]) -> bool:
     """Whether gradients, a transform or a tracer may want to see a call."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or transforming() or torch.jit.is_tracing():
-        return True
-    if _modes():
+    if torch.is_grad_enabled() or transforming() or traced():
         return True
     flat = [one for each in arguments for one in (each if type(each) is list else (each,))]
     return not _PLAIN_CLASSES.issuperset(map(type, flat))
+
+
+def traced() -> bool:
+    """Whether a compiler, a tracer or a mode such as that of fake tensors is at work."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(_modes())
 
 
 class _Unrecorded(torch.autograd.Function):

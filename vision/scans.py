@@ -220,16 +220,19 @@ class PlainBlocks(torch.nn.Sequential):
             return False
         if torch.compiler.is_compiling() and not self.whole:
             return False
-        if not autocast_enabled(x.device.type):
-            return False
         blocks: list[Any] = list(self)
-        if not blocks or torch.nn.modules.module._has_any_global_hook():
+        return self.plain(x) and not any(block.drop_path.training for block in blocks)
+
+    @torch.jit.ignore
+    def plain(self, x: Tensor) -> bool:
+        """Whether blocks are sums of a branch of narrow products, and nobody looks at what is inside of them."""
+        blocks: list[Any] = list(self)
+        if not autocast_enabled(x.device.type) or not blocks or torch.nn.modules.module._has_any_global_hook():
             return False
         return all(
             isinstance(block.norm, LayerNormForProduct)
             and not block.has_mlp
             and isinstance(block.scale, torch.nn.Identity)
-            and not block.drop_path.training
             and not any(map(hooked, (block, block.norm, block.scale, block.drop_path)))
             for block in blocks
         )
@@ -247,7 +250,9 @@ class PlainBlocks(torch.nn.Sequential):
 
 def hooked(module: Any) -> bool:
     """Whether somebody looks at what enters or leaves a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def image_chunk(x: Tensor) -> int | None:

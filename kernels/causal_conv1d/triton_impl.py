@@ -164,6 +164,8 @@ def _causal_conv1d_bwd_kernel(
     part,
     x_stride_b,
     x_stride_t,
+    dx_stride_b,
+    dx_stride_t,
     K: tl.constexpr,
     LEFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -178,8 +180,9 @@ def _causal_conv1d_bwd_kernel(
     stop = tl.minimum(start + part, x_length)
     channel_ok = channel < channels
     x_stride_t, y_stride_t = tl.cast(x_stride_t, tl.int64), tl.cast(channels, tl.int64)
+    dx_stride_t = tl.cast(dx_stride_t, tl.int64)
     x_ptr += row * x_stride_b
-    dx_ptr += row * x_length * channels
+    dx_ptr += row * dx_stride_b
     dy_ptr += row * length * channels
     total = tl.maximum(length, x_length)
     if PACKED:
@@ -228,7 +231,7 @@ def _causal_conv1d_bwd_kernel(
             dbias += counted
             dx = _convolve_window(weights, _own(zs, z_numbers, numbers[0], K, PACKED), K, True)
             ok = (s + i >= start) & (s + i < stop) & channel_ok
-            tl.store(dx_ptr + (s + i) * y_stride_t + channel, dx, mask=ok)
+            tl.store(dx_ptr + (s + i) * dx_stride_t + channel, dx, mask=ok)
     out = partial_ptr + (tl.program_id(0) // tl.cdiv(channels, BLOCK_C)).to(tl.int64) * (K + 1) * channels + channel
     for i in tl.static_range(K):
         tl.store(out + i * channels, dweights[i], mask=channel_ok)
@@ -271,18 +274,32 @@ def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, and those of weight and bias in one (k + 1, c)."""
+    dx = x.new_empty(x.shape)
+    return dx, write_gradients(x, weight, bias, seq_idx, dy, left, silu, dx)
+
+
+def write_gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    dy: Tensor,
+    left: int,
+    silu: bool,
+    dx: Tensor,
+) -> Tensor:
+    """Write the gradient of x to `dx`, whose channels are neighbours in memory; returns those of the parameters."""
     x, weight, dy = last_contiguous(x), weight.contiguous(), dy.contiguous()
     (batch, x_length, channels), length, k = x.shape, dy.shape[1], weight.shape[1]
-    dx = x.new_empty(x.shape)
     tile, part = _tile(channels, x.element_size(), x_length, True)
     places = batch * cdiv(x_length, part)
     partial = weight.new_empty(places, k + 1, channels)
     with on_device(x):
         _causal_conv1d_bwd_kernel[(places * cdiv(channels, tile["BLOCK_C"]),)](
             x, weight, _contiguous(bias), _contiguous(seq_idx), dy, dx, partial, length, x_length, channels, part,
-            x.stride(0), x.stride(1), **_options(weight, bias, seq_idx, left, silu), **tile,
+            x.stride(0), x.stride(1), dx.stride(0), dx.stride(1), **_options(weight, bias, seq_idx, left, silu), **tile,
         )  # fmt: skip
-    return dx, partial.sum(0)
+    return partial.sum(0)
 
 
 @torch.library.register_fake("ssm::causal_conv1d_triton_bwd")

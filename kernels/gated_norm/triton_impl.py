@@ -75,6 +75,7 @@ def _gated_norm_bwd_kernel(
     group_size,
     x_stride,
     z_stride,
+    dz_stride,
     EPS: tl.constexpr,
     NORM_FIRST: tl.constexpr,
     ACC: tl.constexpr,
@@ -124,7 +125,7 @@ def _gated_norm_bwd_kernel(
         row = start + tl.arange(0, BLOCK_R)[:, None]
         ok = (row < end) & inside
         tl.store(dx_ptr + row * channels + channel, dx, mask=ok)
-        tl.store(dz_ptr + row * channels + channel, dz, mask=ok)
+        tl.store(dz_ptr + row * dz_stride + channel, dz, mask=ok)
     out = tl.program_id(0).to(tl.int64) * channels + channel
     tl.store(partial_ptr + out, tl.sum(dweight, axis=0)[None, :], mask=inside)
 
@@ -159,9 +160,18 @@ def _(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_fi
 def _backward(
     x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, eps: float, group_size: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dz = z.new_empty(z.shape)
+    dx, dweight = write_gradients(x, z, weight, dy, eps, group_size, norm_first, dz)
+    return dx, dz, dweight
+
+
+def write_gradients(
+    x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, eps: float, group_size: int, norm_first: bool, dz: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient of z to `dz`, whose channels are neighbours in memory; returns those of x and the weight."""
     x, z, weight, dy = last_contiguous(x), last_contiguous(z), weight.contiguous(), dy.contiguous()
     rows, channels = x.shape
-    dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
+    dx = x.new_empty(x.shape)
     tile = _tile(rows, group_size)
     groups = channels // group_size
     wanted = cdiv(_PROGRAMS * multiprocessors(x.device), groups)
@@ -171,9 +181,9 @@ def _backward(
     with on_device(x):
         _gated_norm_bwd_kernel[(programs, groups)](
             x, z, weight, dy, dx, dz, partial, rows, rows_per_program, channels, group_size,
-            x.stride(0), z.stride(0), eps, NORM_FIRST=norm_first, ACC=_acc(weight), **tile,
+            x.stride(0), z.stride(0), dz.stride(0), eps, NORM_FIRST=norm_first, ACC=_acc(weight), **tile,
         )  # fmt: skip
-    return dx, dz, partial.sum(0)
+    return dx, partial.sum(0)
 
 
 @torch.library.register_fake("ssm::gated_norm_triton_bwd")

@@ -100,7 +100,7 @@ def hydra_blocks_triton(
     x, size = x.contiguous(), len(HydraWeights._fields)
     weights = [_aligned(one) for one in weights]
     blocks = [HydraWeights(*weights[k : k + size]) for k in range(0, len(weights), size)]
-    products = _narrow([part for block in blocks for part in (block.in_proj, block.from_x, block.out_proj)], dtype)
+    products = narrow([part for block in blocks for part in (block.in_proj, block.from_x, block.out_proj)], dtype)
     (batch, length, channels), rows = x.shape, x.shape[0] * x.shape[1]
     (nheads, d_inner), (mixed, _, k) = blocks[0].from_x.shape, blocks[0].conv.shape
     maps = (mixed - d_inner) // 4
@@ -178,7 +178,7 @@ def hydra_blocks_triton(
             prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, one.steps)
             left = right = None
             if tensors.steps is not None:
-                left, right = _entering(heads_of, maps_of, tensors.steps)
+                left, right = entering(heads_of, maps_of, tensors.steps)
                 left, right = (left, right) if number == 0 else (address(left), address(right))
             mix(
                 one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, left, right, one.p, own.gate,
@@ -197,7 +197,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-def _entering(x: Tensor, maps: tuple[Tensor, ...], steps: Tensor) -> tuple[Tensor, Tensor]:
+def entering(x: Tensor, maps: tuple[Tensor, ...], steps: Tensor) -> tuple[Tensor, Tensor]:
     """States that enter each piece from the left and from the right, (b, h, pieces, p, n)."""
     B_f, _, B_b, _ = maps
     chosen = tiles("sweep", *padded(x, B_f.shape[3]), x.dtype)
@@ -214,14 +214,13 @@ def _conv_tile(batch: int, length: int, channels: int, device: torch.device) -> 
     return options, even if part < even <= 2 * part and programs >= 8 * multiprocessors(device) else part
 
 
-def _narrow(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def narrow(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The weights (rows, columns) of linear maps, transposed and rounded by one launch for all.
 
-    Columns are added up to a multiple of 8 of them: products of other widths run at a fraction of the speed. They hold
-    whatever was there, and nobody reads what comes of them.
+    Columns of zeros are added up to a multiple of 8: products of other widths run at a fraction of the speed.
     """
     sizes = [(cdiv(one.shape[0], 8) * 8, one.shape[1]) for one in weights]
-    buffer = torch.empty(sum(rows * columns for rows, columns in sizes), dtype=dtype, device=weights[0].device)
+    buffer = torch.zeros(sum(rows * columns for rows, columns in sizes), dtype=dtype, device=weights[0].device)
     targets, found, place = [], [], 0
     for one, (rows, columns) in zip(weights, sizes, strict=True):
         targets.append(buffer.as_strided(one.shape, (columns, 1), place))

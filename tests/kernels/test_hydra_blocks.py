@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from omnissm.kernels import HydraWeights, available_backends, hydra_blocks, use_backend
+from omnissm.kernels import BackendError, HydraWeights, available_backends, hydra_blocks, use_backend
 from omnissm.kernels.testing import relative_error
 from omnissm.ssmcore import Hydra
 
@@ -101,7 +101,7 @@ def test_weights_anywhere_in_memory(device):
     assert torch.equal(run(x.transpose(0, 1).contiguous().transpose(0, 1), weights), expected)
 
 
-@pytest.mark.parametrize("case", ["gradient", "wide", "parameters", "stream", "width", "class", "filter", "none"])
+@pytest.mark.parametrize("case", ["transform", "wide", "parameters", "stream", "width", "class", "filter", "none"])
 def test_what_goes_block_by_block(device, case):
     blocks = build(device, 1, 12 if case == "width" else 16, d_conv=1 if case == "filter" else 7)
     x, weights = stream(device, 1, 3, 12 if case == "width" else 16), weights_of(blocks)
@@ -116,9 +116,15 @@ def test_what_goes_block_by_block(device, case):
         weights[0] = weights[0]._replace(D=weights[0].D.detach().as_subclass(Other))
     if case == "stream":
         x = x.bfloat16()
-    with torch.set_grad_enabled(case == "gradient"), torch.autocast(x.device.type, torch.bfloat16, case != "wide"):
-        y = hydra_blocks(x, [] if case == "none" else weights, **options)
-    assert (y is None) == (case != "filter")
+    found = []
+
+    def call(x):
+        found.append(hydra_blocks(x, [] if case == "none" else weights, **options))
+        return x
+
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, case != "wide"):
+        torch.func.vmap(call)(x[None]) if case == "transform" else call(x)
+    assert (found[0] is None) == (case != "filter")
 
 
 def test_shapes_that_disagree(device):
@@ -142,3 +148,47 @@ def test_opcheck_and_compiled(device):
     torch.library.opcheck(hydra_blocks_triton, (x, flat, 8, 8, EPS, 1e-5, torch.bfloat16))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, weights), run(x, weights))
+
+
+@pytest.mark.parametrize(
+    ("l", "depth", "dtype", "options"),
+    [(20, 2, torch.bfloat16, {}), (5, 1, torch.float16, {"headdim": 16, "d_state": 5, "ngroups": 2, "d_conv": 3})],
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients(device, l, depth, dtype, options, scaled):  # noqa: E741
+    blocks = build(device, depth, **options)
+    factors = [torch.tensor([0.5, 0.0, 2.0], device=device)[:, None, None], None] if scaled else [None, None]
+    x, dy = stream(device, 3, l, 16).requires_grad_(), torch.linspace(-1, 1, 16, device=device)
+    mixer = blocks[0][1]
+    with torch.autocast(x.device.type, dtype):
+        y = hydra_blocks(
+            x, weights_of(blocks), headdim=mixer.headdim, d_state=mixer.d_state, eps=EPS, gate_eps=1e-5,
+            scale=factors.__getitem__,
+        )  # fmt: skip
+    (y * dy).sum().backward()
+    wide, total = copy.deepcopy(blocks), x.detach().double().requires_grad_()
+    expected = total
+    with use_backend("chunked"):
+        for (norm, mixer), factor in zip(wide, factors):
+            branch = mixer.double()(norm.double()(expected))
+            expected = expected + (branch if factor is None else factor * branch)
+    for parameter in (one for block in wide for one in block.parameters()):
+        parameter.grad = None
+    (expected * dy).sum().backward()
+    limit = 4e-2 if dtype == torch.bfloat16 else 6e-3
+    assert relative_error(y, expected) < limit
+    assert relative_error(x.grad, total.grad) < limit
+    for block, other in zip(blocks, wide, strict=True):
+        for (name, one), two in zip(block.named_parameters(), other.parameters(), strict=True):
+            assert one.grad.dtype == torch.float32
+            assert relative_error(one.grad, two.grad) < limit, name
+
+
+def test_gradients_of_gradients(device):
+    blocks = build(device, 1)
+    x = stream(device, 1, 3, 16).requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = hydra_blocks(x, weights_of(blocks), headdim=8, d_state=8, eps=EPS, gate_eps=1e-5)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="no second derivative"):
+        dx.sum().backward()

@@ -79,27 +79,47 @@ class NormGate(nn.Module):
 
 
 class HydraBlocks(PlainBlocks):
-    """Blocks whose mixers are `TokenHydra`; without gradients all are one call where the kernels allow it."""
+    """Blocks whose mixers are `TokenHydra`, in few launches where the kernels allow it."""
 
     whole = True
 
     @torch.jit.ignore
+    def joinable(self, x: Tensor) -> bool:
+        """Whether the blocks may be computed without calling their modules."""
+        if not isinstance(x, Tensor) or not torch.is_grad_enabled():
+            return super().joinable(x)
+        return not torch.compiler.is_compiling() and self.plain(x)
+
+    @torch.jit.ignore
     def joined(self, x: Tensor) -> Tensor:
         """The blocks one after another, the norms joined with sums or the blocks with each other."""
-        blocks = [_weights(block) for block in self]
-        if all(blocks):
-            first: Any = self[0]
+        blocks: list[Any] = list(self)
+        weights = [found for block in blocks if (found := _weights(block)) is not None]
+        if len(weights) == len(blocks):
+            first = blocks[0]
             y = hydra_blocks(
                 x,
-                blocks,  # type: ignore[arg-type]
+                weights,
                 headdim=first.mixer.headdim,
                 d_state=first.mixer.d_state,
                 eps=first.norm.eps,
                 gate_eps=first.mixer.norm.eps,
+                scale=lambda number: _scale(blocks[number].drop_path, x),
             )
             if y is not None:
                 return y
-        return super().joined(x)
+        if not torch.is_grad_enabled():
+            return super().joined(x)
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+def _scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """What a block's branch is multiplied by in each sample, (b, 1, 1)."""
+    if not drop_path.training or isinstance(drop_path, nn.Identity):
+        return None
+    return drop_path(x.new_ones(x.shape[0], 1, 1))
 
 
 def _weights(block: Any) -> HydraWeights | None:
