@@ -16,7 +16,7 @@ from .layers import View
 from .message_passing import add_up
 
 Level = Literal["graph", "node", "link"]
-READOUTS = ("mean", "sum", "max", "sinks")
+READOUTS = ("mean", "sum", "scaled", "max", "sinks")
 
 
 class GraphModel(nn.Module):
@@ -33,8 +33,8 @@ class GraphModel(nn.Module):
         level: What is predicted: "graph", "node" or "link" (pairs of nodes, by the inner product of their vectors).
         d_model: Width.
         n_layer: Layers.
-        readout: How nodes become a graph: "mean", "sum", "max", or "sinks": the mean over nodes without an edge leaving
-            them; several joined by "+", such as "mean+max", are laid side by side.
+        readout: How nodes become a graph: "mean", "sum", "max", "scaled": the sum over the root of their number, or
+            "sinks": the mean over nodes without an edge leaving them; several joined by "+" are laid side by side.
         head_layers: Linear maps in the head.
         dropout: Share of channels set to zero.
         node_dropout: Share of nodes whose features are hidden while training; positions and edges stay.
@@ -169,8 +169,9 @@ class GraphModel(nn.Module):
         return torch.cat([self._read_out(x, batch, how) for how in self.readouts], dim=1)
 
     def _read_out(self, x: Tensor, batch: GraphBatch, how: str) -> Tensor:
-        if how == "sum":
-            return add_up(x, batch.batch, batch.num_graphs)
+        if how in ("sum", "scaled"):
+            total = add_up(x, batch.batch, batch.num_graphs)
+            return total if how == "sum" else total / batch.ptr.diff().clamp(min=1).to(x.dtype).sqrt()[:, None]
         if how == "max":
             rows = x.new_zeros(batch.num_graphs, x.shape[1])
             return rows.scatter_reduce(0, batch.batch[:, None].expand_as(x), x, "amax", include_self=False)

@@ -75,16 +75,18 @@ def test_renaming_nodes_and_shuffling_edges(name):
 
 
 def test_readouts_lie_side_by_side():
-    net = create_model("gcn", **options("gcn", readout="mean+max+sum"))
+    net = create_model("gcn", **options("gcn", readout="mean+max+sum+scaled"))
     batch = collate(graphs_for("gcn"))
     x = torch.randn(batch.num_nodes, 16)
-    mean, top, total = net.pool(x, batch).split(16, dim=1)
+    mean, top, total, scaled = net.pool(x, batch).split(16, dim=1)
     for k, nodes in enumerate(torch.tensor_split(x, batch.ptr[1:-1])):
-        expected = (nodes.mean(0), nodes.amax(0), nodes.sum(0)) if len(nodes) else (torch.zeros(16),) * 3
-        for found, one in zip((mean[k], top[k], total[k]), expected):
+        expected = [torch.zeros(16)] * 4
+        if len(nodes):
+            expected = [nodes.mean(0), nodes.amax(0), nodes.sum(0), nodes.sum(0) / len(nodes) ** 0.5]
+        for found, one in zip((mean[k], top[k], total[k], scaled[k]), expected):
             torch.testing.assert_close(found, one)
     for wrong in ("median", "mean+mean", "mean+"):
-        with pytest.raises(ValueError, match=r"readout must be one of mean, sum, max, sinks, or several"):
+        with pytest.raises(ValueError, match=r"readout must be one of mean, sum, scaled, max, sinks, or several"):
             create_model("gcn", **options("gcn", readout=wrong))
 
 
