@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import next_power_of_2, on_device
+from ..triton_utils import INTERPRETED, next_power_of_2, on_device
 
 
 @triton.jit
@@ -142,6 +142,7 @@ def trapezoid_step_triton(
     y = x.new_empty(batch, ranks, heads, headdim)
     block_n = next_power_of_2(states)
     block_p = min(next_power_of_2(headdim), max(1, 4096 // block_n))
+    warps = 8 if block_p * block_n > 2048 else 4
     with on_device(x):
         _trapezoid_step_kernel[(batch * heads,)](
             x, log_decay, gamma, beta, theta, B, C, B_bias, C_bias, D, x_rank, state_index, phi, ssm, k, v, y,
@@ -149,7 +150,7 @@ def trapezoid_step_triton(
             P=headdim, N=states, S=theta.shape[1], HALF=half, HAS_B_BIAS=B_bias is not None,
             HAS_C_BIAS=C_bias is not None, HAS_D=D is not None, HAS_RANK=x_rank is not None,
             INDEXED=state_index is not None, ACC=tl.float64 if double else tl.float32,
-            BLOCK_P=block_p, BLOCK_N=block_n,
+            BLOCK_P=block_p, BLOCK_N=block_n, **({} if INTERPRETED else {"num_warps": warps}),
         )  # fmt: skip
     return y
 
