@@ -1,17 +1,24 @@
 """Time vision models beside timm's in one run and write results/DEVICE/vision.json.
 
-    python benchmarks/vision.py [--device cpu|cuda] [--threads 1] [--sizes 224 384 768] [--quick]
+    python benchmarks/vision.py [--device cpu|cuda] [--threads 1] [--sizes 224 384 768] [--quick] [--seconds 270]
+    python benchmarks/vision.py plot [--file results/DEVICE/vision.json]
 
 On a CPU: batch 8, float32, processor time. On a GPU: bfloat16 autocast, batch 128 at 224 and as many pixels at other
-sizes, plain and compiled, wall time. TF32 is as torch sets it by default.
+sizes, wall time, plain (inference and training) and compiled (inference). TF32 is as torch sets it by default.
+
+The file is written after each row, what matters most first. A run of the same commit on the same device goes on where
+an earlier one stopped; `--again` starts anew. `plot` draws throughput and memory against the size of the images.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +29,10 @@ from run import describe, folder_of, write_json
 
 from omnissm.vision.timing import time_model
 
-OURS = (
+ON_CPU = (
+    "deit_tiny_patch16_224",
+    "mambaout_femto",
+    "convnext_tiny",
     "hydra_vit_tiny_patch16_224",
     "vim_tiny_patch16_224",
     "lbvim_tiny_patch16_224",
@@ -30,49 +40,145 @@ OURS = (
     "vmamba_tiny_s1l8",
     "mambavision_tiny",
 )
-PEERS = ("deit_tiny_patch16_224", "mambaout_femto", "convnext_tiny")
-ON_GPU = ("hydra_vit_small_patch16_224", "vit_small_patch16_224", "mambaout_tiny")
+# The first two are compared everywhere.
+ON_GPU = (
+    "hydra_vit_small_patch16_224",
+    "vit_small_patch16_224",
+    "vmamba_tiny_s1l8",
+    "convnext_tiny",
+    "mambaout_tiny",
+)
+PICTURE = HERE.parent / "docs" / "images" / "vision_sizes.png"
+Case = tuple[str, int, bool]  # model, side of the images, compiled
+
+
+def cases(names: tuple[str, ...], sizes: list[int], compiled: bool) -> list[Case]:
+    """What to time, the most important first."""
+    first, others, pair = sizes[0], sorted(sizes[1:], reverse=True), names[:2]
+    found = [(name, first, False) for name in names]
+    if compiled:
+        found += [(name, first, True) for name in pair]
+    found += [(name, size, False) for size in others for name in pair]
+    if compiled:
+        found += [(name, size, True) for size in others for name in pair]
+    found += [(name, size, False) for size in others for name in names[2:]]
+    if compiled:
+        found += [(name, size, True) for size in sizes for name in names[2:]]
+    return found
+
+
+def measure(case: Case, device: torch.device) -> dict[str, Any]:
+    """One row; a model that does not fit has the key `failed`."""
+    name, size, compiled = case
+    gpu = device.type == "cuda"
+    batch = max(1, round(128 * (224 / size) ** 2)) if gpu else 8
+    try:
+        return time_model(
+            name,
+            device=device,
+            batch_size=batch,
+            image_size=size,
+            bf16=gpu,
+            compile=compiled,
+            training=not compiled,
+        )
+    except torch.OutOfMemoryError:
+        return {"model": name, "batch_size": batch, "image_size": size, "compile": compiled, "failed": "memory"}
+    finally:
+        gc.collect()
+        if gpu:
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+
+
+def plot(path: Path, picture: Path) -> None:
+    """Draw throughput and peak memory of inference against the side of the images."""
+    from matplotlib.figure import Figure
+
+    content = json.loads(path.read_text())
+    rows = [row for row in content["rows"] if "failed" not in row]
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    keys = {"inference_images_per_s": "images per second", "inference_peak_mb": "peak memory, MB"}
+    for axis, (key, label) in zip(axes, keys.items(), strict=True):
+        for number, name in enumerate(names):
+            for compiled in (False, True):
+                points = sorted(
+                    (row["image_size"], row[key])
+                    for row in rows
+                    if row["model"] == name and row["compile"] == compiled and row.get(key) is not None
+                )
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        marker="o",
+                        markersize=4,
+                        color=f"C{number}",
+                        linestyle="--" if compiled else "-",
+                        label=name + (", compiled" if compiled else ""),
+                    )
+        sizes = sorted({row["image_size"] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.set_xlabel("side of the images, pixels")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(bottom=0)
+    axes[0].legend(fontsize="x-small")
+    figure.suptitle(f"{content['device']}, as many pixels in a batch at every size", fontsize="medium")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    temporary = picture.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(picture)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("time", "plot"), nargs="?", default="time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
     parser.add_argument("--sizes", type=int, nargs="+", default=None, help="sides of the images, pixels")
-    parser.add_argument("--models", nargs="+", default=None, help="names; default a few of each family and of timm")
+    parser.add_argument("--models", nargs="+", default=None, help="names; default a few of ours and of timm's")
     parser.add_argument("--quick", action="store_true", help="no compiled runs")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
+    parser.add_argument("--again", action="store_true", help="keep no row of an earlier run")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for DEVICE/vision.json")
+    parser.add_argument("--file", type=Path, help="result file to plot; default that of this device in --out")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="where to plot")
     parser.add_argument("--commit", help="commit to note, where the code is a copy without history")
     options = parser.parse_args(argv)
+    begin = time.perf_counter()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     gpu = device.type == "cuda"
-    names = options.models or [*PEERS, *OURS, *(ON_GPU if gpu else ())]
-    sizes = options.sizes or ([224, 384, 768] if gpu else [224])
-    rows = []
-    for size in sizes:
-        for name in names:
-            for compiled in (False, True) if gpu and not options.quick and size == 224 else (False,):
-                batch = max(1, round(128 * (224 / size) ** 2)) if gpu else 8
-                try:
-                    row = time_model(name, device=device, batch_size=batch, image_size=size, bf16=gpu, compile=compiled)
-                except torch.OutOfMemoryError:
-                    row = {
-                        "model": name,
-                        "image_size": size,
-                        "batch_size": batch,
-                        "compile": compiled,
-                        "failed": "memory",
-                    }
-                rows.append(row)
-                print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-                gc.collect()
-                if gpu:
-                    torch.cuda.empty_cache()
-    about = describe(device, options.commit)
-    write_json(
-        options.out / folder_of(about["device"]) / "vision.json", {**about, "threads": options.threads, "rows": rows}
-    )
+    about = {**describe(device, options.commit), "threads": options.threads}
+    path = options.file or options.out / folder_of(about["device"]) / "vision.json"
+    if options.job == "plot":
+        if not path.is_file():
+            parser.error(f"there is no {path}; measure first, or name a file with --file.")
+        plot(path, options.picture)
+        return 0
+    names = tuple(options.models or (ON_GPU if gpu else ON_CPU))
+    todo = cases(names, options.sizes or ([224, 384, 768] if gpu else [224]), gpu and not options.quick)
+    rows: list[dict[str, Any]] = []
+    if path.is_file() and not options.again:
+        earlier = json.loads(path.read_text())
+        rows = earlier.pop("rows") if {**about, "rows": None} == {**earlier, "rows": None} else []
+    done = {(row["model"], row["image_size"], row["compile"]) for row in rows}
+    for case in todo:
+        if case in done:
+            continue
+        if time.perf_counter() - begin > options.seconds:
+            print(f"out of time with {sum(one not in done for one in todo)} rows to go; run again to go on")
+            break
+        row = measure(case, device)
+        rows.append(row)
+        done.add(case)
+        print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        write_json(path, {**about, "rows": rows})
     return 0
 
 
