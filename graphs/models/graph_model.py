@@ -16,7 +16,7 @@ from .layers import View
 from .message_passing import add_up
 
 Level = Literal["graph", "node", "link"]
-READOUTS = ("mean", "sum", "scaled", "max", "sinks")
+READOUTS = ("mean", "sum", "scaled", "log", "max", "sinks")
 
 
 class GraphModel(nn.Module):
@@ -33,8 +33,10 @@ class GraphModel(nn.Module):
         level: What is predicted: "graph", "node" or "link" (pairs of nodes, by the inner product of their vectors).
         d_model: Width.
         n_layer: Layers.
-        readout: How nodes become a graph: "mean", "sum", "max", "scaled": the sum over the root of their number, or
-            "sinks": the mean over nodes without an edge leaving them; several joined by "+" are laid side by side.
+        readout: How nodes become a graph: "mean", "sum", "max", "scaled": the sum over the root of their number, "log":
+            the logarithm of one and the sum of what is positive, or "sinks": the mean over nodes without an edge
+            leaving them; several joined by "+" are laid side by side.
+        readout_width: Width of a linear map and GELU that nodes pass before the readout; 0: none.
         head_layers: Linear maps in the head.
         dropout: Share of channels set to zero.
         node_dropout: Share of nodes whose features are hidden while training; positions and edges stay.
@@ -58,6 +60,7 @@ class GraphModel(nn.Module):
         d_model: int = 64,
         n_layer: int = 4,
         readout: str = "mean",
+        readout_width: int = 0,
         head_layers: int = 2,
         dropout: float = 0.0,
         node_dropout: float = 0.0,
@@ -71,6 +74,8 @@ class GraphModel(nn.Module):
             raise ValueError(
                 f"readout must be one of {', '.join(READOUTS)}, or several joined by '+', each once; got {readout!r}."
             )
+        if readout_width < 0:
+            raise ValueError(f"readout_width must not be negative, got {readout_width}.")
         if not 0 <= node_dropout < 1:
             raise ValueError(f"node_dropout must be at least 0 and below 1, got {node_dropout}.")
         if level == "link" and num_outputs != 1:
@@ -89,7 +94,9 @@ class GraphModel(nn.Module):
         self.direction = nn.Parameter(torch.randn(2, d_model) * 0.1) if uses_edges else None  # with, against an edge
         self.norm = RMSNorm(d_model)
         parts: list[nn.Module] = []
-        width = d_model * (len(self.readouts) if level == "graph" else 1)
+        wide = bool(readout_width) and level == "graph"
+        self.widen = nn.Sequential(nn.Linear(d_model, readout_width), nn.GELU()) if wide else None
+        width = (readout_width if wide else d_model) * (len(self.readouts) if level == "graph" else 1)
         for _ in range(head_layers - 1):
             parts += [nn.Linear(width, d_model), nn.GELU(), nn.Dropout(dropout)]
             width = d_model
@@ -126,7 +133,7 @@ class GraphModel(nn.Module):
         batch = as_batch(batch)
         x = self.features(batch)
         if self.level == "graph":
-            return self.head(self.pool(x, batch))
+            return self.head(self.pool(x if self.widen is None else self.widen(x), batch))
         y = self.head(x)
         if self.level == "node":
             return y
@@ -165,13 +172,15 @@ class GraphModel(nn.Module):
         return x, edges, View(both, batch.batch, batch.ptr, topology, count, clusters)
 
     def pool(self, x: Tensor, batch: GraphBatch) -> Tensor:
-        """Vectors of the graphs, (graphs, readouts * d_model), from those of the nodes; zero for one without nodes."""
+        """Vectors of the graphs, (graphs, readouts * w), from those of the nodes (v, w); zero for one without nodes."""
         return torch.cat([self._read_out(x, batch, how) for how in self.readouts], dim=1)
 
     def _read_out(self, x: Tensor, batch: GraphBatch, how: str) -> Tensor:
         if how in ("sum", "scaled"):
             total = add_up(x, batch.batch, batch.num_graphs)
             return total if how == "sum" else total / batch.ptr.diff().clamp(min=1).to(x.dtype).sqrt()[:, None]
+        if how == "log":
+            return add_up(x.relu(), batch.batch, batch.num_graphs).log1p()
         if how == "max":
             rows = x.new_zeros(batch.num_graphs, x.shape[1])
             return rows.scatter_reduce(0, batch.batch[:, None].expand_as(x), x, "amax", include_self=False)

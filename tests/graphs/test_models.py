@@ -75,18 +75,22 @@ def test_renaming_nodes_and_shuffling_edges(name):
 
 
 def test_readouts_lie_side_by_side():
-    net = create_model("gcn", **options("gcn", readout="mean+max+sum+scaled"))
+    net = create_model("gcn", **options("gcn", readout="mean+max+sum+scaled+log"))
     batch = collate(graphs_for("gcn"))
     x = torch.randn(batch.num_nodes, 16)
-    mean, top, total, scaled = net.pool(x, batch).split(16, dim=1)
+    mean, top, total, scaled, log = net.pool(x, batch).split(16, dim=1)
     for k, nodes in enumerate(torch.tensor_split(x, batch.ptr[1:-1])):
-        expected = [torch.zeros(16)] * 4
+        expected = [torch.zeros(16)] * 5
         if len(nodes):
             expected = [nodes.mean(0), nodes.amax(0), nodes.sum(0), nodes.sum(0) / len(nodes) ** 0.5]
-        for found, one in zip((mean[k], top[k], total[k], scaled[k]), expected):
+            expected.append((1 + nodes.relu().sum(0)).log())
+        for found, one in zip((mean[k], top[k], total[k], scaled[k], log[k]), expected):
             torch.testing.assert_close(found, one)
+    wide = create_model("gcn", **options("gcn", readout="mean+log", readout_width=24))
+    assert wide.head[0].in_features == 48
+    assert wide(batch).shape == (4, 3)
     for wrong in ("median", "mean+mean", "mean+"):
-        with pytest.raises(ValueError, match=r"readout must be one of mean, sum, scaled, max, sinks, or several"):
+        with pytest.raises(ValueError, match=r"readout must be one of mean, sum, scaled, log, max, sinks, or several"):
             create_model("gcn", **options("gcn", readout=wrong))
 
 
