@@ -144,18 +144,19 @@ def ssd_obstacle(headdim: int, state: int) -> str | None:
     if state > 256:
         return f"Triton takes n up to 256, got n={state}"
     if heads_per_head(headdim, state) is None:
-        return f"Triton takes p up to {_widest(state)}, or with a divisor from 16 to 64, got p={headdim}"
+        return f"Triton takes p up to {widest(state)}, or with a divisor from 16 to 64, got p={headdim}"
     return None
 
 
 def heads_per_head(headdim: int, state: int) -> int | None:
     """Into how many narrower heads Triton cuts a head to hold its state, None if its width has no suitable divisor."""
-    if headdim <= _widest(state):
+    if headdim <= widest(state):
         return 1
     return next((headdim // width for width in range(64, 15, -1) if headdim % width == 0), None)
 
 
-def _widest(state: int) -> int:
+def widest(state: int) -> int:
+    """The widest head that one program holds, padded, with its state."""
     return 128 if state <= 128 else 64
 
 

@@ -11,7 +11,7 @@ from ..checks import check_devices, check_floating, check_log_decays, check_shap
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
-from ..ssd.op import check_groups, state_dtype
+from ..ssd.op import check_groups, state_dtype, widest
 from .chunked import trapezoid_ssd_chunked
 from .reference import trapezoid_ssd_reference
 from .state import Rotation, TrapezoidState, rotate
@@ -192,8 +192,9 @@ def _obstacle(sizes: dict[str, int]) -> str | None:
     """Why Triton cannot take a call, None if it can."""
     if sizes["r"] > 8:
         return f"Triton takes up to 8 ranks, got r={sizes['r']}"
-    if sizes["p"] > 128 or not 2 <= sizes["n"] <= 256:
-        return f"Triton takes p up to 128 and n from 2 to 256, got p={sizes['p']} and n={sizes['n']}"
+    p, n = sizes["p"], sizes["n"]
+    if p > widest(n) or not 2 <= n <= 256:
+        return f"Triton takes p up to 128 (64 for n above 128) and n from 2 to 256, got p={p} and n={n}"
     return None
 
 
