@@ -35,6 +35,11 @@ MODELS: dict[str, Entry] = {
     "dag_gine_tiny": Entry(
         SSMLayer, DAG | {"d_model": 64, "n_layer": 4, "local": "gine"}, "GINE before each scan of a DAG"
     ),
+    "order_gine_tiny": Entry(
+        SSMLayer,
+        {"d_model": 64, "n_layer": 2, "local": "gine", "along": "order", "d_state": 8, "headdim": 32},
+        "GINE, then the nodes in the order of their numbers",
+    ),
     "chimera_graph_tiny": Entry(
         SSMLayer, GENERAL | {"d_model": 64, "n_layer": 4}, "GatedGCN, resolvent of any graph, MLP"
     ),

@@ -16,7 +16,7 @@ SSM = {"headdim": 4, "d_state": 3}
 
 
 def options(name, **more):
-    extra = SSM if "ssm" in name or "chimera" in name or "dag" in name else {}
+    extra = SSM if any(part in name for part in ("ssm", "chimera", "dag", "order")) else {}
     return {"node_vocab": [5, 3], "edge_vocab": [4], **SIZES, **extra, **more}
 
 
@@ -64,10 +64,10 @@ def test_alone_and_in_a_batch(name, readout):
 
 @pytest.mark.parametrize("name", list_models())
 def test_renaming_nodes_and_shuffling_edges(name):
-    """Sequences of nodes depend on their numbers, so of `gsm_pp` only the edges are shuffled."""
+    """Sequences of nodes depend on their numbers: of models with some only the edges are shuffled."""
     net = create_model(name, **options(name, level="node")).double().eval()
     one = graphs_for(name)[3]
-    names = torch.arange(one.num_nodes) if name == "gsm_pp" else torch.randperm(one.num_nodes)
+    names = torch.arange(one.num_nodes) if name in ("gsm_pp", "order_gine_tiny") else torch.randperm(one.num_nodes)
     edges = torch.randperm(one.num_edges)
     x = torch.empty_like(one.x).index_copy(0, names, one.x)
     other = replace(one, x=x, edge_index=names[one.edge_index][:, edges], edge_attr=one.edge_attr[edges])
@@ -192,7 +192,7 @@ def test_float16_under_autocast(name):
 @pytest.mark.parametrize("name", list_models())
 def test_batches_that_are_none(name):
     """Objects of PyG whose graphs are mixed up or joined by an edge."""
-    net = create_model(name, node_vocab=[1], d_model=16, n_layer=1)
+    net = create_model(name, node_vocab=[1], d_model=32, n_layer=1)
     parts = {"x": torch.zeros(4, 1).long(), "edge_index": torch.tensor([[0, 2], [1, 3]]), "edge_attr": None, "y": None}
     with pytest.raises(ValueError, match="must not decrease"):
         net(SimpleNamespace(**parts, batch=torch.tensor([1, 0, 1, 0])))
