@@ -11,6 +11,7 @@ from typing import Any
 from ..ssmcore.training.checkpoints import CONFIG, export_checkpoint, load_weights, read_model_folder
 from ..ssmcore.training.export import best_checkpoint
 from .models import create_model
+from .models.ensemble import GraphEnsemble
 from .models.graph_model import GraphModel
 
 
@@ -25,7 +26,7 @@ class Trained:
     """
 
     name: str
-    net: GraphModel
+    net: GraphModel | GraphEnsemble
     data: dict[str, Any]
 
 

@@ -17,6 +17,7 @@ from ..kernels import dag_order
 from ..ssmcore.mixers import graph_topology
 from ..ssmcore.training.checkpoints import write_atomic
 from .batch import Graph, collate
+from .models.ensemble import GraphEnsemble
 from .models.graph_model import GraphModel
 from .models.layers import SSMLayer
 from .order import rank_nodes
@@ -52,12 +53,15 @@ def _distances(graph: Graph) -> Tensor:
     return level
 
 
-def influence(net: GraphModel, graph: Graph, layer: int = 0) -> Tensor:
+def influence(net: GraphModel | GraphEnsemble, graph: Graph, layer: int = 0) -> Tensor:
     """Size of a layer's mixing matrix for one graph, mean over heads, (v, v): row output, column input.
+
+    Of an ensemble it is the first member's.
 
     Raises:
         ValueError: if the model has no such state-space layer.
     """
+    net = net.first if isinstance(net, GraphEnsemble) else net
     mixers = [made.mixer for made in net.layers if isinstance(made, SSMLayer) and made.mixer is not None]
     if not -len(mixers) <= layer < len(mixers):
         raise ValueError(f"layer {layer} is not there; the model has {len(mixers)} state-space layers.")

@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from ..ssmcore.training import SSMTask
 from ..ssmcore.training.optim import LRSchedulerCallable, OptimizerCallable
 from .batch import GraphBatch
-from .models import create_model
+from .models import GraphEnsemble, create_model
 
 Loss = Literal["mse", "mae", "huber"]
 _LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss}
@@ -87,7 +87,8 @@ class GraphPrediction(SSMTask):
 
     def training_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch."""
-        loss = self.mean_loss(self.net(batch), _labels(batch))
+        answers = self.net.each(batch) if isinstance(self.net, GraphEnsemble) else [self.net(batch)]
+        loss = torch.stack([self.mean_loss(y, _labels(batch)) for y in answers]).mean()
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch.num_graphs)
         return loss
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...ssmcore.mixers import GraphSSM
+from .ensemble import GraphEnsemble
 from .graph_model import GraphModel
 from .hybrid import HybridLayer
 from .layers import GPSLayer, MessageLayer, NodeLayer, SSMLayer
 
-__all__ = ["MODELS", "GraphModel", "create_model", "list_models", "model_options"]
+__all__ = ["MODELS", "GraphEnsemble", "GraphModel", "create_model", "list_models", "model_options"]
 
 
 class Entry(NamedTuple):
@@ -62,16 +63,17 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(MODELS, pattern))
 
 
-def create_model(name: str, **args: Any) -> GraphModel:
+def create_model(name: str, *, members: int = 1, **args: Any) -> GraphModel | GraphEnsemble:
     """Build a model by name.
 
     Args:
         name: One of `list_models()`.
+        members: How many models to train side by side and to average; with one there is no ensemble.
         **args: What the data are (`node_vocab`, `edge_features`, `num_outputs`, `level`, ...), and options of
             `GraphModel`, the layers and their mixer.
 
     Raises:
-        ValueError: for an unknown model; the message names close ones.
+        ValueError: for an unknown model, with close names, and for less than one member.
         TypeError: for an option that the model does not have; the message names close ones.
     """
     if name not in MODELS:
@@ -84,14 +86,17 @@ def create_model(name: str, **args: Any) -> GraphModel:
             close = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known)}"
             raise TypeError(f"model {name!r} has no option {option!r}; {hint}")
+    if members < 1:
+        raise ValueError(f"members must be at least 1, got {members}.")
     entry = MODELS[name]
-    return GraphModel(entry.layer, **{**entry.defaults, **args})
+    made = [GraphModel(entry.layer, **{**entry.defaults, **args}) for _ in range(members)]
+    return made[0] if members == 1 else GraphEnsemble(made)
 
 
 def model_options(name: str) -> list[str]:
     """Names of all options of a model."""
     layer = MODELS[name].layer
-    sources: list[Any] = [GraphModel, layer, *([GraphSSM] if layer is SSMLayer else [])]
+    sources: list[Any] = [create_model, GraphModel, layer, *([GraphSSM] if layer is SSMLayer else [])]
     names: dict[str, None] = {}
     for source in sources:
         for parameter in inspect.signature(source).parameters.values():

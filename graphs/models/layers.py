@@ -208,7 +208,7 @@ class SSMLayer(nn.Module):
         self.order_norm: RMSNorm | None = None
         self.order_mixer: Hydra | None = None
         if along != "edges":
-            sizes = {"d_state": 16, "headdim": 16, "expand": 1}
+            sizes: dict[str, Any] = {"d_state": 16, "headdim": 16, "expand": 1}
             sizes |= {name: mixer[name] for name in sizes if name in mixer}
             self.order_norm, self.order_mixer = RMSNorm(d_model), Hydra(d_model, **sizes)
         self.dropout = nn.Dropout(dropout)

@@ -8,6 +8,7 @@ import torch
 
 from omnissm.graphs import Graph, collate, create_model, list_models
 from omnissm.graphs.encoders import FeatureEncoder
+from omnissm.graphs.models import GraphModel
 from omnissm.graphs.models.message_passing import GCN, GatedGCN, GraphAttention
 from omnissm.ssmcore.training import param_groups
 
@@ -103,6 +104,19 @@ def test_hidden_nodes_keep_their_positions():
     assert 140 < int(bare.sum()) < 260
     with pytest.raises(ValueError, match="node_dropout must be at least 0 and below 1, got 1"):
         create_model("mlp", **options("mlp", node_dropout=1.0))
+
+
+@pytest.mark.parametrize("name", ["dag_gine_tiny", "gsm_pp", "mlp"])
+def test_members_are_averaged(name):
+    net = create_model(name, **options(name, members=3)).eval()
+    batch = collate(graphs_for(name), topology=False)
+    each = net.each(batch)
+    assert not torch.allclose(each[0], each[1])
+    torch.testing.assert_close(net(batch), (each[0] + each[1] + each[2]) / 3)
+    torch.testing.assert_close(each[2], net.members[2](batch))
+    assert isinstance(create_model(name, **options(name, members=1)), GraphModel)
+    with pytest.raises(ValueError, match="members must be at least 1, got 0"):
+        create_model(name, **options(name, members=0))
 
 
 @pytest.mark.parametrize("along", ["order", "both"])

@@ -54,6 +54,22 @@ def test_labels_are_smoothed_while_training():
         task_for("classes", 2, label_smoothing=1.0)
 
 
+def test_members_learn_each_for_itself():
+    """The gradient of a member is that of its own loss, over their number."""
+    schema = {"node_vocab": [4], "num_outputs": 1, "target": "values"}
+    task = GraphPrediction("mlp", {"d_model": 8, "members": 2}, schema)
+    task.log = lambda *a, **k: None
+    graphs = [Graph(torch.randint(4, (5, 1)), torch.zeros(2, 0).long(), y=torch.randn(1, 1)) for _ in range(3)]
+    batch = collate(graphs)
+    task.training_step(batch, 0).backward()
+    for member in task.net.members:
+        found = [p.grad.clone() for p in member.parameters()]
+        member.zero_grad()
+        (task.mean_loss(member(batch), batch.y) / 2).backward()
+        for one, p in zip(found, member.parameters()):
+            torch.testing.assert_close(one, p.grad)
+
+
 def test_metrics_are_of_the_whole_part():
     task = task_for("binary", 2)
     y = torch.tensor([[0.1, 0.0], [0.4, 1.0], [0.35, 2.0], [0.8, 3.0]])
