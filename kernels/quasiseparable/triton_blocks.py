@@ -1,12 +1,10 @@
 """All blocks of a stack of Hydra mixers, one after another, without gradients.
 
     n = LayerNorm(x);  p = n W_in^T;  c = silu(conv(p));  d = c_x W_D^T
-    g = m w silu(z),  q = sum of m^2,  m the quasiseparable product of c, p and d
-    o = g W_out^T;  x = x + o / sqrt(q / d_inner + eps)
+    m the quasiseparable product of c, p and d;  g = rms(m) w silu(z);  x = x + g W_out^T
 
-The norm before the gate divides a position by one number, so that it waits until after the last product. A block takes
-eight launches (a few more, if rows are longer than a piece) on buffers that all blocks share, and the host looks at
-their arguments once for all blocks.
+A block takes nine launches (a few more, if rows are longer than a piece) on buffers that all blocks share, and the host
+looks at their arguments once for all blocks.
 """
 
 from __future__ import annotations
@@ -14,67 +12,26 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..causal_conv1d.triton_impl import _causal_conv1d_fwd_kernel
 from ..causal_conv1d.triton_impl import _tile as conv_tile
+from ..gated_norm import triton_impl as gating
+from ..gated_norm.triton_step import _layer_norm_kernel
 from ..ssd.triton_kernels import DESCENDING
 from ..ssd.triton_outputs import Sweep, run_sweeps
 from ..ssd.triton_tiles import padded, tiles
 from ..transforms import operator
-from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device, quick
+from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device
 from .blocks import HydraWeights
 from .triton_short import LONGEST, TILE, _mix_kernel, _vectors_kernel, mix_options
-
-
-@quick
-@triton.jit(do_not_specialize=["rows"])
-def _stream_kernel(
-    x_ptr,
-    added_ptr,
-    squares_ptr,
-    weight_ptr,
-    bias_ptr,
-    total_ptr,
-    y_ptr,
-    rows,
-    channels,
-    width,
-    parts,
-    ADD: tl.constexpr,
-    NORM: tl.constexpr,
-    EPS: tl.constexpr,
-    GATE_EPS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The sum x + added / sqrt(sum of squares / width + GATE_EPS), and its layer norm."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    ok = (row < rows) & (c < channels)
-    x = tl.load(x_ptr + row * channels + c, mask=ok, other=0.0)
-    if ADD:
-        part = tl.arange(0, BLOCK_PARTS)[None, :]
-        squares = tl.load(squares_ptr + row * parts + part, mask=(row < rows) & (part < parts), other=0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + GATE_EPS)
-        x += tl.load(added_ptr + row * channels + c, mask=ok, other=0.0).to(tl.float32) * scale[:, None]
-        tl.store(total_ptr + row * channels + c, x, mask=ok)
-    if NORM:
-        x = tl.where(c < channels, x - (tl.sum(x, axis=1) / channels)[:, None], 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / channels + EPS)
-        weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0)
-        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0)
-        tl.store(y_ptr + row * channels + c, x * scale[:, None] * weight + bias, mask=ok)
 
 
 class _Buffers(NamedTuple):
     """What all blocks write to and read from: tensors, or their addresses."""
 
     total: Any  # (b, l, d), float32
-    squares: Any  # (b, l, parts), float32
     vectors: Any  # (4, b, pieces, h, LONGEST), float32
     steps: Any  # (4, b, l, h), float32
     n: Any  # (b l, d)
@@ -89,6 +46,7 @@ class _Buffers(NamedTuple):
     B_b: Any
     C_b: Any
     d: Any  # (b l, h and a few more)
+    m: Any  # (b l, d_inner)
     g: Any  # (b l, d_inner)
 
 
@@ -116,7 +74,6 @@ def hydra_blocks_triton(
     B_f, C_f, B_b, C_b = c[:, d_inner:].split(maps, dim=1)
     tensors = _Buffers(
         total=empty(*x.shape, kind=torch.float32),
-        squares=empty(rows, parts, kind=torch.float32),
         vectors=empty(4, batch, pieces, nheads, LONGEST, kind=torch.float32),
         steps=empty(4, batch, length, nheads, kind=torch.float32) if pieces > 1 else None,
         n=empty(rows, channels),
@@ -131,18 +88,18 @@ def hydra_blocks_triton(
         B_b=B_b,
         C_b=C_b,
         d=empty(rows, width_D),
+        m=empty(rows, d_inner),
         g=empty(rows, d_inner),
     )
     stride, c_stride = (length * width, width), (length * mixed, mixed)
     columns = next_power_of_2(channels)
     block_r = max(1, min(next_power_of_2(rows), (16384 if INTERPRETED else 2048) // columns))
-    begin, join, end = (
+    begin, join = (
         Repeated(
-            _stream_kernel, (cdiv(rows, block_r),), rows, channels, d_inner, parts, ADD=add, NORM=norm, EPS=eps,
-            GATE_EPS=gate_eps, BLOCK_PARTS=next_power_of_2(parts), BLOCK_R=block_r, BLOCK=columns,
-            num_warps=4 if columns <= 2048 else 8,
+            _layer_norm_kernel, (cdiv(rows, block_r),), rows, channels, channels, channels, ADD=add, EPS=eps,
+            BLOCK_R=block_r, BLOCK=columns, num_warps=4 if columns <= 2048 else 8,
         )
-        for add, norm in ((False, True), (True, True), (True, False))
+        for add in (False, True)
     )  # fmt: skip
     options, part = _conv_tile(batch, length, mixed, x.device)
     convolve = Repeated(
@@ -155,7 +112,12 @@ def hydra_blocks_triton(
     )  # fmt: skip
     mix = Repeated(
         _mix_kernel, (batch * cdiv(length, tile.rows) * parts,), batch, length, nheads, repeats, *c_stride, *c_stride,
-        width_D, *stride, **mix_options(dtype, headdim, d_state, tile), STATES=pieces > 1, GATED=True,
+        width_D, **mix_options(dtype, headdim, d_state, tile), STATES=pieces > 1,
+    )  # fmt: skip
+    norm_tile = gating._tile(rows, d_inner)
+    gate = Repeated(
+        gating._gated_norm_fwd_kernel, (cdiv(rows, norm_tile["BLOCK_R"]), 1), rows, d_inner, d_inner, d_inner, width,
+        EPS=gate_eps, NORM_FIRST=True, ACC=tl.float32, **norm_tile,
     )  # fmt: skip
     u = c[:, :d_inner]
     heads_of = u.unflatten(0, (batch, length)).unflatten(2, (nheads, headdim))
@@ -163,14 +125,14 @@ def hydra_blocks_triton(
     with on_device(x):
         address: Any = _address if direct() else _itself
         one = tensors
-        begin(x, None, None, blocks[0].norm, blocks[0].norm_bias, None, one.n)
+        begin(x, None, blocks[0].norm, blocks[0].norm_bias, None, one.n)
         for number, block in enumerate(blocks):
             if number == 1:
-                join(x, one.o, one.squares, block.norm, block.norm_bias, one.total, one.n)
+                join(x, one.o, block.norm, block.norm_bias, one.total, one.n)
                 one = _Buffers(*map(address, tensors))
             own: Any = HydraWeights(*map(address, block)) if number else block
             if number > 1:
-                join(one.total, one.o, one.squares, own.norm, own.norm_bias, one.total, one.n)
+                join(one.total, one.o, own.norm, own.norm_bias, one.total, one.n)
             W_in, W_D, W_out = products[3 * number : 3 * number + 3]
             torch.mm(tensors.n, W_in, out=p)
             convolve(one.p_mixed, own.conv, own.conv_bias, None, one.c)
@@ -181,12 +143,11 @@ def hydra_blocks_triton(
                 left, right = entering(heads_of, maps_of, tensors.steps)
                 left, right = (left, right) if number == 0 else (address(left), address(right))
             mix(
-                one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, left, right, one.p, own.gate,
-                one.g, one.squares,
+                one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, left, right, one.m,
             )  # fmt: skip
+            gate(one.m, one.p, own.gate, one.g)
             torch.mm(tensors.g, W_out, out=tensors.o)
-        last = x if len(blocks) == 1 else tensors.total
-        end(last, tensors.o, tensors.squares, None, None, tensors.total, None)
+        torch.add(x if len(blocks) == 1 else tensors.total, tensors.o.view(x.shape), out=tensors.total)
     return tensors.total
 
 

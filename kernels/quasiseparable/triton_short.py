@@ -7,7 +7,7 @@
 
 One kernel makes the vectors from raw steps; the other one works like attention, on the rows of a block and a few heads
 that share the products of C and B. `triton_blocks` calls them for pieces of longer rows too, with the states that enter
-a piece from both sides, and lets the second one weight and gate its outputs.
+a piece from both sides.
 """
 
 from __future__ import annotations
@@ -124,14 +124,6 @@ def _rows(ptr, position, ok, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D
 
 
 @triton.jit
-def _add(total, scores, row, column, x, linked, DOT: tl.constexpr, MASKED: tl.constexpr):
-    exponent = row[:, None] + column[None, :]
-    if MASKED:
-        exponent = tl.where(linked, exponent, float("-inf"))
-    return tl.dot((scores * tl.exp2(exponent)).to(DOT), x, total)
-
-
-@triton.jit
 def _from_state(ptr, C, factor, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """What a state (p, n) adds to the rows that read it."""
     state = _rows(ptr, tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P) < P, N, N, BLOCK_N, C.dtype)
@@ -151,10 +143,7 @@ def _mix_kernel(
     D_ptr,
     left_ptr,
     right_ptr,
-    z_ptr,
-    weight_ptr,
     y_ptr,
-    squares_ptr,
     batch,
     length,
     heads,
@@ -164,8 +153,6 @@ def _mix_kernel(
     map_stride_b,
     map_stride_t,
     diag_stride,
-    z_stride_b,
-    z_stride_t,
     P: tl.constexpr,
     N: tl.constexpr,
     LONGEST: tl.constexpr,
@@ -177,16 +164,14 @@ def _mix_kernel(
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
     STATES: tl.constexpr,
-    GATED: tl.constexpr,
 ):
-    """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that.
+    """Outputs of a block of rows.
 
     With STATES rows are in pieces of LONGEST, and states (b, h, pieces, p, n) enter each from the left and the right.
     """
     head_blocks = heads // HEADS
     row_blocks = tl.cdiv(length, ROWS)
-    head_block = tl.program_id(0) % head_blocks
-    head = head_block * HEADS
+    head = tl.program_id(0) % head_blocks * HEADS
     first = tl.program_id(0) // head_blocks % row_blocks * ROWS
     row = (tl.program_id(0) // head_blocks // row_blocks).to(tl.int64)
     t = first + tl.arange(0, ROWS)
@@ -206,6 +191,10 @@ def _mix_kernel(
     totals = ()
     rows_f = ()
     rows_b = ()
+    edges_f = ()
+    edges_b = ()
+    factors_f = ()
+    factors_b = ()
     for i in tl.static_range(HEADS):
         row_f = tl.load(vectors + i * LONGEST + (t - begin))
         row_b = tl.load(vectors + i * LONGEST + 2 * one + (t - begin))
@@ -217,8 +206,15 @@ def _mix_kernel(
             total += _from_state(left_ptr + state, C_f, tl.exp2(row_f), P, N, BLOCK_P, BLOCK_N)
             total += _from_state(right_ptr + state, C_b, tl.exp2(row_b - all_b), P, N, BLOCK_P, BLOCK_N)
         totals = totals + (total,)
+        # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
+        edge_f = tl.load(vectors + i * LONGEST + (first - begin))
+        edge_b = tl.load(vectors + i * LONGEST + 2 * one + (first - begin) + (ROWS - 1))
         rows_f = rows_f + (row_f,)
         rows_b = rows_b + (row_b,)
+        edges_f = edges_f + (edge_f,)
+        edges_b = edges_b + (edge_b,)
+        factors_f = factors_f + (tl.exp2(row_f - edge_f),)
+        factors_b = factors_b + (tl.exp2(row_b - edge_b),)
     for start in tl.range(begin, first, COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
@@ -227,7 +223,8 @@ def _mix_kernel(
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
             column = tl.load(vectors + i * LONGEST + one + (s - begin))
-            found = found + (_add(totals[i], scores, rows_f[i], column, x, ok, DOT, False),)
+            factor = factors_f[i][:, None] * tl.exp2(column + edges_f[i])[None, :]
+            found = found + (tl.dot((scores * factor).to(DOT), x, totals[i]),)
         totals = found
     for start in tl.range(first, tl.minimum(first + ROWS, end), COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
@@ -255,26 +252,18 @@ def _mix_kernel(
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
             column = tl.load(vectors + i * LONGEST + 3 * one + (s - begin))
-            found = found + (_add(totals[i], scores, rows_b[i], column, x, ok, DOT, False),)
+            factor = factors_b[i][:, None] * tl.exp2(column + edges_b[i])[None, :]
+            found = found + (tl.dot((scores * factor).to(DOT), x, totals[i]),)
         totals = found
     t_ok = t < length
     p = tl.arange(0, BLOCK_P)
     y_ok = t_ok[:, None] & (p < P)[None, :]
     place = row * length + t.to(tl.int64)
-    squares = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(HEADS):
         x = _rows(x_ptr + i * P, t, t_ok, x_stride_t, P, BLOCK_P, tl.float32)
         diagonal = tl.load(diag_ptr + place * diag_stride + head + i, mask=t_ok, other=0.0).to(tl.float32)
         y = totals[i] + (diagonal + tl.load(D_ptr + head + i))[:, None] * x
-        if GATED:
-            squares += tl.sum(tl.where((p < P)[None, :], y * y, 0.0), axis=1)
-            z_row = z_ptr + row * z_stride_b + (head + i) * P
-            z = _rows(z_row, t, t_ok, z_stride_t, P, BLOCK_P, tl.float32)
-            weight = tl.load(weight_ptr + (head + i) * P + p, mask=p < P, other=0.0).to(tl.float32)
-            y = y * weight[None, :] * (z * tl.sigmoid(z))
         tl.store(y_ptr + (place * heads + head + i)[:, None] * P + p[None, :], y, mask=y_ok)
-    if GATED:
-        tl.store(squares_ptr + place * head_blocks + head_block, squares, mask=t_ok)
 
 
 @operator("quasiseparable_short_triton")
@@ -331,9 +320,9 @@ def mix(
             *dt_f.stride()[:2], LONGEST=LONGEST, BLOCK_H=block_h, STEPS=False,
         )  # fmt: skip
         _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // heads),)](
-            x, *maps, vectors, diag.contiguous(), D.contiguous(), None, None, None, None, y, None, batch, length,
-            nheads, repeats, *x.stride()[:2], *maps[0].stride()[:2], nheads, 0, 0,
-            **mix_options(x.dtype, headdim, n, tile._replace(heads=heads)), STATES=False, GATED=False,
+            x, *maps, vectors, diag.contiguous(), D.contiguous(), None, None, y, batch, length, nheads, repeats,
+            *x.stride()[:2], *maps[0].stride()[:2], nheads,
+            **mix_options(x.dtype, headdim, n, tile._replace(heads=heads)), STATES=False,
         )  # fmt: skip
     return y
 

@@ -163,9 +163,8 @@ def _mix(size: _Sizes, c: Tensor, d: Tensor, dt_f: Tensor, dt_b: Tensor, own: Hy
         )  # fmt: skip
         left, right = entering(x, (B_f, C_f, B_b, C_b), steps) if pieces > 1 else (None, None)
         _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // tile.heads),)](
-            x, B_f, C_f, B_b, C_b, vectors, d, own.D, left, right, None, None, y, None, batch, length, nheads, repeats,
-            *x.stride()[:2], *B_f.stride()[:2], d.shape[1], 0, 0,
-            **mix_options(c.dtype, size.headdim, size.d_state, tile), STATES=pieces > 1, GATED=False,
+            x, B_f, C_f, B_b, C_b, vectors, d, own.D, left, right, y, batch, length, nheads, repeats, *x.stride()[:2],
+            *B_f.stride()[:2], d.shape[1], **mix_options(c.dtype, size.headdim, size.d_state, tile), STATES=pieces > 1,
         )  # fmt: skip
     return steps, y
 
