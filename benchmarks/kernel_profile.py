@@ -237,30 +237,34 @@ def main(argv: list[str] | None = None) -> int:
     ncu = options.ncu or shutil.which("ncu", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
     wanted = counters(known_metrics(ncu)) if ncu else []
     about = describe(torch.device("cuda"), options.commit)
-    content: dict[str, Any] = {**about, "command": "python -m benchmarks.kernel_profile", "notes": []}
+    content: dict[str, Any] = {**about, "command": "python -m benchmarks.kernel_profile"}
+    notes: list[str] = []
     rows: list[dict[str, Any]] = []
     for case in cases:
         left = until - time.monotonic()
         if case not in compiled or left < 5:
-            content["notes"].append(f"{case} was not profiled: {'out of time' if left < 5 else 'it did not run'}")
+            notes.append(f"{case} was not profiled: {'out of time' if left < 5 else 'it did not run'}")
             continue
         here = compiled[case]
         label = {"op": case.partition(":")[0], "dtype": here["dtype"], "size": here["size"]}
         try:
             found = list(rows_of(case, ncu, wanted, left))
         except (ValueError, subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            content["notes"].append(f"{case}: {error}")
+            notes.append(f"{case}: {error}")
             if ncu is None or isinstance(error, subprocess.TimeoutExpired):
                 continue
             ncu = None
-            content["notes"].append("ncu could not count: times of torch's profiler, occupancy that fits")
+            notes.append("ncu could not count: times of torch's profiler, occupancy that fits")
             found = list(rows_of(case, None, [], left))
         for row in found:
             spilled = here["needs"].get(row["kernel"], {}).get("spilled")
             rows.append(label | row | {"spilled": spilled})
             print(*(f"{value}" for value in rows[-1].values()), sep=" | ", flush=True)
-        write_json(options.out / folder_of(about["device"]) / "profile.json", content | {"rows": rows})
-    print(*content["notes"], sep="\n")
+        write_json(
+            options.out / folder_of(about["device"]) / "profile.json",
+            content | {"notes": "; ".join(notes), "rows": rows},
+        )
+    print(*notes, sep="\n")
     return 0 if rows else 1
 
 
