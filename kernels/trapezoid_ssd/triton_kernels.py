@@ -39,15 +39,44 @@ def _turn(x):
 
 
 @triton.jit
-def _columns(start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
-    """Where the columns of a tile lie in memory, and which of them exist; the first one is column `start` of all."""
-    tile = start + tl.arange(0, BLOCK_N)
+def _halves_of_pairs(start, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where both entries of the pairs of a tile lie, half a row apart, which exist; the last of an odd N is alone."""
+    second = start // 2 + tl.arange(0, BLOCK_N // 2)
+    first, first_ok = second, second < N // 2
+    if N % 2:
+        first_ok = second <= N // 2
+        first = tl.where(second == N // 2, N - 1, second)
+    return first, first_ok, second + N // 2, second < N // 2
+
+
+@triton.jit
+def _get(ptr, rows, ok, start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, TYPE: tl.constexpr):
+    """BLOCK_N columns from `start` on, two entries of a pair side by side; rows [rows, 1] lie at `ptr`, if `ok`.
+
+    Halves of pairs are loaded apart, so that neighbours lie side by side in memory.
+    """
     if HALF:
-        columns = tile // 2 + (tile % 2) * (N // 2)
-        if N % 2:
-            columns = tl.where(tile == N - 1, N - 1, columns)
-        return columns, tile < N
-    return tile, tile < N
+        first, first_ok, second, second_ok = _halves_of_pairs(start, N, BLOCK_N)
+        a = tl.load(ptr + (rows + first[None, :]), mask=ok & first_ok[None, :], other=0.0)
+        b = tl.load(ptr + (rows + second[None, :]), mask=ok & second_ok[None, :], other=0.0)
+        tile = tl.reshape(tl.join(a, b), [rows.shape[0], BLOCK_N])
+    else:
+        columns = start + tl.arange(0, BLOCK_N)
+        tile = tl.load(ptr + (rows + columns[None, :]), mask=ok & (columns < N)[None, :], other=0.0)
+    return tile.to(TYPE)
+
+
+@triton.jit
+def _put(ptr, rows, ok, start, tile, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
+    """Store what `_get` loads."""
+    if HALF:
+        first, first_ok, second, second_ok = _halves_of_pairs(start, N, BLOCK_N)
+        a, b = tl.split(tl.reshape(tile, [rows.shape[0], BLOCK_N // 2, 2]))
+        tl.store(ptr + (rows + first[None, :]), a, mask=ok & first_ok[None, :])
+        tl.store(ptr + (rows + second[None, :]), b, mask=ok & second_ok[None, :])
+    else:
+        columns = start + tl.arange(0, BLOCK_N)
+        tl.store(ptr + (rows + columns[None, :]), tile, mask=ok & (columns < N)[None, :])
 
 
 @triton.jit
@@ -72,14 +101,13 @@ def _spin(gradient, tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _bias(ptr, head, ranks, columns, columns_ok, N: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr):
+def _bias(
+    ptr, head, ranks, start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
+    RANKS: tl.constexpr,
+):  # fmt: skip
     """What is added to the keys or queries of one head, [1, n], or with several ranks [rows, n]."""
-    if RANKS == 1:
-        bias = tl.load(ptr + head * N + columns, mask=columns_ok, other=0.0).to(ACC)[None, :]
-    else:
-        of_rank = (head * RANKS + ranks[:, None]) * N
-        bias = tl.load(ptr + of_rank + columns[None, :], mask=columns_ok[None, :], other=0.0).to(ACC)
-    return bias
+    rows = tl.arange(0, 1)[:, None] if RANKS == 1 else ranks[:, None]
+    return _get(ptr + head * (RANKS * N), rows * N, rows >= 0, start, N, BLOCK_N, HALF, ACC)
 
 
 @triton.jit
@@ -193,8 +221,8 @@ def _trapezoid_turn_kernel(
     seq_row = seq_ptr
     if PACKED:
         seq_row = seq_ptr + row * positions
-    B_tile = B_ptr + row * B_stride_b + group * N
-    C_tile = C_ptr + row * C_stride_b + group * N
+    B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
+    C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + group * N
     first_head = group * repeats + block * block_heads
     last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
     for head in tl.range(first_head, last_head, num_stages=1, disable_licm=True):
@@ -205,11 +233,11 @@ def _trapezoid_turn_kernel(
         )
         product = tl.zeros([Q], ACC)
         for of_slice in tl.static_range(slices):
-            columns, columns_ok = _columns(of_slice * BLOCK_N, N, BLOCK_N, HALF)
-            k = _rows(B_tile, begin, steps, ok, B_stride_t, columns, columns_ok, ACC)
-            q = _rows(C_tile, begin, steps, ok, C_stride_t, columns, columns_ok, ACC)
-            k += _bias(B_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
-            q += _bias(C_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
+            start = of_slice * BLOCK_N
+            k = _get(B_tile, steps[:, None] * B_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
+            q = _get(C_tile, steps[:, None] * C_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
+            k += _bias(B_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
+            q += _bias(C_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
             if RANKS == 1:
                 product += tl.sum(k * q, 1)
             if of_slice * (BLOCK_N // 2) < S:  # else all its pairs stand still
@@ -220,10 +248,9 @@ def _trapezoid_turn_kernel(
                 cos, sin = _directions(phases_ptr, rate, dt, row * nheads + head, chunk, chunks, pairs, S, ACC)
                 k = _rotated(k, cos, sin, Q, BLOCK_N)
                 q = _rotated(q, cos, sin, Q, BLOCK_N)
-            tile = (vectors + begin * nheads) * N + (steps[:, None] * (nheads * N) + columns[None, :])
-            tile_ok = ok[:, None] & columns_ok[None, :]
-            tl.store(k_ptr + tile, k, mask=tile_ok)
-            tl.store(q_ptr + tile, q, mask=tile_ok)
+            tile = (vectors + begin * nheads) * N
+            _put(k_ptr + tile, steps[:, None] * (nheads * N), ok[:, None], start, k, N, BLOCK_N, HALF)
+            _put(q_ptr + tile, steps[:, None] * (nheads * N), ok[:, None], start, q, N, BLOCK_N, HALF)
         out = vectors + (begin + steps) * nheads
         tl.store(weight_ptr + out, gamma + following, mask=ok)
         if RANKS == 1:
@@ -246,12 +273,10 @@ def _trapezoid_later_kernel(
     pairs = tl.arange(0, BLOCK_N // 2)
     later = tl.zeros([BLOCK_N // 2], ACC)
     if chunk < chunks - 1:
-        columns, columns_ok = _columns(0, N, BLOCK_N, HALF)
         p_rows = tl.arange(0, BLOCK_P)[:, None]
-        ok = columns_ok[None, :] & (p_rows < P)
-        border = (of * chunks + chunk) * (P * N) + (p_rows * N + columns[None, :])
-        entering = tl.load(entering_ptr + border + P * N, mask=ok, other=0.0).to(ACC)
-        leaving = tl.load(leaving_ptr + border, mask=ok, other=0.0).to(ACC)
+        border = (of * chunks + chunk) * (P * N)
+        entering = _get(entering_ptr + border + P * N, p_rows * N, p_rows < P, 0, N, BLOCK_N, HALF, ACC)
+        leaving = _get(leaving_ptr + border, p_rows * N, p_rows < P, 0, N, BLOCK_N, HALF, ACC)
         later -= tl.sum(_spin(leaving, entering, BLOCK_P, BLOCK_N), 0)
         if HAS_DPHASE:
             later += tl.load(dphase_ptr + of * S + pairs, mask=pairs < S, other=0.0).to(ACC)
@@ -273,7 +298,7 @@ def _unturn_slice(
     """One slice of columns; TURNS unless all its pairs stand still."""
     groups = nheads // repeats
     chunks = tl.cdiv(length, Q)
-    columns, columns_ok = _columns(of_slice * BLOCK_N, N, BLOCK_N, HALF)
+    start = of_slice * BLOCK_N
     pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     steps = tl.arange(0, Q)
     begin = chunk.to(tl.int64) * Q
@@ -292,7 +317,9 @@ def _unturn_slice(
             upper = upper.to(ACC)
         else:
             upper = upper.to(tl.bfloat16)
-    tile_ok = ok[:, None] & columns_ok[None, :]
+    rows_ok = ok[:, None]
+    B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
+    C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + group * N
     first_head = group * repeats + block * block_heads
     last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
     for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
@@ -304,17 +331,17 @@ def _unturn_slice(
             gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
         )
         dt = _increments(gamma, beta, Q, RANKS)
-        tile = (vectors + begin * nheads) * N + (steps[:, None] * (nheads * N) + columns[None, :])
-        dk = tl.load(dk_ptr + tile, mask=tile_ok, other=0.0).to(ACC)
-        dq = tl.load(dq_ptr + tile, mask=tile_ok, other=0.0).to(ACC)
+        tile = (vectors + begin * nheads) * N
+        dk = _get(dk_ptr + tile, steps[:, None] * (nheads * N), rows_ok, start, N, BLOCK_N, HALF, ACC)
+        dq = _get(dq_ptr + tile, steps[:, None] * (nheads * N), rows_ok, start, N, BLOCK_N, HALF, ACC)
         if TURNS:
             cos, sin = _directions(phases_ptr, rate, dt, heads, chunk, chunks, pairs, S, ACC)
             dk = _rotated(dk, cos, -sin, Q, BLOCK_N)
             dq = _rotated(dq, cos, -sin, Q, BLOCK_N)
-        k = _rows(B_ptr + row * B_stride_b + group * N, begin, steps, ok, B_stride_t, columns, columns_ok, ACC)
-        k += _bias(B_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
-        q = _rows(C_ptr + row * C_stride_b + group * N, begin, steps, ok, C_stride_t, columns, columns_ok, ACC)
-        q += _bias(C_bias_ptr, head, ranks, columns, columns_ok, N, ACC, RANKS)
+        k = _get(B_tile, steps[:, None] * B_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
+        k += _bias(B_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
+        q = _get(C_tile, steps[:, None] * C_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
+        q += _bias(C_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
         if TURNS:
             dangle = _spin(dk, k, Q, BLOCK_N) + _spin(dq, q, Q, BLOCK_N)
 
@@ -329,10 +356,10 @@ def _unturn_slice(
             for d in range(RANKS):
                 other = (ranks + d) % RANKS
                 beside = steps - ranks + other
-                k = _rows(B_ptr + row * B_stride_b + group * N, begin, beside, ok, B_stride_t, columns, columns_ok, ACC)
-                k += _bias(B_bias_ptr, head, other, columns, columns_ok, N, ACC, RANKS)
-                q = _rows(C_ptr + row * C_stride_b + group * N, begin, beside, ok, C_stride_t, columns, columns_ok, ACC)
-                q += _bias(C_bias_ptr, head, other, columns, columns_ok, N, ACC, RANKS)
+                k = _get(B_tile, beside[:, None] * B_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
+                k += _bias(B_bias_ptr, head, other, start, N, BLOCK_N, HALF, ACC, RANKS)
+                q = _get(C_tile, beside[:, None] * C_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
+                q += _bias(C_bias_ptr, head, other, start, N, BLOCK_N, HALF, ACC, RANKS)
                 of_rows = links_ptr + (vectors + begin * nheads) * RANKS
                 read = tl.load(of_rows + steps * (nheads * RANKS) + other, mask=ok, other=0.0)
                 written = tl.load(of_rows + beside * (nheads * RANKS) + ranks, mask=ok, other=0.0)
@@ -340,15 +367,12 @@ def _unturn_slice(
                 dq += written[:, None] * k
         dB += dk
         dC += dq
-        if RANKS == 1:
-            tl.store(dB_bias_ptr + of_chunk * N + columns, tl.sum(dk, 0), mask=columns_ok)
-            tl.store(dC_bias_ptr + of_chunk * N + columns, tl.sum(dq, 0), mask=columns_ok)
-        else:
-            each = (of_chunk * RANKS + tl.arange(0, RANKS)[:, None]) * N + columns[None, :]
-            of_ranks = tl.sum(tl.reshape(dk, [Q // RANKS, RANKS, BLOCK_N]), 0)
-            tl.store(dB_bias_ptr + each, of_ranks, mask=columns_ok[None, :])
-            of_ranks = tl.sum(tl.reshape(dq, [Q // RANKS, RANKS, BLOCK_N]), 0)
-            tl.store(dC_bias_ptr + each, of_ranks, mask=columns_ok[None, :])
+        of_bias = tl.arange(0, RANKS)[:, None] * N
+        dk_sum = tl.sum(tl.reshape(dk, [Q // RANKS, RANKS, BLOCK_N]), 0) if RANKS > 1 else tl.sum(dk, 0)[None, :]
+        dq_sum = tl.sum(tl.reshape(dq, [Q // RANKS, RANKS, BLOCK_N]), 0) if RANKS > 1 else tl.sum(dq, 0)[None, :]
+        place = of_chunk * (RANKS * N)
+        _put(dB_bias_ptr + place, of_bias, of_bias >= 0, start, dk_sum, N, BLOCK_N, HALF)
+        _put(dC_bias_ptr + place, of_bias, of_bias >= 0, start, dq_sum, N, BLOCK_N, HALF)
 
         if TURNS:
             later = tl.load(later_ptr + (heads * chunks + chunk) * S + pairs, mask=pairs < S, other=0.0)
@@ -364,9 +388,8 @@ def _unturn_slice(
 
     width = groups * N
     out = ((block * rows + row) * length + begin) * width + group * N
-    offset = steps[:, None] * width + columns[None, :]
-    tl.store(dB_ptr + out + offset, dB, mask=tile_ok)
-    tl.store(dC_ptr + out + offset, dC, mask=tile_ok)
+    _put(dB_ptr + out, steps[:, None] * width, rows_ok, start, dB, N, BLOCK_N, HALF)
+    _put(dC_ptr + out, steps[:, None] * width, rows_ok, start, dC, N, BLOCK_N, HALF)
     if TURNS:
         out = (((block * groups + group) * rows + row) * positions + first) * S
         tile_ok = (ok & (ranks == 0))[:, None] & (pairs < S)[None, :]
