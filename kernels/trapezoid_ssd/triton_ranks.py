@@ -24,6 +24,29 @@ from ..triton_utils import INTERPRETED, cdiv, next_power_of_2
 from .triton_kernels import _weights
 
 
+@triton.jit(do_not_specialize=["length", "nheads"])
+def _ranks_inputs_kernel(
+    x_ptr, x_rank_ptr, out_ptr, length, nheads, x_stride_b, x_stride_t,
+    P: tl.constexpr, RANKS: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The inputs of all ranks, v, of one head for T positions, (b, l, r, h, p)."""
+    head = tl.program_id(0) % nheads
+    blocks = tl.cdiv(length, T)
+    begin = (tl.program_id(0) // nheads % blocks).to(tl.int64) * T
+    row = (tl.program_id(0) // nheads // blocks).to(tl.int64)
+    steps = tl.arange(0, T)
+    columns = tl.arange(0, BLOCK_P)
+    ok, columns_ok = steps < length - begin, columns < P
+    tile_ok = ok[:, None] & columns_ok[None, :]
+    x_tile = x_ptr + row * x_stride_b + begin * x_stride_t + head * P
+    x = tl.load(x_tile + steps[:, None] * x_stride_t + columns[None, :], mask=tile_ok, other=0.0).to(ACC)
+    out = out_ptr + ((row * length + begin) * RANKS * nheads + head) * P
+    for j in tl.static_range(RANKS):
+        ranked = tl.load(x_rank_ptr + (head * RANKS + j) * P + columns, mask=columns_ok, other=0.0).to(ACC)
+        tile = (steps[:, None] * RANKS + j) * (nheads * P) + columns[None, :]
+        tl.store(out + tile, x * ranked[None, :], mask=tile_ok)
+
+
 @triton.jit(do_not_specialize=["length", "nheads", "repeats"])
 def _ranks_products_kernel(
     B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, products_ptr, length, nheads, repeats,
@@ -48,7 +71,7 @@ def _ranks_products_kernel(
         q = tl.load(C_tile + (steps[:, None] * RANKS + i) * C_stride_t, mask=tile_ok, other=0.0).to(ACC)
         q += tl.load(C_bias_ptr + (head * RANKS + i) * N + columns, mask=columns_ok, other=0.0).to(ACC)[None, :]
         found = tl.zeros([T, RANKS], ACC)
-        for j in range(RANKS):
+        for j in tl.static_range(RANKS):
             k = tl.load(B_tile + (steps[:, None] * RANKS + j) * B_stride_t, mask=tile_ok, other=0.0).to(ACC)
             k += tl.load(B_bias_ptr + (head * RANKS + j) * N + columns, mask=columns_ok, other=0.0).to(ACC)[None, :]
             found += tl.where((ranks == j)[None, :], tl.sum(q * k, 1)[:, None], 0.0)
@@ -83,7 +106,7 @@ def _ranks_outputs_kernel(
     for i in range(RANKS):
         at = (steps * RANKS + i) * nheads
         total = tl.zeros([T, BLOCK_P], ACC)
-        for j in range(RANKS):
+        for j in tl.static_range(RANKS):
             product = tl.load(products_ptr + first * RANKS + at * RANKS + j, mask=ok, other=0.0)
             factor = product * tl.where(j <= i, -following, gamma)
             ranked = tl.load(x_rank_ptr + (head * RANKS + j) * P + columns, mask=columns_ok, other=0.0).to(ACC)
@@ -134,7 +157,7 @@ def _ranks_gradients_kernel(
             ranked = tl.load(x_rank_ptr + (head * RANKS + j) * P + columns, mask=columns_ok, other=0.0).to(ACC)
             dv = tl.load(dv_ptr + first * P + of_j[:, None] * P + columns[None, :], mask=tile_ok, other=0.0).to(ACC)
             links = tl.zeros([T, RANKS], ACC)
-            for i in range(RANKS):
+            for i in tl.static_range(RANKS):
                 of_i = (steps * RANKS + i) * nheads
                 dy = tl.load(dy_ptr + first * P + of_i[:, None] * P + columns[None, :], mask=tile_ok, other=0.0)
                 dy = dy.to(ACC)
@@ -166,7 +189,7 @@ class GradientsOfRanks(NamedTuple):
 
 
 # Positions of one head over which one program sums the gradient of x_rank.
-_SPAN = 512
+_SPAN = 128
 
 
 def _positions(width: int, numbers: int) -> int:
@@ -180,10 +203,15 @@ def _accumulator(dtype: torch.dtype) -> tl.dtype:
 
 def inputs_of_ranks(x: Tensor, x_rank: Tensor) -> Tensor:
     """v, (b, l * r, h, p) in the dtype of x, from x (b, l, h, p) and x_rank (h, r, p)."""
-    batch, length, nheads, headdim = x.shape
-    v = x.new_empty(batch, length, x_rank.shape[1], nheads, headdim)
-    torch.mul(x[:, :, None], x_rank.transpose(0, 1), out=v)
-    return v.flatten(1, 2)
+    (batch, length, nheads, headdim), ranks = x.shape, x_rank.shape[1]
+    block_p = next_power_of_2(headdim)
+    count = _positions(block_p, 2048)
+    v = x.new_empty(batch, length * ranks, nheads, headdim)
+    _ranks_inputs_kernel[(batch * cdiv(length, count) * nheads,)](
+        x, x_rank, v, length, nheads, *strides(x),
+        P=headdim, RANKS=ranks, T=count, BLOCK_P=block_p, ACC=_accumulator(x_rank.dtype),
+    )  # fmt: skip
+    return v
 
 
 def products_of_ranks(B: Tensor, C: Tensor, B_bias: Tensor, C_bias: Tensor) -> Tensor:
