@@ -322,7 +322,7 @@ def _backward(
     n = B.shape[3]
     tiles = _tiles(x, n, chunk)
     dx, dlog_decay = x.new_empty(x.shape), torch.empty_like(given.log_decay)
-    dgamma, dbeta = given.log_decay.new_empty(2, *given.log_decay.shape).unbind(0)
+    dgamma, dbeta = torch.empty_like(given.log_decay), torch.empty_like(given.log_decay)
     drate, dphi = torch.empty_like(given.rate), log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
     dB, dC = x.new_empty(B.shape), x.new_empty(C.shape)
     dstate = log_decay.new_empty(x.shape[0], *x.shape[2:], n)

@@ -132,3 +132,32 @@ def test_ranks_of_a_position_see_each_other_and_nothing_later(device):
             (reach,) = torch.autograd.grad(y[0, 1, i].sum(), x, retain_graph=True)
             assert (reach[0, :2].abs().amax((1, 2)) > 0).all()
             assert not reach[0, 2:].any()
+
+
+def test_opcheck(device):
+    """Schema, fake tensors and dynamic shapes of the custom ops with ranks."""
+    from omnissm.kernels.trapezoid_ssd.triton_impl import _backward, _forward
+
+    inputs = inputs_of(device, l=3, h=1)
+    names = ("x", "log_decay", "gamma", "beta", "theta", "B", "C", "ssm", "phi", "B_bias", "C_bias", "D", "x_rank")
+    tensors = [inputs[name].flatten(1, 2) if name in "BC" else inputs[name] for name in names]
+    arguments = (*tensors, None, False)
+    torch.library.opcheck(_forward, (*arguments, 0, 0))
+    y, final, _ = _forward(*arguments, 0, 0)
+    torch.library.opcheck(_backward, (*arguments, torch.randn_like(y), torch.randn_like(final), None, None, 0, 0, 0))
+
+
+def test_vmap_of_gradients(device):
+    """Per-sample gradients, of what rows share too, are those of each sample alone."""
+    rows = [inputs_of(device, l=3, h=1, p=2, state=False) for _ in range(2)]
+    rows[1] = {name: 0.5 * value if torch.is_tensor(value) else value for name, value in rows[1].items()}
+    names = [name for name in rows[0] if torch.is_tensor(rows[0][name])]
+
+    def loss(*tensors):
+        return flat(**dict(zip(names, tensors)), backend="triton")[0].square().sum()
+
+    gradient = torch.func.grad(loss, argnums=tuple(range(len(names))))
+    each = torch.func.vmap(gradient)(*(torch.stack([row[name] for row in rows]) for name in names))
+    alone = zip(*(gradient(*(row[name] for name in names)) for row in rows))
+    for name, found, expected in zip(names, each, alone):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5, msg=name)
