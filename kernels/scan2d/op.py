@@ -157,84 +157,29 @@ def selective_scan2d(
     n = sizes["n"]
     obstacle = None if 0 < n <= _LARGEST_STATE else f"Triton takes n from 1 to {_LARGEST_STATE}, got n={n}"
     backend_chosen = choose(backend, x, op="selective_scan2d", obstacle=obstacle)
-    dtype = _state_dtype(*tensors.values())
-    if backend_chosen == "triton" and x.numel() > 0:
-        return _triton(**tensors, kappa=kappa, coupling=coupling, held=input_discretization == "zoh", dtype=dtype)
-    wide: dict[str, Any] = {name: tensor if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()}
+    dtype, held = _state_dtype(*tensors.values()), input_discretization == "zoh"
     if backend_chosen == "reference":
+        given: dict[str, Any] = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
         options: dict[str, Any] = {"kappa": kappa, "coupling": coupling, "input_discretization": input_discretization}
-        return selective_scan2d_reference(**wide, **options).to(x.dtype)
-    return _chunked(**wide, kappa=kappa, coupling=coupling, held=input_discretization == "zoh").to(x.dtype)
-
-
-def _chunked(
-    x: Tensor,
-    dt1: Tensor,
-    dt2: Tensor,
-    A1_log: Tensor,
-    A4_log: Tensor,
-    theta2: Tensor,
-    theta3: Tensor,
-    B1: Tensor,
-    B2: Tensor,
-    C1: Tensor,
-    C2: Tensor,
-    D: Tensor,
-    time_gap: Tensor | None,
-    *,
-    kappa: float,
-    coupling: str,
-    held: bool,
-) -> Tensor:
-    """The elementwise functions of small tensors, left to autograd, around the scan itself."""
-    batch = x.shape[0]
-    terms = Terms(
-        x=x,
-        dt1=dt1,
-        dt2=dt2,
-        r1=None if time_gap is None else dt1 * per_batch(time_gap, batch, repeat=True)[:, None, :, None],
-        B1=B1,
-        B2=B2,
-        C1=C1,
-        C2=C2,
-        alpha1=A1_log.exp(),
-        alpha4=A4_log.exp(),
-        c2=kappa * theta2.tanh() if coupling in ("full", "variate_to_time") else None,
-        c3=kappa * theta3.tanh() if coupling in ("full", "time_to_variate") else None,
-    )
-    y = selective_scan2d_chunked(terms, held=held)
-    return torch.addcmul(y, per_batch(D, batch)[:, None, None], x)
-
-
-def _triton(
-    x: Tensor,
-    dt1: Tensor,
-    dt2: Tensor,
-    A1_log: Tensor,
-    A4_log: Tensor,
-    theta2: Tensor,
-    theta3: Tensor,
-    B1: Tensor,
-    B2: Tensor,
-    C1: Tensor,
-    C2: Tensor,
-    D: Tensor,
-    time_gap: Tensor | None,
-    *,
-    kappa: float,
-    coupling: str,
-    held: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    from .triton_impl import COUPLED, scan
-
-    A1_log, A4_log, theta2, theta3, D = (t.to(dtype) for t in (A1_log, A4_log, theta2, theta3, D))
-    r1 = None
-    if time_gap is not None:
-        r1 = dt1.to(dtype) * per_batch(time_gap.to(dtype), x.shape[0], repeat=True)[:, None, :, None]
+        return selective_scan2d_reference(**given, **options).to(x.dtype)
+    fused = backend_chosen == "triton" and x.numel() > 0  # kernels widen what they read
+    data = {name: tensors[name] for name in ("x", "dt1", "dt2", "B1", "B2", "C1", "C2")}
+    if not fused:
+        data = {name: tensor.to(dtype) for name, tensor in data.items()}
+    # Elementwise functions of small tensors are left to autograd, around the scan itself.
+    A1_log, A4_log, theta2, theta3, D = (parameter.to(dtype) for parameter in (A1_log, A4_log, theta2, theta3, D))
+    alpha1, alpha4 = A1_log.exp(), A4_log.exp()
     c2 = kappa * theta2.tanh() if coupling in ("full", "variate_to_time") else None
     c3 = kappa * theta3.tanh() if coupling in ("full", "time_to_variate") else None
-    return scan(x, dt1, dt2, r1, B1, B2, C1, C2, -A1_log.exp(), -A4_log.exp(), c2, c3, D, COUPLED, held, ())
+    r1 = None
+    if time_gap is not None:
+        r1 = data["dt1"].to(dtype) * per_batch(time_gap.to(dtype), x.shape[0], repeat=True)[:, None, :, None]
+    if fused:
+        from .triton_impl import COUPLED, scan
+
+        return scan(x, dt1, dt2, r1, B1, B2, C1, C2, -alpha1, -alpha4, c2, c3, D, COUPLED, held, ())
+    y = selective_scan2d_chunked(Terms(**data, r1=r1, alpha1=alpha1, alpha4=alpha4, c2=c2, c3=c3), held=held)
+    return torch.addcmul(y, per_batch(D, x.shape[0])[:, None, None], data["x"]).to(x.dtype)
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
