@@ -265,7 +265,7 @@ def _forward(
             # What several ranks of a position add comes to unrounded outputs.
             rounded = some.x_rank is not None and y.dtype != log_decay.dtype
             partial = log_decay.new_empty(y[rows].shape) if rounded else y[rows]
-            # Short chunks as in the gradient: of 64 steps the products in three parts would be wgmma, see `tiles`.
+            # Short chunks as in the gradient, where operands of products take three parts.
             of_outputs = chunk or fine_chunk(x, n)
             run_outputs(
                 turned.sweep(some.state), turned.q, turned.skip, turned.seq_idx, partial, final[rows], of_outputs, parts
