@@ -90,7 +90,7 @@ def call(op: Callable[..., Any], *arguments: Any) -> Any:
 
 def _seen(arguments: tuple[Any, ...]) -> bool:
     """Whether gradients, a transform or a tracer may want to see a call."""
-    if torch.is_grad_enabled() or transforming() or traced():
+    if torch.is_grad_enabled() or traced() or transforming():
         return True
     flat = [one for each in arguments for one in (each if type(each) is list else (each,))]
     return not _PLAIN_CLASSES.issuperset(map(type, flat))

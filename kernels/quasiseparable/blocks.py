@@ -78,7 +78,7 @@ def hydra_blocks(
     Differentiable once.
     """
     kind, weights = x.device.type, [weight for block in blocks for weight in block]
-    if not weights or not autocast_enabled(kind) or (transforming() and not torch.compiler.is_compiling()):
+    if not weights or not autocast_enabled(kind) or (not torch.compiler.is_compiling() and transforming()):
         return None
     dtype = torch.get_autocast_dtype(kind)
     if dtype.itemsize != 2 or x.dim() != 3 or x.numel() == 0 or choose("auto", x, op="hydra_blocks") != "triton":

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from omnissm import vision
+from omnissm.kernels import available_backends, hydra_blocks, use_backend
+from omnissm.kernels.testing import relative_error
 from omnissm.ssmcore import Hydra
-from omnissm.vision.models import mambavision, vim, vmamba
+from omnissm.vision.models import hydra_vit, mambavision, vim, vmamba
 from omnissm.vision.models.chimera_vit import GridSSM
 from omnissm.vision.models.hydra_vit import TokenHydra
 from omnissm.vision.models.mambavision import HalfScan
@@ -394,3 +396,84 @@ def test_a_model_in_sixteen_bits_keeps_its_rates(name):
 
 
 RATES = {"A_log", "A_b_log", "A_logs", "D", "D_b", "Ds", "dt_projs_bias", "dt_bias"}
+
+
+@pytest.fixture
+def hydra(monkeypatch):
+    """A model whose blocks note whether they are one call; its loss in each way and its gradients."""
+    if reason := available_backends("cpu")["triton"]:
+        pytest.skip(reason)
+    name, together = "hydra_vit_tiny_patch16_224", []
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "embed_dim": 16, "depth": 2, "d_state": 4, "headdim": 16, "num_classes": 3}
+    model = vision.create_model(name, **sizes, drop_path_rate=0.5)
+
+    def noted(*arguments, **options):
+        y = hydra_blocks(*arguments, **options)
+        together.append(y is not None)
+        return y
+
+    monkeypatch.setattr(hydra_vit, "hydra_blocks", noted)
+    return model, together
+
+
+def hydra_loss(model, **options):
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16, **options):
+        return model(x).float().square().mean()
+
+
+def test_hydra_blocks_in_one_call(hydra):
+    model, together = hydra
+    for training in (False, True):
+        model.train(training)
+        expected = hydra_loss(model, enabled=False)
+        expected.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        with use_backend("triton"):
+            loss = hydra_loss(model)
+            loss.backward()
+            assert together.pop()
+        torch.testing.assert_close(loss, expected, rtol=3e-2, atol=0)
+        assert relative_error(torch.cat([p.grad.flatten() for p in model.parameters()]), gradients) < 2e-2
+        model.zero_grad()
+    model.eval()
+    with use_backend("triton"), torch.no_grad():
+        loss = hydra_loss(model)
+        assert together.pop()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(hydra_loss(compiled), loss)
+
+
+@pytest.mark.parametrize("part", ["mixer", "mixer.in_proj", "mixer.norm", "norm", "drop_path"])
+def test_hydra_blocks_with_hooks(hydra, part):
+    model, together = hydra
+    seen = []
+    hook = model.blocks[1].get_submodule(part).register_full_backward_hook(lambda *_: seen.append(part))
+    with use_backend("triton"):
+        hydra_loss(model.train()).backward()
+    hook.remove()
+    assert seen
+    assert True not in together
+
+
+@pytest.mark.parametrize("change", ["parametrized", "other", "bias", "sharded"])
+def test_hydra_blocks_of_other_parts(hydra, change):
+    model, together = hydra
+    block = model.blocks[1]
+    match change:
+        case "parametrized":
+            torch.nn.utils.parametrize.register_parametrization(block.norm, "weight", torch.nn.Identity())
+        case "other":
+            block.mixer.out_proj = torch.nn.Sequential(block.mixer.out_proj)
+        case "bias":
+            block.mixer.in_proj.bias = torch.nn.Parameter(torch.ones(block.mixer.in_proj.out_features))
+        case "sharded":
+            weight = block.mixer._parameters.pop("A_log")
+            block.mixer.A_log = weight.detach()
+    with use_backend("triton"), torch.no_grad():
+        expected = hydra_loss(model.eval(), enabled=False)
+        torch.testing.assert_close(hydra_loss(model), expected, rtol=3e-2, atol=0)
+    assert True not in together

@@ -14,6 +14,7 @@ Source: Hwang, Lahoti, Dao & Gu (2024), Hydra, section 4 (images); the mixer: `o
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -94,7 +95,7 @@ class HydraBlocks(PlainBlocks):
     def joined(self, x: Tensor) -> Tensor:
         """The blocks one after another, the norms joined with sums or the blocks with each other."""
         blocks: list[Any] = list(self)
-        weights = [found for block in blocks if (found := _weights(block)) is not None]
+        weights = [one for one in map(_weights, blocks) if one is not None]
         if len(weights) == len(blocks):
             first = blocks[0]
             y = hydra_blocks(
@@ -104,7 +105,7 @@ class HydraBlocks(PlainBlocks):
                 d_state=first.mixer.d_state,
                 eps=first.norm.eps,
                 gate_eps=first.mixer.norm.eps,
-                scale=lambda number: _scale(blocks[number].drop_path, x),
+                scale=partial(_scale, blocks, x),
             )
             if y is not None:
                 return y
@@ -115,8 +116,9 @@ class HydraBlocks(PlainBlocks):
         return x
 
 
-def _scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """What a block's branch is multiplied by in each sample, (b, 1, 1)."""
+def _scale(blocks: list[Any], x: Tensor, number: int) -> Tensor | None:
+    """What the branch of a block is multiplied by in each sample, (b, 1, 1)."""
+    drop_path = blocks[number].drop_path
     if not drop_path.training or isinstance(drop_path, nn.Identity):
         return None
     return drop_path(x.new_ones(x.shape[0], 1, 1))
@@ -134,21 +136,23 @@ def _weights(block: Any) -> HydraWeights | None:
     in_proj, conv, out_proj, of_x, gate = (parts[name]._parameters for name in _PARTS)
     own: Any = mixer._parameters
     norm = block._modules["norm"]._parameters
-    if in_proj["bias"] is not None or out_proj["bias"] is not None or conv["bias"] is None:
+    if in_proj.get("bias") is not None or out_proj.get("bias") is not None:
         return None
-    return HydraWeights(
-        norm["weight"],
-        norm["bias"],
-        in_proj["weight"],
-        conv["weight"],
-        conv["bias"],
-        own["dt_bias"],
-        own["A_log"],
-        of_x["weight"],
-        own["D"],
-        gate["weight"],
-        out_proj["weight"],
+    found = (
+        norm.get("weight"),
+        norm.get("bias"),
+        in_proj.get("weight"),
+        conv.get("weight"),
+        conv.get("bias"),
+        own.get("dt_bias"),
+        own.get("A_log"),
+        of_x.get("weight"),
+        own.get("D"),
+        gate.get("weight"),
+        out_proj.get("weight"),
     )
+    # Wrappers that shard or parametrize weights take them out of their modules.
+    return None if any(one is None for one in found) else HydraWeights(*found)
 
 
 _PARTS = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "out_proj": nn.Linear, "fc_D": nn.Linear, "norm": NormGate}
