@@ -1,16 +1,17 @@
 """Train one configuration per domain on one device and on several: are the results equal, how does the speed grow?
 
     python benchmarks/distributed.py [--devices N] [--accelerator cpu|gpu] [--domain NAME ...]
-                                     [--strategy ddp|fsdp2 ...] [--steps 60] [--jobs 1] [--small] [--out FILE]
+                                     [--strategy ddp|fsdp2 ...] [--steps 60] [--only equal|speed] [--jobs 1]
+                                     [--small] [--out FILE]
 
 For each domain and strategy two runs on N devices are compared with the like on one device:
 
 equal    the batch divided by N on each device: weights after a few steps, as a share of what the steps changed
 speed    the whole batch on each device: samples per second, and efficiency = speed of N / (N times speed of one)
 
-Runs of the first kind come first, `--jobs` of them at once, those of the second alone; the file is written whenever a
-row is known. `--small` takes small networks and batches, for a CPU, where several processes say nothing about speed.
-The exit code is 1 where weights differ by more than the tolerance.
+Runs of the first kind come first, `--jobs` of them at once, those of the second alone (`--only` leaves out the others);
+the file is written whenever a row is known. `--small` takes small networks and batches, for a CPU, where several
+processes say nothing about speed. The exit code is 1 where weights differ by more than the tolerance.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ DOMAINS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], int, dict[str
         {},
     ),
 }
+ROW = ("domain", "config", "strategy", "devices")
 SAMPLES = {"genomics": "epoch_size", "vision": "train_samples", "graphs": "train_samples"}
 
 
@@ -175,8 +177,8 @@ def difference(one: Path, several: Path) -> float:
     return float((apart / moved).sqrt())
 
 
-def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for every domain and strategy: how far the weights are from those of one device."""
+def compare(rows: list[dict[str, Any]], options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Add to the rows how far the weights are from those of one device, and call `tell` with each."""
     with ThreadPoolExecutor(options.jobs) as pool:
 
         def begin(domain: str, strategy: str | None) -> Any:
@@ -185,17 +187,10 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             return pool.submit(train, domain, f"{strategy or 'one'}-equal", options, strategy, batch, COMPARED)
 
         runs = {domain: {way: begin(domain, way) for way in (None, *options.strategy)} for domain in options.domain}
-        return [
-            {
-                "domain": domain,
-                "config": f"{domain}/{DOMAINS[domain][0]}",
-                "strategy": strategy,
-                "devices": options.devices,
-                "difference": difference(found[None].result(), found[strategy].result()),
-            }
-            for domain, found in runs.items()
-            for strategy in options.strategy
-        ]
+        for row in rows:
+            found = runs[row["domain"]]
+            row["difference"] = difference(found[None].result(), found[row["strategy"]].result())
+            tell(row)
 
 
 def measure(rows: list[dict[str, Any]], options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -235,10 +230,6 @@ def batch_of(domain: str, options: argparse.Namespace) -> int:
     return batch
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = torch.cuda.device_count()
@@ -247,6 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--domain", nargs="+", choices=tuple(DOMAINS), default=list(DOMAINS))
     parser.add_argument("--strategy", nargs="+", choices=("ddp", "fsdp2"), default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--only", choices=("equal", "speed"), help="default: both")
     parser.add_argument("--jobs", type=int, default=1, help="runs for comparison at once")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, help="file of results, JSON")
@@ -259,24 +251,27 @@ def main(argv: list[str] | None = None) -> int:
     place = describe(torch.device("cuda" if options.accelerator == "gpu" else "cpu"), options.commit)
     command = " ".join(["python benchmarks/distributed.py", *(sys.argv[1:] if argv is None else argv)])
 
-    def keep() -> None:
+    def tell(row: dict[str, Any]) -> None:
+        text = f"weights differ by {row['difference']:.1e} of their change" if "difference" in row else ""
+        if "efficiency" in row:
+            text = f"{row['samples_per_second']:10.1f} samples/s, efficiency {row['efficiency']:.2f}"
+        print(f"{row['domain']:<11} {row['strategy']:<6} {text}", flush=True)
         if options.out:
             facts = {**place, "command": command, "small": options.small, "steps": options.steps}
-            write_json(options.out, {**facts, "rows": rows})
+            write_json(options.out, {**facts, "rows": [row for row in rows if len(row) > len(ROW)]})
 
-    def tell(row: dict[str, Any]) -> None:
-        speed, share = row["samples_per_second"], row["efficiency"]
-        say(f"{row['domain']:<11} {row['strategy']:<6} {speed:10.1f} samples/s, efficiency {share:.2f}")
-        keep()
-
+    rows: list[dict[str, Any]] = [
+        dict(zip(ROW, (domain, f"{domain}/{DOMAINS[domain][0]}", strategy, options.devices)))
+        for domain in options.domain
+        for strategy in options.strategy
+    ]
     with tempfile.TemporaryDirectory() as work:
         options.work = Path(work)
-        rows = compare(options)
-        for row in rows:
-            say(f"{row['domain']:<11} {row['strategy']:<6} weights differ by {row['difference']:.1e} of their change")
-        keep()
-        measure(rows, options, tell)
-    return int(any(not row["difference"] <= TOLERANCE for row in rows))
+        if options.only != "speed":
+            compare(rows, options, tell)
+        if options.only != "equal":
+            measure(rows, options, tell)
+    return int(any(not row.get("difference", 0) <= TOLERANCE for row in rows))
 
 
 if __name__ == "__main__":
