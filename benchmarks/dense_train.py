@@ -109,8 +109,11 @@ def add(path: Path, about: Row, row: Row) -> None:
     keys = ("config", "seed", "options")
     rows = [other for other in rows if any(other[key] != row[key] for key in keys)]
     order = {name: k for k, name in enumerate(CONFIGS)}
-    rows = sorted([*rows, row], key=lambda row: (order[row["config"]], str(row["options"]), row["seed"]))
-    write_json(path, {**about, "rows": rows})
+    rows = sorted(
+        [*rows, {**row, "commit": about["commit"]}], key=lambda row: (order[row["config"]], row["options"], row["seed"])
+    )
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    write_json(path, {**about, "commit": commits, "rows": rows})
 
 
 def visible_gpus() -> list[str | None]:
