@@ -5,6 +5,10 @@ import itertools
 import pytest
 import torch
 
+from omnissm.kernels.ssd.spec import SPEC as SSD
+from omnissm.kernels.testing import check_op
+from omnissm.kernels.trapezoid_ssd.spec import SPEC as TRAPEZOID
+
 pytest.importorskip("triton")
 
 SIZES = [(p, n) for p, n in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256)) if p * n <= 128 * 128]
@@ -41,3 +45,12 @@ def test_padding_counts(tables):
     x = torch.empty(1, 1, 1, 33)
     assert not tables.narrow(*tables.padded(x, 40))
     assert tables.narrow(*tables.padded(x[..., :32], 256))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("spec", "size"), [(TRAPEZOID, {"p": 3, "n": 41, "s": 17}), (SSD, {"p": 17, "n": 33})], ids=["trapezoid_ssd", "ssd"]
+)
+def test_padded_narrow_tiles_read_their_own_memory(spec, size, device):
+    """Sizes at which wgmma took wrong addresses in 16 bit, in more than one chunk."""
+    check_op(spec, {"b": 1, "l": 140, "h": 2, "packed": True, **size}, "triton", torch.bfloat16, device)
