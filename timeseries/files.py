@@ -242,6 +242,8 @@ def _read_dataset(path: Path, suffix: str, lazy: bool) -> xr.Dataset:
         ds.encoding = {}
         for array in ds.variables.values():  # in place: some versions of drop_encoding load the values
             array.encoding = {}
+        for index in ds.indexes.values():
+            index.to_numpy()  # only here texts that are no UTF-8 show
         return ds
 
 

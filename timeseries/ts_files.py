@@ -43,7 +43,7 @@ def read_ts(path: str | Path) -> xr.Dataset:
         if not line or line.startswith("#"):
             continue
         if not started:
-            if not line.startswith("@"):
+            if not line.startswith("@") or line == "@":
                 raise ValueError(f"{path.name}, line {number}: expected a header line beginning with @, or @data.")
             key, *words = line[1:].split()
             started = key.lower() == "data"

@@ -17,9 +17,11 @@ from omnissm.genomics.status import Policy, check
 from omnissm.genomics.variants import Record, VariantFile
 from omnissm.graphs.data.packed import read_packed
 from omnissm.ssmcore.training.checkpoints import read_checkpoint, read_model_folder
+from omnissm.timeseries.data.nab import read_nab
 from omnissm.timeseries.files import read_series
 from omnissm.timeseries.frames import from_wide
 from omnissm.timeseries.ts_files import read_ts
+from omnissm.vision.data.reading import BadImageError, read_image
 from omnissm.vision.data.shards import TarShards, read_shards, write_shards
 
 
@@ -202,3 +204,40 @@ def test_parquet_text_that_is_no_utf8(tmp_path):
     pq.write_table(pa.table({"time": times, "unique_id": text, "value": [1.0]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet"):
         read_series(tmp_path / "a.parquet", time="time")
+
+
+def test_series_cut_off_behind_the_first_letters(tmp_path):
+    (tmp_path / "a.ts").write_text("@problemName x\n@")
+    with pytest.raises(ValueError, match="line 2: expected a header line"):
+        read_ts(tmp_path / "a.ts")
+    (tmp_path / "a.csv").write_text("timestamp,value\n2000-01-01,1\n")
+    (tmp_path / "combined_windows.json").write_text('{"a.csv": []}')
+    with pytest.raises(ValueError, match="fewer than two different times"):
+        read_nab(tmp_path, "a")
+
+
+def test_an_image_that_asks_for_too_much_memory(tmp_path, monkeypatch):
+    from PIL import Image
+
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: bytearray(2**62))
+    with pytest.raises(BadImageError, match="memory is full"):
+        read_image(tmp_path / "a.png")
+
+
+def test_names_that_are_no_utf8(tmp_path, monkeypatch):
+    """An index of Arrow's texts is read as it stands, and fails where its values are looked at."""
+    pa = pytest.importorskip("pyarrow")
+    import pandas as pd
+    import xarray as xr
+
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"A\xff"))
+    names = pd.Index(pd.array(text, dtype="string[pyarrow]"))
+    with pytest.raises(pa.ArrowException):
+        names.to_numpy()
+    whole = xr.Dataset({"target": (("time", "variate"), np.ones((2, 1)))}, {"time": np.arange(2), "variate": ["a"]})
+    broken = whole.assign_coords(variate=names)
+    monkeypatch.setattr(xr, "open_dataset", lambda *args, **options: broken)
+    whole.to_zarr(tmp_path / "a.zarr")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_series(tmp_path / "a.zarr")

@@ -33,7 +33,7 @@ def read_nab(root: str | Path, name: str, freq: str | None = None) -> xr.Dataset
 
     Raises:
         FileNotFoundError: naming the file and where the data come from.
-        ValueError: if the windows do not name this series.
+        ValueError: if the windows do not name this series, or it has no two different times.
     """
     folder, file = Path(root), f"{name.removesuffix('.csv')}.csv"
     for path in (folder / file, folder / LABELS):
@@ -48,7 +48,10 @@ def read_nab(root: str | Path, name: str, freq: str | None = None) -> xr.Dataset
     ds = from_wide(frame.sort_values("timestamp", kind="stable"), time="timestamp", variates=["value"])
     if freq is None:
         steps, counts = np.unique(np.diff(ds["time"].to_numpy()), return_counts=True)
-        freq = to_offset(pd.Timedelta(steps[np.where(steps > np.timedelta64(0), counts, 0).argmax()])).freqstr
+        forward = steps > np.timedelta64(0)
+        if not forward.any():
+            raise ValueError(f"{folder / file} has fewer than two different times; is it complete?")
+        freq = to_offset(pd.Timedelta(steps[forward][counts[forward].argmax()])).freqstr
     ds, _ = regularize(_on_grid(ds, freq), freq, duplicates="mean")
     times = pd.DatetimeIndex(ds["time"].to_numpy())
     flags = np.zeros(len(times), dtype=bool)

@@ -37,8 +37,8 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             return _as_rgb(image)
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image file" if isinstance(error, UnidentifiedImageError) else str(error)
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+        reason = "not an image file" if isinstance(error, UnidentifiedImageError) else str(error) or "memory is full"
         raise BadImageError(f"{label!r} cannot be read: {reason}. Use on_bad='skip' to leave it out.") from error
 
 
