@@ -11,7 +11,7 @@ Source: Hwang, Lahoti, Dao & Gu (2024), Hydra, section 4 (images); the mixer: `o
     hydra_vit_base_patch16_224    768     24       64  93,353,896
 """
 
-from __future__ import annotations
+# No postponed annotations here: TorchScript reads those of the methods that it leaves alone.
 
 import re
 from functools import partial
