@@ -1,6 +1,6 @@
 """Models on one graph data set with the same budget: fit and test by a configuration, collected in one file.
 
-    python benchmarks/graphs.py --config graphs/order_gine_tiny_pyast --models gine:n_layer=4 order_gine_tiny --seeds 0 1
+    python benchmarks/graphs.py --config graphs/order_gine_tiny_pyast --models gine order_gine_tiny --seeds 0 1 2
 
 Writes OUT/NAME.json after every run, by default benchmarks/results/graphs/CONFIG.json; rows of models and seeds that
 are already there stay. `--jobs` runs are made at once, each on one thread, in the order given: the slowest model first.
