@@ -104,7 +104,7 @@ SPEC = OpSpec(
         BenchSize(_LANG | {"r": 4, "rotation": "half", "x_rank": True}, torch.bfloat16, (1.6, 6.0)),
     ),
     cpu_bench_sizes=(BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),),
-    # In the smallest size dv is one number, a sum of 16 rounded terms that nearly cancel. A position's own key and query
-    # turn together, so that what they add to dtheta cancels; next to strong decays its rounding is what is left of it.
+    # In the smallest size dv is one number, a sum of 16 rounded terms that nearly cancel. What key and query of one
+    # position add to dtheta cancels, since they turn together; next to strong decays little but its rounding is left.
     tolerance={("dv", torch.bfloat16): 3e-2, ("dtheta", torch.bfloat16): 5e-2},
 )
