@@ -98,7 +98,7 @@ def plot(path: Path, picture: Path) -> None:
     content = json.loads(path.read_text())
     rows = [row for row in content["rows"] if "failed" not in row]
     names = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     keys = {"inference_images_per_s": "images per second", "inference_peak_mb": "peak memory, MB"}
     for axis, (key, label) in zip(axes, keys.items(), strict=True):
@@ -127,7 +127,8 @@ def plot(path: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[1].set_ylim(bottom=0)
-    axes[0].legend(fontsize="x-small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="x-small")
     figure.suptitle(f"{content['device']}, as many pixels in a batch at every size", fontsize="medium")
     picture.parent.mkdir(parents=True, exist_ok=True)
     temporary = picture.with_suffix(".tmp.png")
