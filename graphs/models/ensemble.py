@@ -40,8 +40,10 @@ class GraphEnsemble(nn.Module):
         return member
 
     def each(self, batch: GraphBatch | Graph | Any) -> list[Tensor]:
-        """What every member predicts, one (graphs or nodes, outputs) each; training is for the mean of their losses, which
-        keeps them different."""
+        """What every member predicts, (graphs or nodes, outputs) each.
+
+        Training is for the mean of their losses, which keeps them different.
+        """
         batch = as_batch(batch)
         batch = batch.with_topology() if self.first.uses_topology else batch
         batch = batch.with_clusters() if self.first.uses_clusters else batch
