@@ -38,6 +38,7 @@ def test_what_is_compared_comes_first(script):
     assert vision.cases(NAMES, [224], False) == [(name, 224, False) for name in NAMES]
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_stop(script, tmp_path, capsys):
     vision, timed = script
     words = ["--device", "cpu", "--models", *NAMES, "--sizes", "64", "96", "--out", str(tmp_path), "--commit", "abc"]

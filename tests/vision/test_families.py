@@ -424,6 +424,7 @@ def hydra_loss(model, **options):
         return model(x).float().square().mean()
 
 
+@pytest.mark.slow
 def test_hydra_blocks_in_one_call(hydra):
     model, together = hydra
     for training in (False, True):
