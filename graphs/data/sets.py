@@ -209,6 +209,8 @@ def _citations(arrays: dict[str, Any]) -> dict[str, list[Graph]]:
     if arrays["x_indices"].min(initial=0) < 0:
         raise ValueError("`x_indices` names a word below 0")
     counts = np.diff(arrays["x_indptr"].astype(np.int64))
+    if counts.min(initial=0) < 0 or counts.sum() != len(arrays["x_indices"]):
+        raise ValueError(f"`x_indptr` does not cut the {len(arrays['x_indices'])} `x_indices` into rows")
     x = torch.zeros(len(counts), int(arrays["num_features"]))
     x[np.repeat(np.arange(len(counts)), counts), arrays["x_indices"].astype(np.int64)] = 1
     ends = torch.from_numpy(arrays["edge_index"].astype(np.int64))

@@ -16,6 +16,7 @@ from omnissm.genomics.scoring import score_variants
 from omnissm.genomics.status import Policy, check
 from omnissm.genomics.variants import Record, VariantFile
 from omnissm.graphs.data.packed import read_packed
+from omnissm.graphs.data.sets import Cora
 from omnissm.ssmcore.training.checkpoints import read_checkpoint, read_model_folder
 from omnissm.timeseries.data.nab import read_nab
 from omnissm.timeseries.files import read_series
@@ -241,3 +242,14 @@ def test_names_that_are_no_utf8(tmp_path, monkeypatch):
     whole.to_zarr(tmp_path / "a.zarr")
     with pytest.raises(ValueError, match="cannot be read"):
         read_series(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("rows", [[0, 2**29], [0, 2, 1], [0, 2]])
+def test_words_of_papers_that_are_not_there_take_no_memory(rows, tmp_path):
+    """The first asked for 4 GiB."""
+    shape = {"x_indptr": np.array(rows, np.int32), "x_indices": np.array([1], np.int16), "num_features": np.array(4)}
+    papers = len(rows) - 1
+    graph = {"edge_index": np.zeros((2, 0), np.int16), "y": np.zeros(papers, np.int8), "split": np.zeros(papers)}
+    np.savez(tmp_path / "cora.npz", **shape, **graph)
+    with pytest.raises(ValueError, match="`x_indptr` does not cut the 1 `x_indices` into rows"):
+        Cora(str(tmp_path / "cora.npz")).read_parts()
