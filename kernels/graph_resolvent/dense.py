@@ -17,12 +17,12 @@ def dense(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, edges: GraphEdges) ->
     groups, size = B.shape[1:]
     results: list[Tensor] = []
     nodes: list[Tensor] = []
-    for bucket in edges.buckets:
+    for bucket in edges.in_buckets():
         A = adjacency(weight, bucket)
         identity = torch.eye(bucket.size, dtype=A.dtype, device=A.device)
         values, keys, readers = (_gather(tensor, bucket) for tensor in (x, B, C))
         if bucket.size <= size * x.shape[2]:
-            y = _apply_mask(torch.linalg.solve_ex(identity - A, identity)[0], values, keys, readers)
+            y = _apply_mask(torch.linalg.inv_ex(identity - A)[0], values, keys, readers)
         else:
             graphs, (heads, headdim) = len(values), x.shape[1:]
             inputs = values.unflatten(2, (groups, -1))[..., None] * keys[:, :, :, None, None]
@@ -41,7 +41,7 @@ def series(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, edges: GraphEdges, t
     """
     results: list[Tensor] = []
     nodes: list[Tensor] = []
-    for bucket in edges.buckets:
+    for bucket in edges.in_buckets():
         A = adjacency(weight, bucket)
         doublings = _doublings(bucket, terms)
         identity = torch.eye(bucket.size, dtype=A.dtype, device=A.device)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..dag_scan.order import DagOrder, dag_order
 
+_SMALL = 16
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -45,7 +47,7 @@ class GraphEdges:
         row_ptr: First sorted edge into each node and e, (v + 1,).
         out_perm: Sorted edges in the order of (source, target), (e,).
         out_row_ptr: First of these that leaves each node and e, (v + 1,).
-        buckets: The graphs by size.
+        buckets: The graphs by size; None if none has a cycle, since dense forms are then for who asks for them.
         order: Their topological order if no graph has a cycle, else None.
     """
 
@@ -57,7 +59,7 @@ class GraphEdges:
     row_ptr: Tensor
     out_perm: Tensor
     out_row_ptr: Tensor
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Bucket, ...] | None
     order: DagOrder | None
 
     @property
@@ -70,6 +72,14 @@ class GraphEdges:
         """Nodes of the largest graph."""
         return int(self.ptr.diff().max()) if len(self.ptr) > 1 else 0
 
+    def in_buckets(self) -> tuple[Bucket, ...]:
+        """The graphs by size, sorted now if they were not before."""
+        if self.buckets is not None:
+            return self.buckets
+        index = torch.empty(2, self.num_edges, dtype=torch.long)
+        index[:, self.edge_perm.cpu()] = torch.stack([self.src, self.dst]).cpu()
+        return tuple(_on(bucket, self.src.device) for bucket in _buckets(index, self.ptr))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> GraphEdges:
         """The same edges on another device; `ptr` stays on the CPU."""
         moved: dict[str, Any] = {
@@ -77,16 +87,7 @@ class GraphEdges:
             for field in fields(self)
             if field.name != "ptr" and isinstance(value := getattr(self, field.name), Tensor)
         }
-        buckets = tuple(
-            replace(
-                bucket,
-                **{
-                    name: getattr(bucket, name).to(device, non_blocking=non_blocking)
-                    for name in ("nodes", "edges", "graph", "src", "dst")
-                },
-            )
-            for bucket in self.buckets
-        )
+        buckets = self.buckets and tuple(_on(bucket, device, non_blocking=non_blocking) for bucket in self.buckets)
         order = None if self.order is None else self.order.to(device, non_blocking=non_blocking)
         return replace(self, **moved, buckets=buckets, order=order)
 
@@ -143,26 +144,35 @@ def graph_edges(edge_index: Tensor, num_nodes: int, *, ptr: Tensor | None = None
         row_ptr=torch.searchsorted(dst, torch.arange(num_nodes + 1)),
         out_perm=(out_perm := torch.argsort(src * max(num_nodes, 1) + dst, stable=True)),
         out_row_ptr=torch.searchsorted(src[out_perm], torch.arange(num_nodes + 1)),
-        buckets=_buckets(index, ptr, graph),
+        buckets=_buckets(index, ptr) if order is None else None,
         order=order,
     )
     return edges if device.type == "cpu" else edges.to(device)
 
 
-def _buckets(index: Tensor, ptr: Tensor, graph: Tensor) -> tuple[Bucket, ...]:
-    """Graphs of similar size together: sizes up to the next multiple of 32, and at most 1.5 times a graph's own."""
+def _on(bucket: Bucket, device: torch.device | str, *, non_blocking: bool = False) -> Bucket:
+    """The same bucket on another device."""
+    names = ("nodes", "edges", "graph", "src", "dst")
+    return replace(bucket, **{name: getattr(bucket, name).to(device, non_blocking=non_blocking) for name in names})
+
+
+def _buckets(index: Tensor, ptr: Tensor) -> tuple[Bucket, ...]:
+    """Graphs of similar size together.
+
+    All up to 16 nodes share one size: to solve them one by one takes longer than their padding. Larger ones are padded
+    to at most 1.5 times their own, or 32 nodes more.
+    """
     sizes = ptr.diff()
+    graph = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
     groups: list[list[int]] = []
     for number in torch.argsort(sizes, descending=True, stable=True).tolist():
         size = int(sizes[number])
         if size == 0:
-            continue
-        if groups:
-            largest = int(sizes[groups[-1][0]])
-            if -(-largest // 32) == -(-size // 32) and largest <= 1.5 * size:
-                groups[-1].append(number)
-                continue
-        groups.append([number])
+            break
+        if groups and int(sizes[groups[-1][0]]) <= max(_SMALL, min(1.5 * size, size + 32)):
+            groups[-1].append(number)
+        else:
+            groups.append([number])
     graph_of_edge, local = graph[index[0]], index - ptr[graph[index[0]]]
     buckets = []
     for members in groups:
