@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +41,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class ResumePoint(Callback):
     """Keeps `last.ckpt`, the state at the start of an epoch, and seeds each epoch by (seed, epoch).
 
-    A run that is killed and resumed from this file repeats the unfinished epoch with the same order and dropout, and
-    ends at the same weights. Saved at the start of an epoch, and not at the end of the one before, because the schedule
-    and the other callbacks have moved by then. It must be the first callback: then the others' hooks of the
-    epoch's start run anew after resuming.
+    A run that is killed and resumed from this file repeats what came after it with the same order and dropout, and
+    ends at the same weights. Epochs that begin within `seconds` of the last state are not saved, as writing a large
+    model can take longer than a short epoch. Saved at the start of an epoch, and not at the end of the one before,
+    because the schedule and the other callbacks have moved by then. It must be the first callback: then the others'
+    hooks of the epoch's start run anew after resuming.
 
     A run takes its folder over once its first batch has been learned from: until then its state is in `.first.ckpt`,
     and what an earlier run has left is not touched.
@@ -51,12 +54,23 @@ class ResumePoint(Callback):
         folder: Where checkpoints go.
         seed: Base of the seeds of epochs.
         begin: Called once, after the first batch; must move `.first.ckpt` to `last.ckpt`. None: the folder is ours.
+        seconds: Least time from the end of one save to the next; the state after the last epoch is always saved.
+
+    Attributes:
+        epoch: The epoch whose state is kept, counted from 0.
     """
 
-    def __init__(self, folder: str | Path, seed: int = 0, begin: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, seed: int = 0, begin: Callable[[], None] | None = None, seconds: float = 5.0
+    ) -> None:
+        if not seconds >= 0:
+            raise ValueError(f"seconds between states must be at least 0, got {seconds}.")
         self.folder = Path(folder)
         self.seed = seed
+        self.seconds = seconds
+        self.epoch = 0
         self._begin = begin
+        self._saved = -math.inf
 
     @property
     def has_begun(self) -> bool:
@@ -75,11 +89,14 @@ class ResumePoint(Callback):
         A checkpoint that was taken inside an epoch goes on there.
         """
         trainer.fit_loop.restarting = trainer.fit_loop.restarted_mid_epoch
+        self.epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save, then seed."""
-        if not is_dry(trainer):
+        """Save unless that was done a moment ago, then seed."""
+        due = time.monotonic() - self._saved >= self.seconds
+        if not is_dry(trainer) and trainer.strategy.broadcast(due):  # all processes take part in a save
             trainer.save_checkpoint(self.folder / (LAST if self.has_begun else FIRST))
+            self.epoch, self._saved = trainer.current_epoch, time.monotonic()
         mixed = 1_000_003 * self.seed + 1_009 * trainer.current_epoch + trainer.global_rank
         pl.seed_everything(mixed % 2**32, verbose=False)
 
@@ -170,7 +187,11 @@ def is_dry(trainer: pl.Trainer) -> bool:
 
 
 def prepare_trainer(
-    trainer: pl.Trainer, folder: str | Path, seed: int = 0, begin: Callable[[], None] | None = None
+    trainer: pl.Trainer,
+    folder: str | Path,
+    seed: int = 0,
+    begin: Callable[[], None] | None = None,
+    seconds: float = 5.0,
 ) -> pl.Trainer:
     """Give a trainer whole checkpoint files and a `ResumePoint` in `folder`, first among its callbacks.
 
@@ -179,6 +200,7 @@ def prepare_trainer(
         folder: Where checkpoints go.
         seed: Base of the seeds of epochs.
         begin: Called after the first batch, see `ResumePoint`.
+        seconds: Least time between states to resume from.
 
     Returns:
         The same trainer.
@@ -186,5 +208,5 @@ def prepare_trainer(
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.insert(0, ResumePoint(folder, seed, begin))
+    callbacks.insert(0, ResumePoint(folder, seed, begin, seconds))
     return trainer

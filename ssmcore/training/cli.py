@@ -24,7 +24,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jsonargparse import Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from pytorch_lightning.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -181,6 +181,8 @@ class CLI(LightningCLI):
         if self.verb == "fit":
             parser.add_argument("--resume", action="store_true", help="go on from the run's last.ckpt")
             parser.add_argument("--overwrite", action="store_true", help="replace a run of this name")
+            about = "least seconds between the states that --resume goes on from; 0 keeps one at each epoch's start"
+            parser.add_argument("--state_seconds", type=NonNegativeFloat, default=5.0, help=about)
             parser.add_argument(
                 "--init_from", type=str | None, default=None, help="model folder or .ckpt, weights only"
             )
@@ -223,7 +225,7 @@ class CLI(LightningCLI):
 
     def _config_yaml(self) -> str:
         config: Namespace = self.config[self.verb].clone()
-        for key in ("config", "resume", "overwrite", "init_from", "init_strict"):
+        for key in ("config", "resume", "overwrite", "init_from", "init_strict", "state_seconds"):
             config.pop(key, None)  # of this start alone, and unknown to the other verbs
         config["run"] = self.run.name
         return self._parser(self.verb).dump(config, skip_none=False)
@@ -251,7 +253,8 @@ class CLI(LightningCLI):
         seed = int(config.seed_everything or 0)
         self.datamodule.run_seed = seed
         begin = None if self.verb != "fit" or is_dry(trainer) else self._begin
-        return prepare_trainer(trainer, self.run.checkpoints, seed, begin)
+        seconds = config.state_seconds if self.verb == "fit" else 0.0
+        return prepare_trainer(trainer, self.run.checkpoints, seed, begin, seconds)
 
     def _begin(self) -> None:
         """Take the run's folder: the first batch has been learned from."""
@@ -323,7 +326,7 @@ class CLI(LightningCLI):
         command = f"omnissm {self.domain} fit --run {self.run.name}"
         if weights is not None:
             return f"The weights before it are in {weights}."
-        return f"The state at the start of the epoch is kept; go on with: {command} --resume"
+        return f"The state at the start of epoch {self._point.epoch} is kept; go on with: {command} --resume"
 
     def validate(self, model: SSMTask, datamodule: SSMData, ckpt_path: str | None = None) -> None:
         """Metrics of a trained model on the validation part, also written to metrics.json."""

@@ -240,7 +240,7 @@ def test_interrupt_of_all_processes_of_a_run_with_loading_processes(number, code
     ended = running.wait()
     assert ended.code == code, ended.err
     # The processes that load data may complain of their lost connections before.
-    assert "Interrupted. The state at the start of the epoch is kept" in ended.err.splitlines()[-1]
+    assert "Interrupted. The state at the start of epoch 0 is kept" in ended.err.splitlines()[-1]
 
 
 def test_interrupt_before_the_first_step_leaves_nothing(tmp_path):

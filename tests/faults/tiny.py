@@ -27,7 +27,7 @@ def fit(domain: str, *more: str) -> list[str]:
     """Words of a fit of three epochs as run `run`."""
     config, data, model = TINY[domain]
     options = ["--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1", "--trainer.accelerator", "cpu"]
-    options += ["--trainer.enable_progress_bar", "false", "--threads", "1"]
+    options += ["--trainer.enable_progress_bar", "false", "--threads", "1", "--state_seconds", "0"]
     for part, values in (("data", data), ("model", model)):
         options += [word for name, value in values.items() for word in (f"--{part}.init_args.{name}", str(value))]
     return [domain, "fit", "-c", f"{domain}/{config}", *options, "--run", "run", *more]
@@ -36,7 +36,7 @@ def fit(domain: str, *more: str) -> list[str]:
 def go_on(domain: str, folder: Path) -> list[str]:
     """The words to go on with: --resume where a run has begun, else the same again."""
     begun = (folder / "runs/run/config.yaml").is_file()
-    return [domain, "fit", "--run", "run", "--resume"] if begun else fit(domain)
+    return [domain, "fit", "--run", "run", "--resume", "--state_seconds", "0"] if begun else fit(domain)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

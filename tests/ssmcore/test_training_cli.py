@@ -176,7 +176,7 @@ def test_resume_refuses_another_configuration():
 
 def test_killed_run_resumes_to_the_same_end():
     run("-c", "cosine.yaml", "--run", "whole")
-    killed = start("-c", "cosine.yaml", "--run", "killed", KILL_AT_STEP="9")
+    killed = start("-c", "cosine.yaml", "--run", "killed", "--state_seconds", "0", KILL_AT_STEP="9")
     assert killed.returncode == -9
     assert checkpoint("killed")["global_step"] == 6
     run("--run", "killed", "--resume")  # reads the run's own config.yaml

@@ -1,12 +1,14 @@
 """The base task: optimiser and schedule from callables, stops that name the batch, averaged weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from omnissm.ssmcore.mixers import Chimera2D
-from omnissm.ssmcore.training import EMA, NonFiniteError, SSMData, SSMTask, WarmupCosine, prepare_trainer
+from omnissm.ssmcore.training import EMA, NonFiniteError, SSMData, SSMTask, WarmupCosine, callbacks, prepare_trainer
 
 
 class Mean(SSMTask):
@@ -40,10 +42,34 @@ def sgd(lr=0.1):
     return lambda groups: torch.optim.SGD(groups, lr=lr)
 
 
-def trainer(tmp_path, **options):
+def trainer(tmp_path, seconds=0.0, **options):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     options = {"max_epochs": 2, "enable_checkpointing": False, **quiet, **options}
-    return prepare_trainer(pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, **options), tmp_path)
+    run = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, **options)
+    return prepare_trainer(run, tmp_path, seconds=seconds)
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.0, [0, 1, 2, 3, 4]), (25.0, [0, 0, 0, 3, 3]), (1e9, [0] * 5)])
+def test_states_are_as_far_apart_as_asked(seconds, kept, tmp_path, monkeypatch):
+    """By a clock on which an epoch takes ten seconds; the end is kept in any case."""
+    clock, found = [0.0], []
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, run, *_):
+            clock[0] += 10
+            point = next(callback for callback in run.callbacks if isinstance(callback, callbacks.ResumePoint))
+            found.append((torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"], point.epoch))
+
+    run = trainer(tmp_path, seconds, max_epochs=5, callbacks=[Watch()])
+    run.fit(Mean(optimizer=sgd()), Batches(torch.randn(8, 2)))
+    assert found == [(epoch, epoch) for epoch in kept]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 10
+
+
+def test_seconds_between_states_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="must be at least 0, got nan"):
+        trainer(tmp_path, seconds=float("nan"))
 
 
 def test_schedule_knows_the_planned_steps(tmp_path):
