@@ -90,20 +90,44 @@ class quick:  # noqa: N801
         return self.kernel[grid] if self._plain else functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> object:
-        device = triton.runtime.driver.active.get_current_device()
-        key = (device, *map(_kind, arguments, self._roles), *options.items())
-        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-        if key not in self._found or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        # What Triton compiles for: kinds of tensors, integers by what is known of them, constants themselves.
+        key: list[Any] = [device]
+        # Addresses instead of tensors spare the launch a question to the driver about each.
+        passed: list[Any] = []
+        for argument, role in zip(arguments, self._roles):
+            kind = type(argument)
+            if kind is int:
+                if role == "constant":
+                    key.append(argument)
+                elif role == "any":
+                    key.append(-0x80000000 <= argument <= 0x7FFFFFFF)
+                else:
+                    key.append((argument == 1, argument & 15 == 0, -0x80000000 <= argument <= 0x7FFFFFFF))
+                passed.append(argument)
+            elif kind is Tensor or isinstance(argument, Tensor):
+                address = argument.data_ptr()
+                key.append(argument.dtype)
+                key.append(address & 15)
+                passed.append(address)
+            else:
+                key.append(kind)
+                key.append(argument)
+                passed.append(argument)
+        place = (*key, *options, *options.values())
+        found = self._found.get(place) if direct() else None
+        if found is None:
             kernel = self.kernel[grid](*arguments, **options)
             named = self.kernel.arg_names[len(arguments) :]
             if all(name in options for name in named):  # none has a default
-                self._found[key] = kernel, tuple(options[name] for name in named)
+                self._found[place] = kernel, tuple(options[name] for name in named)
             return kernel
-        kernel, constants = self._found[key]
-        stream = triton.runtime.driver.active.get_current_stream(device)
+        kernel, constants = found
         kernel.run(
-            grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1, stream, kernel.function,
-            kernel.packed_metadata, None, enter, leave, *arguments, *constants,
+            grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1,
+            active.get_current_stream(device), kernel.function, kernel.packed_metadata, None, None, None, *passed,
+            *constants,
         )  # fmt: skip
         return kernel
 
@@ -149,13 +173,3 @@ def direct() -> bool:
         return False
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return not any(getattr(hook, "calls", hook) for hook in hooks)
-
-
-def _kind(argument: Any, role: str) -> object:
-    """What Triton compiles for: kinds of tensors, integers by what is known of them, constants themselves."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if role == "constant" or type(argument) is not int:
-        return type(argument), argument
-    fits = -(2**31) <= argument < 2**31
-    return fits if role == "any" else (fits, argument % 16 == 0, argument == 1)

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import on_device
+from ..triton_utils import on_device, quick
 
 
+@quick
 @triton.jit
 def _conv_step_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, state_ptr, y_ptr, channels, x_stride_b,

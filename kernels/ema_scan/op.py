@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
@@ -53,7 +53,9 @@ def ema_scan(
     floating tensors; the reference and chunked paths any number of times.
     Source: Hwang, Wang & Gu (2025), "Dynamic chunking for end-to-end hierarchical sequence modeling", section 2.2.
     """
-    check_floating(x=x, p=p, initial_state=initial_state)
+    kind = call_kind("ema_scan", x, p, initial_state, seq_idx)
+    if not known(kind):
+        check_floating(x=x, p=p, initial_state=initial_state)
     initial_rows = None if initial_state is None else initial_state.shape[0]
     seq_idx, each = read_packing(x, seq_idx, cu_seqlens, final_states, initial_rows)
     if each:
@@ -66,8 +68,10 @@ def ema_scan(
         initial = None if initial_state is None else (initial_state,)
         means, (final,) = by_segments(scan, {"x": x, "p": p}, initial, cu_seqlens, final_states)
         return means, final
-    check_shapes(x=(x, "b l d"), p=(p, "b l"), initial_state=(initial_state, "b d"), seq_idx=(seq_idx, "b l"))
-    check_devices(x=x, p=p, initial_state=initial_state, seq_idx=seq_idx)
+    if not known(kind):
+        check_shapes(x=(x, "b l d"), p=(p, "b l"), initial_state=(initial_state, "b d"), seq_idx=(seq_idx, "b l"))
+        check_devices(x=x, p=p, initial_state=initial_state, seq_idx=seq_idx)
+        remember(kind)
     check_seq_idx(seq_idx)
     (x,) = cast_for_autocast(x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, apply, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length
+from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
+from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length, quick
 
 
 @triton.jit
@@ -65,6 +65,7 @@ def _fold(products_ptr, ends_ptr, carry, first, last, step, parts, channels, cha
     return carry
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _ema_scan_part_kernel(
     x_ptr,
@@ -112,6 +113,7 @@ def _ema_scan_part_kernel(
         tl.store(products_ptr + place, product)
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _ema_scan_fwd_kernel(
     x_ptr,
@@ -158,6 +160,7 @@ def _ema_scan_fwd_kernel(
         tl.store(final_ptr + row * channels + channel, m, mask=channel_ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _ema_scan_bwd_kernel(
     x_ptr,
@@ -298,7 +301,7 @@ class _Ema(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _forward(x, p, state, seq_idx, 0)
+        return call(_forward, x, p, state, seq_idx, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -316,7 +319,7 @@ class _EmaGradient(FirstDerivative):
     def forward(
         x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None, means: Tensor, dmeans: Tensor, dfinal: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(x, p, state, seq_idx, means, dmeans, dfinal, 0)
+        return call(_backward, x, p, state, seq_idx, means, dmeans, dfinal, 0)
 
 
 @torch.library.register_vmap("ssm::ema_scan_triton_fwd")

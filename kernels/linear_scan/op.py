@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
@@ -54,7 +54,9 @@ def linear_scan(
     reference and chunked paths also twice. Packing costs one more reading and two masked copies of the inputs.
     Source: Blelloch (1990), first-order recurrences; Gu & Dao (2023), section 3.3.
     """
-    check_floating(a=a, b=b, initial_state=initial_state, allow_complex=True)
+    kind = call_kind("linear_scan", a, b, initial_state, seq_idx)
+    if not known(kind):
+        check_floating(a=a, b=b, initial_state=initial_state, allow_complex=True)
     initial_rows = None if initial_state is None else initial_state.shape[0]
     seq_idx, each = read_packing(b, seq_idx, cu_seqlens, final_states, initial_rows)
     if each:
@@ -73,13 +75,15 @@ def linear_scan(
         initial = None if initial_state is None else (initial_state,)
         states, (final,) = by_segments(scan, inputs, initial, cu_seqlens, final_states, reverse=reverse)
         return states, final
-    check_shapes(
-        b=(b, "b l d"),
-        a=(a, "d" if a.dim() == 1 else "b l d?"),
-        initial_state=(initial_state, "b d"),
-        seq_idx=(seq_idx, "b l"),
-    )
-    check_devices(b=b, a=a, initial_state=initial_state, seq_idx=seq_idx)
+    if not known(kind):
+        check_shapes(
+            b=(b, "b l d"),
+            a=(a, "d" if a.dim() == 1 else "b l d?"),
+            initial_state=(initial_state, "b d"),
+            seq_idx=(seq_idx, "b l"),
+        )
+        check_devices(b=b, a=a, initial_state=initial_state, seq_idx=seq_idx)
+        remember(kind)
     check_seq_idx(seq_idx)
     if a.is_complex() and not b.is_complex():
         b = b.to(a.dtype)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, apply, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length
+from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
+from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length, quick
 
 
 @triton.jit
@@ -44,6 +44,7 @@ def _carry_into_part(products_ptr, ends_ptr, carry, part, first, parts_stride, c
     return carry
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _linear_scan_part_kernel(
     a_ptr,
@@ -101,6 +102,7 @@ def _linear_scan_part_kernel(
     tl.store(ends_ptr + out, carry, mask=channel_ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _linear_scan_fwd_kernel(
     a_ptr,
@@ -159,6 +161,7 @@ def _linear_scan_fwd_kernel(
         tl.store(final_ptr + row * channels + channel, carry, mask=channel_ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _linear_scan_bwd_kernel(
     a_ptr,
@@ -323,7 +326,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-        return _forward(a, b, initial_state, reverse, 0)
+        return call(_forward, a, b, initial_state, reverse, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -344,7 +347,7 @@ class _ScanGradient(FirstDerivative):
     def forward(
         a: Tensor, states: Tensor, initial_state: Tensor | None, dstates: Tensor, dfinal: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(a, states, initial_state, dstates, dfinal, reverse, 0)
+        return call(_backward, a, states, initial_state, dstates, dfinal, reverse, 0)
 
 
 def _fold_decay(a: Tensor, mapped: int | None, count: int, batch: int, length: int) -> Tensor:

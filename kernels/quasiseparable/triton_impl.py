@@ -35,11 +35,12 @@ from ..ssd.triton_kernels import (
 )
 from ..ssd.triton_outputs import Sweep, contiguous, dense_rows, run_sweeps, strides
 from ..ssd.triton_tiles import fine_chunk, fine_products, options, padded, tiles
-from ..transforms import FirstDerivative, apply, fold, operator, unfold
-from ..triton_utils import cdiv, multiprocessors, on_device
+from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
+from ..triton_utils import cdiv, multiprocessors, on_device, quick
 from .reference import Side
 
 
+@quick
 @keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
 def _quasiseparable_fwd_kernel(
@@ -324,7 +325,7 @@ class _Quasiseparable(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _forward(*arguments, 0, 0)
+        return call(_forward, *arguments, 0, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -347,7 +348,7 @@ class _QuasiseparableGradient(FirstDerivative):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(*arguments, 0, 0, 0)
+        return call(_backward, *arguments, 0, 0, 0)
 
 
 def _fold_states(states: Tensor | None, dim: int | None, count: int) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import Reach, isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
@@ -68,8 +68,10 @@ def selective_scan(
     Differentiable in all floating tensors; the reference and chunked paths twice and more.
     Source: Gu & Dao (2023), algorithm 2; the window: Zhang et al. (2025), LBMamba.
     """
-    check_floating(u=u, dt=dt, D=D, z=z)
-    check_floating(A=A, B=B, C=C, initial_state=initial_state, allow_complex=True)
+    kind = call_kind("selective_scan", u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+    if not known(kind):
+        check_floating(u=u, dt=dt, D=D, z=z)
+        check_floating(A=A, B=B, C=C, initial_state=initial_state, allow_complex=True)
     initial_rows = None if initial_state is None else initial_state.shape[0]
     seq_idx, each = read_packing(u, seq_idx, cu_seqlens, final_states, initial_rows)
     if each:
@@ -84,28 +86,10 @@ def selective_scan(
         initial = None if initial_state is None else (initial_state,)
         y, (final,) = by_segments(scan, inputs, initial, cu_seqlens, final_states)
         return y, final
-    maps = "b l g n" if B.dim() == 4 else "b l n"
-    sizes = check_shapes(
-        u=(u, "b l d"),
-        dt=(dt, "b l d"),
-        A=(A, "d n"),
-        B=(B, maps),
-        C=(C, maps),
-        D=(D, "d"),
-        z=(z, "b l d"),
-        initial_state=(initial_state, "b d n"),
-        seq_idx=(seq_idx, "b l"),
-    )
-    check_devices(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, initial_state=initial_state, seq_idx=seq_idx)
+    if not known(kind):
+        _check(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+        remember(kind)
     check_seq_idx(seq_idx)
-    for name, tensor in (("B", B), ("C", C), ("initial_state", initial_state)):
-        if tensor is not None and tensor.is_complex() and not A.is_complex():
-            raise TypeError(f"`{name}` is complex and `A` is not; make `A` complex too, e.g. A.to(torch.complex64).")
-    groups = sizes.get("g", 1)
-    if groups < 1 or sizes["d"] % groups != 0:
-        raise ValueError(f"`B` has g={groups}, expected a divisor of d={sizes['d']} (from `u`).")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, got {window}; None switches it off.")
     if B.dim() == 3:
         B, C = B[:, :, None], C[:, :, None]
 
@@ -116,15 +100,15 @@ def selective_scan(
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     A = A.to(dtype)
     initial_state = None if initial_state is None else initial_state.to(dtype)
-    if u.numel() == 0 or sizes["n"] == 0:
+    if u.numel() == 0 or A.shape[1] == 0:
         skip = torch.zeros_like(u) if D is None else (u * D).to(u.dtype)
-        final = u.new_zeros(sizes["b"], *A.shape, dtype=dtype) if initial_state is None else initial_state.clone()
+        final = u.new_zeros(u.shape[0], *A.shape, dtype=dtype) if initial_state is None else initial_state.clone()
         return skip if z is None else (skip * torch.nn.functional.silu(z)).to(u.dtype), final
     obstacle = None
     if A.is_complex():
         obstacle = "Triton takes real tensors only, got a complex `A`"
-    elif sizes["n"] > 256:
-        obstacle = f"Triton takes n up to 256, got n={sizes['n']}"
+    elif A.shape[1] > 256:
+        obstacle = f"Triton takes n up to 256, got n={A.shape[1]}"
     match choose(backend, u, op="selective_scan", obstacle=obstacle):
         case "reference":
             return selective_scan_reference(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
@@ -143,3 +127,38 @@ def selective_scan(
     positions, shared = (u, dt, B, C, z), (A, D)
     y, final = isolated(run, seq_idx, positions, first=(initial_state,), shared=shared, reach=reach, ends=(-1,))
     return y, final
+
+
+def _check(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    window: int | None,
+) -> None:
+    maps = "b l g n" if B.dim() == 4 else "b l n"
+    sizes = check_shapes(
+        u=(u, "b l d"),
+        dt=(dt, "b l d"),
+        A=(A, "d n"),
+        B=(B, maps),
+        C=(C, maps),
+        D=(D, "d"),
+        z=(z, "b l d"),
+        initial_state=(initial_state, "b d n"),
+        seq_idx=(seq_idx, "b l"),
+    )
+    check_devices(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, initial_state=initial_state, seq_idx=seq_idx)
+    for name, tensor in (("B", B), ("C", C), ("initial_state", initial_state)):
+        if tensor is not None and tensor.is_complex() and not A.is_complex():
+            raise TypeError(f"`{name}` is complex and `A` is not; make `A` complex too, e.g. A.to(torch.complex64).")
+    groups = sizes.get("g", 1)
+    if groups < 1 or sizes["d"] % groups != 0:
+        raise ValueError(f"`B` has g={groups}, expected a divisor of d={sizes['d']} (from `u`).")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}; None switches it off.")

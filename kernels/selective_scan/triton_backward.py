@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_utils import quick
 from .triton_kernels import (
     _LOG2_E,
     _advance,
@@ -70,6 +71,7 @@ def _fetch_gates(z_row, start, end, stride, ok, TIME: tl.constexpr, HAS_Z: tl.co
     return found
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _selective_scan_bwd_part_kernel(
     dt_ptr, A_ptr, C_ptr, z_ptr, seq_ptr, dy_ptr, products_ptr, ends_ptr, length, part_length, z_stride_b, z_stride_t,
@@ -146,6 +148,7 @@ def _side_by_side(x, LEVELS: tl.constexpr):
         return x[0]
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _selective_scan_bwd_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, seq_ptr, saved_ptr, dy_ptr, dfinal_ptr, products_ptr, ends_ptr,

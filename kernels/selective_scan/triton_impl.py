@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, apply, one_by_one, operator
+from ..transforms import FirstDerivative, apply, call, one_by_one, operator
 from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device
 from .chunked import _segments
 from .triton_backward import (
@@ -231,7 +231,7 @@ class _Scan(torch.autograd.Function):
         save: bool,
         wide: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(u, dt, A, B, C, D, z, initial_state, seq_idx, save, wide, 0)
+        return call(_forward, u, dt, A, B, C, D, z, initial_state, seq_idx, save, wide, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -261,7 +261,7 @@ class _Gradient(FirstDerivative):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(*arguments, 0)
+        return call(_backward, *arguments, 0)
 
 
 # Each mapped instance has its own A and its own gradient of it, hence its own launches.

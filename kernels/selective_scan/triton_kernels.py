@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_utils import quick
+
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -190,6 +192,7 @@ def _advance(
     return new, gates
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _selective_scan_part_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, seq_ptr, products_ptr, ends_ptr, length, part_length,
@@ -277,6 +280,7 @@ def _forward_stretch(
     return h
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "part_length"])
 def _selective_scan_fwd_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, initial_ptr, seq_ptr, products_ptr, ends_ptr,

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import on_device
+from ..triton_utils import on_device, quick
 
 
+@quick
 @triton.jit
 def _selective_step_kernel(
     u_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, index_ptr, state_ptr, y_ptr,

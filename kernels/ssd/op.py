@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_log_decays, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_log_decays, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
@@ -65,7 +65,9 @@ def ssd(
     states and `D` are not. Differentiable in all floating tensors, any number of times.
     Source: Dao & Gu (2024), "Transformers are SSMs", sections 3 and 6.
     """
-    check_floating(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D)
+    kind = call_kind("ssd", x, log_decay, B, C, initial_state, weight, D, seq_idx, chunk_size)
+    if not known(kind):
+        check_floating(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D)
     initial_rows = None if initial_state is None else initial_state.shape[0]
     seq_idx, each = read_packing(x, seq_idx, cu_seqlens, final_states, initial_rows)
     if each:
@@ -82,32 +84,21 @@ def ssd(
         initial = None if initial_state is None else (initial_state,)
         y, (final,) = by_segments(scan, inputs, initial, cu_seqlens, final_states)
         return y, final
-    sizes = check_shapes(
-        x=(x, "b l h p"),
-        log_decay=(log_decay, "b l h"),
-        B=(B, "b l g n"),
-        C=(C, "b l g n"),
-        initial_state=(initial_state, "b h p n"),
-        weight=(weight, "b l h"),
-        D=(D, "h" if D is not None and D.dim() == 1 else "b l h"),
-        seq_idx=(seq_idx, "b l"),
-    )
-    check_devices(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D, seq_idx=seq_idx)
+    if not known(kind):
+        _check(x, log_decay, B, C, initial_state, weight, D, seq_idx, chunk_size)
+        remember(kind)
     check_seq_idx(seq_idx)
     check_log_decays(log_decay=log_decay)
-    batch, length, nheads, headdim = x.shape
-    check_groups(nheads, sizes["g"])
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    (batch, length, nheads, headdim), n = x.shape, B.shape[3]
 
     x, B, C = cast_for_autocast(x, B, C)
     dtype = state_dtype(x, log_decay, B, C, initial_state, weight, D)
-    obstacle = ssd_obstacle(headdim, sizes["n"])
+    obstacle = ssd_obstacle(headdim, n)
     chosen = choose(backend, x, op="ssd", obstacle=obstacle)
     state = None if initial_state is None else initial_state.to(dtype)
-    empty = x.numel() == 0 or sizes["n"] == 0
+    empty = x.numel() == 0 or n == 0
     if state is None and (empty or chosen != "triton"):
-        state = x.new_zeros(batch, nheads, headdim, sizes["n"], dtype=dtype)
+        state = x.new_zeros(batch, nheads, headdim, n, dtype=dtype)
     if empty:
         assert state is not None  # made above
         return torch.zeros_like(x), state.clone()
@@ -137,6 +128,33 @@ def ssd(
         return run(x, B, C, weight, D, log_decay, state)
     y, final = isolated(run, seq_idx, (x, B, C, weight, D), decays=(log_decay,), first=(state,), ends=(-1,))
     return y, final
+
+
+def _check(
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    weight: Tensor | None,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    chunk_size: int | None,
+) -> None:
+    sizes = check_shapes(
+        x=(x, "b l h p"),
+        log_decay=(log_decay, "b l h"),
+        B=(B, "b l g n"),
+        C=(C, "b l g n"),
+        initial_state=(initial_state, "b h p n"),
+        weight=(weight, "b l h"),
+        D=(D, "h" if D is not None and D.dim() == 1 else "b l h"),
+        seq_idx=(seq_idx, "b l"),
+    )
+    check_devices(x=x, log_decay=log_decay, B=B, C=C, initial_state=initial_state, weight=weight, D=D, seq_idx=seq_idx)
+    check_groups(sizes["h"], sizes["g"])
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
 
 
 def ssd_obstacle(headdim: int, state: int) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import FirstDerivative, apply, fold, operator, unfold
+from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import on_device
 from .op import heads_per_head
 from .triton_gradients import empty_gradients, run_gradients
@@ -160,7 +160,7 @@ class _Ssd(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _forward(*arguments, 0, 0)
+        return call(_forward, *arguments, 0, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -183,7 +183,7 @@ class _SsdGradient(FirstDerivative):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(*arguments, 0, 0, 0)
+        return call(_backward, *arguments, 0, 0, 0)
 
 
 def mapped(op: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import on_device
+from ..triton_utils import on_device, quick
 
 
+@quick
 @triton.jit
 def _ssd_step_kernel(
     x_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, D_ptr, index_ptr, state_ptr, y_ptr,
@@ -92,6 +93,7 @@ def _(
     return x.new_empty(x.shape)
 
 
+@quick
 @triton.jit
 def _ssd_rates_kernel(
     raw_ptr, bias_ptr, A_log_ptr, dt_ptr, log_decay_ptr, heads, raw_stride,

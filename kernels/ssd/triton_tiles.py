@@ -57,6 +57,7 @@ def _choices(headdim: int, state: int) -> tuple[int, int]:
     return (2, 1) if narrow(headdim, state) else (4, 8)
 
 
+@functools.cache
 def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
     """What a search for tiles tries, see `autotune`: first the tiles of the table."""
     first = tiles(kernel, headdim, state, dtype)
@@ -78,7 +79,12 @@ class GradientTiles(NamedTuple):
 
 def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:
     """Those of the tables, or with another chunk."""
-    links, maps, sweep = (tiles(kernel, *padded(x, n), x.dtype) for kernel in ("links", "maps", "sweep"))
+    return _gradient_tiles(*padded(x, n), x.dtype, chunk)
+
+
+@functools.cache
+def _gradient_tiles(headdim: int, state: int, dtype: torch.dtype, chunk: int) -> GradientTiles:
+    links, maps, sweep = (tiles(kernel, headdim, state, dtype) for kernel in ("links", "maps", "sweep"))
     chunk = chunk or links.chunk
     of_sweep = min(sweep.chunk, chunk)
     return GradientTiles(
@@ -88,9 +94,16 @@ def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:
 
 def gradient_alternatives(first: GradientTiles, x: Tensor, n: int) -> tuple[GradientTiles, ...]:
     """What a search tries: first the tiles of the tables."""
-    if INTERPRETED or x.dtype == torch.float64:
+    return _gradient_alternatives(first, *padded(x, n), x.dtype)
+
+
+@functools.cache
+def _gradient_alternatives(
+    first: GradientTiles, headdim: int, state: int, dtype: torch.dtype
+) -> tuple[GradientTiles, ...]:
+    if INTERPRETED or dtype == torch.float64:
         return (first,)
-    some = _choices(*padded(x, n))
+    some = _choices(headdim, state)
     others = [
         GradientTiles(Tiles(chunk, warps, stages), Tiles(chunk, some[0], of_maps), Tiles(chunk, of_sweep, 2), 1)
         for chunk in (32, 64)
