@@ -12,7 +12,7 @@ from ...ssmcore import RMSNorm
 from ..batch import Graph, GraphBatch
 from ..encoders import FeatureEncoder
 from ..pyg import as_batch
-from .layers import View
+from .layers import SSMLayer, View
 from .message_passing import add_up
 
 Level = Literal["graph", "node", "link"]
@@ -89,6 +89,8 @@ class GraphModel(nn.Module):
         self.layers = nn.ModuleList(
             layer(d_model, has_edges=has_edges, dropout=dropout, **options) for _ in range(n_layer)
         )
+        if isinstance(last := self.layers[-1], SSMLayer):
+            last.as_last()
         uses_edges = any(getattr(made, "uses_edges", False) for made in self.layers)
         self.edge_encoder = FeatureEncoder(d_model, edge_vocab, edge_features) if uses_edges else None
         self.direction = nn.Parameter(torch.randn(2, d_model) * 0.1) if uses_edges else None  # with, against an edge

@@ -214,6 +214,11 @@ class SSMLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.mlp = FeedForward(d_model, mlp, dropout) if mlp else None
 
+    def as_last(self) -> None:
+        """Prepare to be the last layer, whose edges no other reads: they are updated for its own mixer only."""
+        if self.mixer is None and self.local is not None and isinstance(self.local.conv, GatedGCN):
+            self.local.conv.edge_norm = None
+
     def forward(self, x: Tensor, edges: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """New nodes (v, d) and edges (m, d)."""
         if self.local is not None:
