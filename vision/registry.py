@@ -57,7 +57,7 @@ def options_of(what: str) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        option = re.search(r"unexpected keyword argument '(.+?)'(?:\. Did you mean .*)?$", str(error), re.DOTALL)
         if option is None:
             raise
         raise TypeError(f"{what} has no option {option[1]!r}.") from error

@@ -22,6 +22,7 @@ from omnissm.timeseries.data.nab import read_nab
 from omnissm.timeseries.files import read_series
 from omnissm.timeseries.frames import from_wide
 from omnissm.timeseries.ts_files import read_ts
+from omnissm.vision import create_model
 from omnissm.vision.data.reading import BadImageError, read_image
 from omnissm.vision.data.shards import TarShards, read_shards, write_shards
 
@@ -253,3 +254,8 @@ def test_words_of_papers_that_are_not_there_take_no_memory(rows, tmp_path):
     np.savez(tmp_path / "cora.npz", **shape, **graph)
     with pytest.raises(ValueError, match="`x_indptr` does not cut the 1 `x_indices` into rows"):
         Cora(str(tmp_path / "cora.npz")).read_parts()
+
+
+def test_options_of_models_that_no_name_could_have_are_refused():
+    with pytest.raises(TypeError, match=r"model 'hydra_vit_tiny_patch16_224' has no option 'd\^state'\.$"):
+        create_model("hydra_vit_tiny_patch16_224", **{"d^state": 8})
