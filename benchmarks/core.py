@@ -2,6 +2,9 @@
 
     python benchmarks/core.py [--device cpu|cuda] [--out FOLDER]
 
+The file is written after each row. A run of the same commit on the same device goes on where an earlier one stopped;
+`--again` starts anew. On a CPU times are processor time, of one thread unless --threads says otherwise.
+
 Training: forward, loss and backward under bfloat16 autocast (float32 on a CPU), both with the same sizes; transformers
 runs its plain PyTorch path, as it does without its optional CUDA packages. What does not fit the memory says so.
 Decoding: one symbol for each of a batch of sequences, on a GPU as the replay of a CUDA graph, beside the time to read
@@ -13,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
+import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +37,35 @@ from omnissm.ssmcore import SequenceModel
 from omnissm.ssmcore.checkpoints import from_checkpoint
 from omnissm.ssmcore.generate import RecordedStep
 
+Row = dict[str, Any]
+Case = tuple[Row, Callable[[], Row]]
+JOBS = ("training", "decoding", "mixers")
+LONG = 5e3  # milliseconds from which a run is repeated twice only
 VOCABULARY = 512
 SIZES = {
     "cuda": {"d_model": 768, "n_layer": 12, "length": 2048, "batches": (8, 1)},
     "cpu": {"d_model": 256, "n_layer": 2, "length": 512, "batches": (1,)},
 }
+
+
+class PatientTimer(Timer):
+    """On a CPU processor time, and few runs of what takes long."""
+
+    def __call__(self, run: Callable[[], Any]) -> dict[str, float]:
+        if self.cache is not None or self.measure(run, 1)[0] < LONG:
+            return super().__call__(run)
+        low, high = sorted(self.measure(run, 2))
+        return {"median": round((low + high) / 2, 4), "p20": round(low, 4), "p80": round(high, 4), "runs": 2}
+
+    def measure(self, run: Callable[[], Any], count: int) -> list[float]:
+        if self.cache is not None:
+            return super().measure(run, count)
+        times = []
+        for _ in range(count):
+            start = time.process_time()
+            run()
+            times.append((time.process_time() - start) * 1e3)
+        return times
 
 
 def ours(d_model: int, n_layer: int) -> nn.Module:
@@ -71,41 +101,36 @@ def train_step(model: nn.Module, ids: torch.Tensor, device: torch.device) -> Cal
     return step
 
 
-def training_rows(device: torch.device, timer: Timer) -> list[dict[str, Any]]:
+def training_cases(device: torch.device, timer: Timer) -> Iterator[Case]:
     size = SIZES[device.type]
-    models: dict[str, Callable[[], nn.Module]] = {
-        "omnissm": lambda: ours(size["d_model"], size["n_layer"]),
-        "omnissm, activation checkpointing": lambda: ours(size["d_model"], size["n_layer"]),
-    }
+    builds: dict[str, Callable[..., nn.Module]] = {"omnissm": ours, "omnissm, activation checkpointing": ours}
     if installed("transformers"):
-        models["transformers"] = lambda: transformers_model(size["d_model"], size["n_layer"])
-        models["transformers, activation checkpointing"] = models["transformers"]
-    rows = []
+        builds["transformers"] = transformers_model
+        builds["transformers, activation checkpointing"] = transformers_model
     for batch in size["batches"]:
-        ids = torch.randint(VOCABULARY, (batch, size["length"]), device=device)
-        for name, build in models.items():
-            torch.manual_seed(0)
-            model = build().to(device).train()
-            if name.endswith("checkpointing"):
-                use_checkpointing(model)
-            row = {"job": "training", "path": name, "batch": batch, "length": size["length"]}
-            row["parameters"] = sum(p.numel() for p in model.parameters())
-            rows.append(row)
-            try:
-                step = train_step(model, ids, device)
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                row["step_ms"] = timer(step)
-                row["tokens_per_s"] = round(ids.numel() / row["step_ms"]["median"] * 1e3)
-                if device.type == "cuda":
-                    row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-            except torch.OutOfMemoryError:
-                row["skipped"] = "does not fit the memory of the device"
-            print(row, flush=True)
-            del model
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return rows
+        for path, build in builds.items():
+            key = {"job": "training", "path": path, "batch": batch, "length": size["length"]}
+            yield key, partial(training, build, key, device, timer)
+
+
+def training(build: Callable[..., nn.Module], key: Row, device: torch.device, timer: Timer) -> Row:
+    size = SIZES[device.type]
+    torch.manual_seed(0)
+    ids = torch.randint(VOCABULARY, (key["batch"], key["length"]), device=device)
+    model = build(size["d_model"], size["n_layer"]).to(device).train()
+    if key["path"].endswith("checkpointing"):
+        use_checkpointing(model)
+    row: Row = {"parameters": sum(p.numel() for p in model.parameters())}
+    try:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        row["step_ms"] = timer(train_step(model, ids, device))
+        row["tokens_per_s"] = round(ids.numel() / row["step_ms"]["median"] * 1e3)
+        if device.type == "cuda":
+            row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    except torch.OutOfMemoryError:
+        row["skipped"] = "does not fit the memory of the device"
+    return row
 
 
 def use_checkpointing(model: nn.Module) -> None:
@@ -119,36 +144,46 @@ def _forward_and_backward(layer: nn.Module, x: torch.Tensor) -> None:
     layer(x).square().mean().backward()
 
 
-def mixer_rows(timer: Timer) -> list[dict[str, Any]]:
-    """One Mamba and one Mamba-2 layer of transformers' PyTorch path beside ours, float32."""
+def mixer_cases(device: torch.device, timer: Timer) -> Iterator[Case]:
+    if device.type == "cpu" and installed("transformers"):
+        for model, length in (("mamba2", 4096), ("mamba", 2048)):
+            for path in ("omnissm", "transformers"):
+                key = {"job": "mixer", "model": model, "path": path, "batch": 2, "length": length}
+                yield key, partial(mixer, key, timer)
+
+
+def mixer(key: Row, timer: Timer) -> Row:
+    """One Mamba or Mamba-2 layer, ours or that of transformers' PyTorch path, with the same weights, float32."""
     from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
+    torch.manual_seed(0)
     one = {"num_hidden_layers": 1, "vocab_size": VOCABULARY, "use_cache": False}
-    wide = Mamba2Config(hidden_size=256, state_size=64, head_dim=64, num_heads=8, n_groups=1, expand=2, **one)
-    slim = MambaConfig(hidden_size=128, state_size=16, expand=2, **one)
-    rows = []
-    for name, length, model in (
-        ("mamba2", 4096, Mamba2ForCausalLM(wide)),
-        ("mamba", 2048, MambaForCausalLM(slim)),
-    ):
-        same = from_checkpoint(model.state_dict(), model.config.to_dict(), f"hf_{name}")
-        layers = {"omnissm": same.stack.blocks[0].mixer, "transformers": model.backbone.layers[0].mixer}
-        x = torch.randn(2, length, model.config.hidden_size)
-        close = torch.allclose(layers["omnissm"](x), layers["transformers"](x), rtol=1e-3, atol=1e-4)
-        if not close:
-            raise SystemExit(f"the two {name} layers differ: not timed")
-        for path, layer in layers.items():
-            row = {"job": "mixer", "model": name, "path": path, "batch": 2, "length": length}
-            with torch.no_grad():
-                row["forward_ms"] = timer(partial(layer, x))
-            row["step_ms"] = timer(partial(_forward_and_backward, layer, x))
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+    if key["model"] == "mamba2":
+        wide = Mamba2Config(hidden_size=256, state_size=64, head_dim=64, num_heads=8, n_groups=1, expand=2, **one)
+        model = Mamba2ForCausalLM(wide)
+    else:
+        model = MambaForCausalLM(MambaConfig(hidden_size=128, state_size=16, expand=2, **one))
+    same = from_checkpoint(model.state_dict(), model.config.to_dict(), f"hf_{key['model']}")
+    layers = {"omnissm": same.stack.blocks[0].mixer, "transformers": model.backbone.layers[0].mixer}
+    x = torch.randn(key["batch"], key["length"], model.config.hidden_size)
+    with torch.no_grad():
+        if not torch.allclose(layers["omnissm"](x), layers["transformers"](x), rtol=1e-3, atol=1e-4):
+            return {"wrong": "the two layers differ"}
+        forward = timer(partial(layers[key["path"]], x))
+    return {"forward_ms": forward, "step_ms": timer(partial(_forward_and_backward, layers[key["path"]], x))}
+
+
+def decoding_cases(device: torch.device, timer: Timer, bandwidth: float) -> Iterator[Case]:
+    for batch in (1, 64, 256) if device.type == "cuda" else (1,):
+        key = {"job": "decoding", "path": "omnissm", "batch": batch}
+        yield key, partial(decoding, batch, device, timer, bandwidth)
 
 
 @torch.no_grad()
-def decoding_row(model: nn.Module, batch: int, device: torch.device, timer: Timer, bandwidth: float) -> dict[str, Any]:
+def decoding(batch: int, device: torch.device, timer: Timer, bandwidth: float) -> Row:
+    size, dtype = SIZES[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    model = ours(size["d_model"], size["n_layer"]).to(device, dtype).eval()
     symbols = torch.zeros(batch, dtype=torch.long, device=device)
     state = model.init_state(batch)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -159,41 +194,55 @@ def decoding_row(model: nn.Module, batch: int, device: torch.device, timer: Time
     else:
         step_ms = timer(lambda: model.step(symbols, state))
     rate = round(batch / step_ms["median"] * 1e3)
-    row = {"job": "decoding", "path": "omnissm", "batch": batch, "step_ms": step_ms}
-    return row | {"floor_ms": round(floor, 4), "tokens_per_s": rate}
+    row = {"step_ms": step_ms, "floor_ms": round(floor, 4), "tokens_per_s": rate}
+    return row | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def decoding_rows(device: torch.device, timer: Timer, bandwidth: float) -> list[dict[str, Any]]:
-    size = SIZES[device.type]
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = ours(size["d_model"], size["n_layer"]).to(device, dtype).eval()
-    rows = []
-    for batch in (1, 64, 256) if device.type == "cuda" else (1,):
-        rows.append(decoding_row(model, batch, device, timer, bandwidth) | {"dtype": str(dtype).removeprefix("torch.")})
-        print(rows[-1], flush=True)
-    return rows
+def cases(jobs: Sequence[str], device: torch.device, timer: Timer, bandwidth: float) -> Iterator[Case]:
+    """What to time: what a row is about, and the function that measures it."""
+    if "training" in jobs:
+        yield from training_cases(device, timer)
+    if "decoding" in jobs:
+        yield from decoding_cases(device, timer, bandwidth)
+    if "mixers" in jobs:
+        yield from mixer_cases(device, timer)
+
+
+def kept(path: Path, about: Row) -> list[Row]:
+    """Rows of an earlier run of the same code on the same device; the bandwidth is measured anew each time."""
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text())
+    return earlier["rows"] if all(earlier.get(key) == value for key, value in about.items()) else []
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for DEVICE/core.json")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each number")
-    parser.add_argument("--jobs", nargs="+", default=["training", "decoding", "mixers"], help="what to time")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS), help="what to time")
+    parser.add_argument("--again", action="store_true", help="keep no row of an earlier run")
     parser.add_argument("--commit", help="commit to note, where the code is a copy without history")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
-    timer = Timer(device, options.seconds)
+    torch.set_num_threads(options.threads)
+    timer = PatientTimer(device, options.seconds)
     about = describe(device, options.commit) | {"transformers": installed("transformers")}
+    path = options.out / folder_of(about["device"]) / "core.json"
+    rows = [] if options.again else kept(path, about)
     bandwidth = copy_bandwidth(timer)
-    about["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
-    rows = training_rows(device, timer) if "training" in options.jobs else []
-    rows += decoding_rows(device, timer, bandwidth) if "decoding" in options.jobs else []
-    if "mixers" in options.jobs and device.type == "cpu":
-        rows += mixer_rows(timer)
-    write_json(options.out / folder_of(about["device"]) / "core.json", {**about, "rows": rows})
-    return 0
+    for key, measure in cases(options.jobs, device, timer, bandwidth):
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        rows.append(key | measure())
+        print(rows[-1], flush=True)
+        write_json(path, {**about, "copy_gb_per_s": round(bandwidth / 1e9, 1), "rows": rows})
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return int(any("wrong" in row for row in rows))
 
 
 if __name__ == "__main__":
