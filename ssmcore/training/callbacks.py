@@ -145,9 +145,17 @@ class EMA(WeightAveraging):
         every_n_steps: Optimiser steps between updates.
         start_step: First step that is averaged; until then the average is a copy of the first weights.
         warmup: Average over about a ninth of the updates so far where that is less than the decay says; for short runs.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, start_step: int = 0, warmup: bool = False) -> None:
+        if not 0 <= decay <= 1 or every_n_steps < 1 or start_step < 0:
+            raise ValueError(
+                "decay must lie in [0, 1], every_n_steps be at least 1 and start_step not negative, got"
+                f" {decay}, {every_n_steps} and {start_step}."
+            )
         super().__init__(multi_avg_fn=self._mix)
         self.decay, self.warmup = decay, warmup
         self.every_n_steps, self.start_step = every_n_steps, start_step

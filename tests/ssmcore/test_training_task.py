@@ -161,6 +161,12 @@ def test_average_warms_up(tmp_path):
     torch.testing.assert_close(task.net.weight.detach(), average)
 
 
+@pytest.mark.parametrize("wrong", [{"decay": 1.5}, {"decay": float("nan")}, {"every_n_steps": 0}, {"start_step": -1}])
+def test_averages_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\], every_n_steps be at least 1 and start_step not"):
+        EMA(**wrong)
+
+
 def test_average_lies_where_the_training_runs(device):
     task, average = Mean(optimizer=sgd()), EMA()
     run = pl.Trainer(accelerator=device.type, devices=1, logger=False, enable_checkpointing=False)
