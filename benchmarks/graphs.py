@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,16 @@ def _omnissm(words: list[str]) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def command_of(content: dict, name: str) -> str:
+    """What makes all rows of a result file again."""
+    config, *words = content["config"].split(" ")
+    command = ["python", "benchmarks/graphs.py", "--config", config, "--models"]
+    command += dict.fromkeys(row["model"] for row in content["rows"])
+    command += ["--seeds", *(str(seed) for seed in sorted({row["seed"] for row in content["rows"]}))]
+    command += [] if name == Path(config).stem else ["--name", name]
+    return shlex.join([*command, *words])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
@@ -97,6 +108,7 @@ def main() -> None:
                 continue
             content["rows"].append(row)
             content["rows"].sort(key=lambda row: (order[row["model"]], row["seed"]))
+            content["command"] = command_of(content, out.stem)
             write_atomic(out, json.dumps(content, indent=1) + "\n")
             sys.stderr.write(f"{time.monotonic() - start:.0f} s: {row}\n")
     sys.exit(f"{failed} of {len(runs)} runs failed." if failed else 0)

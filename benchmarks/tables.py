@@ -72,6 +72,7 @@ def seeds(results: Path, found: Sequence[Path], keys: Sequence[str], values: Seq
             [*(cell(key, row[0].get(key)) for key in keys), *(_spread(row, value) for value in values), str(len(row))]
             for row in groups.values()
         ]
+        text += "\n" if text else ""
         text += table([*map(head, keys), *map(head, values), "seeds"], lines) + source(results, path, content)
     return text
 
