@@ -37,6 +37,8 @@ class GraphModel(nn.Module):
             the logarithm of one and the sum of what is positive, or "sinks": the mean over nodes without an edge
             leaving them; several joined by "+" are laid side by side.
         readout_width: Width of a linear map and GELU that nodes pass before the readout; 0: none.
+        sum_scale: What the readout "sum" is multiplied by: one over the usual number of nodes makes sums as large as
+            means and maxima are, so that one rate of learning suits all.
         head_layers: Linear maps in the head.
         dropout: Share of channels set to zero.
         node_dropout: Share of nodes whose features are hidden while training; positions and edges stay.
@@ -61,6 +63,7 @@ class GraphModel(nn.Module):
         n_layer: int = 4,
         readout: str = "mean",
         readout_width: int = 0,
+        sum_scale: float = 1.0,
         head_layers: int = 2,
         dropout: float = 0.0,
         node_dropout: float = 0.0,
@@ -76,6 +79,8 @@ class GraphModel(nn.Module):
             )
         if readout_width < 0:
             raise ValueError(f"readout_width must not be negative, got {readout_width}.")
+        if not sum_scale > 0:
+            raise ValueError(f"sum_scale must be positive, got {sum_scale}.")
         if not 0 <= node_dropout < 1:
             raise ValueError(f"node_dropout must be at least 0 and below 1, got {node_dropout}.")
         if level == "link" and num_outputs != 1:
@@ -83,6 +88,7 @@ class GraphModel(nn.Module):
         if min(d_model, n_layer, num_outputs, head_layers) < 1:
             raise ValueError("d_model, n_layer, num_outputs and head_layers must be positive.")
         self.level, self.num_outputs, self.d_model, self.node_dropout = level, num_outputs, d_model, node_dropout
+        self.sum_scale = sum_scale
         self.node_encoder = FeatureEncoder(d_model, node_vocab, node_features)
         self.pe_encoder = nn.Linear(pe, d_model) if pe else None
         has_edges = bool(edge_vocab) or edge_features > 0
@@ -180,7 +186,11 @@ class GraphModel(nn.Module):
     def _read_out(self, x: Tensor, batch: GraphBatch, how: str) -> Tensor:
         if how in ("sum", "scaled"):
             total = add_up(x, batch.batch, batch.num_graphs)
-            return total if how == "sum" else total / batch.ptr.diff().clamp(min=1).to(x.dtype).sqrt()[:, None]
+            return (
+                total * self.sum_scale
+                if how == "sum"
+                else total / batch.ptr.diff().clamp(min=1).to(x.dtype).sqrt()[:, None]
+            )
         if how == "log":
             return add_up(x.relu(), batch.batch, batch.num_graphs).log1p()
         if how == "max":

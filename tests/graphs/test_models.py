@@ -87,6 +87,10 @@ def test_readouts_lie_side_by_side():
             expected.append((1 + nodes.relu().sum(0)).log())
         for found, one in zip((mean[k], top[k], total[k], scaled[k], log[k]), expected):
             torch.testing.assert_close(found, one)
+    small = create_model("gcn", **options("gcn", readout="max+sum", sum_scale=0.1)).pool(x, batch)
+    torch.testing.assert_close(small, torch.cat([top, 0.1 * total], dim=1))
+    with pytest.raises(ValueError, match="sum_scale must be positive, got 0"):
+        create_model("gcn", **options("gcn", sum_scale=0.0))
     wide = create_model("gcn", **options("gcn", readout="mean+log", readout_width=24))
     assert wide.head[0].in_features == 48
     assert wide(batch).shape == (4, 3)
