@@ -79,7 +79,7 @@ def score(
         embed_layer: Layer of the embeddings, see `describe`.
         part_size: Records of a block; a killed run loses at most one.
         shard: i/n, such as 0/4: score every n-th block; `score-merge` joins them.
-        devices: GPUs to spread over; with `--device cpu`, processes.
+        devices: GPUs to spread over, the first ones; with `--device cpu`, processes.
         resume: Go on with a killed run.
         prefix: Begin of the new INFO fields.
         overwrite_info: Replace such fields of an earlier run.
@@ -107,8 +107,10 @@ def score(
     from .variant_scorer import ScoreOptions
 
     outs = [out] if isinstance(out, str) else list(out)
-    if devices > 1 and shard is None:
-        return _spread(devices, device, variants, outs, prefix, overwrite_info, reference, resume)
+    if devices < 1 or (devices > 1 and shard is not None):
+        raise ValueError(f"expected devices of at least 1, and 1 for a single shard, got {devices}")
+    if devices > 1:
+        return _spread(devices, device, variants, outs, prefix, overwrite_info, reference)
     options = ScoreOptions(
         scores=tuple(scores or ()),
         window=window,
@@ -126,9 +128,8 @@ def score(
     genome = Reference(reference, circular=_circular(circular))
     scorer = load_scorer(model, device=device, dtype=dtype, restrict=restrict, batch_tokens=batch_tokens)
     kept = any(name != "-" for name in outs)
-    advice = "Finished blocks are kept; go on with the same command and --resume true." if kept else "Nothing is kept."
     try:
-        with interruptible(advice):
+        with interruptible(_KEPT if kept else "Nothing is kept."):
             table = score_variants(
                 variants,
                 genome,
@@ -177,31 +178,42 @@ def _summary(table: Any, dtype: str, outs: list[str]) -> int:
     return 0 if not table.n_rows or counts.get("ok", 0) + counts.get("swapped", 0) else 3
 
 
+_KEPT = "Finished blocks are kept; go on with the same command and --resume true."
+
+
 def _spread(
-    devices: int,
-    device: str,
-    variants: str,
-    outs: list[str],
-    prefix: str,
-    overwrite_info: bool,
-    reference: Path,
-    resume: bool,
+    devices: int, device: str, variants: str, outs: list[str], prefix: str, overwrite_info: bool, reference: Path
 ) -> int:
     """One process for each device over the shards, then the merge."""
+    from ..ssmcore.training.devices import find_device
+    from ..ssmcore.training.interrupts import interruptible
+
     if variants == "-":
         raise ValueError("standard input cannot be read by several processes; give a file")
     words = sys.argv[1:]
     base = words[words.index("score") + 1 :] if "score" in words else []
     if not base:
         raise ValueError("devices > 1 works from the command line; in Python, start one process for each shard")
-    start = [sys.executable, "-m", "omnissm", "genomics", "score", *base, "--devices", "1"]
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"several devices are the first GPUs, or --device cpu for processes on it, got {device!r}")
     places = ["cpu" if device == "cpu" else f"cuda:{k}" for k in range(devices)]
-    runs = [
-        subprocess.Popen([*start, "--shard", f"{k}/{devices}", "--device", place]) for k, place in enumerate(places)
-    ]
-    codes = [run.wait() for run in runs]
+    find_device(places[-1])
+    start = [sys.executable, "-m", "omnissm", "genomics", "score", *base, "--devices", "1"]
+    with interruptible(_KEPT):
+        runs: list[subprocess.Popen[bytes]] = []
+        try:
+            for k, place in enumerate(places):
+                runs.append(subprocess.Popen([*start, "--shard", f"{k}/{devices}", "--device", place]))
+            codes = [run.wait() for run in runs]
+        except BaseException:
+            for run in runs:
+                run.terminate()
+            for run in runs:
+                run.wait()
+            raise
     if any(code not in (0, 3) for code in codes):
-        sys.stderr.write(f"omnissm: error: shards ended with exit codes {codes}; --resume true goes on\n")
+        advice = "see above" if 2 in codes else "--resume true goes on"
+        sys.stderr.write(f"omnissm: error: shards ended with exit codes {codes}; {advice}\n")
         return next((code for code in codes if code > 0 and code != 3), 1)  # a killed one has a negative code
     return score_merge(variants, outs, prefix=prefix, overwrite_info=overwrite_info, reference=reference)
 
