@@ -173,7 +173,10 @@ def stage(folder: Path) -> None:
     if missing:
         raise ValueError(f"docs/site.yml does not list {', '.join(sorted(missing))}")
     (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (folder / "omnissm").symlink_to(ROOT)  # docstrings are read from source files, under the package's name
+    package = folder / "omnissm"  # docstrings are read from source files; all files below are searched, so not of ROOT
+    package.mkdir()
+    for name in ("__init__.py", *PACKAGES):
+        (package / name).symlink_to(ROOT / name)
 
 
 def build(out: Path) -> None:
