@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.run import HERE, describe, folder_of, read_specs, training_step, write_json
+from benchmarks.op_case import read_specs, training_step
+from benchmarks.run import HERE, describe, folder_of, write_json
 
 CASES = (
     "ssd:0", "ssd:1", "quasiseparable:0", "trapezoid_ssd:0", "selective_scan:0", "causal_conv1d:0", "gated_norm:0",

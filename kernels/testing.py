@@ -25,12 +25,16 @@ TOLERANCE: dict[torch.dtype, float] = {
 
 @dataclass(frozen=True)
 class BenchSize:
-    """A size that is timed on a GPU, with the milliseconds (forward, forward and backward) to reach and to aim for."""
+    """A size that is timed on a GPU, with the milliseconds (forward, forward and backward) to reach and to aim for.
+
+    `required_mib` is the most memory that forward and backward may take beyond the inputs, in MiB.
+    """
 
     size: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
     required_ms: tuple[float, float] | None = None
     stretch_ms: tuple[float, float] | None = None
+    required_mib: float | None = None
 
 
 @dataclass(frozen=True)

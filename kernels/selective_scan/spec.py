@@ -82,6 +82,7 @@ SPEC = OpSpec(
         BenchSize({"b": 1, "l": 131072, "d": 512, "n": 16}, torch.bfloat16, (1.1, 5.5), (0.7, 3.2)),
     ),
     cpu_bench_sizes=(
+        BenchSize({"b": 2, "l": 2048, "d": 256, "n": 16}),
         BenchSize({"b": 2, "l": 1024, "d": 256, "n": 16}),
         BenchSize({"b": 1, "l": 4096, "d": 16, "n": 4}),
     ),

@@ -59,6 +59,16 @@ def make_inputs(
     return inputs
 
 
+def _bench(
+    required: tuple[float, float],
+    stretch: tuple[float, float],
+    required_mib: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **size: Any,
+) -> BenchSize:
+    return BenchSize(size | {"state": False}, dtype, required, stretch, required_mib)
+
+
 SPEC = OpSpec(
     op=ssd,
     make_inputs=make_inputs,
@@ -73,26 +83,15 @@ SPEC = OpSpec(
         {"b": 2, "l": 130, "h": 2, "p": 8, "n": 16, "regime": "strong", "packed": True, "state": False},
     ),
     bench_sizes=(
-        BenchSize(
-            {"b": 8, "l": 4096, "h": 32, "p": 64, "n": 128, "state": False}, torch.bfloat16, (0.30, 1.8), (0.20, 1.1)
-        ),
-        BenchSize(
-            {"b": 8, "l": 4096, "h": 32, "p": 64, "n": 128, "state": False}, torch.float32, (1.1, 4.6), (0.7, 3.0)
-        ),
-        BenchSize(
-            {"b": 64, "l": 196, "h": 12, "p": 64, "n": 64, "state": False}, torch.bfloat16, (0.08, 0.5), (0.04, 0.25)
-        ),
-        BenchSize(
-            {"b": 64, "l": 784, "h": 12, "p": 64, "n": 64, "state": False}, torch.bfloat16, (0.14, 0.9), (0.09, 0.5)
-        ),
-        BenchSize(
-            {"b": 1, "l": 131072, "h": 16, "p": 64, "n": 64, "state": False}, torch.bfloat16, (0.9, 3.6), (0.5, 2.2)
-        ),
-        BenchSize(
-            {"b": 1, "l": 1048576, "h": 8, "p": 64, "n": 64, "state": False}, torch.bfloat16, (4.8, 18.0), (2.8, 10.0)
-        ),
+        _bench((0.30, 1.8), (0.20, 1.1), 352, b=8, l=4096, h=32, p=64, n=128),
+        _bench((1.1, 4.6), (0.7, 3.0), dtype=torch.float32, b=8, l=4096, h=32, p=64, n=128),
+        _bench((0.08, 0.5), (0.04, 0.25), b=64, l=196, h=12, p=64, n=64),
+        _bench((0.14, 0.9), (0.09, 0.5), b=64, l=784, h=12, p=64, n=64),
+        _bench((0.9, 3.6), (0.5, 2.2), 706, b=1, l=131072, h=16, p=64, n=64),
+        _bench((4.8, 18.0), (2.8, 10.0), 3974, b=1, l=1048576, h=8, p=64, n=64),
     ),
     cpu_bench_sizes=(
+        BenchSize({"b": 2, "l": 4096, "h": 8, "p": 64, "n": 64, "state": False}),
         BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),
         BenchSize({"b": 8, "l": 196, "h": 3, "p": 64, "n": 64, "state": False}),
     ),

@@ -51,7 +51,7 @@ def test_a_launch_like_an_earlier_one_is_not_looked_up(kernel):
     for length, stride in ((5, 8), (7, 9)):
         launch[(3,)](x, length, stride, BLOCK=16, num_warps=4)
     assert kernel.looked_up == 1
-    assert kernel.launched == [(3, 1, 1, "stream", "function", "metadata", None, None, None, x, 7, 9, 16)]
+    assert kernel.launched == [(3, 1, 1, "stream", "function", "metadata", None, None, None, x.data_ptr(), 7, 9, 16)]
 
 
 def test_what_triton_compiles_for_is_looked_up(kernel):

@@ -1,0 +1,296 @@
+"""One op at one size for `run.py`: what is timed there, how it is checked first, and how long it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import omnissm.kernels
+from omnissm.kernels import available_backends
+from omnissm.kernels.testing import BenchSize, OpSpec, check_op, relative_error
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under PYTHONSAFEPATH
+
+from op_peers import FOR_SCALE, LONGEST_ATTENTION, PEERS
+
+KERNELS = Path(omnissm.kernels.__file__).parent
+
+
+def read_specs() -> dict[str, OpSpec]:
+    """The specs of all ops, by name."""
+    found = {}
+    for path in sorted(KERNELS.glob("*/spec.py")):
+        module = import_module(f"omnissm.kernels.{path.parent.name}.spec")
+        found.update({spec.name: spec for spec in vars(module).values() if isinstance(spec, OpSpec)})
+    return found
+
+
+class Timer:
+    """Milliseconds of a function: median, 20th and 80th percentile."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+        # Written between runs, so that nothing of the last run is left in the caches of the GPU.
+        self.cache = torch.empty(64 * 2**20, device=device) if device.type == "cuda" else None
+
+    def __call__(self, run: Callable[[], Any]) -> dict[str, float]:
+        once = min(self.measure(run, 2))
+        if once < self.seconds * 1e3:
+            once = sum(self.measure(run, 3)) / 3
+        count = max(5 if once < self.seconds * 1e3 else 3, min(200, int(self.seconds / once * 1e3)))
+        times = torch.tensor(self.measure(run, count), dtype=torch.float64)
+        low, middle, high = torch.quantile(times, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        return {"median": round(middle, 4), "p20": round(low, 4), "p80": round(high, 4), "runs": len(times)}
+
+    def measure(self, run: Callable[[], Any], count: int) -> list[float]:
+        if self.cache is None:
+            times = []
+            for _ in range(count):
+                start = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - start) * 1e3)
+            return times
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for begin, end in events:
+            self.cache.zero_()
+            begin.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in events]
+
+    def graph(self, run: Callable[[], Any]) -> dict[str, float] | None:
+        """The same for a replayed CUDA graph: the GPU's time without Python's.
+
+        None where there is no GPU, or the run waits for it, so that it cannot be recorded.
+        """
+        if self.cache is None:
+            return None
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
+        return self(graph.replay)
+
+
+def copy_bandwidth(timer: Timer) -> float:
+    """Bytes per second of a copy that is larger than any cache, read and write counted."""
+    source = torch.empty((2**28 if timer.device.type == "cuda" else 2**25), device=timer.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timer(lambda: target.copy_(source))["median"] * 1e3
+
+
+class Case:
+    """One op at one size: its inputs, what is timed with them, and the rows of the table."""
+
+    def __init__(self, spec: OpSpec, bench: BenchSize, device: torch.device) -> None:
+        self.spec, self.bench, self.device = spec, bench, device
+        self.first = spec.bench_sizes[:1] == (bench,)
+
+    def paths(self, stage: int) -> dict[str, Callable[..., Any] | str]:
+        """What stands in the table, or why it is not timed: ours first, then other paths and peers, then compiled."""
+        spec, size, on_gpu = self.spec, self.bench.size, self.device.type == "cuda"
+        if stage == 2:
+            if not (on_gpu and self.first):
+                return {}
+            torch.compiler.reset()  # compiled code is kept per line of source: after eight cases torch would stop
+            compiled = torch.compile(lambda **arguments: spec.op(**arguments, backend="chunked"))
+            return {"chunked, torch.compile": compiled}
+        found: dict[str, Callable[..., Any] | str] = {}
+        unavailable = available_backends(self.device)
+        fastest = "triton" if "triton" in spec.implementations and on_gpu else "chunked"
+        for name in spec.implementations:
+            if (name == fastest) != (stage == 0):
+                continue
+            if name == "reference" and on_gpu:
+                found[name] = "a loop in Python, too slow at this size"
+            elif unavailable[name]:
+                found[name] = str(unavailable[name])
+            elif not spec.offers(name, size):
+                found[name] = "does not take this size"
+            else:
+                found[name] = functools.partial(spec.op, backend=name)
+        if stage == 1:
+            found.update(PEERS.get(spec.name, {}))
+            if size.get("l", 0) <= LONGEST_ATTENTION:
+                found.update(FOR_SCALE.get(spec.name, {}))
+        return found
+
+    def inputs(self) -> dict[str, Any]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        return self.spec.make_inputs(**self.bench.size, dtype=self.bench.dtype, device=self.device, generator=generator)
+
+    def rows(self, stage: int, timer: Timer, bandwidth: float) -> list[dict[str, Any]]:
+        """Rows of one stage; what fails is named in its row and stops no other."""
+        paths = self.paths(stage)
+        if not any(callable(run) for run in paths.values()):
+            return [self.row(name) | {"skipped": reason} for name, reason in paths.items()]
+        inputs = self.inputs()
+        with torch.no_grad():
+            found = self.spec.op(**inputs, backend="chunked")
+        expected = dict(zip(self.spec.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+        floor = byte_floor(inputs, expected)
+        rows = []
+        for name, run in paths.items():
+            row = self.row(name)
+            rows.append(row)
+            if isinstance(run, str):
+                row["skipped"] = run
+                continue
+            try:
+                row |= self.time(name, run, inputs, expected, timer)
+            except torch.OutOfMemoryError:
+                row["skipped"] = "needs more memory than there is"
+            except Exception as error:  # whatever a peer, a compiler or a driver may raise must not end the table
+                row["wrong"] = f"{type(error).__name__}: {str(error)[:300]}"
+            for which, bytes_moved in zip(("forward", "forward_backward"), floor):
+                row[f"{which}_floor_ms"] = round(bytes_moved / bandwidth * 1e3, 4)
+        return rows
+
+    @property
+    def place(self) -> tuple[dict[str, Any], str]:
+        """Size and dtype as the rows have them."""
+        return dict(self.bench.size), str(self.bench.dtype).removeprefix("torch.")
+
+    def row(self, name: str) -> dict[str, Any]:
+        size, dtype = self.place
+        row: dict[str, Any] = {"size": size, "dtype": dtype, "path": name}
+        for key in ("required_ms", "stretch_ms"):
+            if (wanted := getattr(self.bench, key)) is not None:
+                row[key] = list(wanted)
+        return row if self.bench.required_mib is None else row | {"required_mib": self.bench.required_mib}
+
+    def time(
+        self, name: str, run: Callable[..., Any], inputs: dict[str, Any], expected: dict[str, Tensor], timer: Timer
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if name in FOR_SCALE.get(self.spec.name, {}):
+            found["for_scale"] = True
+        elif problem := self.find_error(name, run, inputs, expected):
+            return {"wrong": problem}
+        # Training uses the first output; a gradient for the state handed on would cost an extra pass in torch itself.
+        both = training_step(run, inputs, torch.randn_like(expected[self.spec.outputs[0]]))
+        if name in self.spec.implementations:
+            found["repeatable"] = all(_same(one, two) for one, two in zip(both(), both(), strict=True))
+        with torch.no_grad():
+            forward = functools.partial(run, **inputs)
+            found["forward_ms"], found["forward_graph_ms"] = timer(forward), timer.graph(forward)
+        before = reset_peak(self.device)
+        both()
+        found["peak_mib"] = None if before is None else round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        found["forward_backward_ms"], found["forward_backward_graph_ms"] = timer(both), timer.graph(both)
+        return found
+
+    def find_error(
+        self, name: str, run: Callable[..., Any], inputs: dict[str, Any], expected: dict[str, Tensor]
+    ) -> str | None:
+        """Why an implementation must not be timed.
+
+        It is compared with the float64 reference at a smaller size of the same widths, for which the same kernels run,
+        gradients included; and here with the chunked path.
+        """
+        spec, dtype = self.spec, self.bench.dtype
+        try:
+            if name in spec.implementations and name != "reference":
+                for size in smaller(spec, self.bench.size):
+                    check_op(spec, size, name, dtype, self.device)
+            with torch.no_grad():
+                found = run(**inputs)
+            for (output, value), got in zip(expected.items(), found if isinstance(found, tuple) else (found,)):
+                error, limit = relative_error(got, value), 2 * spec.limit(output, dtype)
+                if not error <= limit:
+                    return f"`{output}` differs from the chunked path by {error:.1e}, allowed {limit:.0e}"
+        except AssertionError as error:
+            return str(error)
+        return None
+
+    def warm(self) -> float:
+        """Compile what the first stage runs; seconds of the first call, forward and backward."""
+        if self.bench.size.get("l", 0) > LONGEST_ATTENTION:  # the kernels are the same
+            self.bench = replace(self.bench, size={**self.bench.size, "l": LONGEST_ATTENTION})
+        inputs = self.inputs()
+        (run,) = (run for run in self.paths(0).values() if callable(run))
+        step = training_step(run, inputs)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            run(**inputs)
+        del inputs, step
+        with contextlib.suppress(AssertionError):  # reported when it is timed
+            for size in smaller(self.spec, self.bench.size):
+                check_op(self.spec, size, "triton", self.bench.dtype, self.device)
+        return seconds
+
+
+def smaller(spec: OpSpec, size: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Sizes at which the float64 reference, a loop in Python, is quick; of graphs those of the tests."""
+    if "v" in size:
+        return tuple(one for one in spec.test_sizes if one.keys() <= size.keys())[:2]
+    cut = {"b": 2, "l": 130, "i": 14, "j": 14, "r": 64} | ({"k": 130} if spec.name == "fft_conv" else {})
+    return ({key: min(value, cut[key]) if key in cut else value for key, value in size.items()},)
+
+
+def _same(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is two if one is None or two is None else torch.equal(one, two)
+
+
+def training_step(
+    run: Callable[..., Any], inputs: dict[str, Any], cotangent: Tensor | None = None
+) -> Callable[[], Any]:
+    """Forward and backward from the first output, from ones without a cotangent, to all floating inputs."""
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    arguments, wanted = {**inputs, **leaves}, list(leaves.values())
+
+    def step() -> Any:
+        found = run(**arguments)
+        first = found[0] if isinstance(found, tuple) else found
+        given = torch.ones_like(first) if cotangent is None else cotangent.view_as(first)
+        return torch.autograd.grad(first, wanted, given, allow_unused=True)
+
+    return step
+
+
+def byte_floor(inputs: dict[str, Any], outputs: dict[str, Tensor]) -> tuple[int, int]:
+    """Bytes of forward, and of forward and backward, if everything moves once.
+
+    Backward reads the inputs (or as many bytes of saved states) and the gradients of the outputs and writes those of
+    the inputs.
+    """
+    given = sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
+    made = sum(value.nbytes for value in outputs.values())
+    return given + made, 3 * given + 2 * made
+
+
+def reset_peak(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
