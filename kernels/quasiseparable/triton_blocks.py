@@ -1,10 +1,11 @@
 """All blocks of a stack of Hydra mixers, one after another, without gradients.
 
     n = LayerNorm(x);  p = n W_in^T;  c = silu(conv(p));  d = c_x W_D^T
-    m the quasiseparable product of c, p and d;  g = rms(m) w silu(z);  x = x + g W_out^T
+    m the quasiseparable product of c, p and d;  g = m w silu(z);  x = x + (g W_out^T) / rms(m)
 
-A block takes nine launches (a few more, if rows are longer than a piece) on buffers that all blocks share, and the host
-looks at their arguments once for all blocks.
+A block takes eight launches (two more, if rows are in pieces) on buffers that all blocks share, and the host looks at
+their arguments once for all blocks. The mean square that rms needs is known when all heads are done: it scales what
+W_out gives, and g is without it. Where dtype is float16, which has no room for that, a kernel of its own makes g.
 """
 
 from __future__ import annotations
@@ -12,28 +13,76 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..causal_conv1d.triton_impl import _causal_conv1d_fwd_kernel
 from ..causal_conv1d.triton_impl import _tile as conv_tile
 from ..gated_norm import triton_impl as gating
-from ..gated_norm.triton_step import _layer_norm_kernel
-from ..ssd.triton_kernels import DESCENDING
-from ..ssd.triton_outputs import Sweep, run_sweeps
-from ..ssd.triton_tiles import padded, tiles
 from ..transforms import operator
-from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device
+from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device, quick
 from .blocks import HydraWeights
-from .triton_short import LONGEST, TILE, _mix_kernel, _vectors_kernel, mix_options
+from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
+from .triton_states import CARRIED, STATE_TILE, _carry_kernel, _states_kernel, state_options
+
+# Numbers that are not divided by their root mean square yet may leave their range.
+_UNGATED = (torch.float16,)
+
+
+@quick
+@triton.jit(do_not_specialize=["rows"])
+def _stream_kernel(
+    x_ptr,
+    added_ptr,
+    squares_ptr,
+    weight_ptr,
+    bias_ptr,
+    total_ptr,
+    y_ptr,
+    rows,
+    channels,
+    width,
+    parts,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    GATE_EPS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum x + added, SCALED: x + added / sqrt(sum of squares / width + GATE_EPS), and its layer norm."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    ok = (row < rows) & (c < channels)
+    x = tl.load(x_ptr + row * channels + c, mask=ok, other=0.0)
+    if ADD:
+        added = tl.load(added_ptr + row * channels + c, mask=ok, other=0.0).to(tl.float32)
+        if SCALED:
+            part = tl.arange(0, BLOCK_PARTS)[None, :]
+            squares = tl.load(squares_ptr + row * parts + part, mask=(row < rows) & (part < parts), other=0.0)
+            added *= (1.0 / tl.sqrt(tl.sum(squares, axis=1) / width + GATE_EPS))[:, None]
+        x += added
+        tl.store(total_ptr + row * channels + c, x, mask=ok)
+    if NORM:
+        x = tl.where(c < channels, x - (tl.sum(x, axis=1) / channels)[:, None], 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / channels + EPS)
+        weight = tl.load(weight_ptr + c, mask=c < channels, other=0.0)
+        bias = tl.load(bias_ptr + c, mask=c < channels, other=0.0)
+        tl.store(y_ptr + row * channels + c, x * scale[:, None] * weight + bias, mask=ok)
 
 
 class _Buffers(NamedTuple):
     """What all blocks write to and read from: tensors, or their addresses."""
 
     total: Any  # (b, l, d), float32
-    vectors: Any  # (4, b, pieces, h, LONGEST), float32
-    steps: Any  # (4, b, l, h), float32
+    squares: Any  # (b l, parts), float32
+    vectors: Any  # (4, b, pieces, h, piece), float32
+    ends: Any  # (2, b, pieces, h), float32
+    left: Any  # (b, h, pieces, p, n)
+    right: Any
     n: Any  # (b l, d)
     o: Any  # (b l, d)
     p: Any  # (b l, width), first z
@@ -62,8 +111,9 @@ def hydra_blocks_triton(
     (batch, length, channels), rows = x.shape, x.shape[0] * x.shape[1]
     (nheads, d_inner), (mixed, _, k) = blocks[0].from_x.shape, blocks[0].conv.shape
     maps = (mixed - d_inner) // 4
-    repeats, pieces = nheads * d_state // maps, cdiv(length, LONGEST)
-    tile = TILE._replace(heads=next(one for one in range(TILE.heads, 0, -1) if repeats % one == 0))
+    repeats, piece = nheads * d_state // maps, piece_of(length)
+    pieces, gated = cdiv(length, piece), dtype not in _UNGATED
+    tile = tile_of(length, repeats)
     parts = nheads // tile.heads
     width, width_D = products[0].shape[1], products[1].shape[1]
 
@@ -74,8 +124,11 @@ def hydra_blocks_triton(
     B_f, C_f, B_b, C_b = c[:, d_inner:].split(maps, dim=1)
     tensors = _Buffers(
         total=empty(*x.shape, kind=torch.float32),
-        vectors=empty(4, batch, pieces, nheads, LONGEST, kind=torch.float32),
-        steps=empty(4, batch, length, nheads, kind=torch.float32) if pieces > 1 else None,
+        squares=empty(rows, parts, kind=torch.float32) if gated else None,
+        vectors=empty(4, batch, pieces, nheads, piece, kind=torch.float32),
+        ends=empty(2, batch, pieces, nheads, kind=torch.float32) if pieces > 1 else None,
+        left=empty(batch, nheads, pieces, headdim, d_state) if pieces > 1 else None,
+        right=empty(batch, nheads, pieces, headdim, d_state) if pieces > 1 else None,
         n=empty(rows, channels),
         o=empty(rows, channels),
         p=p,
@@ -88,18 +141,19 @@ def hydra_blocks_triton(
         B_b=B_b,
         C_b=C_b,
         d=empty(rows, width_D),
-        m=empty(rows, d_inner),
+        m=None if gated else empty(rows, d_inner),
         g=empty(rows, d_inner),
     )
     stride, c_stride = (length * width, width), (length * mixed, mixed)
     columns = next_power_of_2(channels)
     block_r = max(1, min(next_power_of_2(rows), (16384 if INTERPRETED else 2048) // columns))
-    begin, join = (
+    begin, join, end = (
         Repeated(
-            _layer_norm_kernel, (cdiv(rows, block_r),), rows, channels, channels, channels, ADD=add, EPS=eps,
-            BLOCK_R=block_r, BLOCK=columns, num_warps=4 if columns <= 2048 else 8,
+            _stream_kernel, (cdiv(rows, block_r),), rows, channels, d_inner, parts, ADD=add, SCALED=add and gated,
+            NORM=norm, EPS=eps, GATE_EPS=gate_eps, BLOCK_PARTS=next_power_of_2(parts), BLOCK_R=block_r, BLOCK=columns,
+            num_warps=4 if columns <= 2048 else 8,
         )
-        for add in (False, True)
+        for add, norm in ((False, True), (True, True), (True, False))
     )  # fmt: skip
     options, part = _conv_tile(batch, length, mixed, x.device)
     convolve = Repeated(
@@ -107,12 +161,20 @@ def hydra_blocks_triton(
         mixed, part, *stride, K=k, LEFT=(k - 1) // 2, HAS_BIAS=True, PACKED=False, SILU=True, ACC=tl.float32, **options,
     )  # fmt: skip
     prepare = Repeated(
-        _vectors_kernel, (batch * pieces * cdiv(nheads, 4),), batch, length, nheads, *stride, LONGEST=LONGEST,
-        BLOCK_H=4, STEPS=pieces > 1,
+        _vectors_kernel, (batch * pieces * cdiv(nheads, BLOCK_H),), batch, length, nheads, *stride, PIECE=piece,
+        BLOCK_H=BLOCK_H, ENDS=pieces > 1, STEPS=False,
+    )  # fmt: skip
+    collect = Repeated(
+        _states_kernel, (batch * pieces * nheads,), batch, length, nheads, repeats, *c_stride, *c_stride,
+        **state_options(dtype, headdim, d_state, length, STATE_TILE),
+    )  # fmt: skip
+    carry = Repeated(
+        _carry_kernel, (2 * batch * nheads * cdiv(headdim * d_state, CARRIED),), batch, length, nheads,
+        headdim * d_state, PIECE=piece, BLOCK=CARRIED,
     )  # fmt: skip
     mix = Repeated(
         _mix_kernel, (batch * cdiv(length, tile.rows) * parts,), batch, length, nheads, repeats, *c_stride, *c_stride,
-        width_D, **mix_options(dtype, headdim, d_state, tile), STATES=pieces > 1,
+        width_D, width, **mix_options(dtype, headdim, d_state, length, tile), GATED=gated,
     )  # fmt: skip
     norm_tile = gating._tile(rows, d_inner)
     gate = Repeated(
@@ -120,34 +182,33 @@ def hydra_blocks_triton(
         EPS=gate_eps, NORM_FIRST=True, ACC=tl.float32, **norm_tile,
     )  # fmt: skip
     u = c[:, :d_inner]
-    heads_of = u.unflatten(0, (batch, length)).unflatten(2, (nheads, headdim))
-    maps_of = c[:, d_inner:].unflatten(0, (batch, length)).unflatten(2, (4, -1, d_state)).unbind(2)
     with on_device(x):
         address: Any = _address if direct() else _itself
         one = tensors
-        begin(x, None, blocks[0].norm, blocks[0].norm_bias, None, one.n)
+        begin(x, None, None, blocks[0].norm, blocks[0].norm_bias, None, one.n)
         for number, block in enumerate(blocks):
             if number == 1:
-                join(x, one.o, block.norm, block.norm_bias, one.total, one.n)
+                join(x, one.o, one.squares, block.norm, block.norm_bias, one.total, one.n)
                 one = _Buffers(*map(address, tensors))
             own: Any = HydraWeights(*map(address, block)) if number else block
             if number > 1:
-                join(one.total, one.o, own.norm, own.norm_bias, one.total, one.n)
+                join(one.total, one.o, one.squares, own.norm, own.norm_bias, one.total, one.n)
             W_in, W_D, W_out = products[3 * number : 3 * number + 3]
             torch.mm(tensors.n, W_in, out=p)
             convolve(one.p_mixed, own.conv, own.conv_bias, None, one.c)
             torch.mm(u, W_D, out=tensors.d)
-            prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, one.steps)
-            left = right = None
-            if tensors.steps is not None:
-                left, right = entering(heads_of, maps_of, tensors.steps)
-                left, right = (left, right) if number == 0 else (address(left), address(right))
+            prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, one.ends, None)
+            if pieces > 1:
+                collect(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
+                carry(one.left, one.right, one.ends)
             mix(
-                one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, left, right, one.m,
+                one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, one.left, one.right,
+                *((one.p, own.gate, one.g, one.squares) if gated else (None, None, one.m, None)),
             )  # fmt: skip
-            gate(one.m, one.p, own.gate, one.g)
+            if not gated:
+                gate(one.m, one.p, own.gate, one.g)
             torch.mm(tensors.g, W_out, out=tensors.o)
-        torch.add(x if len(blocks) == 1 else tensors.total, tensors.o.view(x.shape), out=tensors.total)
+        end(x if len(blocks) == 1 else tensors.total, tensors.o, tensors.squares, None, None, tensors.total, None)
     return tensors.total
 
 
@@ -156,15 +217,6 @@ def _(
     x: Tensor, weights: list[Tensor], headdim: int, d_state: int, eps: float, gate_eps: float, dtype: torch.dtype
 ) -> Tensor:
     return x.new_empty(x.shape)
-
-
-def entering(x: Tensor, maps: tuple[Tensor, ...], steps: Tensor) -> tuple[Tensor, Tensor]:
-    """States that enter each piece from the left and from the right, (b, h, pieces, p, n)."""
-    B_f, _, B_b, _ = maps
-    chosen = tiles("sweep", *padded(x, B_f.shape[3]), x.dtype)
-    sweeps = Sweep(x, B_f, steps[0], steps[2], None, 0), Sweep(x, B_b, steps[1], steps[3], None, DESCENDING)
-    borders, _ = run_sweeps(sweeps, None, chosen, LONGEST // chosen.chunk, 0)
-    return borders[0], borders[1]
 
 
 def _conv_tile(batch: int, length: int, channels: int, device: torch.device) -> tuple[dict[str, int], int]:

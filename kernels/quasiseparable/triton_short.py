@@ -1,13 +1,12 @@
-"""Hydra's product for short rows in Triton, without gradients: no states, only four vectors between two kernels.
+"""Hydra's product for 16-bit rows in Triton: four vectors, and a kernel that works like attention.
 
     y_t = sum_{s<t} (C^f_{t-1}.B^f_s) 2^{r^f_t + c^f_s} x_s + sum_{s>t} (C^b_{t+1}.B^b_s) 2^{r^b_t + c^b_s} x_s
         + diag_t x_t
     r^f_t = u_{t-1},  c^f_s = log2(dt_s) - u_s,  u the sum of log2-decays from the left up to and with a position
     r^b_t = -v_t,     c^b_s = log2(dt_s) + v_{s-1},  v the same sum of the other side's decays
 
-One kernel makes the vectors from raw steps; the other one works like attention, on the rows of a block and a few heads
-that share the products of C and B. `triton_blocks` calls them for pieces of longer rows too, with the states that enter
-a piece from both sides.
+One kernel makes the vectors from raw steps; `_mix_kernel` takes the rows of a block and a few heads that share the
+products of C and B. Long rows are cut into pieces: `triton_states` makes the states that enter a piece from both sides.
 """
 
 from __future__ import annotations
@@ -24,19 +23,31 @@ from ..transforms import operator
 from ..triton_utils import INTERPRETED, cdiv, next_power_of_2, on_device, quick
 
 LONGEST = 256
+_PIECE = 128  # positions of a piece of a row that is longer
+BLOCK_H = 4  # heads of a program that makes vectors
 
 
 class Tile(NamedTuple):
-    """Compile-time choices of the second kernel."""
+    """Compile-time choices of `_mix_kernel`."""
 
     rows: int
     columns: int  # a divisor of `rows`
     heads: int  # at most, a divisor of the heads of a group is taken
     warps: int
     stages: int
+    split: bool = False
+    diagonal: int = 16
+    early: bool = False
+    registers: int | None = None  # of a thread, at most
 
 
 TILE = Tile(64, 16, 4, 4, 3)
+PIECES_TILE = Tile(64, 64, 2, 4, 2, False, 32)  # where rows are in pieces
+
+
+def piece_of(length: int) -> int:
+    """Positions of the pieces that a row is cut into; `LONGEST`, if there is one."""
+    return LONGEST if length <= LONGEST else _PIECE
 
 
 @triton.jit
@@ -69,27 +80,30 @@ def _vectors_kernel(
     bias_ptr,
     A_log_ptr,
     out_ptr,
+    ends_ptr,
     steps_ptr,
     batch,
     length,
     heads,
     stride_b,
     stride_t,
-    LONGEST: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    ENDS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """(4, b, pieces, h, LONGEST): r and c of both sides in each piece; beyond the row c is the logarithm of 0.
+    """(4, b, pieces, h, PIECE): r and c of both sides in each piece; beyond the row c is the logarithm of 0.
 
-    With STEPS also natural decays and steps, each forward and backward, (4, b, l, h).
+    With ENDS also the sums of log2-decays of pieces, forward and backward, (2, b, pieces, h); with STEPS natural decays
+    and steps, each forward and backward, (4, b, l, h).
     """
     blocks = tl.cdiv(heads, BLOCK_H)
-    pieces = tl.cdiv(length, LONGEST)
+    pieces = tl.cdiv(length, PIECE)
     place = (tl.program_id(0) // blocks).to(tl.int64)  # of the piece among those of all rows
     row = place // pieces
     h = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    t = tl.arange(0, LONGEST)
-    begin = (place % pieces * LONGEST).to(tl.int32)
+    t = tl.arange(0, PIECE)
+    begin = (place % pieces * PIECE).to(tl.int32)
     h_ok = h < heads
     ok = (t < length - begin)[:, None] & h_ok[None, :]
     bias = tl.load(bias_ptr + h, mask=h_ok, other=0.0).to(tl.float32)
@@ -97,20 +111,25 @@ def _vectors_kernel(
     start = row * stride_b + begin.to(tl.int64) * stride_t
     decay_f, sum_f, step_f = _vectors(dt_f_ptr + start, bias, rate, t, h, ok, stride_t)
     decay_b, sum_b, step_b = _vectors(dt_b_ptr + start, bias, rate, t, h, ok, stride_t)
-    out = out_ptr + place * heads * LONGEST + h[None, :] * LONGEST + t[:, None]
-    one = tl.cast(batch, tl.int64) * pieces * heads * LONGEST
-    h_ok = h_ok[None, :] & (t >= 0)[:, None]
-    tl.store(out, sum_f - decay_f, mask=h_ok)
-    tl.store(out + one, tl.where(ok, tl.log2(step_f) - sum_f, float("-inf")), mask=h_ok)
-    tl.store(out + 2 * one, -sum_b, mask=h_ok)
-    tl.store(out + 3 * one, tl.where(ok, tl.log2(step_b) + (sum_b - decay_b), float("-inf")), mask=h_ok)
+    out = out_ptr + place * heads * PIECE + h[None, :] * PIECE + t[:, None]
+    one = tl.cast(batch, tl.int64) * pieces * heads
+    all_ok = h_ok[None, :] & (t >= 0)[:, None]
+    tl.store(out, sum_f - decay_f, mask=all_ok)
+    tl.store(out + one * PIECE, tl.where(ok, tl.log2(step_f) - sum_f, float("-inf")), mask=all_ok)
+    tl.store(out + 2 * one * PIECE, -sum_b, mask=all_ok)
+    tl.store(out + 3 * one * PIECE, tl.where(ok, tl.log2(step_b) + (sum_b - decay_b), float("-inf")), mask=all_ok)
+    if ENDS:
+        ends = ends_ptr + place * heads + h
+        last = (t == PIECE - 1)[:, None]
+        tl.store(ends, tl.sum(tl.where(last, sum_f, 0.0), axis=0), mask=h_ok)
+        tl.store(ends + one, tl.sum(tl.where(last, sum_b, 0.0), axis=0), mask=h_ok)
     if STEPS:
         steps = steps_ptr + (row * length + begin) * heads + h[None, :] + t[:, None] * heads
-        one = tl.cast(batch, tl.int64) * length * heads
+        each = tl.cast(batch, tl.int64) * length * heads
         tl.store(steps, decay_f * 0.6931471805599453, mask=ok)
-        tl.store(steps + one, decay_b * 0.6931471805599453, mask=ok)
-        tl.store(steps + 2 * one, step_f, mask=ok)
-        tl.store(steps + 3 * one, step_b, mask=ok)
+        tl.store(steps + each, decay_b * 0.6931471805599453, mask=ok)
+        tl.store(steps + 2 * each, step_f, mask=ok)
+        tl.store(steps + 3 * each, step_b, mask=ok)
 
 
 @triton.jit
@@ -124,10 +143,192 @@ def _rows(ptr, position, ok, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D
 
 
 @triton.jit
-def _from_state(ptr, C, factor, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+def _read_state(ptr, C, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """What a state (p, n) adds to the rows that read it."""
     state = _rows(ptr, tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P) < P, N, N, BLOCK_N, C.dtype)
-    return tl.dot(C, tl.trans(state)) * factor[:, None]
+    return tl.dot(C, tl.trans(state))
+
+
+@triton.jit
+def _mix_rows(
+    x_ptr,
+    B_f_ptr,
+    C_f_ptr,
+    B_b_ptr,
+    C_b_ptr,
+    vectors,
+    diag_ptr,
+    D_ptr,
+    left_ptr,
+    right_ptr,
+    z_ptr,
+    weight_ptr,
+    y_ptr,
+    squares_ptr,
+    first,
+    begin,
+    end,
+    length,
+    one,
+    x_stride,
+    map_stride,
+    diag_stride,
+    z_stride,
+    y_stride,
+    squares_stride,
+    state_stride,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PIECE: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    EARLY: tl.constexpr,
+    STATES: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Outputs of ROWS rows from `first` on and HEADS heads, of a piece from `begin` to `end`; pointers are of the row.
+
+    The products of a side have their factors in two parts, of columns before the sum over columns, of rows after it.
+    """
+    t = first + tl.arange(0, ROWS)
+    t_ok = t < length
+    p = tl.arange(0, BLOCK_P)
+    C_f = _rows(C_f_ptr, t - 1, (t > 0) & (t <= length), map_stride, N, BLOCK_N, DOT)
+    C_b = _rows(C_b_ptr, t + 1, t + 1 < length, map_stride, N, BLOCK_N, DOT)
+    gates = ()
+    if GATED and EARLY:
+        for i in tl.static_range(HEADS):
+            gates = gates + (_rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, DOT),)
+    totals = ()
+    rows_f = ()
+    rows_b = ()
+    diagonals = ()
+    for i in tl.static_range(HEADS):
+        row = vectors + i * PIECE + (t - begin)
+        rows_f = rows_f + (tl.load(row),)
+        rows_b = rows_b + (tl.load(row + 2 * one),)
+        diagonal = tl.load(diag_ptr + t * diag_stride + i, mask=t_ok, other=0.0).to(tl.float32)
+        diagonals = diagonals + (diagonal + tl.load(D_ptr + i),)
+        totals = totals + (tl.zeros([ROWS, BLOCK_P], tl.float32),)
+    for start in tl.range(first, first + ROWS, DIAGONAL, num_stages=STAGES):
+        s = start + tl.arange(0, DIAGONAL)
+        ok = s < length
+        before = s[None, :] < t[:, None]
+        same = s[None, :] == t[:, None]
+        scores_f = tl.dot(C_f, tl.trans(_rows(B_f_ptr, s, ok, map_stride, N, BLOCK_N, DOT)))
+        scores_b = tl.dot(C_b, tl.trans(_rows(B_b_ptr, s, ok, map_stride, N, BLOCK_N, DOT)))
+        scores = tl.where(before, scores_f, scores_b)
+        found = ()
+        for i in tl.static_range(HEADS):
+            x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
+            column = vectors + i * PIECE + (s - begin)
+            forward = rows_f[i][:, None] + tl.load(column + one)[None, :]
+            backward = rows_b[i][:, None] + tl.load(column + 3 * one)[None, :]
+            matrix = scores * tl.exp2(tl.where(before, forward, backward))
+            matrix = tl.where(same, diagonals[i][:, None], matrix)
+            found = found + (tl.dot(matrix.to(DOT), x, totals[i]),)
+        totals = found
+    sums = ()
+    edges = ()
+    factors = ()
+    for i in tl.static_range(HEADS):
+        row = rows_f[i]
+        edge = tl.load(vectors + i * PIECE + (first - begin))
+        edges = edges + (edge,)
+        factors = factors + (tl.exp2(row - edge),)
+        if SPLIT:
+            if STATES:
+                sums = sums + (_read_state(left_ptr + i * state_stride, C_f, P, N, BLOCK_P, BLOCK_N) * tl.exp2(edge),)
+            else:
+                sums = sums + (tl.zeros([ROWS, BLOCK_P], tl.float32),)
+        elif STATES:
+            entered = _read_state(left_ptr + i * state_stride, C_f, P, N, BLOCK_P, BLOCK_N) * tl.exp2(row)[:, None]
+            sums = sums + (totals[i] + entered,)
+        else:
+            sums = totals
+    for start in tl.range(begin, first, COLUMNS, num_stages=STAGES):
+        s = start + tl.arange(0, COLUMNS)
+        ok = s < length
+        scores = tl.dot(C_f, tl.trans(_rows(B_f_ptr, s, ok, map_stride, N, BLOCK_N, DOT)))
+        found = ()
+        for i in tl.static_range(HEADS):
+            x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
+            column = tl.exp2(tl.load(vectors + i * PIECE + one + (s - begin)) + edges[i])
+            if SPLIT:
+                found = found + (tl.dot((scores * column[None, :]).to(DOT), x, sums[i]),)
+            else:
+                found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, sums[i]),)
+        sums = found
+    if SPLIT:
+        found = ()
+        for i in tl.static_range(HEADS):
+            found = found + (totals[i] + sums[i] * factors[i][:, None],)
+        totals = found
+    else:
+        totals = sums
+    sums = ()
+    edges = ()
+    factors = ()
+    for i in tl.static_range(HEADS):
+        row = rows_b[i]
+        edge = tl.load(vectors + i * PIECE + 2 * one + (first - begin + ROWS - 1))
+        edges = edges + (edge,)
+        factors = factors + (tl.exp2(row - edge),)
+        # Beyond a row the sums stay what they are at its end.
+        last = tl.load(vectors + i * PIECE + 2 * one + (PIECE - 1))
+        if SPLIT:
+            if STATES:
+                entered = _read_state(right_ptr + i * state_stride, C_b, P, N, BLOCK_P, BLOCK_N) * tl.exp2(edge - last)
+                sums = sums + (entered,)
+            else:
+                sums = sums + (tl.zeros([ROWS, BLOCK_P], tl.float32),)
+        elif STATES:
+            entered = _read_state(right_ptr + i * state_stride, C_b, P, N, BLOCK_P, BLOCK_N)
+            sums = sums + (totals[i] + entered * tl.exp2(row - last)[:, None],)
+        else:
+            sums = totals
+    for start in tl.range(first + ROWS, end, COLUMNS, num_stages=STAGES):
+        s = start + tl.arange(0, COLUMNS)
+        ok = s < length
+        scores = tl.dot(C_b, tl.trans(_rows(B_b_ptr, s, ok, map_stride, N, BLOCK_N, DOT)))
+        found = ()
+        for i in tl.static_range(HEADS):
+            x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
+            column = tl.exp2(tl.load(vectors + i * PIECE + 3 * one + (s - begin)) + edges[i])
+            if SPLIT:
+                found = found + (tl.dot((scores * column[None, :]).to(DOT), x, sums[i]),)
+            else:
+                found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, sums[i]),)
+        sums = found
+    if SPLIT:
+        found = ()
+        for i in tl.static_range(HEADS):
+            found = found + (totals[i] + sums[i] * factors[i][:, None],)
+        totals = found
+    else:
+        totals = sums
+    y_ok = t_ok[:, None] & (p < P)[None, :]
+    squares = tl.zeros([ROWS], tl.float32)
+    for i in tl.static_range(HEADS):
+        y = totals[i]
+        if GATED:
+            squares += tl.sum(y * y, axis=1)
+            if EARLY:
+                z = gates[i].to(tl.float32)
+            else:
+                z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, tl.float32)
+            weight = tl.load(weight_ptr + i * P + p, mask=p < P, other=0.0).to(tl.float32)
+            y = y * weight[None, :] * (z * tl.sigmoid(z))
+        tl.store(y_ptr + i * P + t[:, None] * y_stride + p[None, :], y, mask=y_ok)
+    if GATED:
+        tl.store(squares_ptr + t * squares_stride, squares, mask=t_ok)
 
 
 @quick
@@ -143,7 +344,10 @@ def _mix_kernel(
     D_ptr,
     left_ptr,
     right_ptr,
+    z_ptr,
+    weight_ptr,
     y_ptr,
+    squares_ptr,
     batch,
     length,
     heads,
@@ -153,117 +357,77 @@ def _mix_kernel(
     map_stride_b,
     map_stride_t,
     diag_stride,
+    z_stride,
     P: tl.constexpr,
     N: tl.constexpr,
-    LONGEST: tl.constexpr,
+    PIECE: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    EARLY: tl.constexpr,
     STATES: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """Outputs of a block of rows.
+    """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that.
 
-    With STATES rows are in pieces of LONGEST, and states (b, h, pieces, p, n) enter each from the left and the right.
+    With STATES rows are in pieces of PIECE, and states (b, h, pieces, p, n) enter each from the left and the right.
+    TAIL, if not 0, are the rows that the last block of a row is computed as.
     """
     head_blocks = heads // HEADS
     row_blocks = tl.cdiv(length, ROWS)
-    head = tl.program_id(0) % head_blocks * HEADS
+    head_block = tl.program_id(0) % head_blocks
+    head = head_block * HEADS
     first = tl.program_id(0) // head_blocks % row_blocks * ROWS
     row = (tl.program_id(0) // head_blocks // row_blocks).to(tl.int64)
-    t = first + tl.arange(0, ROWS)
     piece = 0
     pieces = 1
     if STATES:
-        piece = first // LONGEST
-        pieces = tl.cdiv(length, LONGEST)
-    begin = piece * LONGEST
-    end = tl.minimum(begin + LONGEST, length)
+        piece = first // PIECE
+        pieces = tl.cdiv(length, PIECE)
+    begin = piece * PIECE
+    end = tl.minimum(begin + PIECE, length)
+    one = tl.cast(batch, tl.int64) * pieces * heads * PIECE
     maps = row * map_stride_b + (head // repeats) * N
-    C_f = _rows(C_f_ptr + maps, t - 1, (t > 0) & (t <= length), map_stride_t, N, BLOCK_N, DOT)
-    C_b = _rows(C_b_ptr + maps, t + 1, t + 1 < length, map_stride_t, N, BLOCK_N, DOT)
-    one = tl.cast(batch, tl.int64) * pieces * heads * LONGEST
-    vectors = vectors_ptr + ((row * pieces + piece) * heads + head) * LONGEST
+    state = ((row * heads + head) * pieces + piece) * (P * N)
+    state_stride = pieces * (P * N)
+    place = row * length
     x_ptr += row * x_stride_b + head * P
-    totals = ()
-    rows_f = ()
-    rows_b = ()
-    edges_f = ()
-    edges_b = ()
-    factors_f = ()
-    factors_b = ()
-    for i in tl.static_range(HEADS):
-        row_f = tl.load(vectors + i * LONGEST + (t - begin))
-        row_b = tl.load(vectors + i * LONGEST + 2 * one + (t - begin))
-        total = tl.zeros([ROWS, BLOCK_P], tl.float32)
-        if STATES:
-            state = ((row * heads + head + i) * pieces + piece) * (P * N)
-            # Beyond a row the sums stay what they are at its end.
-            all_b = tl.load(vectors + i * LONGEST + 2 * one + (LONGEST - 1))
-            total += _from_state(left_ptr + state, C_f, tl.exp2(row_f), P, N, BLOCK_P, BLOCK_N)
-            total += _from_state(right_ptr + state, C_b, tl.exp2(row_b - all_b), P, N, BLOCK_P, BLOCK_N)
-        totals = totals + (total,)
-        # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
-        edge_f = tl.load(vectors + i * LONGEST + (first - begin))
-        edge_b = tl.load(vectors + i * LONGEST + 2 * one + (first - begin) + (ROWS - 1))
-        rows_f = rows_f + (row_f,)
-        rows_b = rows_b + (row_b,)
-        edges_f = edges_f + (edge_f,)
-        edges_b = edges_b + (edge_b,)
-        factors_f = factors_f + (tl.exp2(row_f - edge_f),)
-        factors_b = factors_b + (tl.exp2(row_b - edge_b),)
-    for start in tl.range(begin, first, COLUMNS, num_stages=STAGES):
-        s = start + tl.arange(0, COLUMNS)
-        ok = s < length
-        scores = tl.dot(C_f, tl.trans(_rows(B_f_ptr + maps, s, ok, map_stride_t, N, BLOCK_N, DOT)))
-        found = ()
-        for i in tl.static_range(HEADS):
-            x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
-            column = tl.load(vectors + i * LONGEST + one + (s - begin))
-            factor = factors_f[i][:, None] * tl.exp2(column + edges_f[i])[None, :]
-            found = found + (tl.dot((scores * factor).to(DOT), x, totals[i]),)
-        totals = found
-    for start in tl.range(first, tl.minimum(first + ROWS, end), COLUMNS, num_stages=STAGES):
-        s = start + tl.arange(0, COLUMNS)
-        ok = s < length
-        before = s[None, :] < t[:, None]
-        linked = before | (s[None, :] > t[:, None])
-        scores_f = tl.dot(C_f, tl.trans(_rows(B_f_ptr + maps, s, ok, map_stride_t, N, BLOCK_N, DOT)))
-        scores_b = tl.dot(C_b, tl.trans(_rows(B_b_ptr + maps, s, ok, map_stride_t, N, BLOCK_N, DOT)))
-        scores = tl.where(before, scores_f, scores_b)
-        found = ()
-        for i in tl.static_range(HEADS):
-            x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
-            column_f = tl.load(vectors + i * LONGEST + one + (s - begin))
-            column_b = tl.load(vectors + i * LONGEST + 3 * one + (s - begin))
-            exponent_f = rows_f[i][:, None] + column_f[None, :]
-            exponent_b = rows_b[i][:, None] + column_b[None, :]
-            exponent = tl.where(linked, tl.where(before, exponent_f, exponent_b), float("-inf"))
-            found = found + (tl.dot((scores * tl.exp2(exponent)).to(DOT), x, totals[i]),)
-        totals = found
-    for start in tl.range(first + ROWS, end, COLUMNS, num_stages=STAGES):
-        s = start + tl.arange(0, COLUMNS)
-        ok = s < length
-        scores = tl.dot(C_b, tl.trans(_rows(B_b_ptr + maps, s, ok, map_stride_t, N, BLOCK_N, DOT)))
-        found = ()
-        for i in tl.static_range(HEADS):
-            x = _rows(x_ptr + i * P, s, ok, x_stride_t, P, BLOCK_P, DOT)
-            column = tl.load(vectors + i * LONGEST + 3 * one + (s - begin))
-            factor = factors_b[i][:, None] * tl.exp2(column + edges_b[i])[None, :]
-            found = found + (tl.dot((scores * factor).to(DOT), x, totals[i]),)
-        totals = found
-    t_ok = t < length
-    p = tl.arange(0, BLOCK_P)
-    y_ok = t_ok[:, None] & (p < P)[None, :]
-    place = row * length + t.to(tl.int64)
-    for i in tl.static_range(HEADS):
-        x = _rows(x_ptr + i * P, t, t_ok, x_stride_t, P, BLOCK_P, tl.float32)
-        diagonal = tl.load(diag_ptr + place * diag_stride + head + i, mask=t_ok, other=0.0).to(tl.float32)
-        y = totals[i] + (diagonal + tl.load(D_ptr + head + i))[:, None] * x
-        tl.store(y_ptr + (place * heads + head + i)[:, None] * P + p[None, :], y, mask=y_ok)
+    B_f_ptr += maps
+    C_f_ptr += maps
+    B_b_ptr += maps
+    C_b_ptr += maps
+    vectors_ptr += ((row * pieces + piece) * heads + head) * PIECE
+    diag_ptr += place * diag_stride + head
+    D_ptr += head
+    y_ptr += (place * heads + head) * P
+    if STATES:
+        left_ptr += state
+        right_ptr += state
+    if GATED:
+        z_ptr += place * z_stride + head * P
+        weight_ptr += head * P
+        squares_ptr += place * head_blocks + head_block
+    if TAIL == 0 or length - first > TAIL:
+        _mix_rows(
+            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, left_ptr, right_ptr, z_ptr,
+            weight_ptr, y_ptr, squares_ptr, first, begin, end, length, one, x_stride_t, map_stride_t, diag_stride,
+            z_stride, heads * P, head_blocks, state_stride, P, N, PIECE, HEADS, ROWS, COLUMNS, BLOCK_P, BLOCK_N, DOT,
+            STAGES, SPLIT, DIAGONAL, EARLY, STATES, GATED,
+        )  # fmt: skip
+    else:
+        _mix_rows(
+            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, left_ptr, right_ptr, z_ptr,
+            weight_ptr, y_ptr, squares_ptr, first, begin, end, length, one, x_stride_t, map_stride_t, diag_stride,
+            z_stride, heads * P, head_blocks, state_stride, P, N, PIECE, HEADS, TAIL, COLUMNS, BLOCK_P, BLOCK_N, DOT,
+            STAGES, SPLIT, 16, EARLY, STATES, GATED,
+        )  # fmt: skip
 
 
 @operator("quasiseparable_short_triton")
@@ -281,26 +445,7 @@ def quasiseparable_short(
     D: Tensor,
 ) -> Tensor:
     """See `quasiseparable_from_steps`; x and maps of one 16-bit dtype, at most `LONGEST` positions."""
-    return mix(x, dt_f, dt_b, dt_bias, A_log, (B_f, C_f, B_b, C_b), diag, D, TILE)
-
-
-@torch.library.register_fake("ssm::quasiseparable_short_triton")
-def _(x: Tensor, *_: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def mix(
-    x: Tensor,
-    dt_f: Tensor,
-    dt_b: Tensor,
-    dt_bias: Tensor,
-    A_log: Tensor,
-    maps: tuple[Tensor, ...],
-    diag: Tensor,
-    D: Tensor,
-    tile: Tile,
-) -> Tensor:
-    """`quasiseparable_short` with a tile."""
+    maps: tuple[Tensor, ...] = B_f, C_f, B_b, C_b
     (batch, length, nheads, headdim), (groups, n) = x.shape, maps[0].shape[2:]
     # Offsets in a row have 31 bits.
     if x.stride()[2:] != (headdim, 1) or x.stride(1) >= 2**23:
@@ -310,36 +455,64 @@ def mix(
     if dt_f.stride() != dt_b.stride() or dt_f.stride(2) != 1 or dt_f.stride(1) >= 2**23:
         dt_f, dt_b = dt_f.contiguous(), dt_b.contiguous()
     repeats = nheads // groups
-    heads = next(one for one in range(tile.heads, 0, -1) if repeats % one == 0)
+    tile = tile_of(length, repeats)
     vectors = torch.empty(4, batch, nheads, LONGEST, dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_h = 4
     with on_device(x):
-        _vectors_kernel[(batch * cdiv(nheads, block_h),)](
-            dt_f, dt_b, dt_bias.contiguous(), A_log.contiguous(), vectors, None, batch, length, nheads,
-            *dt_f.stride()[:2], LONGEST=LONGEST, BLOCK_H=block_h, STEPS=False,
+        _vectors_kernel[(batch * cdiv(nheads, BLOCK_H),)](
+            dt_f, dt_b, dt_bias.contiguous(), A_log.contiguous(), vectors, None, None, batch, length, nheads,
+            *dt_f.stride()[:2], PIECE=LONGEST, BLOCK_H=BLOCK_H, ENDS=False, STEPS=False,
         )  # fmt: skip
-        _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // heads),)](
-            x, *maps, vectors, diag.contiguous(), D.contiguous(), None, None, y, batch, length, nheads, repeats,
-            *x.stride()[:2], *maps[0].stride()[:2], nheads,
-            **mix_options(x.dtype, headdim, n, tile._replace(heads=heads)), STATES=False,
+        _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // tile.heads),)](
+            x, *maps, vectors, diag.contiguous(), D.contiguous(), None, None, None, None, y, None, batch, length,
+            nheads, repeats, *x.stride()[:2], *maps[0].stride()[:2], nheads, 0,
+            **mix_options(x.dtype, headdim, n, length, tile), GATED=False,
         )  # fmt: skip
     return y
 
 
+@torch.library.register_fake("ssm::quasiseparable_short_triton")
+def _(x: Tensor, *_: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def tile_of(length: int, repeats: int) -> Tile:
+    """That of rows of this length, with so many heads that they share maps, `repeats` heads of which are of a group."""
+    tile = TILE if length <= LONGEST else PIECES_TILE
+    return tile._replace(heads=next(one for one in range(tile.heads, 0, -1) if repeats % one == 0))
+
+
 @functools.cache
-def mix_options(dtype: torch.dtype, headdim: int, n: int, tile: Tile) -> dict[str, Any]:
-    """Compile-time arguments of the second kernel; the heads of the tile are those that a program takes."""
+def mix_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: Tile) -> dict[str, Any]:
+    """Compile-time arguments of `_mix_kernel` but GATED; the heads of the tile are those that a program takes."""
+    block_p, block_n = max(16, next_power_of_2(headdim)), max(16, next_power_of_2(n))
+    tail = max(16, next_power_of_2(length % tile.rows or tile.rows))
     return {
         "P": headdim,
         "N": n,
-        "LONGEST": LONGEST,
+        "PIECE": piece_of(length),
         "HEADS": tile.heads,
         "ROWS": tile.rows,
+        "TAIL": tail if tail < tile.rows else 0,
         "COLUMNS": tile.columns,
-        "BLOCK_P": max(16, next_power_of_2(headdim)),
-        "BLOCK_N": max(16, next_power_of_2(n)),
-        "DOT": tl.float32 if INTERPRETED else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "BLOCK_P": block_p,
+        "BLOCK_N": block_n,
+        "DOT": dot_type(dtype),
         "STAGES": tile.stages,
-        "num_warps": tile.warps,
+        "SPLIT": tile.split,
+        "DIAGONAL": tile.diagonal,
+        "EARLY": tile.early,
+        "STATES": length > LONGEST,
+        "num_warps": warps_of(tile.warps, block_p, block_n),
+        "maxnreg": tile.registers,
     }
+
+
+def dot_type(dtype: torch.dtype) -> Any:
+    """Of the operands of products."""
+    return tl.float32 if INTERPRETED else tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
+def warps_of(warps: int, block_p: int, block_n: int) -> int:
+    """See `omnissm.kernels.ssd.triton_tiles.narrow`."""
+    return min(warps, 2) if min(block_p, block_n) < 64 else warps

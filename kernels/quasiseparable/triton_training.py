@@ -18,9 +18,10 @@ from ..transforms import FirstDerivative, apply, call
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .blocks import HydraWeights
 from .triton_backward import _layer_norm_bwd_kernel, _steps_bwd_kernel
-from .triton_blocks import entering, narrow
+from .triton_blocks import narrow
 from .triton_impl import _backward as quasiseparable_gradients
-from .triton_short import LONGEST, TILE, _mix_kernel, _vectors_kernel, mix_options
+from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
+from .triton_states import entering
 
 
 class _Sizes:
@@ -150,21 +151,23 @@ def _mix(size: _Sizes, c: Tensor, d: Tensor, dt_f: Tensor, dt_b: Tensor, own: Hy
     """Decays and steps, forward and backward, (4, b, l, h), and the quasiseparable product, (b l, d_inner)."""
     batch, length, nheads = size.batch, size.length, size.nheads
     x, B_f, C_f, B_b, C_b = size.of_convolution(c)
-    repeats, pieces = nheads // B_f.shape[2], cdiv(length, LONGEST)
-    tile = TILE._replace(heads=next(one for one in range(TILE.heads, 0, -1) if repeats % one == 0))
+    repeats, piece = nheads // B_f.shape[2], piece_of(length)
+    pieces, tile = cdiv(length, piece), tile_of(length, repeats)
     steps = torch.empty(4, batch, length, nheads, dtype=torch.float32, device=c.device)
-    vectors = torch.empty(4, batch, pieces, nheads, LONGEST, dtype=torch.float32, device=c.device)
+    vectors = torch.empty(4, batch, pieces, nheads, piece, dtype=torch.float32, device=c.device)
+    ends = torch.empty(2, batch, pieces, nheads, dtype=torch.float32, device=c.device) if pieces > 1 else None
     y = torch.empty(size.rows, size.d_inner, dtype=c.dtype, device=c.device)
     stride = dt_f.stride(0)
     with on_device(c):
-        _vectors_kernel[(batch * pieces * cdiv(nheads, 4),)](
-            dt_f, dt_b, own.dt_bias, own.A_log, vectors, steps, batch, length, nheads, length * stride, stride,
-            LONGEST=LONGEST, BLOCK_H=4, STEPS=True,
+        _vectors_kernel[(batch * pieces * cdiv(nheads, BLOCK_H),)](
+            dt_f, dt_b, own.dt_bias, own.A_log, vectors, ends, steps, batch, length, nheads, length * stride, stride,
+            PIECE=piece, BLOCK_H=BLOCK_H, ENDS=pieces > 1, STEPS=True,
         )  # fmt: skip
-        left, right = entering(x, (B_f, C_f, B_b, C_b), steps) if pieces > 1 else (None, None)
+        left, right = (None, None) if ends is None else entering(x, B_f, B_b, vectors, ends)
         _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // tile.heads),)](
-            x, B_f, C_f, B_b, C_b, vectors, d, own.D, left, right, y, batch, length, nheads, repeats, *x.stride()[:2],
-            *B_f.stride()[:2], d.shape[1], **mix_options(c.dtype, size.headdim, size.d_state, tile), STATES=pieces > 1,
+            x, B_f, C_f, B_b, C_b, vectors, d, own.D, left, right, None, None, y, None, batch, length, nheads,
+            repeats, *x.stride()[:2], *B_f.stride()[:2], d.shape[1], 0,
+            **mix_options(c.dtype, size.headdim, size.d_state, length, tile), GATED=False,
         )  # fmt: skip
     return steps, y
 

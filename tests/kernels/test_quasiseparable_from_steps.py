@@ -77,18 +77,24 @@ def test_steps_too_small_for_a_sum_with_one(device, triton):
     assert relative_error(got, definition(*(one.double() for one in given))) < 5e-3
 
 
-def test_every_tile_gives_the_same(device, triton):
+def test_every_tile_gives_the_same(device, triton, monkeypatch):
     given = arguments(device, 2, 100, 4, 16, 16)
-    x, dt_f, dt_b, dt_bias, A_log, *maps, diag, D = given
     expected = definition(*(one.double() for one in given))
-    for tile in ((32, 32, 1, 4, 1), (64, 64, 4, 4, 1), (32, 16, 2, 4, 1), (128, 32, 3, 4, 1)):
-        got = triton.mix(x, dt_f, dt_b, dt_bias, A_log, tuple(maps), diag, D, triton.Tile(*tile))
+    for tile in (
+        (32, 32, 1, 4, 1),
+        (64, 64, 4, 4, 1, False, 64),
+        (32, 16, 2, 4, 1, True),
+        (128, 32, 3, 4, 1, True, 64),
+    ):
+        monkeypatch.setattr(triton, "TILE", triton.Tile(*tile))
+        with torch.no_grad():
+            got = quasiseparable_from_steps(*given, backend="triton")
         assert relative_error(got, expected) < 5e-4
 
 
 @pytest.mark.parametrize("case", ["gradient", "long", "float32", "mixed"])
 def test_what_other_paths_take(device, triton, monkeypatch, case):
-    monkeypatch.setattr(triton, "mix", None)
+    monkeypatch.setattr(triton, "quasiseparable_short", None)
     given = arguments(device, 1, 300 if case == "long" else 9, 2, 4, 4)
     if case == "float32":
         given = [one.float() for one in given]
