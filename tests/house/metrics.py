@@ -43,6 +43,11 @@ class File:
         self.text = path.read_text()
         self.tree = ast.parse(self.text)
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the tree; walking it is what takes the time."""
+        return list(ast.walk(self.tree))
+
     @property
     def length(self) -> int:
         return self.text.count("\n")
@@ -63,10 +68,11 @@ class File:
 
         return list(visit(self.tree, ""))
 
+    @cached_property
     def significant_lines(self) -> list[tuple[int, str]]:
         """Lines without comments, docstrings, imports, signatures and brackets alone, with their numbers."""
         skipped: set[int] = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.FunctionDef):
                 skipped.update(range(node.lineno, node.body[0].lineno))
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -76,6 +82,22 @@ class File:
         return [
             (n, line) for n, line in lines if n not in skipped and re.search(r"\w", line) and not line.startswith("#")
         ]
+
+    @cached_property
+    def comments(self) -> list[tuple[int, str]]:
+        """Lines that are a comment and nothing else, without what speaks to tools, with their numbers."""
+        strings: set[int] = set()
+        for node in self.nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno != node.lineno:
+                strings.update(range(node.lineno, node.end_lineno or node.lineno))
+        found = []
+        for number, line in enumerate(self.text.splitlines(), 1):
+            comment = line.strip()
+            if comment.startswith("#") and number not in strings:
+                text = comment.lstrip("#").strip()
+                if not re.match(r"(noqa|fmt|type|ruff|mypy|pragma):", text):
+                    found.append((number, text))
+        return found
 
 
 @cache
@@ -109,7 +131,7 @@ def listed() -> frozenset[str]:
     """Names in the `__all__` of a package or of a package inside one."""
     found: set[str] = set()
     for file in library():
-        for node in ast.walk(file.tree) if file.name.endswith("__init__.py") else ():
+        for node in file.nodes if file.name.endswith("__init__.py") else ():
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                 found |= {word.value for word in ast.walk(node.value) if isinstance(word, ast.Constant)}
     return frozenset(found)
@@ -129,7 +151,7 @@ def tensor_functions() -> Iterator[tuple[str, bool]]:
     inherited: dict[tuple[str, str], str] = {}
     bases: dict[str, list[str]] = {}
     for file in library():
-        for node in ast.walk(file.tree):
+        for node in file.nodes:
             if isinstance(node, ast.ClassDef):
                 bases[node.name] = [ast.unparse(base).split(".")[-1] for base in node.bases]
                 methods = [method for method in node.body if isinstance(method, ast.FunctionDef)]
@@ -168,27 +190,12 @@ def asserts_on_arguments() -> list[str]:
     return found
 
 
-def comments(file: File) -> Iterator[tuple[int, str]]:
-    """Lines that are a comment and nothing else, without what speaks to tools."""
-    strings = [
-        range(node.lineno, node.end_lineno or node.lineno)
-        for node in ast.walk(file.tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno != node.lineno
-    ]
-    for number, line in enumerate(file.text.splitlines(), 1):
-        comment = line.strip()
-        if comment.startswith("#") and not any(number in lines for lines in strings):
-            text = comment.lstrip("#").strip()
-            if not re.match(r"(noqa|fmt|type|ruff|mypy|pragma):", text):
-                yield number, text
-
-
 def commented_out_code() -> list[str]:
     """Comments that parse as a statement with an effect."""
     effects = (ast.Assign, ast.AugAssign, ast.Return, ast.Import, ast.ImportFrom, ast.Raise, ast.Assert)
     found = []
     for file in (*library(), *tests()):
-        for number, comment in comments(file):
+        for number, comment in file.comments:
             header = re.fullmatch(r"(?:if|elif|for|while|with|def|class) .*:", comment)
             try:
                 body = ast.parse(comment + " pass" if header else comment).body
@@ -204,7 +211,7 @@ def todos() -> list[str]:
     return [
         f"{file.name}:{number} # {comment}"
         for file in (*library(), *tests())
-        for number, comment in comments(file)
+        for number, comment in file.comments
         if re.search(r"\b(TODO|FIXME|XXX)\b", comment)
     ]
 
@@ -215,7 +222,7 @@ def long_files() -> list[str]:
 
 def duplicated_blocks() -> list[str]:
     """Runs of at least BLOCK significant lines of the library that stand in two places."""
-    lines = [(file.name, number, line) for file in library() for number, line in file.significant_lines()]
+    lines = [(file.name, number, line) for file in library() for number, line in file.significant_lines]
     places: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for start in range(len(lines) - BLOCK + 1):
         if lines[start][0] == lines[start + BLOCK - 1][0]:
@@ -236,7 +243,7 @@ def figures() -> dict[str, tuple[float, list[str]]]:
     bare = unannotated()
     shaped = list(tensor_functions())
     shapeless = [name for name, good in shaped if not good]
-    size = [sum(len(file.significant_lines()) for file in files) for files in (library(), tests())]
+    size = [sum(len(file.significant_lines) for file in files) for files in (library(), tests())]
     counts = {
         "asserts on arguments": asserts_on_arguments(),
         "lines of commented-out code": commented_out_code(),
