@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -12,6 +13,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from ..ssmcore.training.options import check_kinds
 from . import models
 
 _PACKAGE = f"{models.__name__}."
@@ -36,13 +38,17 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Modu
 
     Raises:
         ValueError: for an unknown model; the message names close ones.
-        TypeError: for an option that the model does not have.
+        TypeError: for an option that the model does not have, or a value of another kind.
     """
     if not timm.is_model(name.partition(".")[0]) and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         ours = list_models()
         close = difflib.get_close_matches(name, ours, n=3) or difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(f"Unknown vision model {name!r}.{hint} list_models() shows all {len(ours)}.")
+    base = name.partition(".")[0]
+    if timm.is_model(base) and _ours(base):
+        built = inspect.get_annotations(timm.model_entrypoint(base), eval_str=True)["return"]
+        check_kinds(name, [kind for kind in built.__mro__ if kind.__module__.startswith(_PACKAGE)], options)
     with options_of(f"model {name!r}"):
         return timm.create_model(name, pretrained=pretrained, **options)
 

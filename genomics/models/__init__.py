@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...ssmcore.training.checkpoints import load_weights, read_model_folder, save_model_folder
+from ...ssmcore.training.options import check_kinds
 from ..sequence import vocabulary
 from .hnet import (
     HNet,
@@ -116,7 +117,7 @@ def create_model(name: str, **args: Any) -> nn.Module:
 
     Raises:
         ValueError: for an unknown model; the message names close ones.
-        TypeError: for an option that the model does not have; the message names close ones.
+        TypeError: for an option that the model does not have, with close names, or a value of another kind.
     """
     known = model_options(name)
     for option in args:
@@ -124,6 +125,7 @@ def create_model(name: str, **args: Any) -> nn.Module:
             close = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
             hint = f"Did you mean {close[0]!r}? " if close else ""
             raise TypeError(f"Model {name!r} has no option {option!r}. {hint}It takes {', '.join(known)}.")
+    check_kinds(name, [_class(name)], args)
     model: Any = MODELS[name](**args)
     model.name = name
     return model

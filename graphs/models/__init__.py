@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...ssmcore.mixers import GraphSSM
+from ...ssmcore.training.options import check_kinds
 from .ensemble import GraphEnsemble
 from .graph_model import GraphModel
 from .hybrid import HybridLayer
@@ -74,7 +75,7 @@ def create_model(name: str, *, members: int = 1, **args: Any) -> GraphModel | Gr
 
     Raises:
         ValueError: for an unknown model, with close names, and for less than one member.
-        TypeError: for an option that the model does not have; the message names close ones.
+        TypeError: for an option that the model does not have, with close names, or a value of another kind.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.5)
@@ -86,6 +87,7 @@ def create_model(name: str, *, members: int = 1, **args: Any) -> GraphModel | Gr
             close = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known)}"
             raise TypeError(f"model {name!r} has no option {option!r}; {hint}")
+    check_kinds(name, _makers(name), {"members": members, **args})
     if members < 1:
         raise ValueError(f"members must be at least 1, got {members}.")
     entry = MODELS[name]
@@ -95,11 +97,15 @@ def create_model(name: str, *, members: int = 1, **args: Any) -> GraphModel | Gr
 
 def model_options(name: str) -> list[str]:
     """Names of all options of a model."""
-    layer = MODELS[name].layer
-    sources: list[Any] = [create_model, GraphModel, layer, *([GraphSSM] if layer is SSMLayer else [])]
     names: dict[str, None] = {}
-    for source in sources:
+    for source in _makers(name):
         for parameter in inspect.signature(source).parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 names[parameter.name] = None
     return [name for name in names if name not in ("has_edges", "update_edges", "d_edge", "device", "dtype")]
+
+
+def _makers(name: str) -> list[Any]:
+    """What takes the options of a model."""
+    layer = MODELS[name].layer
+    return [create_model, GraphModel, layer, *([GraphSSM] if layer is SSMLayer else [])]

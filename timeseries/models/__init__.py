@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ...ssmcore.training.options import check_kinds
 from .chimera import ChimeraForecaster, chimera_base, chimera_small, chimera_tiny
 from .classifiers import ChimeraClassifier, SequenceClassifier
 from .ecg_mamba import ECGMamba
@@ -116,7 +117,7 @@ def create_model(name: str, task: Task = "forecasting", **args: Any) -> nn.Modul
 
     Raises:
         ValueError: for an unknown model; the message names close ones.
-        TypeError: for an option that the model does not have; the message names close ones.
+        TypeError: for an option that the model does not have, with close names, or a value of another kind.
     """
     table = TABLES[task]
     if name not in table:
@@ -130,15 +131,21 @@ def create_model(name: str, task: Task = "forecasting", **args: Any) -> nn.Modul
             close = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known)}"
             raise TypeError(f"model {name!r} has no option {option!r}; {hint}")
+    check_kinds(name, _makers(name), args)
     return table[name](**args)
 
 
 def model_options(name: str) -> list[str]:
     """Names of all arguments of a model; those of the class for an entry function that passes **overrides on to it."""
-    entry = next(table[name] for table in TABLES.values() if name in table)
-    parameters = inspect.signature(entry).parameters.values()
-    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    if len(names) == len(parameters):
+    entry, *built = (inspect.signature(maker).parameters.values() for maker in _makers(name))
+    names = [p.name for p in entry if p.kind is not p.VAR_KEYWORD]
+    if len(names) == len(entry):
         return names
-    built = inspect.get_annotations(entry, eval_str=True).get("return")
-    return [*names, *inspect.signature(built).parameters] if inspect.isclass(built) and built is not nn.Module else []
+    return [*names, *(p.name for p in built[0])] if built else []  # what it passes on is not known
+
+
+def _makers(name: str) -> list[Any]:
+    """What takes the options of a model: its entry, and the class that it builds if it says which."""
+    entry = next(table[name] for table in TABLES.values() if name in table)
+    built = None if inspect.isclass(entry) else inspect.get_annotations(entry, eval_str=True).get("return")
+    return [entry, built] if inspect.isclass(built) and built is not nn.Module else [entry]
