@@ -182,9 +182,10 @@ def operators(results: Path, found: Sequence[Path]) -> str:
     text = ""
     for folder in sorted({path.parent for path in found}):
         contents = [read(path) for path in found if path.parent == folder]
-        names = ["op, size, dtype", "path", "graph", "eager", "floor", "required", "aim", "extra MiB"]
+        names = ["op, size, dtype", "path", "graph", "eager", "floor", "required", "aim"]
+        names += ["extra MiB", "allowed MiB", "first call, s", "same bits"]
         lines = [_timed(each["op"], row) for each in contents for row in each["rows"] if "forward_ms" in row]
-        text += table(names, lines)
+        text += ("\n" if text else "") + table(names, lines)
         machines: dict[str, list[str]] = {}
         for each in contents:
             machines.setdefault(_machine(each), []).append(f"`{each['op']}` {each['commit']}")
@@ -365,4 +366,6 @@ def _timed(op: str, row: Row) -> list[str]:
     cells.append(f"{row['forward_floor_ms']:.3f} / {row['forward_backward_floor_ms']:.3f}")
     for key in ("required_ms", "stretch_ms"):
         cells.append(" / ".join(f"{value:g}" for value in row[key]) if key in row else "")
-    return [*cells, "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"]
+    cells += ["" if row.get(key) is None else f"{row[key]:,.0f}" for key in ("peak_mib", "required_mib")]
+    cells.append(f"{row['cold_s']:.1f}" if "cold_s" in row else "")
+    return [*cells, {True: "yes", False: "no"}.get(row.get("repeatable"), "")]
