@@ -3,8 +3,8 @@
     python -m benchmarks.kernel_profile [--ncu PATH] [--out FOLDER] [--case OP:INDEX ...] [--seconds S]
 
 Writes DEVICE/profile.json. INDEX counts the `bench_sizes` of an op. Every case runs once to compile, several at a time,
-then under ncu, one launch of each kernel of an output and its gradients. Where ncu cannot count, times come from
-torch's profiler and occupancy from registers and shared memory; the file says so.
+then under ncu, all launches of an output and its gradients; those of one kernel are one row. Where ncu cannot count,
+times come from torch's profiler and occupancy from registers and shared memory; the file says so.
 """
 
 from __future__ import annotations
@@ -150,6 +150,16 @@ def _row(found: dict[str, str], units: dict[str, str]) -> dict[str, Any]:
     }
 
 
+def merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all launches of a kernel: their number, and the one of median time."""
+    of_kernel: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_kernel.setdefault(row["kernel"], []).append(row)
+    return [
+        sorted(some, key=lambda row: row["ms"])[len(some) // 2] | {"launches": len(some)} for some in of_kernel.values()
+    ]
+
+
 def limits(row: dict[str, Any], stalls: list[str]) -> str:
     """What holds a kernel back: a unit that is busy most of the time, else what its warps wait for, in cycles."""
     busy = [name for name, share in (("DRAM", row["dram_pct"]), ("tensor cores", row["tensor_pct"] or 0)) if share > 60]
@@ -257,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             ncu = None
             notes.append("ncu could not count: times of torch's profiler, occupancy that fits")
             found = list(rows_of(case, None, [], left))
-        for row in found:
+        for row in merged(found):
             spilled = here["needs"].get(row["kernel"], {}).get("spilled")
             rows.append(label | row | {"spilled": spilled})
             print(*(f"{value}" for value in rows[-1].values()), sep=" | ", flush=True)

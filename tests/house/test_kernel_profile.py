@@ -42,6 +42,14 @@ def test_tables_of_ncu_are_read(profile):
     assert two["limits_by"] == "waits: wait 1.2, barrier 0.5"
 
 
+def test_launches_of_one_kernel_are_one_row(profile):
+    rows = [{"kernel": name, "ms": ms} for name, ms in (("a", 3.0), ("b", 1.0), ("a", 1.0), ("a", 2.0))]
+    assert profile.merged(rows) == [
+        {"kernel": "a", "ms": 2.0, "launches": 3},
+        {"kernel": "b", "ms": 1.0, "launches": 1},
+    ]
+
+
 def test_a_message_of_ncu_is_no_table(profile):
     with pytest.raises(ValueError, match="expected a table of ncu with a row per kernel, got '==ERROR== no permission"):
         profile.read_counters("==ERROR== no permission\n")
