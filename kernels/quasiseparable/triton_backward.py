@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..triton_utils import quick
+from .triton_short import _softplus
 
 
 @quick
@@ -58,9 +59,8 @@ def _through_step(dt_ptr, ddecay_ptr, dweight_ptr, place, raw_place, bias, rate,
     raw = tl.load(dt_ptr + raw_place, mask=ok, other=0.0).to(tl.float32) + bias
     ddecay = tl.load(ddecay_ptr + place, mask=ok, other=0.0)
     dweight = tl.load(dweight_ptr + place, mask=ok, other=0.0)
-    step = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
     draw = tl.where(ok, (dweight + ddecay * rate) * tl.sigmoid(raw), 0.0)
-    return draw, tl.where(ok, ddecay * step * rate, 0.0)
+    return draw, tl.where(ok, ddecay * _softplus(raw) * rate, 0.0)
 
 
 @quick

@@ -187,6 +187,25 @@ def test_gradients(device, l, depth, dtype, options, scaled):  # noqa: E741
             assert relative_error(one.grad, two.grad) < limit, name
 
 
+def test_rates_learn_from_small_steps(device):
+    """Steps near 1e-7, whose sum with one keeps no digit of them."""
+    blocks = build(device, 1)
+    mixer = blocks[0][1]
+    with torch.no_grad():
+        mixer.dt_bias.fill_(-16.5)
+    x = 64 * stream(device, 2, 9, 16)
+    with torch.autocast(x.device.type, torch.float16):
+        y = hydra_blocks(x, weights_of(blocks), headdim=8, d_state=8, eps=EPS, gate_eps=1e-5)
+    y.square().sum().backward()
+    found, wide = mixer.A_log.grad.clone(), copy.deepcopy(blocks)
+    with use_backend("chunked"):
+        norm, other = wide[0]
+        other.A_log.grad = None
+        total = x.double() + other.double()(norm.double()(x.double()))
+    total.square().sum().backward()
+    assert relative_error(found, other.A_log.grad) < 3e-2
+
+
 def test_gradients_of_gradients(device):
     blocks = build(device, 1)
     x = stream(device, 1, 3, 16).requires_grad_()
