@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ssd.triton_gradients import Gradients, run_gradients_at_once
-from ..ssd.triton_outputs import Sweep, contiguous, dense_rows, run_outputs, strides
+from ..ssd.triton_outputs import Sweep, contiguous, run_outputs, strides
 from ..ssd.triton_tiles import GradientTiles, fine_chunk, fine_products, gradient_tiles
 from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .state import rotate, spin
+from .triton_fused import fused_gradients, fused_outputs, fuses
+from .triton_inputs import Inputs, angles_of_chunks, readable
 from .triton_kernels import (
-    _trapezoid_angle_kernel,
     _trapezoid_later_kernel,
     _trapezoid_turn_kernel,
     _trapezoid_unturn_kernel,
@@ -89,43 +90,6 @@ def _of_last_sequence(rate: Tensor, dt: Tensor, phi: Tensor | None, seq_idx: Ten
     return total.remainder(2 * math.pi).to(rate.dtype)
 
 
-class _Inputs(NamedTuple):
-    """The inputs as the kernels read them; keys and queries are (b, l * r, g, n), their biases (h, r, n)."""
-
-    x: Tensor
-    log_decay: Tensor
-    gamma: Tensor
-    beta: Tensor
-    rate: Tensor
-    B: Tensor
-    C: Tensor
-    state: Tensor | None
-    phi: Tensor | None
-    B_bias: Tensor
-    C_bias: Tensor
-    D: Tensor
-    x_rank: Tensor | None
-    seq_idx: Tensor | None
-
-    @property
-    def ranks(self) -> int:
-        return self.B_bias.shape[1]
-
-    def cut(self, rows: slice) -> _Inputs:
-        """The same for some rows of the batch."""
-        whole = ("B_bias", "C_bias", "D", "x_rank")
-        return _Inputs(*(one if one is None or name in whole else one[rows] for name, one in self._asdict().items()))
-
-
-def _readable(*tensors: Tensor | None) -> _Inputs:
-    """Dense in the dimensions that the kernels take for granted: heads and width of x, B and C, all of the others."""
-    given = _Inputs(*tensors)  # type: ignore[arg-type]
-    dense: dict[str, Any] = {
-        name: contiguous(tensor) for name, tensor in given._asdict().items() if name not in ("x", "B", "C")
-    }
-    return given._replace(x=dense_rows(given.x), B=dense_rows(given.B), C=dense_rows(given.C), **dense)
-
-
 # Turned keys and queries of a group of rows, with inputs and outputs of several ranks, take about this many bytes; in
 # the gradient, where as much again is needed for their gradients and for states, half of it.
 _TURNED_BYTES = 2**29
@@ -134,7 +98,7 @@ _TURNED_BYTES = 2**29
 class _Turned(NamedTuple):
     """What `ssd` takes, l counting positions and ranks."""
 
-    before: Tensor  # angles up to each chunk, and after the last one, (b, h, s, chunks + 1), in half turns from 0 to 2
+    before: Tensor  # angles up to each chunk, and after the last one, (b, h, chunks + 1, s), in half turns from 0 to 2
     x: Tensor  # (b, l, h, p)
     log_decay: Tensor  # (b, l, h)
     k: Tensor  # (b, l, h, n)
@@ -149,7 +113,7 @@ class _Turned(NamedTuple):
         return Sweep(self.x, self.k, self.log_decay, self.weight, state, 0, fine)
 
 
-def _groups(given: _Inputs, budget: int) -> list[slice]:
+def _groups(given: Inputs, budget: int) -> list[slice]:
     """Groups of rows such that what exists for each takes about `budget` bytes."""
     (batch, _, nheads, headdim), n, size = given.x.shape, given.B.shape[3], given.x.element_size()
     numbers = 2 * n * size + (headdim * (size + 4) if given.ranks > 1 else 0)
@@ -157,7 +121,7 @@ def _groups(given: _Inputs, budget: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, batch, rows)]
 
 
-def _shared(given: _Inputs, half: bool, chunk: int) -> dict[str, Any]:
+def _shared(given: Inputs, half: bool, chunk: int) -> dict[str, Any]:
     """Compile-time arguments of the kernels."""
     n, pairs = given.B.shape[3], given.rate.shape[2]
     return {
@@ -199,19 +163,12 @@ def _blocks(repeats: int, programs: int, wanted: int) -> tuple[int, int]:
     return cdiv(repeats, block_heads), block_heads
 
 
-def _turned(given: _Inputs, half: bool, chunk: int) -> _Turned:
-    (batch, positions, nheads, _), pairs = given.x.shape, given.rate.shape[2]
-    length, groups, n = given.B.shape[1:]
+def _turned(given: Inputs, half: bool, chunk: int) -> _Turned:
+    (batch, _, nheads, _), (length, groups, n) = given.x.shape, given.B.shape[1:]
     ranks, wide = given.ranks, given.log_decay
     chunks, repeats = cdiv(length, chunk), nheads // groups
     shared = _shared(given, half, chunk)
-    totals = wide.new_empty(batch, nheads, pairs, chunks + 1)
-    _trapezoid_angle_kernel[(batch * chunks * nheads,)](
-        given.gamma, given.beta, given.rate, given.phi, totals, positions, nheads, HAS_PHI=given.phi is not None,
-        S=pairs, Q=chunk // ranks, BLOCK_S=next_power_of_2(pairs), ACC=shared["ACC"],
-    )  # fmt: skip
-    # Whole turns are taken off each term; float64 keeps the digits of the sum over chunks.
-    before = totals.cumsum(3, dtype=torch.float64).remainder(2.0).to(totals.dtype)
+    before = angles_of_chunks(given, chunk)
     x, log_decay, seq_idx = given.x, wide, given.seq_idx
     weight = wide.new_empty(batch, length, nheads)
     if given.x_rank is None:
@@ -253,11 +210,15 @@ def _forward(
     parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (b, l * r, h, p), last state, last angles modulo 2 pi; `chunk` and `parts` are 0 to be chosen."""
-    given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx)
+    given = readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx)
     n = B.shape[3]
     y = x.new_empty(x.shape[0], B.shape[1], *x.shape[2:])
     final = log_decay.new_empty(x.shape[0], *x.shape[2:], n)
     last = log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
+    if fuses(given):
+        with on_device(x):
+            fused_outputs(given, half, y, final, last, chunk, parts)
+        return y, final, last
     with on_device(x):
         for rows in _groups(given, _TURNED_BYTES):
             some = given.cut(rows)
@@ -274,7 +235,7 @@ def _forward(
                 outputs_of_ranks(
                     some.x, some.x_rank, turned.product, some.gamma, some.beta, some.seq_idx, partial, y[rows]
                 )
-            torch.mul(turned.before[..., -1], math.pi, out=last[rows])
+            torch.mul(turned.before[:, :, -1], math.pi, out=last[rows])
     return y, final, last
 
 
@@ -317,9 +278,12 @@ def _backward(
 
     `dphase` is the gradient of the last angles, `dphi_end`, with what they do to the last state.
     """
-    given = _readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx)
+    given = readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx)
     dy, dfinal, dphase, dphi_end = dy.contiguous(), contiguous(dfinal), contiguous(dphase), contiguous(dphi_end)
     n = B.shape[3]
+    if fuses(given):
+        with on_device(x):
+            return fused_gradients(given, half, dy, dfinal, dphase, chunk, parts)  # type: ignore[return-value]
     tiles = _tiles(x, n, chunk)
     dx, dlog_decay = x.new_empty(x.shape), torch.empty_like(given.log_decay)
     dgamma, dbeta = torch.empty_like(given.log_decay), torch.empty_like(given.log_decay)
@@ -357,7 +321,7 @@ def _backward(
 
 
 def _unturned(
-    given: _Inputs,
+    given: Inputs,
     half: bool,
     chunk: int,
     turned: _Turned,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..ssd.triton_kernels import _halves, _vector, keep_addresses_in_loops
+from ..triton_utils import quick
 
 
 @triton.jit
@@ -159,16 +160,17 @@ def _directions(
     phases_ptr, rate, dt, of_head, chunk, chunks, pairs, S: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """cos and sin of the angles of a chunk, [Q, pairs]; rate [Q, pairs], dt [Q]."""
-    start = tl.load(phases_ptr + (of_head * S + pairs) * (chunks + 1) + chunk, mask=pairs < S, other=0.0).to(ACC)
+    start = tl.load(phases_ptr + (of_head * (chunks + 1) + chunk) * S + pairs, mask=pairs < S, other=0.0).to(ACC)
     return _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :])
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "nheads"])
 def _trapezoid_angle_kernel(
     gamma_ptr, beta_ptr, rate_ptr, phi_ptr, totals_ptr, length, nheads, HAS_PHI: tl.constexpr,
     S: tl.constexpr, Q: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """By how much one head turns in each chunk, after phi, (b, h, s, 1 + chunks), in half turns from 0 to 2."""
+    """By how much one head turns in each chunk of Q positions, after phi, (b, h, 1 + chunks, s), from 0 to 2."""
     chunks = tl.cdiv(length, Q)
     head = tl.program_id(0) % nheads
     chunk = (tl.program_id(0) // nheads) % chunks
@@ -182,8 +184,8 @@ def _trapezoid_angle_kernel(
     pairs = tl.arange(0, BLOCK_S)
     rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
     total = tl.sum(rate * dt[:, None], 0)
-    out = totals_ptr + ((row * nheads + head) * S + pairs) * (chunks + 1)
-    tl.store(out + 1 + chunk, total - 2.0 * tl.floor(0.5 * total), mask=pairs < S)
+    out = totals_ptr + (row * nheads + head) * (chunks + 1) * S + pairs
+    tl.store(out + (1 + chunk) * S, total - 2.0 * tl.floor(0.5 * total), mask=pairs < S)
     if chunk == 0:
         start = tl.zeros([BLOCK_S], ACC)
         if HAS_PHI:

@@ -1,0 +1,327 @@
+"""Kernels of `trapezoid_ssd` that turn keys and queries where they use them, and never write them: outputs, and sweeps.
+
+Rows of tiles, counted by `length`, are (position, rank) pairs, as in `triton_kernels.py`. An input has the weight gamma
++ beta of the next position where a later position reads it, and gamma where its own one does, whose ranks all read each
+other. Of BLOCK_N columns the first TURNING may turn, all or half of them; the angles of missing pairs are 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..ssd.triton_kernels import _dot_add, _dot_nt, _halves, _last, _less, _log2_sums, _vector, _whole
+from ..triton_utils import quick
+from .triton_kernels import _get, _increments, _rotated, _rows, _turn, _weights
+
+
+@triton.jit
+def _places(start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
+    """Where BLOCK_N columns of tiles from `start` on lie in memory, and which exist."""
+    columns = start + tl.arange(0, BLOCK_N)
+    places, ok = columns, columns < N
+    if HALF:
+        pair, second = columns // 2, columns % 2
+        places, ok = pair + second * (N // 2), pair < N // 2
+        if N % 2:
+            single = (pair == N // 2) & (second == 0)
+            places, ok = tl.where(single, N - 1, places), ok | single
+    return places, ok
+
+
+@triton.jit
+def _beside(first, second, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[rows, n] of the tiles of its first and of its last columns."""
+    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [ROWS, BLOCK_N])
+
+
+@triton.jit
+def _apart(tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What `_beside` joins."""
+    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, BLOCK_N // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _biased(
+    ptr, rows, ok, bias_ptr, head, ranks, start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
+    ACC: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Keys or queries of one head, BLOCK_N columns from `start` on, with what is added to them."""
+    tile = _get(ptr, rows, ok, start, N, BLOCK_N, HALF, ACC)
+    of_rank = tl.arange(0, 1)[:, None] if RANKS == 1 else ranks[:, None]
+    return tile + _get(bias_ptr + head * (RANKS * N), of_rank * N, of_rank >= 0, start, N, BLOCK_N, HALF, ACC)
+
+
+@triton.jit
+def _turned(
+    ptr, rows, ok, bias_ptr, head, ranks, cos, sin, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    TURNING: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Turned keys or queries of one head, [Q, n], as operands of products."""
+    tile = _biased(ptr, rows, ok, bias_ptr, head, ranks, 0, N, TURNING, HALF, ACC, RANKS)
+    tile = _rotated(tile, cos, sin, Q, TURNING).to(DOT)
+    if TURNING < BLOCK_N:
+        rest = _biased(ptr, rows, ok, bias_ptr, head, ranks, TURNING, N, TURNING, HALF, ACC, RANKS)
+        tile = _beside(tile, rest.to(DOT), Q, BLOCK_N)
+    return tile
+
+
+@triton.jit
+def _inputs(
+    ptr, at, ok, ranks, x_rank_ptr, head, stride, P: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr,
+    ACC: tl.constexpr, RANKS: tl.constexpr, HAS_RANK: tl.constexpr,
+):  # fmt: skip
+    """Inputs of positions `at` and ranks, [Q, p]."""
+    columns = tl.arange(0, BLOCK_P)
+    mask = ok[:, None]
+    if P < BLOCK_P:
+        mask = mask & (columns < P)[None, :]
+    x = tl.load(ptr + (at[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
+    if HAS_RANK:
+        factors = tl.load(
+            x_rank_ptr + (head * RANKS + ranks[:, None]) * P + columns[None, :], mask=mask, other=0.0
+        )  # fmt: skip
+        x = x.to(ACC) * factors
+    return x.to(DOT)
+
+
+@triton.jit
+def _decays(log_decay_ptr, vectors, first, at, ok, ranks, nheads, ACC: tl.constexpr, RANKS: tl.constexpr):
+    """Log-decays of a chunk's rows: 0 but for the first rank of a position."""
+    log_decay = _vector(log_decay_ptr + vectors, first, at, ok, nheads, ACC)
+    if RANKS > 1:
+        log_decay = tl.where(ranks == 0, log_decay, 0.0)
+    return log_decay
+
+
+@triton.jit
+def _angles_of_rows(
+    rate_ptr, phases_ptr, dt, first, at, ok, of_head, chunk, chunks, S: tl.constexpr, PAIRS: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of the angles of a chunk, [Q, pairs]; dt [Q] by how much time goes on at each row."""
+    pairs = tl.arange(0, PAIRS)
+    rate = _rows(rate_ptr, first, at, ok, S, pairs, pairs < S, ACC)
+    start = tl.load(phases_ptr + (of_head * (chunks + 1) + chunk) * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+    return _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :])
+
+
+@quick
+@triton.jit(do_not_specialize=["length", "nheads", "repeats", "parts", "part_length"])
+def _trapezoid_fwd_kernel(
+    x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr,
+    x_rank_ptr, seq_ptr, state_ptr, y_ptr, final_ptr, length, nheads, repeats, parts, part_length,
+    x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, HAS_STATE: tl.constexpr,
+    HAS_RANK: tl.constexpr, S: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one head in one part of a row, chunk after chunk, the transposed state [n, p] in registers."""
+    head = tl.program_id(0) % nheads
+    part = (tl.program_id(0) // nheads) % parts
+    row = (tl.program_id(0) // nheads // parts).to(tl.int64)
+    group = head // repeats
+    positions, chunks = length // RANKS, tl.cdiv(length, Q)
+    place = (row * nheads + head) * parts + part
+    n_places, n_ok = _places(0, N, BLOCK_N, HALF)
+    p_columns = tl.arange(0, BLOCK_P)
+    state_offset = p_columns[None, :] * N + n_places[:, None]
+    state_ok = (p_columns < P)[None, :] & n_ok[:, None]
+    state = tl.zeros([BLOCK_N, BLOCK_P], ACC)
+    if HAS_STATE:
+        state = tl.load(state_ptr + place * (P * N) + state_offset, mask=state_ok, other=0.0).to(ACC)
+    steps = tl.arange(0, Q)
+    at, ranks = steps // RANKS, steps % RANKS
+    of_head = row * positions * nheads + head
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * positions
+    begin_part = part.to(tl.int64) * part_length
+    for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
+        ok = steps < length - begin
+        first, chunk = begin // RANKS, begin // Q
+        gamma, beta, following = _weights(
+            gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
+        )
+        cos, sin = _angles_of_rows(
+            rate_ptr + row * positions * S, phases_ptr, _increments(gamma, beta, Q, RANKS), first, at, ok,
+            row * nheads + head, chunk, chunks, S, TURNING // 2, ACC,
+        )  # fmt: skip
+        B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
+        C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + group * N
+        k = _turned(
+            B_tile, steps[:, None] * B_stride_t, ok[:, None], B_bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N, TURNING,
+            HALF, DOT, ACC, RANKS,
+        )  # fmt: skip
+        q = _turned(
+            C_tile, steps[:, None] * C_stride_t, ok[:, None], C_bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N, TURNING,
+            HALF, DOT, ACC, RANKS,
+        )  # fmt: skip
+        log_decay = _decays(log_decay_ptr, of_head, first, at, ok, ranks, nheads, ACC, RANKS)
+        high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
+        high_last, low_last = _last(high, Q), _last(low, Q)
+        decay_in = tl.exp2(_whole(high, low, EXACT))
+        decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
+        factor = tl.exp2(_whole(high_last, low_last, EXACT))
+        # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
+        own = at + tl.minimum(begin, 0).to(tl.int32)
+        linked = own[:, None] >= own[None, :]
+        if PACKED:
+            index = tl.load(seq_row + first + at, mask=ok, other=-1)
+            before = tl.load(seq_row + tl.maximum(first - 1, 0))
+            last = tl.load(seq_row + tl.minimum(begin + Q, length) // RANKS - 1)
+            linked = linked & (index[:, None] == index[None, :])
+            decay_in = tl.where(index == before, decay_in, 0.0)
+            decay_out = tl.where(index == last, decay_out, 0.0)
+            factor = tl.where(before == last, factor, 0.0)
+        between = _less(high[:, None], low[:, None], high[None, :], low[None, :], EXACT)
+        weight = gamma + following
+        # [t, s]; all ranks of one position read each other.
+        links = tl.exp2(tl.where(linked, between, float("-inf")))
+        links *= tl.where(own[:, None] == own[None, :], gamma[None, :], weight[None, :])
+        k, k_low = _halves(k, PRECISION)
+        q, q_low = _halves(q, PRECISION)
+        scores = _dot_nt(q, q_low, k, k_low, ACC, PRECISION) * links
+        entered, entered_low = _halves(state.to(DOT), PRECISION)
+        y = _dot_add(q, q_low, entered, entered_low, tl.zeros([Q, BLOCK_P], ACC), ACC, PRECISION) * decay_in[:, None]
+        x_tile = x_ptr + row * x_stride_b + first * x_stride_t + head * P
+        x = _inputs(x_tile, at, ok, ranks, x_rank_ptr, head, x_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK)
+        mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
+        v, v_low = _halves(x, PRECISION)
+        y = _dot_add(mixing, mixing_low, v, v_low, y, ACC, PRECISION)
+        wide = x.to(ACC)
+        y += tl.load(D_ptr + head).to(ACC) * wide
+        y_tile = y_ptr + (row * length + begin) * (nheads * P) + head * P
+        y_ok = ok[:, None]
+        if P < BLOCK_P:
+            y_ok = y_ok & (p_columns < P)[None, :]
+        tl.store(y_tile + (steps[:, None] * (nheads * P) + p_columns[None, :]), y, mask=y_ok)
+        late, late_low = _halves((wide * (decay_out * weight)[:, None]).to(DOT), PRECISION)
+        state = _dot_add(tl.trans(k), tl.trans(k_low), late, late_low, state * factor, ACC, PRECISION)
+    if part == parts - 1:
+        tl.store(final_ptr + (row * nheads + head) * (P * N) + state_offset, state, mask=state_ok)
+
+
+@triton.jit
+def _turned_sweep(
+    value_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, key_ptr, bias_ptr, x_rank_ptr, seq_ptr,
+    state_ptr, borders_ptr, ends_ptr, factors_ptr, final_ptr, row, head, part, length, nheads, repeats, parts,
+    part_chunks, value_stride_b, value_stride_t, key_stride_b, key_stride_t, ADJOINT: tl.constexpr,
+    HAS_STATE: tl.constexpr, STORE: tl.constexpr,
+    HAS_RANK: tl.constexpr, S: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """States from the left, made of inputs and keys, or (ADJOINT) their gradients from the right, of dy and queries."""
+    group = head // repeats
+    positions, chunks = length // RANKS, tl.cdiv(length, Q)
+    place = (row * nheads + head) * parts + part
+    n_places, n_ok = _places(0, N, BLOCK_N, HALF)
+    p_rows = tl.arange(0, BLOCK_P)
+    state_offset = p_rows[:, None] * N + n_places[None, :]
+    state_ok = (p_rows < P)[:, None] & n_ok[None, :]
+    border_offset = p_rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    border_row = borders_ptr + (row * nheads + head) * chunks * (BLOCK_P * BLOCK_N)
+    state = tl.zeros([BLOCK_P, BLOCK_N], ACC)
+    if HAS_STATE:
+        state = tl.load(state_ptr + place * (P * N) + state_offset, mask=state_ok, other=0.0).to(ACC)
+    steps = tl.arange(0, Q)
+    at, ranks = steps // RANKS, steps % RANKS
+    of_head = row * positions * nheads + head
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * positions
+    first_chunk = part.to(tl.int64) * part_chunks
+    count = tl.minimum(first_chunk + part_chunks, chunks) - first_chunk
+    through = tl.full([], 1.0, ACC)
+    for step in tl.range(0, count, num_stages=STAGES):
+        chunk = first_chunk + (count - 1 - step if ADJOINT else step)
+        if STORE:
+            tl.store(border_row + chunk * (BLOCK_P * BLOCK_N) + border_offset, state)
+        begin = chunk * Q
+        first = begin // RANKS
+        ok = steps < length - begin
+        gamma, beta, following = _weights(
+            gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
+        )
+        cos, sin = _angles_of_rows(
+            rate_ptr + row * positions * S, phases_ptr, _increments(gamma, beta, Q, RANKS), first, at, ok,
+            row * nheads + head, chunk, chunks, S, TURNING // 2, ACC,
+        )  # fmt: skip
+        key_tile = key_ptr + row * key_stride_b + begin * key_stride_t + group * N
+        key = _turned(
+            key_tile, steps[:, None] * key_stride_t, ok[:, None], bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N,
+            TURNING, HALF, DOT, ACC, RANKS,
+        )  # fmt: skip
+        log_decay = _decays(log_decay_ptr, of_head, first, at, ok, ranks, nheads, ACC, RANKS)
+        high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
+        high_last, low_last = _last(high, Q), _last(low, Q)
+        factor = tl.exp2(_whole(high_last, low_last, EXACT))
+        if ADJOINT:
+            scale = tl.exp2(_whole(high, low, EXACT))
+            value_tile = value_ptr + row * value_stride_b + begin * value_stride_t + head * P
+            value = _inputs(
+                value_tile, steps, ok, ranks, x_rank_ptr, head, value_stride_t, P, BLOCK_P, DOT, ACC, RANKS, False
+            )
+        else:
+            scale = tl.exp2(_less(high_last, low_last, high, low, EXACT)) * (gamma + following)
+            value_tile = value_ptr + row * value_stride_b + first * value_stride_t + head * P
+            value = _inputs(
+                value_tile, at, ok, ranks, x_rank_ptr, head, value_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK
+            )
+        if PACKED:
+            index = tl.load(seq_row + first + at, mask=ok, other=-1)
+            before = tl.load(seq_row + tl.maximum(first - 1, 0))
+            last = tl.load(seq_row + tl.minimum(begin + Q, length) // RANKS - 1)
+            scale = tl.where(index == (before if ADJOINT else last), scale, 0.0)
+            factor = tl.where(before == last, factor, 0.0)
+        scaled, scaled_low = _halves((value.to(ACC) * scale[:, None]).to(DOT), PRECISION)
+        key, key_low = _halves(key, PRECISION)
+        state = _dot_add(tl.trans(scaled), tl.trans(scaled_low), key, key_low, state * factor, ACC, PRECISION)
+        through = through * factor
+    if not STORE:
+        tl.store(ends_ptr + place * (P * N) + state_offset, state, mask=state_ok)
+        tl.store(factors_ptr + place, through)
+    elif ADJOINT and part == 0:
+        tl.store(final_ptr + (row * nheads + head) * (P * N) + state_offset, state, mask=state_ok)
+
+
+@quick
+@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "parts", "part_chunks"])
+def _trapezoid_sweep_kernel(
+    x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, x_rank_ptr,
+    seq_ptr, dy_ptr, state_ptr, dfinal_ptr, borders_ptr, ends_ptr, factors_ptr, dstate_ptr,
+    rows, length, nheads, repeats, parts, part_chunks, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b,
+    C_stride_t, HAS_STATE: tl.constexpr, HAS_DFINAL: tl.constexpr, STORE: tl.constexpr,
+    HAS_RANK: tl.constexpr, S: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """States that enter chunks and, in the second half of the programs if there is one, gradients of those that leave.
+
+    With STORE all of them, (2, b, h, chunks, p, n) padded and in the order of tiles, and the gradient of the first
+    state; else what each part adds to its state, (2, b, h, parts, p, n).
+    """
+    head = tl.program_id(0) % nheads
+    part = (tl.program_id(0) // nheads) % parts
+    row = (tl.program_id(0) // nheads // parts).to(tl.int64)
+    if row < rows:
+        _turned_sweep(
+            x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, B_bias_ptr, x_rank_ptr, seq_ptr,
+            state_ptr, borders_ptr, ends_ptr, factors_ptr, dstate_ptr, row, head, part, length, nheads, repeats, parts,
+            part_chunks, x_stride_b, x_stride_t, B_stride_b, B_stride_t, False, HAS_STATE, STORE, HAS_RANK, S, TURNING,
+            HALF, RANKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+        )  # fmt: skip
+    else:
+        heads = rows.to(tl.int64) * nheads
+        _turned_sweep(
+            dy_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, C_ptr, C_bias_ptr, x_rank_ptr, seq_ptr,
+            dfinal_ptr, borders_ptr + heads * tl.cdiv(length, Q) * (BLOCK_P * BLOCK_N),
+            ends_ptr + heads * parts * (P * N), factors_ptr + heads * parts, dstate_ptr, row - rows, head, part, length,
+            nheads, repeats, parts, part_chunks, length.to(tl.int64) * nheads * P, nheads * P, C_stride_b, C_stride_t,
+            True, HAS_DFINAL, STORE, HAS_RANK, S, TURNING, HALF, RANKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT,
+            ACC, PRECISION, STAGES,
+        )  # fmt: skip
