@@ -10,6 +10,7 @@ from PIL import Image
 from omnissm.vision.data import CocoBoxes, MaskFolder, dense_base
 from omnissm.vision.data.coco_file import CROWD, CUT, DEGENERATE, EMPTY, MISSING_IMAGE, UNKNOWN_CATEGORY
 from omnissm.vision.data.joint import Colours, View, fitted_size, train_view
+from omnissm.vision.data.masks import read_mask
 
 CLASSES = ["background", "thing"]
 
@@ -201,6 +202,25 @@ def test_masks_and_images_of_one_name(masks):
     save(masks / "images" / "3.bmp", np.zeros((23, 31, 3)))
     with pytest.raises(ValueError, match=r"has 3.bmp and 3.png; names need different stems"):
         MaskFolder(masks, CLASSES).setup()
+
+
+@pytest.mark.parametrize("in_memory", [None, False])
+def test_images_cut_off_behind_their_head_are_left_out(coco, in_memory):
+    root, _ = coco
+    path = root / "images" / "b.png"
+    save(path, np.random.default_rng(0).integers(0, 256, (40, 60, 3)))
+    path.write_bytes(path.read_bytes()[:2000])
+    data = CocoBoxes(root, augment="none", in_memory=in_memory, on_bad="skip")
+    assert [len(data.part("train")), data.counts["cannot be read"]] == [2, 1]
+    assert all(image.shape[0] == 3 for image, *_ in data.part("train"))
+    with pytest.raises(ValueError, match=r"b.png' cannot be read: image file is truncated.*Use on_bad='skip'"):
+        CocoBoxes(root, augment="none", in_memory=in_memory).part("train")[1]
+
+
+def test_masks_too_large_are_named(masks, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"0.png' cannot be read: Image size \(620 pixels\) exceeds limit"):
+        read_mask(masks / "masks" / "0.png")
 
 
 def test_images_stay_in_memory_where_they_fit(coco, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -15,6 +15,7 @@ from .coco_file import CocoFile, Record, read_coco
 from .dense_base import DenseData, Pictures
 from .dense_batches import collate_boxes
 from .joint import as_float
+from .reading import UNREADABLE, read_image
 
 
 class CocoBoxes(DenseData):
@@ -74,9 +75,12 @@ class CocoBoxes(DenseData):
 
     def _as_announced(self, record: Record) -> bool:
         try:
-            with Image.open(record.path) as image:
-                found = image.size
-        except (UnidentifiedImageError, OSError) as error:
+            if self.on_bad == "skip":  # what is damaged behind the head would end the training
+                found = read_image(record.path).size
+            else:
+                with Image.open(record.path) as image:
+                    found = image.size
+        except UNREADABLE as error:
             self.fault("cannot be read", str(record.path), f"{error}; replace it")
             return False
         if found == (record.width, record.height):

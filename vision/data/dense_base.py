@@ -38,7 +38,8 @@ class DenseData(SSMData):
         in_memory: Keep decoded images and masks; None: of parts that take 4 GB at most.
         augment: "none", "flip", "cells" or "scenes", see `train_view`.
         augment_args: Changes of it.
-        on_bad: "raise" at the first fault in the data, or "skip" what is faulty: counted, and named in the log.
+        on_bad: "raise" at the first fault in the data, or "skip" what is faulty: counted, and named in the log; for
+            this every image is read once at the start.
         seed: Decides splits and, with the run's seed, the order of training.
 
     Attributes:

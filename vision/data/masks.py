@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -18,7 +18,7 @@ from .base import split_off
 from .dense_base import DenseData, Pictures
 from .dense_batches import IGNORE, collate_masks
 from .joint import as_float
-from .reading import SUFFIXES, BadImageError, read_image
+from .reading import SUFFIXES, UNREADABLE, BadImageError, read_image
 
 
 class MaskFolder(DenseData):
@@ -172,8 +172,8 @@ def read_mask(path: Path) -> Tensor:
         with Image.open(path) as image:
             image.load()
             mode, values = image.mode, np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise BadImageError(f"{str(path)!r} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise BadImageError(f"{str(path)!r} cannot be read: {str(error) or 'memory is full'}") from error
     if mode == "1":
         values = values.astype(np.uint8)
     if mode not in ("L", "P", "1"):

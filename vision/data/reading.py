@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+# What Pillow raises at files that are no images, damaged, cut off, or too large for the memory.
+UNREADABLE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 
 
 class BadImageError(ValueError):
@@ -37,7 +39,7 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             return _as_rgb(image)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         reason = "not an image file" if isinstance(error, UnidentifiedImageError) else str(error) or "memory is full"
         raise BadImageError(f"{label!r} cannot be read: {reason}. Use on_bad='skip' to leave it out.") from error
 
