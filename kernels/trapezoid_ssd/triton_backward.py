@@ -34,30 +34,58 @@ def _spin_of_turning(gradient, tile, Q: tl.constexpr, BLOCK_N: tl.constexpr, TUR
 
 @triton.jit
 def _put_back(
-    gradient, cos, sin, out_ptr, bias_ptr, rows, ok, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    TURNING: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
+    gradient, cos, sin, out_ptr, rows, ok, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradient of keys or queries before they were turned, and its sums over the positions of a chunk."""
-    of_rank = tl.arange(0, RANKS)[:, None] * N
+    """Store the gradient of keys or queries before they were turned."""
     if TURNING < BLOCK_N:
         gradient, rest = _apart(gradient, Q, BLOCK_N)
         _put(out_ptr, rows, ok, TURNING, rest, N, TURNING, HALF)
-        sums = _sum_of_positions(rest, Q, TURNING, RANKS)
-        _put(bias_ptr, of_rank, of_rank >= 0, TURNING, sums, N, TURNING, HALF)
-    gradient = _rotated(gradient, cos, -sin, Q, TURNING)
-    _put(out_ptr, rows, ok, 0, gradient, N, TURNING, HALF)
-    sums = _sum_of_positions(gradient, Q, TURNING, RANKS)
-    _put(bias_ptr, of_rank, of_rank >= 0, 0, sums, N, TURNING, HALF)
+    _put(out_ptr, rows, ok, 0, _rotated(gradient, cos, -sin, Q, TURNING), N, TURNING, HALF)
+
+
+@quick
+@triton.jit(do_not_specialize=["length", "nheads", "repeats"])
+def _trapezoid_heads_kernel(
+    dk_ptr, dq_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, length, nheads, repeats, N: tl.constexpr,
+    BLOCK_N: tl.constexpr, T: tl.constexpr, RANKS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums over a group's heads, and for each head over T rows: gradients of B and its bias, or of C and its bias.
+
+    The latter are (b, blocks of T rows, h, r, n).
+    """
+    groups = nheads // repeats
+    group = tl.program_id(0) % groups
+    blocks = tl.cdiv(length, T)
+    block = (tl.program_id(0) // groups % blocks).to(tl.int64)
+    row = (tl.program_id(0) // groups // blocks).to(tl.int64)
+    steps, columns, ranks = tl.arange(0, T), tl.arange(0, BLOCK_N), tl.arange(0, RANKS)
+    begin = block * T
+    columns_ok = (columns < N)[None, :]
+    ok = (steps < length - begin)[:, None] & columns_ok
+    of_head_ptr, out_ptr, bias_ptr = dk_ptr, dB_ptr, dB_bias_ptr
+    if tl.program_id(1) == 1:
+        of_head_ptr, out_ptr, bias_ptr = dq_ptr, dC_ptr, dC_bias_ptr
+    offset = steps[:, None] * (nheads * N) + columns[None, :]
+    total = tl.zeros([T, BLOCK_N], ACC)
+    for head in range(group * repeats, (group + 1) * repeats):
+        tile = tl.load(of_head_ptr + ((row * length + begin) * nheads + head) * N + offset, mask=ok, other=0.0).to(ACC)
+        total += tile
+        place = ((row * blocks + block) * nheads + head) * (RANKS * N)
+        sums = _sum_of_positions(tile, T, BLOCK_N, RANKS)
+        tl.store(bias_ptr + place + (ranks[:, None] * N + columns[None, :]), sums, mask=columns_ok)
+    out = out_ptr + (row * length + begin) * (groups * N) + group * N
+    tl.store(out + (steps[:, None] * (groups * N) + columns[None, :]), total, mask=ok)
 
 
 @quick
 @triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats"])
 def _trapezoid_bwd_kernel(
     x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr,
-    x_rank_ptr, seq_ptr, borders_ptr, dphase_ptr, dy_ptr, dx_ptr, dlog_decay_ptr, dgamma_ptr, ddt_ptr, dweight_ptr,
-    drate_ptr, dphi_ptr, dk_ptr, dq_ptr, dB_bias_ptr, dC_bias_ptr, dD_ptr, dx_rank_ptr,
+    x_rank_ptr, seq_ptr, borders_ptr, dphase_ptr, dphi_end_ptr, dy_ptr, dx_ptr, dlog_decay_ptr, dgamma_ptr, ddt_ptr,
+    dweight_ptr, drate_ptr, dphi_ptr, dk_ptr, dq_ptr, dD_ptr, dx_rank_ptr,
     rows, length, nheads, repeats, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
-    HAS_DPHASE: tl.constexpr,
+    HAS_DPHASE: tl.constexpr, HAS_DPHI: tl.constexpr,
     HAS_RANK: tl.constexpr, S: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,6 +114,21 @@ def _trapezoid_bwd_kernel(
     seq_row = seq_ptr
     if PACKED:
         seq_row = seq_ptr + row * positions
+    border = borders_ptr + (heads * chunks + chunk) * (BLOCK_P * BLOCK_N)
+    border_offset = tl.arange(0, BLOCK_P)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    leaving = tl.load(border + rows.to(tl.int64) * nheads * chunks * (BLOCK_P * BLOCK_N) + border_offset)
+    # What later chunks make of the angles, which is what they make of the turn of the state between.
+    pairs = tl.arange(0, TURNING // 2)
+    later = tl.zeros([TURNING // 2], ACC)
+    if chunk < chunks - 1:
+        after = tl.load(border + BLOCK_P * BLOCK_N + border_offset).to(ACC)
+        later -= tl.sum(_spin_of_turning(leaving.to(ACC), after, BLOCK_P, BLOCK_N, TURNING), 0)
+        if HAS_DPHASE:
+            later += tl.load(dphase_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+    elif HAS_DPHI:
+        later += tl.load(dphi_end_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+    entering = tl.load(border + border_offset)
+    passed = tl.sum(tl.sum(entering.to(ACC) * leaving.to(ACC), 1), 0)
     gamma, beta, following = _weights(
         gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
     )
@@ -106,10 +149,6 @@ def _trapezoid_bwd_kernel(
     x = _inputs(x_tile, at, ok, ranks, x_rank_ptr, head, x_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK)
     dy_tile = dy_ptr + (row * length + begin) * (nheads * P) + head * P
     gradient = _inputs(dy_tile, steps, ok, ranks, x_rank_ptr, head, nheads * P, P, BLOCK_P, DOT, ACC, RANKS, False)
-    border = borders_ptr + (heads * chunks + chunk) * (BLOCK_P * BLOCK_N)
-    border_offset = tl.arange(0, BLOCK_P)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    entering = tl.load(border + border_offset)
-    leaving = tl.load(border + rows.to(tl.int64) * nheads * chunks * (BLOCK_P * BLOCK_N) + border_offset)
 
     log_decay = _decays(log_decay_ptr, of_head, first, at, ok, ranks, nheads, ACC, RANKS)
     high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
@@ -179,15 +218,10 @@ def _trapezoid_bwd_kernel(
     # Keys.
     scaled, scaled_low = _halves((x.to(ACC) * late[:, None]).to(DOT), PRECISION)
     dk = _dot_add(scaled, scaled_low, leave, leave_low, tl.zeros([Q, BLOCK_N], ACC), ACC, PRECISION)
-    wide = key.to(ACC)
-    written = tl.sum(_spin_of_turning(dk, wide, Q, BLOCK_N, TURNING), 0)
     dk = _dot_add(kernel, kernel_low, q, q_low, dk, ACC, PRECISION)
-    dangle = _spin_of_turning(dk, wide, Q, BLOCK_N, TURNING)
+    dangle = _spin_of_turning(dk, key.to(ACC), Q, BLOCK_N, TURNING)
     out = (row * length + begin) * (nheads * N) + head * N
-    _put_back(
-        dk, cos, sin, dk_ptr + out, dB_bias_ptr + place * (RANKS * N), steps[:, None] * (nheads * N), ok[:, None], N, Q,
-        BLOCK_N, TURNING, HALF, RANKS,
-    )  # fmt: skip
+    _put_back(dk, cos, sin, dk_ptr + out, steps[:, None] * (nheads * N), ok[:, None], N, Q, BLOCK_N, TURNING, HALF)
 
     # Queries: the kernel again, [t, s].
     linked = at[:, None] >= at[None, :]
@@ -205,15 +239,11 @@ def _trapezoid_bwd_kernel(
     reads = tl.sum(dq * wide, 1)
     dq = _dot_add(kernel, kernel_low, k, k_low, dq, ACC, PRECISION)
     dangle += _spin_of_turning(dq, wide, Q, BLOCK_N, TURNING)
-    _put_back(
-        dq, cos, sin, dq_ptr + out, dC_bias_ptr + place * (RANKS * N), steps[:, None] * (nheads * N), ok[:, None], N, Q,
-        BLOCK_N, TURNING, HALF, RANKS,
-    )  # fmt: skip
+    _put_back(dq, cos, sin, dq_ptr + out, steps[:, None] * (nheads * N), ok[:, None], N, Q, BLOCK_N, TURNING, HALF)
 
     # Decays and weights.
-    passed = tl.sum(tl.sum(entering.to(ACC) * leaving.to(ACC), 1), 0) * factor
     change = dweight * weight - reads - columns
-    found = passed + tl.sum(reads, 0) + (tl.cumsum(change, 0) - change)
+    found = passed * factor + tl.sum(reads, 0) + (tl.cumsum(change, 0) - change)
     vectors = of_head + (first + at) * nheads
     tl.store(dlog_decay_ptr + vectors, found, mask=ok & (ranks == 0))
     few = of_head + (first + at_few) * nheads
@@ -222,12 +252,8 @@ def _trapezoid_bwd_kernel(
         dweight, direct = _sum_of_ranks(dweight, Q, RANKS), _sum_of_ranks(direct, Q, RANKS)
     tl.store(dweight_ptr + few, dweight, mask=ok_few)
 
-    # Angles: all that comes at or after a row, which of the states is what neither its chunk nor earlier ones wrote.
-    pairs = tl.arange(0, TURNING // 2)
-    turned = tl.sum(_spin_of_turning(leaving.to(ACC), entering.to(ACC), BLOCK_P, BLOCK_N, TURNING), 0) * factor
-    through = tl.sum(dangle, 0) - written - turned
-    if HAS_DPHASE:
-        through += tl.load(dphase_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+    # Angles: what comes at or after a row.
+    through = later + tl.sum(dangle, 0)
     ddelta = through[None, :] - (tl.cumsum(dangle, 0) - dangle)
     if RANKS > 1:
         # The increment is at the first rank.

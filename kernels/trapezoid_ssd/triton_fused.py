@@ -12,7 +12,7 @@ from ..ssd.triton_kernels import _ssd_carry_kernel
 from ..ssd.triton_outputs import choose_parts, strides
 from ..ssd.triton_tiles import Tiles, options, padded, tiles
 from ..triton_utils import INTERPRETED, cdiv
-from .triton_backward import _trapezoid_bwd_kernel
+from .triton_backward import _trapezoid_bwd_kernel, _trapezoid_heads_kernel
 from .triton_inputs import Inputs, angles_of_chunks
 from .triton_turned import _trapezoid_fwd_kernel, _trapezoid_sweep_kernel
 
@@ -22,6 +22,9 @@ def fuses(given: Inputs) -> bool:
     headdim, n = padded(given.x, given.B.shape[3])
     return given.x.element_size() == 2 and headdim <= 64 and n <= 128
 
+
+# Rows over which one program sums gradients of keys and queries.
+_ROWS = 32
 
 # Gradients of keys and queries of a group of rows, per head, and states between chunks take about this many bytes.
 _GROUP_BYTES = 2**29
@@ -146,6 +149,7 @@ def _gradients(
     dy: Tensor,
     dfinal: Tensor | None,
     dphase: Tensor | None,
+    dphi_end: Tensor | None,
     into: _Gradients,
     parts: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,7 +157,7 @@ def _gradients(
     x, B, wide, ranks = given.x, given.B, given.log_decay, given.ranks
     (batch, positions, nheads, headdim), (length, groups, n) = x.shape, B.shape[1:]
     chunks, pairs = cdiv(length, chosen.chunk), given.rate.shape[2]
-    phases = angles_of_chunks(given, chosen.chunk)
+    phases, shared = angles_of_chunks(given, chosen.chunk), _shared(given, half, chosen)
     sweeping = _chosen("sweep", given, chosen.chunk)
     count, part_length = choose_parts(2 * batch * nheads, length, chosen.chunk, x.device, parts)
     entering = _entering(given, half, sweeping, phases, dy, dfinal, count, part_length)
@@ -164,17 +168,20 @@ def _gradients(
     dk, dq = x.new_empty(2, batch, length, nheads, n).unbind(0)
     ddt, dweight = wide.new_empty(2, batch, positions, nheads).unbind(0)
     drate = wide.new_empty(batch, positions, nheads, pairs)
-    dB_bias, dC_bias = wide.new_empty(2, batch * chunks, nheads, ranks, n).unbind(0)
+    blocks = cdiv(length, _ROWS)
+    dB_bias, dC_bias = wide.new_empty(2, batch * blocks, nheads, ranks, n).unbind(0)
     dD = wide.new_empty(batch * chunks, nheads)
     dx_rank = wide.new_empty(0 if given.x_rank is None else batch * chunks, nheads, ranks, headdim)
     _trapezoid_bwd_kernel[(batch * chunks * nheads,)](
-        x, *_inputs_of_kernels(given, phases), given.D, given.x_rank, given.seq_idx, borders, dphase, dy, into.dx,
-        into.dlog_decay, into.dgamma, ddt, dweight, drate, into.dphi, dk, dq, dB_bias, dC_bias, dD, dx_rank,
+        x, *_inputs_of_kernels(given, phases), given.D, given.x_rank, given.seq_idx, borders, dphase, dphi_end, dy,
+        into.dx, into.dlog_decay, into.dgamma, ddt, dweight, drate, into.dphi, dk, dq, dD, dx_rank,
         batch, length, nheads, nheads // groups, *strides(x, B, given.C), HAS_DPHASE=dphase is not None,
-        **_shared(given, half, chosen),
+        HAS_DPHI=dphi_end is not None, **shared,
     )  # fmt: skip
-    for of_head, out in ((dk, into.dB), (dq, into.dC)):
-        torch.sum(of_head.unflatten(2, (groups, -1)), 3, out=out)
+    _trapezoid_heads_kernel[(batch * blocks * groups, 2)](
+        dk, dq, into.dB, into.dC, dB_bias, dC_bias, length, nheads, nheads // groups,
+        N=n, BLOCK_N=block_n, T=_ROWS, RANKS=ranks, ACC=shared["ACC"], **({} if INTERPRETED else {"num_warps": 4}),
+    )  # fmt: skip
     torch.sum(drate, 2, out=into.drate)
     # One position later an input counts once more, with beta, unless another sequence begins.
     added = dweight[:, :-1]
@@ -192,10 +199,14 @@ def fused_gradients(
     dy: Tensor,
     dfinal: Tensor | None,
     dphase: Tensor | None,
+    dphi_end: Tensor | None,
     chunk: int = 0,
     parts: int = 0,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x to x_rank (empty if it is None); `dphase` is that of the last angles, with what they turn."""
+    """Gradients of x to x_rank (empty if it is None); `dphase` is that of the last angles, with what they turn.
+
+    `dphi_end` is without.
+    """
     x, B, wide = given.x, given.B, given.log_decay
     chosen = _chosen("links", given, chunk)
     of_inputs = [one.new_empty(one.shape) for one in given[:7] if one is not None]
@@ -203,9 +214,9 @@ def fused_gradients(
     into = _Gradients._make([*of_inputs, dstate, wide.new_empty(x.shape[0], x.shape[2], given.rate.shape[2])])
     sums: list[tuple[Tensor, ...]] = []
     for rows in _groups(given, chosen.chunk):
-        end, phase = (None if one is None else one[rows] for one in (dfinal, dphase))
+        end, phase, own = (None if one is None else one[rows] for one in (dfinal, dphase, dphi_end))
         cut = _Gradients(*(one[rows] for one in into))
-        sums.append(_gradients(given.cut(rows), half, chosen, dy[rows], end, phase, cut, parts))
+        sums.append(_gradients(given.cut(rows), half, chosen, dy[rows], end, phase, own, cut, parts))
     if len(sums) == 1:
         return *into, *sums[0]
     return *into, *(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))

@@ -283,7 +283,7 @@ def _backward(
     n = B.shape[3]
     if fuses(given):
         with on_device(x):
-            return fused_gradients(given, half, dy, dfinal, dphase, chunk, parts)  # type: ignore[return-value]
+            return fused_gradients(given, half, dy, dfinal, dphase, dphi_end, chunk, parts)  # type: ignore[return-value]
     tiles = _tiles(x, n, chunk)
     dx, dlog_decay = x.new_empty(x.shape), torch.empty_like(given.log_decay)
     dgamma, dbeta = torch.empty_like(given.log_decay), torch.empty_like(given.log_decay)
