@@ -33,8 +33,8 @@ class GraphPrediction(SSMTask):
         model_args: Its options.
         schema: What the graphs are, see `GraphData.schema`; taken from the data module on the command line.
         loss: For values: "mse", "mae" or "huber".
-        class_weighted: Weigh classes by the share of the others in the batch, as the published runs on images do.
-        label_smoothing: Share of each class label that goes to all classes alike while training.
+        class_weighted: For classes: weigh by the share of the others in the batch, as the published runs on images do.
+        label_smoothing: For classes: share of each label that goes to all classes alike while training.
         optimizer: Called with the parameter groups.
         lr_scheduler: Called with the optimiser.
         compile: Compile the model.
@@ -69,6 +69,9 @@ class GraphPrediction(SSMTask):
         self.target = about.pop("target", "classes")
         if self.target not in _TARGETS:
             raise ValueError(f"target must be one of {', '.join(_TARGETS)}, got {self.target!r}.")
+        for name, given in (("class_weighted", class_weighted), ("label_smoothing", label_smoothing)):
+            if given and self.target != "classes":
+                raise ValueError(f"{name} is for targets that are classes; these are {self.target!r}.")
         self.model, self.loss, self.class_weighted = model, loss, class_weighted
         self.label_smoothing = label_smoothing
         self.mean, self.scale = about.pop("mean", None), about.pop("scale", None)

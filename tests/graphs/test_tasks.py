@@ -54,6 +54,14 @@ def test_labels_are_smoothed_while_training():
         task_for("classes", 2, label_smoothing=1.0)
 
 
+@pytest.mark.parametrize("option", [{"class_weighted": True}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("target", ["values", "binary"])
+def test_options_of_classes_are_refused_elsewhere(option, target):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is for targets that are classes; these are '{target}'"):
+        task_for(target, 1, **option)
+
+
 def test_members_learn_each_for_itself():
     """The gradient of a member is that of its own loss, over their number."""
     schema = {"node_vocab": [4], "num_outputs": 1, "target": "values"}
