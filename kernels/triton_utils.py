@@ -37,7 +37,7 @@ def parts_of_length(programs: int, length: int, device: torch.device, shortest: 
     wanted = 4 * multiprocessors(device)
     if programs >= wanted // 2:
         return 1
-    return max(1, min(triton.cdiv(wanted, programs), length // shortest))
+    return max(1, min(cdiv(wanted, programs), length // shortest))
 
 
 _NOTHING = nullcontext()

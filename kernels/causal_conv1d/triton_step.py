@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import on_device, quick
+from ..triton_utils import cdiv, next_power_of_2, on_device, quick
 
 
 @quick
@@ -63,9 +63,9 @@ def conv_step_triton(
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     state_index = None if state_index is None else state_index.contiguous()
     y = x.new_empty(batch, channels)
-    block_c = min(triton.next_power_of_2(channels), 128)
+    block_c = min(next_power_of_2(channels), 128)
     with on_device(x):
-        _conv_step_kernel[(batch, triton.cdiv(channels, block_c))](
+        _conv_step_kernel[(batch, cdiv(channels, block_c))](
             x, weight, bias, state_index, state, y, channels, x.stride(0),
             K=weight.shape[1], HAS_BIAS=bias is not None, INDEXED=state_index is not None, SILU=silu,
             ACC=tl.float64 if double else tl.float32, BLOCK_C=block_c,

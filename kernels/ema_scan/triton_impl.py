@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length, quick
+from ..triton_utils import INTERPRETED, cdiv, last_contiguous, next_power_of_2, on_device, parts_of_length, quick
 
 
 @triton.jit
@@ -347,7 +347,7 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _tile(channels: int, element_size: int, backward: bool) -> dict[str, int]:
     """Rows that are fetched together, and channels: a warp reads 16 bytes a thread."""
-    block_d = min(triton.next_power_of_2(channels), 512 // element_size)
+    block_d = min(next_power_of_2(channels), 512 // element_size)
     if INTERPRETED:
         return {"BLOCK_T": 4, "BLOCK_D": block_d}
     return {"BLOCK_T": 8 if backward else 16, "BLOCK_D": block_d, "num_warps": 1}
@@ -357,10 +357,10 @@ def _grid(x: Tensor, parts: int, backward: bool) -> tuple[tuple[int, int], int, 
     """Grid (rows x channel blocks, parts), positions of a part, and the tile."""
     batch, length, channels = x.shape
     tile = _tile(channels, x.element_size(), backward)
-    programs = triton.cdiv(channels, tile["BLOCK_D"]) * batch
+    programs = cdiv(channels, tile["BLOCK_D"]) * batch
     parts = parts or parts_of_length(programs, length, x.device, 64)
-    part_length = triton.cdiv(length, parts)
-    return (programs, triton.cdiv(length, part_length)), part_length, tile
+    part_length = cdiv(length, parts)
+    return (programs, cdiv(length, part_length)), part_length, tile
 
 
 def _part_ends(

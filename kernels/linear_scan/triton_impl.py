@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
-from ..triton_utils import INTERPRETED, last_contiguous, on_device, parts_of_length, quick
+from ..triton_utils import INTERPRETED, cdiv, last_contiguous, next_power_of_2, on_device, parts_of_length, quick
 
 
 @triton.jit
@@ -424,21 +424,21 @@ def _tile(length: int, channels: int, element_size: int, backward: bool) -> dict
     3 to 15% faster than four warps.
     """
     if INTERPRETED:
-        block_t, block_d = triton.next_power_of_2(min(length, 64)), triton.next_power_of_2(min(channels, 128))
+        block_t, block_d = next_power_of_2(min(length, 64)), next_power_of_2(min(channels, 128))
         return {"BLOCK_T": block_t, "BLOCK_D": block_d, "STAGES": 1}
     block_t = 16 if backward and element_size >= 4 else 32
     block_d = 32 if backward or element_size >= 4 else 16
-    return {"BLOCK_T": block_t, "BLOCK_D": triton.next_power_of_2(min(channels, block_d)), "STAGES": 3, "num_warps": 1}
+    return {"BLOCK_T": block_t, "BLOCK_D": next_power_of_2(min(channels, block_d)), "STAGES": 3, "num_warps": 1}
 
 
 def _grid(b: Tensor, parts: int, backward: bool) -> tuple[tuple[int, int], int, dict[str, int]]:
     """Grid (rows x channel blocks, parts), steps of a part, and the tile."""
     batch, length, channels = b.shape
     tile = _tile(length, channels, b.element_size(), backward)
-    programs = triton.cdiv(channels, tile["BLOCK_D"]) * batch
+    programs = cdiv(channels, tile["BLOCK_D"]) * batch
     parts = parts or parts_of_length(programs, length, b.device, 8 * tile["BLOCK_T"])
-    part_length = triton.cdiv(triton.cdiv(length, parts), tile["BLOCK_T"]) * tile["BLOCK_T"]
-    return (programs, triton.cdiv(length, part_length)), part_length, tile
+    part_length = cdiv(cdiv(length, parts), tile["BLOCK_T"]) * tile["BLOCK_T"]
+    return (programs, cdiv(length, part_length)), part_length, tile
 
 
 def _part_ends(

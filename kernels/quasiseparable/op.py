@@ -11,7 +11,7 @@ from ..checks import call_kind, check_devices, check_floating, check_log_decays,
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import check_seq_idx
-from ..ssd.op import check_groups, ssd_obstacle, state_dtype
+from ..ssd.op import check_groups, in_dtype, ssd_obstacle, state_dtype
 from .chunked import quasiseparable_chunked
 from .reference import Side, quasiseparable_reference
 
@@ -107,8 +107,8 @@ def quasiseparable(
     if x.numel() == 0:
         assert state is not None  # made above
         return torch.zeros_like(x), state.clone()
-    diag = diag.to(dtype)
-    weight_f, weight_b = (None if weight is None else weight.to(dtype) for weight in (weight_f, weight_b))
+    diag = in_dtype(diag, dtype)
+    weight_f, weight_b = (None if weight is None else in_dtype(weight, dtype) for weight in (weight_f, weight_b))
 
     def run(x: Tensor, diag: Tensor, forward: Side, backward: Side, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if chosen == "triton" and not empty:
@@ -123,7 +123,7 @@ def quasiseparable(
             y, final = quasiseparable_chunked(wide, forward, backward, diag, state, shift, seq_idx, chunk_size)
         return y.to(x.dtype), final
 
-    forward, backward = log_decay_f.to(dtype), log_decay_b.to(dtype)
+    forward, backward = in_dtype(log_decay_f, dtype), in_dtype(log_decay_b, dtype)
     if seq_idx is None:
         return run(x, diag, Side(forward, weight_f, B_f, C_f), Side(backward, weight_b, B_b, C_b), state)
 

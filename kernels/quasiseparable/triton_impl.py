@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ssd.op import heads_per_head
+from ..ssd.op import heads_per_head, in_dtype
 from ..ssd.triton_gradients import empty_gradients, run_gradients
 from ..ssd.triton_kernels import (
     DESCENDING,
@@ -201,14 +201,13 @@ def quasiseparable_triton(
         vectors = [None if one is None else one.repeat_interleave(cut, dim=2) for one in vectors]
         state = None if state is None else state.reshape(2, batch, nheads * cut, headdim // cut, -1)
     decay_f, weight_f, decay_b, weight_b, diagonal = vectors
-    maps = [one.to(narrow) for one in (forward.B, forward.C, backward.B, backward.C)]
+    x, B_f, C_f, B_b, C_b = (in_dtype(one, narrow) for one in (x, forward.B, forward.C, backward.B, backward.C))
     y, final = apply(
-        _Quasiseparable, x.to(narrow), decay_f, weight_f, *maps[:2], decay_b, weight_b, *maps[2:], diagonal, state,
-        seq_idx, shift,
-    )  # fmt: skip
+        _Quasiseparable, x, decay_f, weight_f, B_f, C_f, decay_b, weight_b, B_b, C_b, diagonal, state, seq_idx, shift
+    )
     if cut > 1:
         y, final = y.reshape(batch, length, nheads, headdim), final.reshape(2, batch, nheads, headdim, -1)
-    return y.to(dtype), final
+    return in_dtype(y, dtype), final
 
 
 @operator("quasiseparable_triton_fwd")

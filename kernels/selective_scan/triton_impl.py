@@ -18,15 +18,15 @@ buffers that are added in a fixed order: no atomics.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..transforms import FirstDerivative, apply, call, one_by_one, operator
-from ..triton_utils import INTERPRETED, last_contiguous, multiprocessors, on_device
+from ..triton_utils import INTERPRETED, cdiv, last_contiguous, multiprocessors, next_power_of_2, on_device
 from .chunked import _segments
 from .triton_backward import (
     _selective_scan_bwd_kernel,
@@ -282,34 +282,50 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _options(u: Tensor, A: Tensor, B: Tensor, seq_idx: Tensor | None, backward: bool) -> dict[str, Any]:
     """Compile-time sizes: four states a lane; four warps, or two where their programs fill the device forwards."""
-    n, groups = B.shape[3], B.shape[2]
-    padded = triton.next_power_of_2(n)
+    return _cached_options(
+        *u.shape[::2], *B.shape[2:], u.element_size(), A.dtype, u.device, seq_idx is not None, backward
+    )
+
+
+@functools.cache
+def _cached_options(
+    batch: int,
+    channels: int,
+    groups: int,
+    n: int,
+    element_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool,
+    backward: bool,
+) -> dict[str, Any]:
+    padded = next_power_of_2(n)
     k = 1 if INTERPRETED and padded < 16 else min(4, padded)  # the interpreter pays per operation
     sub = padded // k
-    width = u.shape[2] // groups
+    width = channels // groups
     lanes = 512 if INTERPRETED else 128
-    if not (INTERPRETED or backward) and _fills(u.shape[0] * groups * triton.cdiv(width * sub, lanes), u):
+    if not (INTERPRETED or backward) and _fills(batch * groups * cdiv(width * sub, lanes), device):
         lanes = 64
-    block_d = max(1, min(triton.next_power_of_2(width), lanes // sub))
-    narrow = u.element_size() < 4
+    block_d = max(1, min(next_power_of_2(width), lanes // sub))
+    narrow = element_size < 4
     options: dict[str, Any] = {
-        "CHANNELS": u.shape[2],
+        "CHANNELS": channels,
         "GROUPS": groups,
         "N": n,
         "K": k,
         "SUB": sub,
         "BLOCK_D": block_d,
         "TIME": 8 if narrow and not backward else 4,
-        "PACKED": seq_idx is not None,
+        "PACKED": packed,
         "PRECISE": not narrow,
-        "ACC": tl.float64 if A.dtype == torch.float64 else tl.float32,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }
     return options if INTERPRETED else options | {"num_warps": max(1, min(4, block_d * sub // 32))}
 
 
-def _fills(programs: int, u: Tensor) -> bool:
+def _fills(programs: int, device: torch.device) -> bool:
     """Whether so many programs keep a device busy, so that no sequence is cut."""
-    return programs >= 2 * multiprocessors(u.device)
+    return programs >= 2 * multiprocessors(device)
 
 
 def _backward_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -329,8 +345,8 @@ def _grid(u: Tensor, B: Tensor, options: dict[str, Any], parts: int, wanted: int
     """
     batch, length, channels = u.shape
     groups = B.shape[2]
-    programs = batch * groups * triton.cdiv(channels // groups, options["BLOCK_D"])
+    programs = batch * groups * cdiv(channels // groups, options["BLOCK_D"])
     if not parts:
-        parts = 1 if _fills(programs, u) else min(256, max(1, wanted * multiprocessors(u.device) // programs))
-    part_length = triton.cdiv(triton.cdiv(length, parts), _SAVED) * _SAVED
-    return (programs, triton.cdiv(length, part_length)), part_length
+        parts = 1 if _fills(programs, u.device) else min(256, max(1, wanted * multiprocessors(u.device) // programs))
+    part_length = cdiv(cdiv(length, parts), _SAVED) * _SAVED
+    return (programs, cdiv(length, part_length)), part_length

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import on_device, quick
+from ..triton_utils import cdiv, next_power_of_2, on_device, quick
 
 
 @quick
@@ -69,10 +69,10 @@ def selective_step_triton(
     A, D = A.contiguous(), None if D is None else D.contiguous()
     state_index = None if state_index is None else state_index.contiguous()
     y = u.new_empty(batch, channels)
-    block_n = triton.next_power_of_2(states)
-    block_d = min(triton.next_power_of_2(channels), max(1, 1024 // block_n))
+    block_n = next_power_of_2(states)
+    block_d = min(next_power_of_2(channels), max(1, 1024 // block_n))
     with on_device(u):
-        _selective_step_kernel[(batch, triton.cdiv(channels, block_d))](
+        _selective_step_kernel[(batch, cdiv(channels, block_d))](
             u, dt, A, B, C, D, z, state_index, state, y,
             channels, channels // groups, states, u.stride(0), dt.stride(0), 0 if z is None else z.stride(0),
             B.stride(0), C.stride(0), HAS_D=D is not None, HAS_Z=z is not None, INDEXED=state_index is not None,

@@ -102,9 +102,9 @@ def ssd(
     if empty:
         assert state is not None  # made above
         return torch.zeros_like(x), state.clone()
-    log_decay = log_decay.to(dtype)
-    weight = None if weight is None else weight.to(dtype)
-    D = None if D is None else D.to(dtype).expand(batch, length, nheads)
+    log_decay = in_dtype(log_decay, dtype)
+    weight = None if weight is None else in_dtype(weight, dtype)
+    D = None if D is None else in_dtype(D, dtype).expand(batch, length, nheads)
 
     def run(
         x: Tensor,
@@ -192,6 +192,11 @@ def state_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or the widest dtype among the tensors if that is wider."""
     dtype = torch.float32
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; `Tensor.to` takes its time also where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import on_device
-from .op import heads_per_head
+from .op import heads_per_head, in_dtype
 from .triton_gradients import empty_gradients, run_gradients
 from .triton_outputs import Sweep, contiguous, dense_rows, run_outputs
 
@@ -35,7 +35,7 @@ def ssd_triton(
     """See `ssd`; weight and D are (b, l, h), everything but x, B and C has the dtype of the sums."""
     dtype, sums = x.dtype, log_decay.dtype
     narrow = sums if sums == torch.float64 else torch.promote_types(torch.promote_types(dtype, B.dtype), C.dtype)
-    x, B, C = x.to(narrow), B.to(narrow), C.to(narrow)
+    x, B, C = (in_dtype(one, narrow) for one in (x, B, C))
     batch, length, nheads, headdim = x.shape
     cut = heads_per_head(headdim, B.shape[3])
     assert cut is not None  # checked by the op
@@ -48,7 +48,7 @@ def ssd_triton(
     y, final = apply(_Ssd, x, log_decay, B, C, state, weight, D, seq_idx)
     if cut > 1:
         y, final = y.reshape(batch, length, nheads, headdim), final.reshape(batch, nheads, headdim, -1)
-    return y.to(dtype), final
+    return in_dtype(y, dtype), final
 
 
 @operator("ssd_triton_fwd")

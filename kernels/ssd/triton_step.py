@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import operator
-from ..triton_utils import on_device, quick
+from ..triton_utils import cdiv, next_power_of_2, on_device, quick
 
 
 @quick
@@ -65,10 +65,10 @@ def ssd_step_triton(
     log_decay = log_decay.contiguous()
     weight, D, state_index = (None if t is None else t.contiguous() for t in (weight, D, state_index))
     y = x.new_empty(batch, heads, headdim)
-    block_n = triton.next_power_of_2(states)
-    block_p = min(triton.next_power_of_2(headdim), max(1, 2048 // block_n))
+    block_n = next_power_of_2(states)
+    block_p = min(next_power_of_2(headdim), max(1, 2048 // block_n))
     with on_device(x):
-        _ssd_step_kernel[(batch * heads, triton.cdiv(headdim, block_p))](
+        _ssd_step_kernel[(batch * heads, cdiv(headdim, block_p))](
             x, log_decay, B, C, weight, D, state_index, state, y,
             heads, heads // groups, headdim, states, x.stride(0), B.stride(0), C.stride(0),
             0 if D is None or D.dim() == 1 else heads,
@@ -129,7 +129,7 @@ def ssd_rates_triton(raw: Tensor, bias: Tensor, A_log: Tensor, low: float, high:
         _ssd_rates_kernel[(rows,)](
             flat, bias, A_log, dt, log_decay, heads, flat.stride(0),
             LIMITED=low > 0 or high < float("inf"), LOW=low, HIGH=high,
-            BLOCK=triton.next_power_of_2(heads),
+            BLOCK=next_power_of_2(heads),
         )  # fmt: skip
     return dt, log_decay
 
