@@ -168,6 +168,9 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=TESTS, metavar="PATH", help="tests of the sdist to run in each")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder for sdist and wheel")
     options = parser.parse_args()
+    missing = [tool for tool in ("git", "uv") if shutil.which(tool) is None]
+    if missing:
+        parser.error(f"{missing[0]} is not on the PATH; `make release-check` uses that of .venv")
     failed = []
     with tempfile.TemporaryDirectory(prefix="omnissm-build-") as name:
         scratch = Path(name)
