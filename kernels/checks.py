@@ -160,5 +160,30 @@ def readable(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
 
 
+def check_state_index(state_index: Tensor | None, count: int) -> None:
+    """Check which states of a pool rows take: integers, and on a CPU in eager mode that each is there and taken once.
+
+    Args:
+        state_index: The state of each row, (b,); negative for padding.
+        count: States in the pool.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if there is no such state, or two rows take the same.
+    """
+    if state_index is None:
+        return
+    if state_index.is_floating_point() or state_index.is_complex() or state_index.dtype == torch.bool:
+        raise TypeError(f"`state_index` must be a tensor of integers, got {state_index.dtype}.")
+    if not readable(state_index):
+        return
+    taken = [index for index in state_index.tolist() if index >= 0]
+    if taken and max(taken) >= count:
+        raise ValueError(f"`state_index` names state {max(taken)}, the pool has {count}, numbered from 0.")
+    if len(set(taken)) < len(taken):
+        twice = next(index for index in taken if taken.count(index) > 1)
+        raise ValueError(f"`state_index` names state {twice} more than once; a state belongs to one row of a call.")
+
+
 def _written(dims: str) -> str:
     return "(" + ", ".join(dims.replace("?", "|1").split()) + ")"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import check_devices, check_floating, check_shapes, check_state_index
 from ..dispatch import cast_for_autocast, choose
 from ..overwriting import overwriting
 from ..transforms import plain_call
@@ -40,7 +40,8 @@ def conv_step(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes or devices disagree, k is out of range or the activation is unknown.
+        ValueError: if shapes or devices disagree, k is out of range or the activation is unknown; on a CPU in eager
+            mode also if `state_index` names a state that is not there, or one twice.
 
     Sums are float32, or wider for such parameters. Differentiable in all floating tensors. `conv_step_` writes into
     `state`.
@@ -87,7 +88,8 @@ def conv_step_(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes or devices disagree, k is out of range or the activation is unknown.
+        ValueError: if shapes or devices disagree, k is out of range or the activation is unknown; on a CPU in eager
+            mode also if `state_index` names a state that is not there, or one twice.
     """
     _check(x, state, weight, bias, activation, state_index)
     if _fused(x, state, weight, bias):
@@ -118,6 +120,7 @@ def _check(
         state_index=(state_index, "b"),
     )
     check_devices(x=x, state=state, weight=weight, bias=bias, state_index=state_index)
+    check_state_index(state_index, state.shape[0])
     k = sizes["k"]
     if not 1 <= k <= 8:
         raise ValueError(f"`weight` has k={k}, expected 1 to 8.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import check_devices, check_floating, check_shapes, check_state_index
 from ..dispatch import cast_for_autocast, choose
 from ..overwriting import overwriting
 from ..transforms import plain_call
@@ -49,7 +49,8 @@ def selective_step(
 
     Raises:
         TypeError: if an argument is no floating tensor, or B, C or the state is complex otherwise than `A`.
-        ValueError: if shapes or devices disagree, or d is no multiple of g.
+        ValueError: if shapes or devices disagree, or d is no multiple of g; on a CPU in eager mode also if
+            `state_index` names a state that is not there, or one twice.
 
     Several positions at once are `selective_scan` with `initial_state`. Differentiable in all tensors.
     `selective_step_` writes into `state`.
@@ -97,7 +98,8 @@ def selective_step_(
 
     Raises:
         TypeError: if an argument is no floating tensor, or B, C or the state is complex otherwise than `A`.
-        ValueError: if shapes or devices disagree, or d is no multiple of g.
+        ValueError: if shapes or devices disagree, or d is no multiple of g; on a CPU in eager mode also if
+            `state_index` names a state that is not there, or one twice.
 
     No gradients. Nothing waits for the device and no shape depends on data.
     Source: Gu & Dao (2023), section 3.3.
@@ -167,6 +169,7 @@ def _check(
         state_index=(state_index, "b"),
     )
     check_devices(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, state=state, state_index=state_index)
+    check_state_index(state_index, state.shape[0])
     for name, tensor in (("B", B), ("C", C)):
         if tensor.is_complex() and not A.is_complex():
             raise TypeError(f"`{name}` is complex and `A` is not; make `A` complex too, e.g. A.to(torch.complex64).")

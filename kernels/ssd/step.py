@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import check_devices, check_floating, check_shapes, check_state_index
 from ..dispatch import cast_for_autocast, choose
 from ..overwriting import overwriting
 from ..transforms import plain_call
@@ -41,7 +41,8 @@ def ssd_step(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes or devices disagree or g does not divide h.
+        ValueError: if shapes or devices disagree or g does not divide h; on a CPU in eager mode also if `state_index`
+            names a state that is not there, or one twice.
 
     Sums are float32, or wider if an input is. Differentiable in all floating tensors. `ssd_step_` writes into `state`.
     Source: Dao & Gu (2024), "Transformers are SSMs".
@@ -94,7 +95,8 @@ def ssd_step_(
 
     Raises:
         TypeError: if an argument is no floating tensor.
-        ValueError: if shapes or devices disagree or g does not divide h.
+        ValueError: if shapes or devices disagree or g does not divide h; on a CPU in eager mode also if `state_index`
+            names a state that is not there, or one twice.
     """
     arguments = (x, log_decay, B, C, state, weight, D, state_index)
     _check(*arguments)
@@ -138,6 +140,7 @@ def _check(
         state_index=(state_index, "b"),
     )
     check_devices(x=x, log_decay=log_decay, B=B, C=C, state=state, weight=weight, D=D, state_index=state_index)
+    check_state_index(state_index, state.shape[0])
     check_groups(sizes["h"], sizes["g"])
 
 

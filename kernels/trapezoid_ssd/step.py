@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import check_devices, check_floating, check_shapes, check_state_index
 from ..dispatch import cast_for_autocast, choose
 from ..overwriting import overwriting
 from ..ssd.op import state_dtype
@@ -57,7 +57,7 @@ def trapezoid_step(
     Raises:
         TypeError: if an argument is no floating tensor, or `state` no TrapezoidState.
         ValueError: if shapes or devices disagree, g does not divide h, there are more angles than pairs, or `rotation`
-            is unknown.
+            is unknown; on a CPU in eager mode also if `state_index` names a state that is not there, or one twice.
 
     Sums are float32, or wider if an input is. Differentiable in all floating tensors. `trapezoid_step_` writes into
     `state`.
@@ -132,7 +132,7 @@ def trapezoid_step_(
     Raises:
         TypeError: if an argument is no floating tensor, or `state` no TrapezoidState.
         ValueError: if shapes or devices disagree, g does not divide h, there are more angles than pairs, or `rotation`
-            is unknown.
+            is unknown; on a CPU in eager mode also if `state_index` names a state that is not there, or one twice.
     """
     arguments = (x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, x_rank, rotation, state_index)
     sizes = _check(*arguments)
@@ -195,6 +195,7 @@ def _check(
         **{name: (part, rows + dims[1:]) for (name, part), dims in zip(given.items(), STATE_SHAPES, strict=True)},
     )
     check_devices(**floating, state_index=state_index)
+    check_state_index(state_index, state.phi.shape[0])
     check_rotation(rotation, sizes)
     return sizes
 

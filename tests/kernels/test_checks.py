@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from omnissm.kernels import causal_conv1d
+from omnissm.kernels import (
+    TrapezoidState,
+    causal_conv1d,
+    conv_step,
+    conv_step_,
+    selective_step,
+    selective_step_,
+    ssd_step,
+    ssd_step_,
+    trapezoid_step,
+    trapezoid_step_,
+    use_backend,
+)
 from omnissm.kernels.checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 
 
@@ -94,3 +106,47 @@ def test_an_op_checks_other_calls_after_a_right_one():
         causal_conv1d(x.int(), weight)
     with pytest.raises(ValueError, match="activation"):
         causal_conv1d(x, weight, activation="relu")
+
+
+def _steps(device):
+    """Calls of every step with two rows and a pool of three states, by name."""
+    like = {"device": device}
+    trapezoid = TrapezoidState(*(torch.zeros(3, *shape, **like) for shape in ((1, 1), (1, 2, 4), (1, 1, 4), (1, 2))))
+    row, x, maps = torch.zeros(2, 1, **like), torch.zeros(2, 1, 2, **like), torch.zeros(2, 1, 4, **like)
+    ranked = maps[:, None]
+    return {
+        "conv_step": (conv_step, conv_step_, (row, torch.zeros(3, 1, 2, **like), torch.zeros(1, 3, **like))),
+        "ssd_step": (ssd_step, ssd_step_, (x, row, maps, maps, torch.zeros(3, 1, 2, 4, **like))),
+        "selective_step": (
+            selective_step,
+            selective_step_,
+            (row, row, -torch.ones(1, 4, **like), maps[:, 0], maps[:, 0], torch.zeros(3, 1, 4, **like)),
+        ),
+        "trapezoid_step": (
+            trapezoid_step,
+            trapezoid_step_,
+            (x, row, row, row, torch.zeros(2, 1, **like), ranked, ranked, trapezoid),
+        ),
+    }
+
+
+@pytest.mark.parametrize("op", ["conv_step", "ssd_step", "selective_step", "trapezoid_step"])
+def test_states_of_a_pool_that_no_row_can_take(op, backend, device):
+    *steps, arguments = _steps(device)[op]
+    with use_backend(backend), torch.no_grad():
+        _refuse_states(steps, arguments, device)
+
+
+def _refuse_states(steps, arguments, device):
+    for step in steps:
+        step(*arguments, state_index=torch.tensor([2, -1], device=device))
+        for wrong in ([0.0, 1.0], [True, False]):
+            with pytest.raises(TypeError, match="`state_index` must be a tensor of integers, got torch"):
+                step(*arguments, state_index=torch.tensor(wrong, device=device))
+        if device.type != "cpu":
+            continue  # looking at them would wait for the device
+        with pytest.raises(ValueError, match="`state_index` names state 3, the pool has 3, numbered from 0"):
+            step(*arguments, state_index=torch.tensor([0, 3]))
+        with pytest.raises(ValueError, match="`state_index` names state 1 more than once"):
+            step(*arguments, state_index=torch.tensor([1, 1]))
+        step(*arguments, state_index=torch.tensor([-1, -1]))
