@@ -220,7 +220,7 @@ def run_function(target: str, words: Sequence[str], prog: str) -> int:
     parser = ArgumentParser(
         prog=prog,
         description=text.split("\n\n")[0].replace("\n", " "),
-        epilog=f"example:\n{example}" if example else None,
+        epilog=f"example:\n{_of_domain(example, prog)}" if example else None,
         formatter_class=_formatter(),
         exit_on_error=False,
     )
@@ -238,6 +238,11 @@ def run_function(target: str, words: Sequence[str], prog: str) -> int:
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
+def _of_domain(example: str, prog: str) -> str:
+    """The example of a verb that several domains share, as a command of this one."""
+    return re.sub(rf"\bomnissm \w+ {re.escape(prog.split()[-1])}\b", prog, example)
+
+
 def _check_outputs(out: Any) -> None:
     """Refuse outputs that cannot be written before the work, not after it."""
     from .ssmcore.training.checkpoints import check_writable
@@ -252,13 +257,23 @@ def _check_outputs(out: Any) -> None:
 
 
 def _formatter() -> type:
-    """Help format that shows defaults and leaves the example's lines as they are."""
+    """Help format that shows defaults and plain types, and leaves the example's lines as they are."""
     from jsonargparse import DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _expand_help(self, action: argparse.Action) -> str:
+            return re.sub(r"type: (.+?)(, default: |\)$)", _plain_type, super()._expand_help(action))
 
     return Formatter
+
+
+def _plain_type(found: re.Match[str]) -> str:
+    """A type without Python's words; choices are listed before the help, and what may be left out has a default."""
+    kind = re.sub(r"<class '(\w+)'>", r"\1", found[1])
+    kind = re.sub(r"^(?:Optional|Union)\[(.+)\]$", r"\1", kind).replace(", null", "").replace(" | null", "")
+    if kind.startswith("Literal["):
+        return found[2].removeprefix(", ")
+    return f"type: {re.sub(r', (?![^[]*[]])', ' | ', kind)}{found[2]}"
 
 
 def close_option(message: str, options: Sequence[str]) -> str:

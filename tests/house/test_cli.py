@@ -6,6 +6,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -124,6 +125,33 @@ def test_help_of_a_verb_shows_defaults_and_the_example(verb, capsys):
     assert "How much each" in shown
     assert "default: 1.5" in shown
     assert "example:\n  omnissm timeseries probe --count 3 \\\n    --scale 2" in shown
+
+
+def choose(
+    path: Path, names: str | list[str] | None = None, kind: Literal["a", "b"] = "a", part: int | None = 1
+) -> None:
+    """Choose.
+
+    Args:
+        path: A file.
+        names: Some names.
+        kind: A kind.
+        part: A part.
+
+    Example:
+      omnissm graphs probe --path x
+    """
+
+
+def test_help_of_a_verb_says_types_plainly_and_speaks_of_its_domain(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert verb(choose)("--help") == 0
+    shown = capsys.readouterr().out
+    assert "A file. (required, type: Path)" in shown
+    assert "Some names. (type: str | list[str], default: null)" in shown
+    assert re.search(r"--kind \{a,b\}\s+A kind. \(default: a\)", shown)
+    assert "A part. (type: int, default: 1)" in shown
+    assert shown.endswith("example:\n  omnissm timeseries probe --path x\n")
 
 
 @pytest.mark.parametrize(
