@@ -123,10 +123,10 @@ def sibling_pe(edge_index: Tensor, num_nodes: int, steps: int) -> Tensor:
         steps: Columns, an even number; farther places are in the last column of each half.
 
     Raises:
-        ValueError: if `steps` is odd.
+        ValueError: if `steps` is not positive and even.
     """
-    if steps % 2:
-        raise ValueError(f"the columns for places among siblings must be an even number, got {steps}.")
+    if steps < 1 or steps % 2:
+        raise ValueError(f"the columns for places among siblings must be a positive, even number, got {steps}.")
     source, target = edge_index
     parent = torch.full((num_nodes,), -1, dtype=torch.int64).scatter_reduce(0, target, source, "amax")
     line = torch.argsort(parent, stable=True)

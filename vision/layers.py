@@ -146,7 +146,7 @@ class PatchEmbed(nn.Module):
         dtype: Their dtype.
 
     Raises:
-        ValueError: if the image is smaller than a patch.
+        ValueError: if a patch or their distance is no pixel wide, or the image is smaller than a patch.
     """
 
     def __init__(
@@ -163,6 +163,8 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if patch_size < 1 or (stride is not None and stride < 1):
+            raise ValueError(f"patches and their distance take at least one pixel, got {patch_size} and {stride}.")
         if min(height, width) < patch_size:
             raise ValueError(f"img_size {height} x {width} is smaller than one patch of {patch_size} x {patch_size}.")
         self.img_size = (height, width)

@@ -104,8 +104,9 @@ def test_places_among_siblings():
     assert sibling_pe(edges[:, :0], 0, 4).shape == (0, 4)
     graph = Graph(torch.zeros(6, 1), edges)
     assert torch.equal(prepare(graph, depth_steps=3, sibling_steps=4).pe[:, 3:], expected)
-    with pytest.raises(ValueError, match="must be an even number, got 3"):
-        sibling_pe(edges, 6, 3)
+    for wrong in (3, 0, -2):
+        with pytest.raises(ValueError, match=f"must be a positive, even number, got {wrong}"):
+            sibling_pe(edges, 6, wrong)
 
 
 def test_prepared_in_order():

@@ -353,3 +353,20 @@ def test_real_sets(shared_data):
     assert sum(len(r.boxes) for r in boxes.part("val").records) == 548
     masks = MaskFolder(shared_data / "vision" / "wbc_seg", ["a", "b", "c"], image_size=64, in_memory=False)
     assert [len(masks.part(name)) for name in ("train", "val")] == [160, 40]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"colour": "much"}, r"colour is a strength in \[0, 1\], got 'much'"),
+        ({"colour": 1.5}, "got 1.5"),
+        ({"zoom": ["a", "b"]}, r"zoom is a pair \[smallest, largest\] of positive numbers"),
+        ({"zoom": [2, 1]}, "zoom is a pair"),
+        ({"upside_down": "no"}, "upside_down is true or false, got 'no'"),
+        ({"color": 0.1}, "no option 'color'"),
+    ],
+    ids=str,
+)
+def test_augmentations_that_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        train_view((8, 8), "cells", options)

@@ -275,6 +275,8 @@ def test_fixed_sizes(name):
     assert small(name, img_size=(48, 64))(images(1, 48, 64)).shape == (1, 1000)
     with pytest.raises(ValueError, match="smaller than one patch"):
         small(name, img_size=4)
+    with pytest.raises(ValueError, match="patches and their distance take at least one pixel, got 0"):
+        small(name, patch_size=0)
     dynamic, fixed = small(name, dynamic_img_size=True), small(name)
     torch.testing.assert_close(dynamic(images(1)), fixed(images(1)))
 

@@ -137,18 +137,22 @@ def train_view(
     if unknown:
         raise ValueError(f"augmentation has no option {unknown[0]!r}; it has {', '.join(plan)}.")
     plan = {**plan, **PLANS[augment], **(options or {})}
-    zoom = plan["zoom"]
-    if zoom is not None and not (isinstance(zoom, (list, tuple)) and len(zoom) == 2 and 0 < zoom[0] <= zoom[1]):
+    zoom, strength = plan["zoom"], plan["colour"]
+    pair = isinstance(zoom, (list, tuple)) and len(zoom) == 2 and all(isinstance(one, (int, float)) for one in zoom)
+    if zoom is not None and not (pair and 0 < zoom[0] <= zoom[1]):
         raise ValueError(f"zoom is a pair [smallest, largest] of positive numbers, got {zoom}.")
-    if not 0 <= plan["colour"] <= 1:
-        raise ValueError(f"colour is a strength in [0, 1], got {plan['colour']}.")
+    if not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+        raise ValueError(f"colour is a strength in [0, 1], got {strength!r}.")
+    for name in ("sideways", "upside_down"):
+        if not isinstance(plan[name], bool):
+            raise ValueError(f"{name} is true or false, got {plan[name]!r}.")
     steps: list[nn.Module] = []
     if plan["sideways"]:
         steps.append(v2.RandomHorizontalFlip())
     if plan["upside_down"]:
         steps.append(v2.RandomVerticalFlip())
     steps.append(View(size, tuple(zoom) if zoom else None, mask_fill))
-    if strength := plan["colour"]:
+    if strength:
         steps.append(Colours(strength))
     return v2.Compose(steps)
 
