@@ -47,8 +47,9 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> nn.Modu
         raise ValueError(f"Unknown vision model {name!r}.{hint} list_models() shows all {len(ours)}.")
     base = name.partition(".")[0]
     if timm.is_model(base) and _ours(base):
-        built = inspect.get_annotations(timm.model_entrypoint(base), eval_str=True)["return"]
-        check_kinds(name, [kind for kind in built.__mro__ if kind.__module__.startswith(_PACKAGE)], options)
+        built = inspect.get_annotations(timm.model_entrypoint(base), eval_str=True).get("return")
+        if isinstance(built, type):
+            check_kinds(name, [kind for kind in built.__mro__ if kind.__module__.startswith(_PACKAGE)], options)
     with options_of(f"model {name!r}"):
         return timm.create_model(name, pretrained=pretrained, **options)
 
