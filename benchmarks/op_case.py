@@ -132,7 +132,8 @@ class Case:
             else:
                 found[name] = functools.partial(spec.op, backend=name)
         if stage == 1:
-            found.update(PEERS.get(spec.name, {}))
+            if True not in size.values():  # peers have no such options
+                found.update(PEERS.get(spec.name, {}))
             if size.get("l", 0) <= LONGEST_ATTENTION:
                 found.update(FOR_SCALE.get(spec.name, {}))
         return found
