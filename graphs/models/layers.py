@@ -165,6 +165,7 @@ class SSMLayer(nn.Module):
         d_model: Width.
         local: Message passing before the mixer: "none", "gcn", "gine" or "gated_gcn", which updates the edges that the
             mixer's steps read.
+        local_layers: Steps of message passing before the mixer.
         along: What states follow: "edges": the graph's, by `GraphSSM`; "order": the nodes of a graph in the order of
             their numbers, both ways, by Hydra; "both": the order after the edges. Of a tree whose nodes are numbered
             depth first the order is its text, which the edges do not tell. Numbers matter then: renumbered nodes give
@@ -186,6 +187,7 @@ class SSMLayer(nn.Module):
         d_model: int,
         *,
         local: Local = "none",
+        local_layers: int = 1,
         along: Along = "edges",
         has_edges: bool = False,
         mlp: int = 2,
@@ -196,7 +198,11 @@ class SSMLayer(nn.Module):
         for name, value, choices in (("local", local, Local), ("along", along, Along)):
             if value not in get_args(choices):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
-        self.local = None if local == "none" else MessageLayer(d_model, kind=local, dropout=dropout)
+        if local_layers < 1:
+            raise ValueError(f"local_layers must be positive, got {local_layers}; local='none' is for none.")
+        steps = 0 if local == "none" else local_layers
+        self.local = MessageLayer(d_model, kind=local, dropout=dropout) if steps else None
+        self.further = nn.ModuleList(MessageLayer(d_model, kind=local, dropout=dropout) for _ in range(1, steps))
         self.uses_topology = along != "order"
         in_steps = self.uses_topology and (has_edges or local == "gated_gcn")
         self.uses_edges = in_steps or local in ("gine", "gated_gcn")
@@ -216,13 +222,16 @@ class SSMLayer(nn.Module):
 
     def as_last(self) -> None:
         """Prepare to be the last layer, whose edges no other reads: they are updated for its own mixer only."""
-        if self.mixer is None and self.local is not None and isinstance(self.local.conv, GatedGCN):
-            self.local.conv.edge_norm = None
+        last = self.further[-1] if self.further else self.local
+        if self.mixer is None and isinstance(last, MessageLayer) and isinstance(last.conv, GatedGCN):
+            last.conv.edge_norm = None
 
     def forward(self, x: Tensor, edges: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """New nodes (v, d) and edges (m, d)."""
         if self.local is not None:
             x, edges = self.local(x, edges, view)
+        for layer in self.further:
+            x, edges = layer(x, edges, view)
         if self.mixer is not None and self.norm is not None:
             assert view.topology is not None
             edge_attr = None if self.mixer.d_edge is None else edges[: view.num_edges]

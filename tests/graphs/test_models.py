@@ -99,6 +99,24 @@ def test_readouts_lie_side_by_side():
             create_model("gcn", **options("gcn", readout=wrong))
 
 
+@pytest.mark.parametrize("local", ["gcn", "gine", "gated_gcn"])
+def test_steps_of_message_passing_before_a_mixer(local):
+    """Without mixing along edges, k steps see k edges far, in both directions."""
+    path = torch.stack([torch.arange(7), torch.arange(1, 8)])
+    bare = Graph(torch.zeros(8, 2, dtype=torch.int64), path)
+    other = replace(bare, x=bare.x.index_fill(0, torch.tensor([0]), 1))
+    for steps in (1, 3):
+        more = {"local": local, "n_layer": 1, "local_layers": steps, "edge_vocab": None}
+        net = create_model("order_gine_tiny", **options("order_gine_tiny", **more)).double().eval()
+        for parameter in net.layers[0].order_mixer.out_proj.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert (net.features(bare) != net.features(other)).any(1).tolist() == [v <= steps for v in range(8)]
+        net.train()(bare).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+    with pytest.raises(ValueError, match="local_layers must be positive, got 0; local='none' is for none"):
+        create_model("dag_gine_tiny", **options("dag_gine_tiny", local_layers=0))
+
+
 def test_hidden_nodes_keep_their_positions():
     net = create_model("mlp", **options("mlp", pe=3, node_dropout=0.5))
     one = replace(graph(400, 0), pe=torch.randn(400, 3))
