@@ -13,8 +13,8 @@ from .triton_kernels import ADJOINT, DESCENDING, SHIFT
 from .triton_outputs import Sweep, run_sweeps, strides
 from .triton_tiles import GradientTiles, Tiles, gradient_alternatives, gradient_tiles, options, padded
 
-# States and gradients of states between the kernels take about this many bytes; rows are taken in groups that do.
-_BORDER_BYTES = 2**28
+# States and gradients of states between the kernels are about so many numbers; rows are taken in groups that have them.
+_BORDER_NUMBERS = 2**27
 
 
 class Gradients(NamedTuple):
@@ -77,8 +77,7 @@ def run_gradients(
     batch, length, nheads, headdim = x.shape
 
     def run(chosen: GradientTiles) -> None:
-        state_bytes = 2 * nheads * cdiv(length, chosen.links.chunk) * headdim * n * x.element_size()
-        group = max(1, _BORDER_BYTES // state_bytes)
+        group = max(1, _BORDER_NUMBERS // (2 * nheads * cdiv(length, chosen.links.chunk) * headdim * n))
         if group >= batch:
             run_gradients_at_once(sweep, C, D, seq_idx, dy, dfinal, into, chosen, add, parts, blocks)
             return

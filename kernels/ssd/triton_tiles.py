@@ -32,7 +32,9 @@ def narrow(headdim: int, state: int) -> bool:
 
 @functools.cache
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
-    """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "maps") for padded p and n.
+    """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "short links", "maps").
+
+    For padded p and n; "short links" are those of shorter chunks than the table has.
 
     Registers and shared memory are what limits them; float32 operands take twice the space, in two parts.
     """
@@ -47,9 +49,12 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
         return Tiles(16 if exact else 32, 8, 1)
     wide = headdim * state > 64 * 64
     if exact:
-        of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": Tiles(32 if wide else 64, 8, 1)}
+        of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": Tiles(64, 8, 1)}
+        if wide:
+            of_kernel |= {"fwd": Tiles(16, 4, 2), "links": Tiles(64, 4, 1)}
         return of_kernel.get(kernel, Tiles(64, 8, 1))
-    return ({"links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 3)} if wide else {}).get(kernel, Tiles(64, 4, 2))
+    of_kernel = {"links": Tiles(64, 4, 1), "short links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 3)} if wide else {}
+    return of_kernel.get(kernel, Tiles(64, 4, 2))
 
 
 def _choices(headdim: int, state: int) -> tuple[int, int]:
@@ -84,7 +89,8 @@ def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:
 
 @functools.cache
 def _gradient_tiles(headdim: int, state: int, dtype: torch.dtype, chunk: int) -> GradientTiles:
-    links, maps, sweep = (tiles(kernel, headdim, state, dtype) for kernel in ("links", "maps", "sweep"))
+    names = "short links" if chunk else "links", "maps", "sweep"
+    links, maps, sweep = (tiles(kernel, headdim, state, dtype) for kernel in names)
     chunk = chunk or links.chunk
     of_sweep = min(sweep.chunk, chunk)
     return GradientTiles(

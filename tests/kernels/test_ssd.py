@@ -340,7 +340,7 @@ def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, m
 
     expected = run(0, 1, 1)
     found = [run(16, 2, 2), run(32, 1, 1)]
-    monkeypatch.setattr(triton_gradients, "_BORDER_BYTES", 1)
+    monkeypatch.setattr(triton_gradients, "_BORDER_NUMBERS", 1)
     found.append(run(32, 2, 1))
     for other in found:
         for value, one in zip(other, expected, strict=True):
