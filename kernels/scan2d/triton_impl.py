@@ -56,7 +56,8 @@ def tile_of(x: Tensor, n: int, rule: int) -> Tile:
     lanes = max(32, sub)  # one warp
     bd = min(lanes // sub, triton.next_power_of_2(channels))
     processors = 1 if INTERPRETED else multiprocessors(x.device)
-    while bd > 2 and batch * triton.cdiv(channels, bd) < processors:  # the fewer channels, the more partial sums
+    # The fewer channels, the more partial sums: not for the last quarter of the multiprocessors.
+    while bd > 2 and 4 * batch * triton.cdiv(channels, bd) < 3 * processors:
         bd //= 2
     warps = batch * triton.cdiv(channels, bd)
     s = lanes // (sub * bd)
@@ -65,7 +66,8 @@ def tile_of(x: Tensor, n: int, rule: int) -> Tile:
     s = min(s, triton.next_power_of_2(triton.cdiv(columns, _COLUMNS)))
     panels = triton.cdiv(columns, s * _COLUMNS)
     tj = triton.cdiv(columns, s * panels)
-    r = triton.cdiv(rows, triton.cdiv(rows, 8 if s * sub * bd <= lanes else 4))
+    # Coupled states are two for each cell, so that rows kept for the gradient take as long to write as to walk again.
+    r = triton.cdiv(rows, triton.cdiv(rows, 8 if s * sub * bd <= lanes or rule == COUPLED else 4))
     return Tile(k, sub, bd, s, tj, r, panels)
 
 
