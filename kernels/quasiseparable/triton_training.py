@@ -187,7 +187,7 @@ def _through_steps(
     with on_device(dd):
         _steps_bwd_kernel[(programs,)](
             *raw, own.dt_bias, own.A_log, *gradients, *into, dd, partial, size.rows, size.nheads, raw[0].stride(0),
-            dd.shape[1], BLOCK_R=block_r, BLOCK_H=max(8, next_power_of_2(size.nheads)),
+            dd.shape[1], BLOCK_R=block_r, BLOCK_H=next_power_of_2(dd.shape[1]),
         )  # fmt: skip
     return partial.sum(0)
 
