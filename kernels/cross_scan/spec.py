@@ -46,7 +46,7 @@ SPEC = OpSpec(
         {"b": 1, "i": 3, "j": 1, "d": 2, "n": 1, "skip": False},
     ),
     bench_sizes=(
-        BenchSize({"b": 64, "i": 56, "j": 56, "d": 192, "n": 1}, torch.bfloat16, (0.7, 2.6), (0.3, 1.2)),
+        BenchSize({"b": 64, "i": 56, "j": 56, "d": 192, "n": 1}, torch.bfloat16, (0.7, 2.6), (0.3, 1.2), 621),
         BenchSize({"b": 64, "i": 14, "j": 14, "d": 768, "n": 16}, torch.bfloat16, (0.7, 3.0), (0.35, 1.5)),
         BenchSize({"b": 64, "i": 56, "j": 56, "d": 192, "n": 16}, torch.bfloat16, (2.8, 12.0), (1.4, 6.0)),
     ),

@@ -116,7 +116,7 @@ GRID_SPEC = OpSpec(
         {"b": 1, "i": 9, "j": 1, "d": 3, "n": 5, "flip": ("i", "j")},
     ),
     bench_sizes=(
-        BenchSize({"b": 64, "i": 14, "j": 14, "d": 384, "n": 16}, torch.bfloat16, (0.30, 1.2), (0.12, 0.45)),
+        BenchSize({"b": 64, "i": 14, "j": 14, "d": 384, "n": 16}, torch.bfloat16, (0.30, 1.2), (0.12, 0.45), 247),
         BenchSize({"b": 16, "i": 56, "j": 56, "d": 96, "n": 16}, torch.bfloat16, (0.35, 1.3), (0.15, 0.55)),
         BenchSize({"b": 64, "i": 14, "j": 14, "d": 384, "n": 16, "rule": "separable"}, torch.bfloat16),
     ),

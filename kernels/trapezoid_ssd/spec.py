@@ -97,11 +97,11 @@ SPEC = OpSpec(
         {"b": 1, "l": 130, "h": 2, "p": 48, "n": 36, "regime": "strong", "packed": True, "state": False},
     ),
     bench_sizes=(
-        BenchSize(_LANG, torch.bfloat16, (0.7, 2.8)),
-        BenchSize(_IMAGE, torch.bfloat16, (0.35, 1.5)),
-        BenchSize(_GENOME, torch.bfloat16, (1.4, 5.5)),
-        BenchSize(_GENOME | {"l": 1048576, "h": 8}, torch.bfloat16, (7.0, 28.0)),
-        BenchSize(_LANG | {"r": 4, "rotation": "half", "x_rank": True}, torch.bfloat16, (1.6, 6.0)),
+        BenchSize(_LANG, torch.bfloat16, (0.7, 2.8), (0.45, 1.8), 794),
+        BenchSize(_IMAGE, torch.bfloat16, (0.35, 1.5), (0.2, 0.9)),
+        BenchSize(_GENOME, torch.bfloat16, (1.4, 5.5), (0.8, 3.5)),
+        BenchSize(_GENOME | {"l": 1048576, "h": 8}, torch.bfloat16, (7.0, 28.0), (4.0, 16.0)),
+        BenchSize(_LANG | {"r": 4, "rotation": "half", "x_rank": True}, torch.bfloat16, (1.6, 6.0), (0.9, 3.5)),
     ),
     cpu_bench_sizes=(BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),),
     # In the smallest size dv is one number, a sum of 16 rounded terms that nearly cancel. What key and query of one
