@@ -20,10 +20,13 @@ def tables(monkeypatch):
     """The module of the tables, as on a GPU."""
     from omnissm.kernels.ssd import triton_tiles
 
+    cached = [value for value in vars(triton_tiles).values() if hasattr(value, "cache_clear")]
     monkeypatch.setattr(triton_tiles, "INTERPRETED", False)
-    triton_tiles.tiles.cache_clear()
+    for function in cached:
+        function.cache_clear()
     yield triton_tiles
-    triton_tiles.tiles.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
