@@ -118,7 +118,8 @@ class SeriesClassification(SSMTask):
 
     def _add(self, part: str, batch: SeriesBatch) -> None:
         logits = self(batch)
-        self.log(f"{part}/loss", self.loss(logits, batch.label), batch_size=len(batch.x), prog_bar=part == "val")
+        loss = self.loss(logits, batch.label)
+        self.log(f"{part}/loss", loss, batch_size=len(batch.x), prog_bar=part == "val", sync_dist=True)
         metrics = self.metrics[part]
         metrics.update(probabilities(logits, self.multilabel), batch.label.long())  # type: ignore[operator]
         self.log_dict(metrics, on_step=False, on_epoch=True)  # type: ignore[arg-type]

@@ -1,6 +1,10 @@
 """Classification: batches of unequal series, models that ignore padding, a task that learns, the verb."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +158,24 @@ def test_no_epoch_is_chosen_by_the_test_series(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["timeseries", "validate", "--run", "waves"]) == 2
     assert "there is no part 'val'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_metrics_of_one(tmp_path, monkeypatch):
+    """The loss too, which chooses epochs and stops early."""
+    monkeypatch.chdir(tmp_path)
+    quiet = ["--trainer.enable_progress_bar", "false"]
+    words = ["timeseries", "fit", "-c", "timeseries/sequence_classifier_waves", "--run", "waves", *quiet]
+    assert main([*words, "--trainer.max_epochs", "1"]) == 0
+
+    def validated(*more):
+        command = [sys.executable, "-m", "omnissm", "timeseries", "validate", "--run", "waves", *quiet, *more]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=110)
+        return json.loads((tmp_path / "runs" / "waves" / "metrics.json").read_text())["metrics"]
+
+    one = validated()
+    two = validated("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_empty_synthetic_sets_are_refused():
