@@ -104,6 +104,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=".*exists and is not empty. Previous log files")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+    # metrics of parts are those of all processes already
+    warnings.filterwarnings("ignore", message=r"It is recommended to use .self\.log\('(val|test)/")
     warnings.filterwarnings("ignore", message=".*could not find the monitored key")  # without validation: said by `fit`
     warnings.filterwarnings("ignore", message=".*checkpoint that ended before the epoch ended")
     if not logging.getLogger().isEnabledFor(logging.DEBUG):

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 
 from omnissm.__main__ import main
 from omnissm.ssmcore.training import read_metrics, read_model_folder
-from omnissm.ssmcore.training.cli import run_cli
+from omnissm.ssmcore.training.cli import quiet, run_cli
 
 HERE = Path(__file__).parent
 CONFIG = {
@@ -385,3 +386,14 @@ def test_full_disk_is_one_line_and_leaves_no_halves(capsys, monkeypatch):
     assert code == 2
     assert capsys.readouterr().err.strip() == "omnissm: error: File too large: 'runs/line/checkpoints/.first.ckpt'"
     assert not Path("runs/line").exists()
+
+
+def test_metrics_of_all_processes_need_no_advice():
+    """Tasks add up over processes before they log a part's metrics; the loss of training is that of the first."""
+    advice = "It is recommended to use `self.log('{}', ..., sync_dist=True)` when logging on epoch level"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quiet()
+        for name in ("val/accuracy", "test/map", "train/loss"):
+            warnings.warn(advice.format(name), UserWarning, stacklevel=1)
+    assert [str(one.message) for one in seen] == [advice.format("train/loss")]
