@@ -90,6 +90,7 @@ def _ssd_bwd_links_kernel(
     D_stride_t,
     MODE: tl.constexpr,
     ADD: tl.constexpr,
+    APART: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_D: tl.constexpr,
     P: tl.constexpr,
@@ -108,7 +109,8 @@ def _ssd_bwd_links_kernel(
 
     Matrices over a chunk are [s, t]: from the step that writes to the one that reads. What their entries L pass through
     step i is the sum over s < i <= t, which is that of the rows before i less that of the columns before i, of the same
-    numbers. Leaves K^T, the sum over the heads of (v dy^T) E^T, for the next kernel.
+    numbers. Leaves K^T, the sum over the heads of (v dy^T) E^T, for the next kernel; with APART > 0 without what each
+    APART steps are to each other.
     """
     block = tl.program_id(0) % blocks
     groups = nheads // repeats
@@ -176,7 +178,10 @@ def _ssd_bwd_links_kernel(
             linking = linking * weight[:, None]
             decays = decays * weight[:, None]
             scores = scores * weight[:, None]
-        kernel += products * decays
+        link = products * decays
+        if APART > 0:
+            link = tl.where((own // APART)[:, None] < (own // APART)[None, :], link, 0.0)
+        kernel += link
         columns = tl.sum(linking, 0)
         mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
 

@@ -87,7 +87,7 @@ SPEC = OpSpec(
     make_inputs=make_inputs,
     outputs=("y", "final_phi", "final_ssm", "final_k", "final_v"),
     test_sizes=(
-        {"b": 1, "l": 1, "h": 1, "p": 1, "n": 16, "s": 3},
+        {"b": 8, "l": 1, "h": 1, "p": 1, "n": 16, "s": 3},  # each dv is a sum of 16 rounded terms, which may cancel
         {"b": 2, "l": 63, "h": 2, "p": 3, "n": 4, "s": 2, "chunk_size": 2},
         {"b": 2, "l": 64, "h": 4, "p": 8, "n": 16, "g": 2, "s": 8},
         {"b": 1, "l": 129, "h": 3, "p": 5, "n": 7, "s": 0, "parameters": False, "state": False},
@@ -104,7 +104,4 @@ SPEC = OpSpec(
         BenchSize(_LANG | {"r": 4, "rotation": "half", "x_rank": True}, torch.bfloat16, (1.6, 6.0), (0.9, 3.5)),
     ),
     cpu_bench_sizes=(BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),),
-    # In the smallest size dv is one number, a sum of 16 rounded terms that nearly cancel. What key and query of one
-    # position add to dtheta cancels, since they turn together; next to strong decays little but its rounding is left.
-    tolerance={("dv", torch.bfloat16): 3e-2, ("dtheta", torch.bfloat16): 5e-2},
 )

@@ -22,7 +22,7 @@ from ..ssd.triton_tiles import GradientTiles, fine_chunk, fine_products, gradien
 from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .state import rotate, spin
-from .triton_fused import fused_gradients, fused_outputs, fuses
+from .triton_fused import fused_outputs, fuses
 from .triton_inputs import Inputs, angles_of_chunks, readable
 from .triton_kernels import (
     _trapezoid_later_kernel,
@@ -281,9 +281,6 @@ def _backward(
     given = readable(x, log_decay, gamma, beta, rate, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx)
     dy, dfinal, dphase, dphi_end = dy.contiguous(), contiguous(dfinal), contiguous(dphase), contiguous(dphi_end)
     n = B.shape[3]
-    if fuses(given):
-        with on_device(x):
-            return fused_gradients(given, half, dy, dfinal, dphase, dphi_end, chunk, parts)  # type: ignore[return-value]
     tiles = _tiles(x, n, chunk)
     dx, dlog_decay = x.new_empty(x.shape), torch.empty_like(given.log_decay)
     dgamma, dbeta = torch.empty_like(given.log_decay), torch.empty_like(given.log_decay)
@@ -302,7 +299,7 @@ def _backward(
             into = Gradients(dv, ddecays, dk, dq, dweight, dskip, dstate[rows])
             borders = run_gradients_at_once(
                 turned.sweep(some.state), turned.q, turned.skip, turned.seq_idx, dy[rows], end, into, tiles, False,
-                parts, blocks,
+                parts, blocks, some.ranks,
             )  # fmt: skip
             of_ranks, dx_rank = None, log_decay.new_empty(0)
             if some.x_rank is not None:

@@ -54,11 +54,12 @@ def angles_of_chunks(given: Inputs, chunk: int) -> Tensor:
     """Angles up to each chunk, and after the last one, (b, h, chunks + 1, s), in half turns from 0 to 2."""
     (batch, positions, nheads, _), pairs = given.x.shape, given.rate.shape[2]
     chunks = cdiv(given.B.shape[1], chunk)
-    totals = given.log_decay.new_empty(batch, nheads, chunks + 1, pairs)
+    totals = given.log_decay.new_empty(batch, nheads, pairs, chunks + 1)
     _trapezoid_angle_kernel[(batch * chunks * nheads,)](
         given.gamma, given.beta, given.rate, given.phi, totals, positions, nheads, HAS_PHI=given.phi is not None,
         S=pairs, Q=chunk // given.ranks, BLOCK_S=next_power_of_2(pairs),
         ACC=tl.float64 if totals.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
     # Whole turns are taken off each term; float64 keeps the digits of the sum over chunks.
-    return totals.cumsum(2, dtype=torch.float64).remainder(2.0).to(totals.dtype)
+    sums = totals.cumsum(3, dtype=torch.float64).remainder_(2.0)
+    return totals.new_empty(batch, nheads, chunks + 1, pairs).copy_(sums.transpose(2, 3))

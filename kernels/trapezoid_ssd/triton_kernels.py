@@ -170,7 +170,7 @@ def _trapezoid_angle_kernel(
     gamma_ptr, beta_ptr, rate_ptr, phi_ptr, totals_ptr, length, nheads, HAS_PHI: tl.constexpr,
     S: tl.constexpr, Q: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """By how much one head turns in each chunk of Q positions, after phi, (b, h, 1 + chunks, s), from 0 to 2."""
+    """By how much one head turns in each chunk of Q positions, after phi, (b, h, s, 1 + chunks), from 0 to 2."""
     chunks = tl.cdiv(length, Q)
     head = tl.program_id(0) % nheads
     chunk = (tl.program_id(0) // nheads) % chunks
@@ -184,8 +184,8 @@ def _trapezoid_angle_kernel(
     pairs = tl.arange(0, BLOCK_S)
     rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
     total = tl.sum(rate * dt[:, None], 0)
-    out = totals_ptr + (row * nheads + head) * (chunks + 1) * S + pairs
-    tl.store(out + (1 + chunk) * S, total - 2.0 * tl.floor(0.5 * total), mask=pairs < S)
+    out = totals_ptr + ((row * nheads + head) * S + pairs) * (chunks + 1)
+    tl.store(out + 1 + chunk, total - 2.0 * tl.floor(0.5 * total), mask=pairs < S)
     if chunk == 0:
         start = tl.zeros([BLOCK_S], ACC)
         if HAS_PHI:
@@ -329,7 +329,7 @@ def _unturn_slice(
         heads = row * nheads + head
         of_chunk = (row * chunks + chunk) * nheads + head
         of_head = row * positions * nheads + head
-        gamma, beta, following = _weights(
+        gamma, beta, _ = _weights(
             gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
         )
         dt = _increments(gamma, beta, Q, RANKS)
@@ -348,9 +348,9 @@ def _unturn_slice(
             dangle = _spin(dk, k, Q, BLOCK_N) + _spin(dq, q, Q, BLOCK_N)
 
         if RANKS == 1:
-            # Skips: D - beta (k.q).
+            # gamma (k.q), which turning both leaves as it is; the gradients of `ssd` are without it.
             out = vectors + (begin + steps) * nheads
-            of_product = -following * tl.load(dskip_ptr + out, mask=ok, other=0.0)
+            of_product = gamma * tl.load(dskip_ptr + out, mask=ok, other=0.0)
             dk += of_product[:, None] * q
             dq += of_product[:, None] * k
         else:

@@ -125,8 +125,9 @@ def _ranks_gradients_kernel(
 ):  # fmt: skip
     """Gradients of one head for `span` positions, from those of the ranks' inputs in `ssd`.
 
-    Leaves the gradient of every q_i.k_j, (b, l, r, h, r) with i last, and the sums of c_ij's gradients times q_i.k_j
-    over j > i and over j <= i, (b, l, h), which are what gamma gets and what beta of the next position loses.
+    Leaves the gradient of every q_i.k_j, (b, l, r, h, r) with i last, for gradients of `ssd` that are without it.
+    Leaves the sums of c_ij's gradients times q_i.k_j over j > i and over j <= i, (b, l, h): what gamma gets, and what
+    beta of the next position loses.
     """
     head = tl.program_id(0) % nheads
     spans = tl.cdiv(length, span)
@@ -165,7 +166,7 @@ def _ranks_gradients_kernel(
                 weight = tl.where(j <= i, -following, gamma)
                 dv += (product * weight)[:, None] * dy
                 own = tl.sum(dy * x * ranked[None, :], 1)
-                links += tl.where((ranks == i)[None, :], (own * weight)[:, None], 0.0)
+                links += tl.where((ranks == i)[None, :], (own * gamma)[:, None], 0.0)
                 above += tl.where(j > i, own * product, 0.0)
                 below += tl.where(j > i, 0.0, own * product)
             dx += dv * ranked[None, :]

@@ -1,4 +1,4 @@
-"""Kernels of `trapezoid_ssd` that turn keys and queries where they use them, and never write them: outputs, and sweeps.
+"""Kernels of `trapezoid_ssd` that turn keys and queries where they use them, and never write them, for outputs.
 
 Rows of tiles, counted by `length`, are (position, rank) pairs, as in `triton_kernels.py`. An input has the weight gamma
 + beta of the next position where a later position reads it, and gamma where its own one does, whose ranks all read each
@@ -33,12 +33,6 @@ def _places(start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
 def _beside(first, second, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """[rows, n] of the tiles of its first and of its last columns."""
     return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [ROWS, BLOCK_N])
-
-
-@triton.jit
-def _apart(tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What `_beside` joins."""
-    return tl.split(tl.permute(tl.reshape(tile, [ROWS, 2, BLOCK_N // 2]), (0, 2, 1)))
 
 
 @triton.jit
@@ -203,46 +197,37 @@ def _trapezoid_fwd_kernel(
         tl.store(final_ptr + (row * nheads + head) * (P * N) + state_offset, state, mask=state_ok)
 
 
-@triton.jit
-def _turned_sweep(
-    value_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, key_ptr, bias_ptr, x_rank_ptr, seq_ptr,
-    state_ptr, borders_ptr, ends_ptr, factors_ptr, final_ptr, row, head, part, length, nheads, repeats, parts,
-    part_chunks, value_stride_b, value_stride_t, key_stride_b, key_stride_t, ADJOINT: tl.constexpr,
-    HAS_STATE: tl.constexpr, STORE: tl.constexpr,
+@quick
+@triton.jit(do_not_specialize=["length", "nheads", "repeats", "parts", "part_length"])
+def _trapezoid_parts_kernel(
+    x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, B_bias_ptr, x_rank_ptr, seq_ptr, ends_ptr,
+    factors_ptr, length, nheads, repeats, parts, part_length, x_stride_b, x_stride_t, B_stride_b, B_stride_t,
     HAS_RANK: tl.constexpr, S: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """States from the left, made of inputs and keys, or (ADJOINT) their gradients from the right, of dy and queries."""
+    """What one part of a row adds to the state of a head, (b, h, parts, p, n), and the factor of what enters it."""
+    head = tl.program_id(0) % nheads
+    part = (tl.program_id(0) // nheads) % parts
+    row = (tl.program_id(0) // nheads // parts).to(tl.int64)
     group = head // repeats
     positions, chunks = length // RANKS, tl.cdiv(length, Q)
     place = (row * nheads + head) * parts + part
     n_places, n_ok = _places(0, N, BLOCK_N, HALF)
     p_rows = tl.arange(0, BLOCK_P)
-    state_offset = p_rows[:, None] * N + n_places[None, :]
-    state_ok = (p_rows < P)[:, None] & n_ok[None, :]
-    border_offset = p_rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    border_row = borders_ptr + (row * nheads + head) * chunks * (BLOCK_P * BLOCK_N)
     state = tl.zeros([BLOCK_P, BLOCK_N], ACC)
-    if HAS_STATE:
-        state = tl.load(state_ptr + place * (P * N) + state_offset, mask=state_ok, other=0.0).to(ACC)
     steps = tl.arange(0, Q)
     at, ranks = steps // RANKS, steps % RANKS
     of_head = row * positions * nheads + head
     seq_row = seq_ptr
     if PACKED:
         seq_row = seq_ptr + row * positions
-    first_chunk = part.to(tl.int64) * part_chunks
-    count = tl.minimum(first_chunk + part_chunks, chunks) - first_chunk
+    begin_part = part.to(tl.int64) * part_length
     through = tl.full([], 1.0, ACC)
-    for step in tl.range(0, count, num_stages=STAGES):
-        chunk = first_chunk + (count - 1 - step if ADJOINT else step)
-        if STORE:
-            tl.store(border_row + chunk * (BLOCK_P * BLOCK_N) + border_offset, state)
-        begin = chunk * Q
-        first = begin // RANKS
+    for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
         ok = steps < length - begin
+        first, chunk = begin // RANKS, begin // Q
         gamma, beta, following = _weights(
             gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
         )
@@ -250,78 +235,28 @@ def _turned_sweep(
             rate_ptr + row * positions * S, phases_ptr, _increments(gamma, beta, Q, RANKS), first, at, ok,
             row * nheads + head, chunk, chunks, S, TURNING // 2, ACC,
         )  # fmt: skip
-        key_tile = key_ptr + row * key_stride_b + begin * key_stride_t + group * N
-        key = _turned(
-            key_tile, steps[:, None] * key_stride_t, ok[:, None], bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N,
-            TURNING, HALF, DOT, ACC, RANKS,
+        B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
+        k = _turned(
+            B_tile, steps[:, None] * B_stride_t, ok[:, None], B_bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N, TURNING,
+            HALF, DOT, ACC, RANKS,
         )  # fmt: skip
         log_decay = _decays(log_decay_ptr, of_head, first, at, ok, ranks, nheads, ACC, RANKS)
         high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
         high_last, low_last = _last(high, Q), _last(low, Q)
         factor = tl.exp2(_whole(high_last, low_last, EXACT))
-        if ADJOINT:
-            scale = tl.exp2(_whole(high, low, EXACT))
-            value_tile = value_ptr + row * value_stride_b + begin * value_stride_t + head * P
-            value = _inputs(
-                value_tile, steps, ok, ranks, x_rank_ptr, head, value_stride_t, P, BLOCK_P, DOT, ACC, RANKS, False
-            )
-        else:
-            scale = tl.exp2(_less(high_last, low_last, high, low, EXACT)) * (gamma + following)
-            value_tile = value_ptr + row * value_stride_b + first * value_stride_t + head * P
-            value = _inputs(
-                value_tile, at, ok, ranks, x_rank_ptr, head, value_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK
-            )
+        scale = tl.exp2(_less(high_last, low_last, high, low, EXACT)) * (gamma + following)
         if PACKED:
             index = tl.load(seq_row + first + at, mask=ok, other=-1)
             before = tl.load(seq_row + tl.maximum(first - 1, 0))
             last = tl.load(seq_row + tl.minimum(begin + Q, length) // RANKS - 1)
-            scale = tl.where(index == (before if ADJOINT else last), scale, 0.0)
+            scale = tl.where(index == last, scale, 0.0)
             factor = tl.where(before == last, factor, 0.0)
-        scaled, scaled_low = _halves((value.to(ACC) * scale[:, None]).to(DOT), PRECISION)
-        key, key_low = _halves(key, PRECISION)
-        state = _dot_add(tl.trans(scaled), tl.trans(scaled_low), key, key_low, state * factor, ACC, PRECISION)
+        x_tile = x_ptr + row * x_stride_b + first * x_stride_t + head * P
+        x = _inputs(x_tile, at, ok, ranks, x_rank_ptr, head, x_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK)
+        late, late_low = _halves((x.to(ACC) * scale[:, None]).to(DOT), PRECISION)
+        k, k_low = _halves(k, PRECISION)
+        state = _dot_add(tl.trans(late), tl.trans(late_low), k, k_low, state * factor, ACC, PRECISION)
         through = through * factor
-    if not STORE:
-        tl.store(ends_ptr + place * (P * N) + state_offset, state, mask=state_ok)
-        tl.store(factors_ptr + place, through)
-    elif ADJOINT and part == 0:
-        tl.store(final_ptr + (row * nheads + head) * (P * N) + state_offset, state, mask=state_ok)
-
-
-@quick
-@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "parts", "part_chunks"])
-def _trapezoid_sweep_kernel(
-    x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, x_rank_ptr,
-    seq_ptr, dy_ptr, state_ptr, dfinal_ptr, borders_ptr, ends_ptr, factors_ptr, dstate_ptr,
-    rows, length, nheads, repeats, parts, part_chunks, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b,
-    C_stride_t, HAS_STATE: tl.constexpr, HAS_DFINAL: tl.constexpr, STORE: tl.constexpr,
-    HAS_RANK: tl.constexpr, S: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """States that enter chunks and, in the second half of the programs if there is one, gradients of those that leave.
-
-    With STORE all of them, (2, b, h, chunks, p, n) padded and in the order of tiles, and the gradient of the first
-    state; else what each part adds to its state, (2, b, h, parts, p, n).
-    """
-    head = tl.program_id(0) % nheads
-    part = (tl.program_id(0) // nheads) % parts
-    row = (tl.program_id(0) // nheads // parts).to(tl.int64)
-    if row < rows:
-        _turned_sweep(
-            x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, B_bias_ptr, x_rank_ptr, seq_ptr,
-            state_ptr, borders_ptr, ends_ptr, factors_ptr, dstate_ptr, row, head, part, length, nheads, repeats, parts,
-            part_chunks, x_stride_b, x_stride_t, B_stride_b, B_stride_t, False, HAS_STATE, STORE, HAS_RANK, S, TURNING,
-            HALF, RANKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        heads = rows.to(tl.int64) * nheads
-        _turned_sweep(
-            dy_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, C_ptr, C_bias_ptr, x_rank_ptr, seq_ptr,
-            dfinal_ptr, borders_ptr + heads * tl.cdiv(length, Q) * (BLOCK_P * BLOCK_N),
-            ends_ptr + heads * parts * (P * N), factors_ptr + heads * parts, dstate_ptr, row - rows, head, part, length,
-            nheads, repeats, parts, part_chunks, length.to(tl.int64) * nheads * P, nheads * P, C_stride_b, C_stride_t,
-            True, HAS_DFINAL, STORE, HAS_RANK, S, TURNING, HALF, RANKS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT,
-            ACC, PRECISION, STAGES,
-        )  # fmt: skip
+    ends = ends_ptr + place * (P * N) + (p_rows[:, None] * N + n_places[None, :])
+    tl.store(ends, state, mask=(p_rows < P)[:, None] & n_ok[None, :])
+    tl.store(factors_ptr + place, through)

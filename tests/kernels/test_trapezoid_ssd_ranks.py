@@ -71,12 +71,14 @@ def test_what_ranks_of_a_position_add(sizes, packed, device):
         torch.testing.assert_close(found, partial + outputs(*leaves))
     dy = torch.randn_like(partial)
     loss = (outputs(*leaves) * dy).sum() + (inputs(*leaves) * dv).sum()
-    dx, dx_rank, dproducts, dgamma, dbeta = torch.autograd.grad(loss, leaves)
+    dx, dx_rank, _, dgamma, dbeta = torch.autograd.grad(loss, leaves)
     found = torch.full_like(x, float("nan"))
     with torch.no_grad():
         of_ranks, of_factors = gradients_of_ranks(x, x_rank, products, gamma, beta, seq_idx, dy, dv, found)
     torch.testing.assert_close(found, dx)
     torch.testing.assert_close(of_factors, dx_rank)
+    # `ssd` leaves out what ranks of a position are to each other in the gradients of keys and queries.
+    dproducts = torch.einsum("blihp,blhp,hjp,blh->blihj", dy.unflatten(1, (length, r)), x, x_rank, gamma)
     links = of_ranks.links.unflatten(1, (length, r))  # (b, l, j, h, i)
     torch.testing.assert_close(links.transpose(2, 4), dproducts)
     torch.testing.assert_close(of_ranks.above, dgamma)

