@@ -1,27 +1,9 @@
 """Set-up of the op tests: outputs that a kernel forgets to write show up as NaN."""
 
-import os
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quick_interpreter() -> Iterator[None]:
-    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
-        yield
-        return
-    from quick_interpreter import shorten
-
-    with pytest.MonkeyPatch.context() as patch:
-        shorten(patch)
-        yield
 
 
 @pytest.fixture(autouse=True)
