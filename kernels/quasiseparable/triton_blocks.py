@@ -10,6 +10,7 @@ W_out gives, and g is without it. Where dtype is float16, which has no room for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,13 +108,13 @@ def hydra_blocks_triton(
     x, size = x.contiguous(), len(HydraWeights._fields)
     weights = [_aligned(one) for one in weights]
     blocks = [HydraWeights(*weights[k : k + size]) for k in range(0, len(weights), size)]
-    products = narrow([part for block in blocks for part in (block.in_proj, block.from_x, block.out_proj)], dtype)
+    products = narrow(blocks, dtype)
     (batch, length, channels), rows = x.shape, x.shape[0] * x.shape[1]
     (nheads, d_inner), (mixed, _, k) = blocks[0].from_x.shape, blocks[0].conv.shape
     maps = (mixed - d_inner) // 4
     repeats, piece = nheads * d_state // maps, piece_of(length)
     pieces, gated = cdiv(length, piece), dtype not in _UNGATED
-    tile = tile_of(length, repeats)
+    tile = tile_of(repeats)
     parts = nheads // tile.heads
     width, width_D = products[0].shape[1], products[1].shape[1]
 
@@ -227,12 +228,16 @@ def _conv_tile(batch: int, length: int, channels: int, device: torch.device) -> 
     return options, even if part < even <= 2 * part and programs >= 8 * multiprocessors(device) else part
 
 
-def narrow(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights (rows, columns) of linear maps, transposed and rounded by one launch for all.
+def narrow(blocks: Sequence[HydraWeights], dtype: torch.dtype) -> list[Tensor]:
+    """W_in, W_D and W_out of each block, transposed and rounded by one launch for all.
 
-    Columns of zeros are added up to a multiple of 8: products of other widths run at a fraction of the speed.
+    Columns of zeros are added to the first two, up to a multiple of 16: products of other widths run at a fraction of
+    the speed, and what they give would be read number by number, as Triton does where a stride is no such multiple.
     """
-    sizes = [(cdiv(one.shape[0], 8) * 8, one.shape[1]) for one in weights]
+    weights = [part for own in blocks for part in (own.in_proj, own.from_x, own.out_proj)]
+    sizes = [
+        (one.shape[0] if k % 3 == 2 else cdiv(one.shape[0], 16) * 16, one.shape[1]) for k, one in enumerate(weights)
+    ]
     buffer = torch.zeros(sum(rows * columns for rows, columns in sizes), dtype=dtype, device=weights[0].device)
     targets, found, place = [], [], 0
     for one, (rows, columns) in zip(weights, sizes, strict=True):

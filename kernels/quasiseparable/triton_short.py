@@ -24,7 +24,7 @@ from ..triton_utils import INTERPRETED, cdiv, next_power_of_2, on_device, quick
 
 LONGEST = 256
 _PIECE = 128  # positions of a piece of a row that is longer
-BLOCK_H = 4  # heads of a program that makes vectors
+BLOCK_H = 1  # heads of a program that makes vectors
 
 
 class Tile(NamedTuple):
@@ -35,14 +35,10 @@ class Tile(NamedTuple):
     heads: int  # at most, a divisor of the heads of a group is taken
     warps: int
     stages: int
-    split: bool = False
-    diagonal: int = 16
-    early: bool = False
     registers: int | None = None  # of a thread, at most
 
 
-TILE = Tile(64, 16, 4, 4, 3)
-PIECES_TILE = Tile(64, 64, 2, 4, 2, False, 32)  # where rows are in pieces
+TILE = Tile(64, 32, 2, 4, 2, 168)
 
 
 def piece_of(length: int) -> int:
@@ -187,25 +183,19 @@ def _mix_rows(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    EARLY: tl.constexpr,
     STATES: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """Outputs of ROWS rows from `first` on and HEADS heads, of a piece from `begin` to `end`; pointers are of the row.
 
-    The products of a side have their factors in two parts, of columns before the sum over columns, of rows after it.
+    DIAGONAL are the columns of a step where both sides meet, a divisor of ROWS as COLUMNS are elsewhere.
     """
     t = first + tl.arange(0, ROWS)
     t_ok = t < length
     p = tl.arange(0, BLOCK_P)
-    C_f = _rows(C_f_ptr, t - 1, (t > 0) & (t <= length), map_stride, N, BLOCK_N, DOT)
-    C_b = _rows(C_b_ptr, t + 1, t + 1 < length, map_stride, N, BLOCK_N, DOT)
-    gates = ()
-    if GATED and EARLY:
-        for i in tl.static_range(HEADS):
-            gates = gates + (_rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, DOT),)
+    C_f = _rows(C_f_ptr - map_stride, t, (t > 0) & (t <= length), map_stride, N, BLOCK_N, DOT)
+    C_b = _rows(C_b_ptr + map_stride, t, t + 1 < length, map_stride, N, BLOCK_N, DOT)
     totals = ()
     rows_f = ()
     rows_b = ()
@@ -235,24 +225,20 @@ def _mix_rows(
             matrix = tl.where(same, diagonals[i][:, None], matrix)
             found = found + (tl.dot(matrix.to(DOT), x, totals[i]),)
         totals = found
-    sums = ()
+    # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
     edges = ()
     factors = ()
+    found = ()
     for i in tl.static_range(HEADS):
-        row = rows_f[i]
         edge = tl.load(vectors + i * PIECE + (first - begin))
         edges = edges + (edge,)
-        factors = factors + (tl.exp2(row - edge),)
-        if SPLIT:
-            if STATES:
-                sums = sums + (_read_state(left_ptr + i * state_stride, C_f, P, N, BLOCK_P, BLOCK_N) * tl.exp2(edge),)
-            else:
-                sums = sums + (tl.zeros([ROWS, BLOCK_P], tl.float32),)
-        elif STATES:
-            entered = _read_state(left_ptr + i * state_stride, C_f, P, N, BLOCK_P, BLOCK_N) * tl.exp2(row)[:, None]
-            sums = sums + (totals[i] + entered,)
-        else:
-            sums = totals
+        factors = factors + (tl.exp2(rows_f[i] - edge),)
+        total = totals[i]
+        if STATES:
+            entered = _read_state(left_ptr + i * state_stride, C_f, P, N, BLOCK_P, BLOCK_N)
+            total += entered * tl.exp2(rows_f[i])[:, None]
+        found = found + (total,)
+    totals = found
     for start in tl.range(begin, first, COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
@@ -261,39 +247,23 @@ def _mix_rows(
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
             column = tl.exp2(tl.load(vectors + i * PIECE + one + (s - begin)) + edges[i])
-            if SPLIT:
-                found = found + (tl.dot((scores * column[None, :]).to(DOT), x, sums[i]),)
-            else:
-                found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, sums[i]),)
-        sums = found
-    if SPLIT:
-        found = ()
-        for i in tl.static_range(HEADS):
-            found = found + (totals[i] + sums[i] * factors[i][:, None],)
+            found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, totals[i]),)
         totals = found
-    else:
-        totals = sums
-    sums = ()
     edges = ()
     factors = ()
+    found = ()
     for i in tl.static_range(HEADS):
-        row = rows_b[i]
         edge = tl.load(vectors + i * PIECE + 2 * one + (first - begin + ROWS - 1))
         edges = edges + (edge,)
-        factors = factors + (tl.exp2(row - edge),)
-        # Beyond a row the sums stay what they are at its end.
-        last = tl.load(vectors + i * PIECE + 2 * one + (PIECE - 1))
-        if SPLIT:
-            if STATES:
-                entered = _read_state(right_ptr + i * state_stride, C_b, P, N, BLOCK_P, BLOCK_N) * tl.exp2(edge - last)
-                sums = sums + (entered,)
-            else:
-                sums = sums + (tl.zeros([ROWS, BLOCK_P], tl.float32),)
-        elif STATES:
+        factors = factors + (tl.exp2(rows_b[i] - edge),)
+        total = totals[i]
+        if STATES:
             entered = _read_state(right_ptr + i * state_stride, C_b, P, N, BLOCK_P, BLOCK_N)
-            sums = sums + (totals[i] + entered * tl.exp2(row - last)[:, None],)
-        else:
-            sums = totals
+            # Beyond a row the sums stay what they are at its end.
+            last = tl.load(vectors + i * PIECE + 2 * one + (PIECE - 1))
+            total += entered * tl.exp2(rows_b[i] - last)[:, None]
+        found = found + (total,)
+    totals = found
     for start in tl.range(first + ROWS, end, COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
@@ -302,30 +272,19 @@ def _mix_rows(
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
             column = tl.exp2(tl.load(vectors + i * PIECE + 3 * one + (s - begin)) + edges[i])
-            if SPLIT:
-                found = found + (tl.dot((scores * column[None, :]).to(DOT), x, sums[i]),)
-            else:
-                found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, sums[i]),)
-        sums = found
-    if SPLIT:
-        found = ()
-        for i in tl.static_range(HEADS):
-            found = found + (totals[i] + sums[i] * factors[i][:, None],)
+            found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, totals[i]),)
         totals = found
-    else:
-        totals = sums
     y_ok = t_ok[:, None] & (p < P)[None, :]
     squares = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(HEADS):
         y = totals[i]
         if GATED:
             squares += tl.sum(y * y, axis=1)
-            if EARLY:
-                z = gates[i].to(tl.float32)
-            else:
-                z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, tl.float32)
+            z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, tl.float32)
             weight = tl.load(weight_ptr + i * P + p, mask=p < P, other=0.0).to(tl.float32)
-            y = y * weight[None, :] * (z * tl.sigmoid(z))
+            # The square root of a sigmoid: a root takes a third of the instructions of a division.
+            root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+            y = (y * root) * (z * root) * weight[None, :]
         tl.store(y_ptr + i * P + t[:, None] * y_stride + p[None, :], y, mask=y_ok)
     if GATED:
         tl.store(squares_ptr + t * squares_stride, squares, mask=t_ok)
@@ -369,9 +328,6 @@ def _mix_kernel(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    EARLY: tl.constexpr,
     STATES: tl.constexpr,
     GATED: tl.constexpr,
 ):
@@ -419,14 +375,14 @@ def _mix_kernel(
             x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, left_ptr, right_ptr, z_ptr,
             weight_ptr, y_ptr, squares_ptr, first, begin, end, length, one, x_stride_t, map_stride_t, diag_stride,
             z_stride, heads * P, head_blocks, state_stride, P, N, PIECE, HEADS, ROWS, COLUMNS, BLOCK_P, BLOCK_N, DOT,
-            STAGES, SPLIT, DIAGONAL, EARLY, STATES, GATED,
+            STAGES, COLUMNS, STATES, GATED,
         )  # fmt: skip
     else:
         _mix_rows(
             x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, left_ptr, right_ptr, z_ptr,
             weight_ptr, y_ptr, squares_ptr, first, begin, end, length, one, x_stride_t, map_stride_t, diag_stride,
             z_stride, heads * P, head_blocks, state_stride, P, N, PIECE, HEADS, TAIL, COLUMNS, BLOCK_P, BLOCK_N, DOT,
-            STAGES, SPLIT, 16, EARLY, STATES, GATED,
+            STAGES, 16, STATES, GATED,
         )  # fmt: skip
 
 
@@ -455,7 +411,7 @@ def quasiseparable_short(
     if dt_f.stride() != dt_b.stride() or dt_f.stride(2) != 1 or dt_f.stride(1) >= 2**23:
         dt_f, dt_b = dt_f.contiguous(), dt_b.contiguous()
     repeats = nheads // groups
-    tile = tile_of(length, repeats)
+    tile = tile_of(repeats)
     vectors = torch.empty(4, batch, nheads, LONGEST, dtype=torch.float32, device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device(x):
@@ -476,10 +432,9 @@ def _(x: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def tile_of(length: int, repeats: int) -> Tile:
-    """That of rows of this length, with so many heads that they share maps, `repeats` heads of which are of a group."""
-    tile = TILE if length <= LONGEST else PIECES_TILE
-    return tile._replace(heads=next(one for one in range(tile.heads, 0, -1) if repeats % one == 0))
+def tile_of(repeats: int) -> Tile:
+    """The tile with so many heads that they share maps, `repeats` heads of which are of a group."""
+    return TILE._replace(heads=next(one for one in range(TILE.heads, 0, -1) if repeats % one == 0))
 
 
 @functools.cache
@@ -499,9 +454,6 @@ def mix_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: Til
         "BLOCK_N": block_n,
         "DOT": dot_type(dtype),
         "STAGES": tile.stages,
-        "SPLIT": tile.split,
-        "DIAGONAL": tile.diagonal,
-        "EARLY": tile.early,
         "STATES": length > LONGEST,
         "num_warps": warps_of(tile.warps, block_p, block_n),
         "maxnreg": tile.registers,

@@ -26,8 +26,8 @@ class StateTile(NamedTuple):
     stages: int
 
 
-STATE_TILE = StateTile(64, 4, 2)
-CARRIED = 1024  # numbers of a state that a program of `_carry_kernel` takes
+STATE_TILE = StateTile(64, 4, 3)
+CARRIED = 2048  # numbers of a state that a program of `_carry_kernel` takes
 
 
 @quick

@@ -69,7 +69,7 @@ def hydra_blocks_with_gradients(
 ) -> Tensor:
     """See `hydra_blocks`."""
     with torch.no_grad():
-        products = narrow([part for own in blocks for part in (own.in_proj, own.from_x, own.out_proj)], dtype)
+        products = narrow(blocks, dtype)
     for k, own in enumerate(blocks):
         factor = None if scale is None else scale(k)
         x = _Block.apply(x, *own, factor, *products[3 * k : 3 * k + 3], headdim, d_state, eps, gate_eps)
@@ -152,7 +152,7 @@ def _mix(size: _Sizes, c: Tensor, d: Tensor, dt_f: Tensor, dt_b: Tensor, own: Hy
     batch, length, nheads = size.batch, size.length, size.nheads
     x, B_f, C_f, B_b, C_b = size.of_convolution(c)
     repeats, piece = nheads // B_f.shape[2], piece_of(length)
-    pieces, tile = cdiv(length, piece), tile_of(length, repeats)
+    pieces, tile = cdiv(length, piece), tile_of(repeats)
     steps = torch.empty(4, batch, length, nheads, dtype=torch.float32, device=c.device)
     vectors = torch.empty(4, batch, pieces, nheads, piece, dtype=torch.float32, device=c.device)
     ends = torch.empty(2, batch, pieces, nheads, dtype=torch.float32, device=c.device) if pieces > 1 else None
