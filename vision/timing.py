@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -97,10 +98,17 @@ def _resident(field: str) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
 
 
+def _give_back() -> None:
+    """Return freed memory to the system, else later measurements grow into what earlier ones left; with glibc only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _measure(function: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, int | None]:
     """Best seconds of a call, and its peak memory in bytes (on a CPU the growth of the process)."""
     if device.type != "cuda":
         gc.collect()
+        _give_back()
         before = _resident("VmRSS")
         if before is not None:
             Path("/proc/self/clear_refs").write_text("5")  # forget the largest size of earlier models
