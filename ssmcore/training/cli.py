@@ -141,6 +141,7 @@ class CLI(LightningCLI):
         self.verb, self.domain = verb, domain
         self.started = time.perf_counter()
         example = f"omnissm {domain} {verb} -c {domain}/NAME" + (" --run first" if verb == "fit" else "")
+        own = {"description": inspect.getdoc(getattr(type(self), verb)), "epilog": f"example: {example}"}
         try:
             super().__init__(
                 SSMTask,
@@ -152,7 +153,7 @@ class CLI(LightningCLI):
                 parser_kwargs={
                     "prog": f"omnissm {domain}",
                     "allow_abbrev": False,
-                    verb: {"allow_abbrev": False, "prog": f"omnissm {domain} {verb}", "epilog": f"example: {example}"},
+                    verb: {"allow_abbrev": False, "prog": f"omnissm {domain} {verb}", **own},
                 },
                 subclass_mode_model=True,
                 subclass_mode_data=True,

@@ -363,6 +363,7 @@ def test_help_is_short_at_the_top_and_has_defaults_and_an_example(capsys):
         run("--help")
     shown = capsys.readouterr().out
     assert shown.startswith("usage: omnissm ssmcore fit -c NAME_OR_FILE [-c ...] [--run NAME] [--OPTION VALUE ...]\n\n")
+    assert "\n\nTrain, keep the best weights, and write them as a model folder.\n\n" in shown
     assert shown.index("--run RUN") < shown.index("--resume") < shown.index("--trainer.max_epochs")
     assert "default: best" in shown
     assert "example: omnissm ssmcore fit -c ssmcore/NAME --run first" in shown
