@@ -3,7 +3,7 @@
     n = LayerNorm(x);  p = n W_in^T;  c = silu(conv(p));  d = c_x W_D^T
     m the quasiseparable product of c, p and d;  g = m w silu(z);  x = x + (g W_out^T) / rms(m)
 
-A block takes eight launches (two more, if rows are in pieces) on buffers that all blocks share, and the host looks at
+A block takes seven launches (two more, if rows are in pieces) on buffers that all blocks share, and the host looks at
 their arguments once for all blocks. The mean square that rms needs is known when all heads are done: it scales what
 W_out gives, and g is without it. Where dtype is float16, which has no room for that, a kernel of its own makes g.
 """
