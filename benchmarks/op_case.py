@@ -80,17 +80,22 @@ class Timer:
             return None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
+            # A run that waits must not get as far as a recording: one that fails spoils the generator for those after.
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph):
                 run()
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         return self(graph.replay)
 
 
@@ -253,7 +258,10 @@ def smaller(spec: OpSpec, size: Mapping[str, Any]) -> tuple[Mapping[str, Any], .
     """Sizes at which the float64 reference, a loop in Python, is quick; of graphs those of the tests."""
     if "v" in size:
         return tuple(one for one in spec.test_sizes if one.keys() <= size.keys())[:2]
-    cut = {"b": 2, "l": 130, "i": 14, "j": 14, "r": 64} | ({"k": 130} if spec.name == "fft_conv" else {})
+    # Grids take their parameters by groups of the batch.
+    cut = {"b": max(2, size.get("g", 1)), "l": 130, "i": 14, "j": 14, "r": 64} | (
+        {"k": 130} if spec.name == "fft_conv" else {}
+    )
     return ({key: min(value, cut[key]) if key in cut else value for key, value in size.items()},)
 
 

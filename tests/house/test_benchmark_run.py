@@ -73,6 +73,8 @@ def test_references_run_at_smaller_sizes(run):
     case, specs = import_module("op_case"), run.read_specs()
     size = {"b": 8, "l": 4096, "h": 32, "p": 64, "n": 128, "state": False}
     assert case.smaller(specs["ssd"], size) == ({**size, "b": 2, "l": 130},)
+    grouped = {"b": 128, "i": 7, "j": 12, "d": 64, "n": 8, "g": 4}
+    assert case.smaller(specs["selective_scan2d"], grouped) == ({**grouped, "b": 4},)
     assert case.smaller(specs["fft_conv"], {"b": 1, "l": 64, "c": 3, "k": 4096})[0]["k"] == 130
     for one in case.smaller(specs["dag_scan"], {"v": 65536, "e": 131072, "h": 8, "p": 64, "n": 64, "span": 4096}):
         assert one in specs["dag_scan"].test_sizes
