@@ -70,7 +70,6 @@ def choose(
     obstacle: str | None = None,
     implementations: tuple[str, ...] = IMPLEMENTATIONS,
     fusible: bool = False,
-    on_request: bool = False,
 ) -> str:
     """Choose the implementation for one call of an op.
 
@@ -82,7 +81,6 @@ def choose(
         implementations: What the op offers.
         fusible: Whether torch.compile makes the chunked path as fast as Triton; the automatic choice is then chunked
             in compiled code.
-        on_request: Whether Triton runs only where it is asked for by name.
 
     Returns:
         A member of `implementations`.
@@ -102,7 +100,7 @@ def choose(
     if backend == "auto":
         if fusible and torch.compiler.is_compiling():
             return "chunked"
-        return _automatic(tensor, "only on request" if on_request else obstacle, implementations)
+        return _automatic(tensor, obstacle, implementations)
     if backend not in implementations:
         reason: str | None = f"{op} has no {backend} implementation"
     elif backend == "triton":

@@ -71,7 +71,7 @@ def trapezoid_ssd(
         final_states: "last" returns the state of a row's last sequence, "segments" with `cu_seqlens` those of all s.
         chunk_size: Positions per chunk of the chunked path; None is 64 divided by the rank, at least 16.
         backend: "auto", "reference", "chunked" or "triton"; see `omnissm.kernels.use_backend`. Triton takes up
-            to 8 ranks and runs only where it is asked for.
+            to 8 ranks.
 
     Returns:
         y, (b, l, r, h, p) in the dtype of `x`, and the state after the last position; `phi`, `ssm` and `k` of it are
@@ -147,7 +147,7 @@ def trapezoid_ssd(
         return skip, TrapezoidState(*(part.clone() for part in state))
     log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
-    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes), on_request=True)
+    chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes))
 
     def run(*parts: Any) -> tuple[Tensor, ...]:
         x, gamma, beta, theta, B, C, log_decay = parts[:7]
