@@ -1,5 +1,7 @@
 """`causal_conv1d`: against torch's convolution, states at any cut, packing, torch's transforms."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -233,3 +235,28 @@ def test_a_state_in_front_of_a_long_row_is_seen_by_the_first_positions_alone(act
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b.detach())
     assert not torch.equal(found[0][:, 0], causal_conv1d(x, weight, bias, activation=activation)[0][:, 0])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_large_input_on_a_cpu_is_kept_once_for_its_gradient(symmetric, monkeypatch):
+    chunked = import_module("omnissm.kernels.causal_conv1d.chunked")
+    inputs = {
+        "x": torch.randn(4, 130, 600).mT.requires_grad_(),  # of other strides
+        "weight": torch.randn(130, 3).requires_grad_(),
+        "bias": torch.randn(130).requires_grad_(),
+    }
+    assert inputs["x"].numel() > chunked._LARGE
+
+    def outputs(kept: list[torch.Tensor]) -> list[torch.Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            y, _ = causal_conv1d(**inputs, symmetric=symmetric, backend="chunked")
+        first = torch.autograd.grad(y.square().sum(), list(inputs.values()), create_graph=True)
+        return [y, *first, *torch.autograd.grad(first[0].square().sum(), list(inputs.values()))]
+
+    given = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    found = outputs(again := [])
+    assert not {x.untyped_storage().data_ptr() for x in again} - given
+    monkeypatch.setattr(chunked, "_LARGE", 1 << 30)
+    expected = outputs(kept := [])
+    assert {x.untyped_storage().data_ptr() for x in kept} - given
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
