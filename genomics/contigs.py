@@ -30,7 +30,8 @@ class ContigMap:
     """Finds a name's contig in a reference.
 
     In order: the override, the same name, with or without "chr", the mitochondrial names, with or without a version
-    suffix, and the accession inside an old-style name such as "gi|88193823|ref|NC_007795.1|".
+    suffix, and the accession inside an old-style name such as "gi|88193823|ref|NC_007795.1|". Names with two different
+    versions are two contigs.
 
     Args:
         names: Contigs of the reference.
@@ -50,10 +51,12 @@ class ContigMap:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"the contig map leads to {unknown[0]!r}, which the reference lacks{hint}")
         self._exact = set(self.names)
-        self._forms: dict[str, set[str]] = {}
+        self._whole: dict[str, set[str]] = {}
+        self._bare: dict[str, set[str]] = {}
         for name in self.names:
-            for form in _forms(name):
-                self._forms.setdefault(form, set()).add(name)
+            for known, forms in zip((self._whole, self._bare), _forms(name)):
+                for form in forms:
+                    known.setdefault(form, set()).add(name)
 
     def find(self, name: str) -> str | None:
         """The reference's name of a contig, or None.
@@ -68,7 +71,9 @@ class ContigMap:
         elif name in self._exact:
             found = {name}
         else:
-            found = set().union(*(self._forms.get(form, set()) for form in _forms(name)))
+            whole, bare = _forms(name)
+            found = set().union(*(self._whole.get(form, set()) for form in whole | bare))
+            found = found.union(*(self._bare.get(form, set()) for form in whole))
         if len(found) > 1:
             names = " and ".join(sorted(found))
             raise ValueError(f"contig {name!r} may be {names} of the reference; say which with a contig map")
@@ -82,17 +87,14 @@ class ContigMap:
         return {name: contig for name, contig in self.used.items() if name != contig}
 
 
-def _forms(name: str) -> set[str]:
-    """Spellings that count as the same name, in one normal form."""
+def _forms(name: str) -> tuple[set[str], set[str]]:
+    """Spellings that count as the same name, and those that are left of them without their versions."""
     forms = {name}
     fields = [part for part in name.split("|") if part]
     if len(fields) > 1:
         forms.add(fields[-1])
     if name in _MITOCHONDRIA:
-        return forms | {"MT"}
-    plain = {form.removeprefix("chr") for form in forms} | forms
-    for form in list(plain):
-        head, dot, version = form.rpartition(".")
-        if dot and version.isdigit():
-            plain.add(head)
-    return plain
+        return forms | {"MT"}, set()
+    forms |= {form.removeprefix("chr") for form in forms}
+    parts = (form.rpartition(".") for form in forms)
+    return forms, {head for head, dot, version in parts if dot and version.isdigit()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -208,21 +208,21 @@ class VariantFile:
     def _find_columns(self, names: Iterable[str]) -> None:
         names = list(names)
         found = {key: name for key, spellings in COLUMNS.items() for name in names if name in spellings}
-        whole = {"chrom", "ref", "alt"} <= found.keys() and ("pos" in found or "start0" in found)
-        if not whole and "hgvs" not in found:
+        if not _has_places(found) and "hgvs" not in found:
             raise ValueError(f"{self.path}: expected columns chrom, pos (1-based) or start0, ref, alt; got {names}")
         self.columns = found
 
     def _table_records(self) -> Iterator[Record]:
         for index, row in enumerate(self._rows()):
             fields = {key: (row.get(name) or "").strip() for key, name in self.columns.items()}
-            if "chrom" not in fields or "ref" not in fields:
+            if not _has_places(fields):
                 yield self._hgvs_record(fields["hgvs"], index, fields.get("id") or ".")
                 continue
             place = fields["start0"] if "start0" in fields else fields["pos"]
             if not re.fullmatch(_NUMBER, place):
                 problem = f"position {place[:40]!r} is no whole number"
-                yield Record(index, fields["chrom"], UNKNOWN, ".", fields["ref"], (fields["alt"],), "", problem)
+                name = fields.get("id") or "."
+                yield Record(index, fields["chrom"], UNKNOWN, name, fields["ref"], (fields["alt"],), "", problem)
                 continue
             start = int(place) if "start0" in fields or self.coordinates == 0 else from_one_based(int(place))
             alts = tuple(fields["alt"].upper().split(","))
@@ -239,6 +239,11 @@ class VariantFile:
         except ValueError as error:
             return Record(index, text.partition(":")[0], UNKNOWN, name, "", ("",), "", str(error))
         return Record(index, variant.chrom, variant.start, name, variant.ref or "-", (variant.alt or "-",))
+
+
+def _has_places(columns: Collection[str]) -> bool:
+    """Whether a table with these columns says in numbers where its variants are."""
+    return {"chrom", "ref", "alt"} <= set(columns) and not {"pos", "start0"}.isdisjoint(columns)
 
 
 def _format(path: str) -> Format:
@@ -285,6 +290,8 @@ def parse_hgvs(text: str, reference: Reference | None = None) -> Variant:
     end = int(match["last"] or match["first"])
     edit = match["edit"]
     if found := re.fullmatch(r"([A-Za-z]+)>([A-Za-z]+)", edit):
+        if match["last"] and len(found[1]) != end - start:
+            raise ValueError(f"{text!r}: {len(found[1])} bases do not span {end - start} positions")
         return Variant(chrom, start, found[1].upper(), found[2].upper(), text)
     if found := re.fullmatch(r"ins([A-Za-z]+)", edit):
         if end != start + 2:

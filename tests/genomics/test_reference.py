@@ -140,6 +140,7 @@ def test_aliases(contig, name):
 
 def test_alias_rules_end_somewhere(tmp_path):
     assert ContigMap(["chr1"]).find("chr2") is None
+    assert ContigMap(["NC_1.1", "chr3.2"]).find("NC_1.2") is ContigMap(["NC_1.1", "chr3.2"]).find("3.1") is None
     with pytest.raises(ValueError, match=r"may be NC_1\.1 and NC_1\.2"):
         ContigMap(["NC_1.1", "NC_1.2"]).find("NC_1")
     (tmp_path / "map.txt").write_text("# names\nNC_1\tNC_1.2\n")

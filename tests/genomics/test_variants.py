@@ -76,6 +76,22 @@ def test_zero_based_tables(tmp_path):
     assert next(iter(VariantFile(tmp_path / "a.tsv"))).start == 3
 
 
+@pytest.mark.parametrize("more", [("chrom", "ref"), ("chrom", "ref", "alt"), ("chrom", "pos", "ref")])
+def test_names_serve_where_columns_do_not_say_the_place(tmp_path, more):
+    values = {"chrom": "c", "pos": "9", "ref": "G", "alt": "T"}
+    rows = [("hgvs", *more), ("c:g.3G>A", *(values[name] for name in more))]
+    (tmp_path / "a.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    (record,) = VariantFile(tmp_path / "a.tsv")
+    assert (record.chrom, record.start, record.ref, record.alts) == ("c", 2, "G", ("A",))
+
+
+def test_a_row_without_a_readable_place_keeps_its_name(tmp_path):
+    (tmp_path / "a.tsv").write_text("chrom\tpos\tref\talt\tid\nc\t1e3\tA\tC\trs7\n")
+    (record,) = VariantFile(tmp_path / "a.tsv")
+    assert (record.id, record.start) == ("rs7", -1)
+    assert "'1e3' is no whole number" in record.problem
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -119,6 +135,7 @@ def test_a_malformed_line_is_a_record_with_a_problem(tmp_path, line):
         ("c:g.5dup", ("c", 5, "", "A")),
         ("c:g.5_7delinsTT", ("c", 4, "ACG", "TT")),
         ("c:m.5delA", ("c", 4, "A", "")),
+        ("c:g.5_6AC>GT", ("c", 4, "AC", "GT")),
     ],
 )
 def test_hgvs(text, variant, reference):
@@ -133,6 +150,7 @@ def test_hgvs(text, variant, reference):
         ("NM_1:p.3", "expected a name such as|transcript model"),
         ("c:g.5_9insA", "between two neighbours"),
         ("c:g.5_7delAC", "2 bases do not span 3 positions"),
+        ("c:g.5_7A>G", "1 bases do not span 3 positions"),
         ("x:g.5del", "needs a reference with contig 'x'"),
         ("c:g.5inv", "unknown change 'inv'"),
         ("nonsense", "expected a name such as"),
