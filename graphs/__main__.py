@@ -50,9 +50,10 @@ def describe(data: Path) -> None:
         tensors = [tensor for graph in graphs if (tensor := getattr(graph, name)) is not None]
         if not tensors:
             continue
-        whole = torch.cat(tensors).float().view(sum(len(tensor) for tensor in tensors), -1)
+        whole = torch.cat(tensors).float()
+        whole = whole[:, None] if whole.dim() == 1 else whole
         known = whole[whole.isfinite()]
-        span = f"{known.min():g} to {known.max():g}" if len(known) else "all unknown"
+        span = f"{known.min():g} to {known.max():g}" if len(known) else "all unknown" if len(whole) else "none"
         missing = 1 - len(known) / max(whole.numel(), 1)
         unknown = f", {missing:.1%} unknown" if missing else ""
         write(f"  {name:10}{whole.shape[1]} columns of {str(tensors[0].dtype)[6:]}, {span}{unknown}\n")

@@ -141,12 +141,12 @@ class GraphData(SSMData):
             return found
         found["num_outputs"] = 1 if labels.dim() == 1 else labels.shape[1]
         if self.target == "values":
-            train = torch.cat([graph.y for graph in self._parts["train"] if graph.y is not None]).double()
+            train = torch.cat([graph.y for graph in self.graphs("train") if graph.y is not None]).double()
             train = train.view(len(train), -1)
             known = train.isfinite()
             count = known.sum(0).clamp(min=1)
-            mean = train.nan_to_num().sum(0) / count
-            scale = ((train - mean).nan_to_num().square().sum(0) / count).sqrt()
+            mean = train.where(known, 0.0).sum(0) / count
+            scale = ((train - mean).where(known, 0.0).square().sum(0) / count).sqrt()
             found["mean"] = mean.tolist()
             found["scale"] = torch.where(scale > 0, scale, 1.0).tolist()
         return found

@@ -6,7 +6,7 @@ edge_index          integers (2, e), numbered within each graph
 edge_attr           integers or floats (e, k), may be absent
 y                   (graphs, t), or (v,) or (v, t) for nodes; NaN or -1 for unknown
 split               uint8 (graphs,): 0 train, 1 validation, 2 test
-undirected          bool: every edge is stored once and stands for both directions
+undirected          bool: every edge is stored once and stands for both directions; a self loop stands for itself
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ def read_packed(path: str | Path) -> tuple[list[Graph], list[str]]:
         nodes, edges = slice(*node_ptr[g : g + 2].tolist()), slice(*edge_ptr[g : g + 2].tolist())
         ends, features = edge_index[:, edges], None if edge_attr is None else edge_attr[edges]
         if undirected:
-            ends = torch.cat([ends, ends.flip(0)], dim=1)
-            features = None if features is None else torch.cat([features, features])
+            two = ends[0] != ends[1]
+            ends = torch.cat([ends, ends.flip(0)[:, two]], dim=1)
+            features = None if features is None else torch.cat([features, features[two]])
         found.append(Graph(x[nodes], ends, features, y[nodes] if by_node else y[g : g + 1], is_directed=not undirected))
     return found, [PARTS[k] for k in arrays["split"]]
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from omnissm.__main__ import main
+from omnissm.graphs import Graph
+from omnissm.graphs.data import write_packed
 
 NODES = ["--data.init_args.level", "node", "--data.init_args.target", "classes"]
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "graphs.md"
@@ -50,6 +53,17 @@ def test_describe(folder, monkeypatch, capsys):
     assert "nodes     16 to 16" in out
     assert "300 with cycles" in out
     assert "2 columns" not in out
+
+
+def test_describe_graphs_without_edges(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    no_edges = torch.zeros(2, 0, dtype=torch.int64)
+    graph = Graph(torch.ones(3, 1), no_edges, torch.zeros(0, 2), y=torch.zeros(1))
+    write_packed("bare.npz", [graph], ["train"])
+    assert main(["graphs", "describe", "--data", "bare.npz"]) == 0
+    out = capsys.readouterr().out
+    assert "edge_attr 2 columns of float32, none" in out
+    assert "y         1 columns of float32, 0 to 0" in out
 
 
 @pytest.mark.parametrize(

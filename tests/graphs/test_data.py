@@ -146,6 +146,29 @@ def test_packed_round_trip(tmp_path):
         Packed(str(path), max_nodes=2).setup()
 
 
+def test_a_self_loop_of_a_packed_file_stays_one(tmp_path):
+    ends = torch.tensor([[0, 1, 2], [1, 0, 2]])
+    features, y = torch.tensor([[5.0], [5.0], [7.0]]), torch.zeros(1, 1)
+    graph = Graph(torch.zeros(3, 1), ends, features, y=y, is_directed=False)
+    for _ in range(2):
+        write_packed(tmp_path / "a.npz", [graph], ["train"])
+        ((graph,), _) = read_packed(tmp_path / "a.npz")
+        found = zip(*graph.edge_index.tolist(), graph.edge_attr[:, 0].tolist())
+        assert sorted(found) == [(0, 1, 5.0), (1, 0, 5.0), (2, 2, 7.0)]
+
+
+def test_values_that_are_not_finite_are_unknown_to_the_schema(tmp_path):
+    graphs = create_graphs("ring", 5, k=3)
+    labels = [1.0, float("inf"), 5.0, float("nan"), 9.0]
+    graphs = [replace(graph, y=torch.tensor([[label]])) for graph, label in zip(graphs, labels)]
+    write_packed(tmp_path / "a.npz", graphs, ["train"] * 4 + ["test"])
+    schema = Packed(str(tmp_path / "a.npz")).schema
+    assert (schema["mean"], schema["scale"]) == ([3.0], [2.0])
+    write_packed(tmp_path / "b.npz", graphs, ["test"] * 5)
+    with pytest.raises(ValueError, match="no part 'train', only test"):
+        _ = Packed(str(tmp_path / "b.npz")).schema
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
