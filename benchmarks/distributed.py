@@ -9,8 +9,9 @@ For each domain and strategy two runs on N devices are compared with the like on
 equal    the batch divided by N on each device: weights after a few steps, as a share of what the steps changed
 speed    the whole batch on each device: samples per second, and efficiency = speed of N / (N times speed of one)
 
-Runs of the first kind come first, `--jobs` of them at once, those of the second alone (`--only` leaves out the others);
-the file is written whenever a row is known. `--small` takes small networks and batches, for a CPU, where several
+Runs of the first kind come first, `--jobs` of them at once. Of the second, those on one GPU run side by side, a GPU for
+each, then those on several alone (`--only` leaves out the others). The file is written whenever a row is known, and how
+long each run took is said on stderr. `--small` takes small networks and batches, for a CPU, where several
 processes say nothing about speed. The exit code is 1 where weights differ by more than the tolerance.
 """
 
@@ -128,8 +129,17 @@ class Clock(pl.Callback):
                 (self.folder / "clock.json").write_text(json.dumps(found))
 
 
-def train(domain: str, name: str, options: argparse.Namespace, strategy: str | None, batch: int, steps: int) -> Path:
-    """Run `fit` in a folder of its own and return that."""
+def train(
+    domain: str,
+    name: str,
+    options: argparse.Namespace,
+    strategy: str | None,
+    batch: int,
+    steps: int,
+    device: int | None = None,
+) -> Path:
+    """Run `fit` in a folder of its own, on the GPU `device` alone where one is given, and return that folder."""
+    began = time.perf_counter()
     config, large_batch, always, large, small_batch, small = DOMAINS[domain]
     folder = options.work / domain / name
     folder.mkdir(parents=True)
@@ -154,9 +164,12 @@ def train(domain: str, name: str, options: argparse.Namespace, strategy: str | N
     command = [sys.executable, "-m", "omnissm", domain, "fit", "-c", f"{domain}/{config}", *strategies, *words]
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # an empty one would be the working folder
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if options.accelerator == "gpu" and device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with exit code {done.returncode}:\n{done.stderr[-4000:]}")
+    print(f"{domain:<11} {name:<12} {time.perf_counter() - began:6.1f} s in all", file=sys.stderr, flush=True)
     return folder
 
 
@@ -195,20 +208,25 @@ def compare(rows: list[dict[str, Any]], options: argparse.Namespace, tell: Calla
 
 def measure(rows: list[dict[str, Any]], options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
     """Add speeds to the rows, and call `tell` with each."""
-    alone: dict[str, float] = {}
 
-    def seconds(domain: str, strategy: str | None) -> float:
+    def seconds(domain: str, strategy: str | None, device: int | None = None) -> float:
         batch = batch_of(domain, options)
-        folder = train(domain, f"{strategy or 'one'}-speed", options, strategy, batch, options.steps)
+        folder = train(domain, f"{strategy or 'one'}-speed", options, strategy, batch, options.steps, device)
         clock = json.loads((folder / "clock.json").read_text())
         if clock["devices"] != (options.devices if strategy else 1):
             raise SystemExit(f"{folder}: trained on {clock['devices']} devices")
         return clock["seconds"]
 
+    # Each GPU has its share of the domains, one after the other; a CPU has all.
+    lanes = options.devices if options.accelerator == "gpu" else 1
+
+    def share(lane: int) -> dict[str, float]:
+        return {domain: seconds(domain, None, lane) for domain in options.domain[lane::lanes]}
+
+    with ThreadPoolExecutor(lanes) as pool:
+        alone = {domain: found for part in pool.map(share, range(lanes)) for domain, found in part.items()}
     for row in sorted(rows, key=lambda row: options.strategy.index(row["strategy"])):
         domain, batch = row["domain"], batch_of(row["domain"], options)
-        if domain not in alone:
-            alone[domain] = seconds(domain, None)
         together = seconds(domain, row["strategy"])
         row["batch_per_device"] = batch
         row["samples_per_second_one"] = batch / alone[domain]
