@@ -24,11 +24,21 @@ from ..gated_norm import triton_impl as gating
 from ..transforms import operator
 from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device, quick
 from .blocks import HydraWeights
+from .triton_pieces import (
+    SWEEP_TILE,
+    _heads_kernel,
+    _sweep_kernel,
+    heads_options,
+    heads_tile,
+    sweep_blocks,
+    sweep_options,
+)
 from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
 from .triton_states import CARRIED, STATE_TILE, _carry_kernel, _states_kernel, state_options
 
 # Numbers that are not divided by their root mean square yet may leave their range.
 _UNGATED = (torch.float16,)
+_IN_TURN = False  # whether heads of pieces are computed in turn
 
 
 @quick
@@ -114,8 +124,10 @@ def hydra_blocks_triton(
     maps = (mixed - d_inner) // 4
     repeats, piece = nheads * d_state // maps, piece_of(length)
     pieces, gated = cdiv(length, piece), dtype not in _UNGATED
+    in_turn = _IN_TURN and pieces > 1
     tile = tile_of(repeats)
-    parts = nheads // tile.heads
+    turns = heads_tile(repeats)
+    parts = nheads // (turns if in_turn else tile).heads
     width, width_D = products[0].shape[1], products[1].shape[1]
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -177,6 +189,15 @@ def hydra_blocks_triton(
         _mix_kernel, (batch * cdiv(length, tile.rows) * parts,), batch, length, nheads, repeats, *c_stride, *c_stride,
         width_D, width, **mix_options(dtype, headdim, d_state, length, tile), GATED=gated,
     )  # fmt: skip
+    if in_turn:
+        sweep = Repeated(
+            _sweep_kernel, (2 * batch * nheads * sweep_blocks(d_state, SWEEP_TILE),), batch, length, nheads, repeats,
+            *c_stride, *c_stride, **sweep_options(dtype, headdim, d_state, length, SWEEP_TILE),
+        )  # fmt: skip
+        mix = Repeated(
+            _heads_kernel, (batch * cdiv(length, turns.rows) * parts,), batch, length, nheads, repeats, mixed,
+            width_D, width, **heads_options(dtype, headdim, d_state, length, turns), GATED=gated,
+        )  # fmt: skip
     norm_tile = gating._tile(rows, d_inner)
     gate = Repeated(
         gating._gated_norm_fwd_kernel, (cdiv(rows, norm_tile["BLOCK_R"]), 1), rows, d_inner, d_inner, d_inner, width,
@@ -199,7 +220,9 @@ def hydra_blocks_triton(
             convolve(one.p_mixed, own.conv, own.conv_bias, None, one.c)
             torch.mm(u, W_D, out=tensors.d)
             prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, one.ends, None)
-            if pieces > 1:
+            if in_turn:
+                sweep(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
+            elif pieces > 1:
                 collect(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
                 carry(one.left, one.right, one.ends)
             mix(

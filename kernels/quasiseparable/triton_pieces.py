@@ -1,0 +1,251 @@
+"""Hydra's product of rows in pieces, for many heads: states carried along rows, then a piece's heads in turn.
+
+`_sweep_kernel` walks along a row with the state of a head, from one side, and writes the states that enter each piece.
+`_heads_kernel` takes a block of rows: the products of C and B, which all heads of a group share, are made once; then
+each head needs its x, two states, four vectors and its gate, which are fetched while the head before is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_utils import cdiv, next_power_of_2, quick
+from .triton_short import _rows, dot_type, piece_of, warps_of
+
+
+class SweepTile(NamedTuple):
+    """Compile-time choices of `_sweep_kernel`."""
+
+    states: int  # of a head that a program carries, at most
+    warps: int
+    stages: int
+
+
+class HeadsTile(NamedTuple):
+    """Compile-time choices of `_heads_kernel`."""
+
+    rows: int  # a divisor of a piece
+    columns: int  # likewise
+    heads: int  # at most, a divisor of the heads of a group is taken
+    warps: int
+    stages: int
+    registers: int | None = None  # of a thread, at most
+
+
+SWEEP_TILE = SweepTile(64, 4, 3)
+HEADS_TILE = HeadsTile(64, 64, 6, 4, 2)
+
+
+@quick
+@triton.jit(do_not_specialize=["batch", "length", "heads", "repeats"])
+def _sweep_kernel(
+    x_ptr,
+    B_f_ptr,
+    B_b_ptr,
+    vectors_ptr,
+    ends_ptr,
+    left_ptr,
+    right_ptr,
+    batch,
+    length,
+    heads,
+    repeats,
+    x_stride_b,
+    x_stride_t,
+    map_stride_b,
+    map_stride_t,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """States that enter pieces from the left and from the right, (b, h, pieces, p, n)."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    pieces = tl.cdiv(length, PIECE)
+    program = tl.program_id(0)
+    n = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = program // blocks % heads
+    backwards = program // blocks // heads % 2 == 1
+    row = (program // blocks // heads // 2).to(tl.int64)
+    one = tl.cast(batch, tl.int64) * pieces * heads
+    x_ptr += row * x_stride_b + head * P
+    maps = tl.where(backwards, B_b_ptr, B_f_ptr) + row * map_stride_b + (head // repeats) * N
+    place = row * pieces * heads + head
+    columns = vectors_ptr + tl.where(backwards, 3 * one, one) * PIECE + place * PIECE
+    ends = ends_ptr + tl.where(backwards, one, 0) + place
+    p = tl.arange(0, BLOCK_P)[:, None]
+    n_ok = n < N
+    ok = (p < P) & n_ok[None, :]
+    states = tl.where(backwards, right_ptr, left_ptr) + (row * heads + head) * pieces * (P * N) + p * N + n[None, :]
+    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for k in tl.range(0, pieces, num_stages=STAGES):
+        piece = tl.where(backwards, pieces - 1 - k, k)
+        t = piece * PIECE + tl.arange(0, PIECE)
+        t_ok = t < length
+        x = _rows(x_ptr, t, t_ok, x_stride_t, P, BLOCK_P, DOT)
+        B = tl.load(maps + t[:, None] * map_stride_t + n[None, :], mask=t_ok[:, None] & n_ok[None, :], other=0.0)
+        end = tl.load(ends + piece * heads)
+        column = tl.load(columns + piece * heads * PIECE + tl.arange(0, PIECE))
+        factor = tl.exp2(column + tl.where(backwards, 0.0, end))
+        tl.store(states + piece * (P * N), state, mask=ok)
+        state = tl.dot(tl.trans(x), (B * factor[:, None]).to(DOT), state * tl.exp2(end))
+
+
+@quick
+@triton.jit(do_not_specialize=["batch", "length"])
+def _heads_kernel(
+    x_ptr,
+    B_f_ptr,
+    C_f_ptr,
+    B_b_ptr,
+    C_b_ptr,
+    vectors_ptr,
+    diag_ptr,
+    D_ptr,
+    left_ptr,
+    right_ptr,
+    z_ptr,
+    weight_ptr,
+    y_ptr,
+    squares_ptr,
+    batch,
+    length,
+    heads: tl.constexpr,
+    repeats: tl.constexpr,
+    stride: tl.constexpr,
+    diag_stride: tl.constexpr,
+    z_stride: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PIECE: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that."""
+    head_blocks = heads // HEADS
+    row_blocks = tl.cdiv(length, ROWS)
+    head_block = tl.program_id(0) % head_blocks
+    head = head_block * HEADS
+    first = tl.program_id(0) // head_blocks % row_blocks * ROWS
+    row = (tl.program_id(0) // head_blocks // row_blocks).to(tl.int64)
+    piece = first // PIECE
+    pieces = tl.cdiv(length, PIECE)
+    begin = piece * PIECE
+    one = tl.cast(batch, tl.int64) * pieces * heads * PIECE
+    maps = row * length * stride + (head // repeats) * N
+    place = row * length
+    x_ptr += row * length * stride + head * P
+    y_ptr += (place * heads + head) * P
+    t = first + tl.arange(0, ROWS)
+    t_ok = t < length
+    p = tl.arange(0, BLOCK_P)
+    C_f = _rows(C_f_ptr + (maps - stride), t, (t > 0) & (t <= length), stride, N, BLOCK_N, DOT)
+    C_b = _rows(C_b_ptr + (maps + stride), t, t + 1 < length, stride, N, BLOCK_N, DOT)
+    products = ()
+    for j in tl.static_range(PIECE // COLUMNS):
+        s = begin + j * COLUMNS + tl.arange(0, COLUMNS)
+        product_f = tl.dot(C_f, tl.trans(_rows(B_f_ptr + maps, s, s < length, stride, N, BLOCK_N, DOT)))
+        product_b = tl.dot(C_b, tl.trans(_rows(B_b_ptr + maps, s, s < length, stride, N, BLOCK_N, DOT)))
+        products = products + (tl.where(s[None, :] < t[:, None], product_f, product_b),)
+    vectors_ptr += ((row * pieces + piece) * heads + head) * PIECE
+    own = vectors_ptr + (t - begin)
+    diag_ptr += place * diag_stride + head + t * diag_stride
+    D_ptr += head
+    state = ((row * heads + head) * pieces + piece) * (P * N)
+    left_ptr += state
+    right_ptr += state
+    if GATED:
+        z_ptr += place * z_stride + head * P
+        weight_ptr += head * P
+    squares = tl.zeros([ROWS], tl.float32)
+    for i in tl.range(0, HEADS, num_stages=STAGES):
+        if GATED:
+            z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, DOT)
+        rows_f = tl.load(own + i * PIECE)
+        rows_b = tl.load(own + i * PIECE + 2 * one)
+        diagonal = tl.load(diag_ptr + i, mask=t_ok, other=0.0).to(tl.float32) + tl.load(D_ptr + i)
+        left = _rows(left_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
+        right = _rows(right_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
+        # Beyond a row the sums stay what they are at its end.
+        last = tl.load(vectors_ptr + i * PIECE + 2 * one + (PIECE - 1))
+        y = tl.dot(C_f, tl.trans(left)) * tl.exp2(rows_f)[:, None]
+        y += tl.dot(C_b, tl.trans(right)) * tl.exp2(rows_b - last)[:, None]
+        for j in tl.static_range(PIECE // COLUMNS):
+            s = begin + j * COLUMNS + tl.arange(0, COLUMNS)
+            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
+            column = vectors_ptr + i * PIECE + (s - begin)
+            forward = rows_f[:, None] + tl.load(column + one)[None, :]
+            backward = rows_b[:, None] + tl.load(column + 3 * one)[None, :]
+            matrix = products[j] * tl.exp2(tl.where(s[None, :] < t[:, None], forward, backward))
+            matrix = tl.where(s[None, :] == t[:, None], diagonal[:, None], matrix)
+            y = tl.dot(matrix.to(DOT), x, y)
+        if GATED:
+            squares += tl.sum(y * y, axis=1)
+            weight = tl.load(weight_ptr + i * P + p, mask=p < P, other=0.0).to(tl.float32)
+            gate = z.to(tl.float32)
+            # The square root of a sigmoid: a root takes a third of the instructions of a division.
+            root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
+            y = (y * root) * (gate * root) * weight[None, :]
+        tl.store(y_ptr + i * P + t[:, None] * (heads * P) + p[None, :], y, mask=t_ok[:, None] & (p < P)[None, :])
+    if GATED:
+        tl.store(squares_ptr + (place + t) * head_blocks + head_block, squares, mask=t_ok)
+
+
+def sweep_blocks(n: int, tile: SweepTile) -> int:
+    """Programs that share the states of a head."""
+    return cdiv(n, max(16, min(tile.states, next_power_of_2(n))))
+
+
+@functools.cache
+def sweep_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: SweepTile) -> dict[str, Any]:
+    """Compile-time arguments of `_sweep_kernel`."""
+    block_p, block_n = max(16, next_power_of_2(headdim)), max(16, min(tile.states, next_power_of_2(n)))
+    return {
+        "P": headdim,
+        "N": n,
+        "PIECE": piece_of(length),
+        "BLOCK_P": block_p,
+        "BLOCK_N": block_n,
+        "DOT": dot_type(dtype),
+        "STAGES": tile.stages,
+        "num_warps": warps_of(tile.warps, block_p, max(16, next_power_of_2(n))),
+    }
+
+
+def heads_tile(repeats: int) -> HeadsTile:
+    """The tile with as many heads as share maps and divide `repeats`, the heads of a group."""
+    return HEADS_TILE._replace(heads=next(one for one in range(HEADS_TILE.heads, 0, -1) if repeats % one == 0))
+
+
+@functools.cache
+def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: HeadsTile) -> dict[str, Any]:
+    """Compile-time arguments of `_heads_kernel` but GATED."""
+    block_p, block_n = max(16, next_power_of_2(headdim)), max(16, next_power_of_2(n))
+    return {
+        "P": headdim,
+        "N": n,
+        "PIECE": piece_of(length),
+        "HEADS": tile.heads,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "BLOCK_P": block_p,
+        "BLOCK_N": block_n,
+        "DOT": dot_type(dtype),
+        "STAGES": tile.stages,
+        "num_warps": warps_of(tile.warps, block_p, block_n),
+        "maxnreg": tile.registers,
+    }
