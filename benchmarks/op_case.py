@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import time
@@ -24,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under PYTH
 from op_peers import FOR_SCALE, LONGEST_ATTENTION, PEERS
 
 KERNELS = Path(omnissm.kernels.__file__).parent
+COMPILED = "chunked, torch.compile"
+LONG = 200.0  # milliseconds from which a run is not recorded in a CUDA graph
 
 
 def read_specs() -> dict[str, OpSpec]:
@@ -71,12 +72,13 @@ class Timer:
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) for begin, end in events]
 
-    def graph(self, run: Callable[[], Any]) -> dict[str, float] | None:
+    def graph(self, run: Callable[[], Any], eager: dict[str, float]) -> dict[str, float] | None:
         """The same for a replayed CUDA graph: the GPU's time without Python's.
 
-        None where there is no GPU, or the run waits for it, so that it cannot be recorded.
+        None where there is no GPU, or the run waits for it, so that it cannot be recorded, or is so long that Python's
+        time is nothing beside it.
         """
-        if self.cache is None:
+        if self.cache is None or eager["median"] > LONG:
             return None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -107,26 +109,28 @@ def copy_bandwidth(timer: Timer) -> float:
 
 
 class Case:
-    """One op at one size: its inputs, what is timed with them, and the rows of the table."""
+    """One op at one size: its inputs, what is timed with them, and the rows of the table.
+
+    Attributes:
+        checked: What came of comparing paths with the float64 reference, where that was done before: None or the error.
+    """
 
     def __init__(self, spec: OpSpec, bench: BenchSize, device: torch.device) -> None:
         self.spec, self.bench, self.device = spec, bench, device
         self.first = spec.bench_sizes[:1] == (bench,)
+        self.fastest = "triton" if "triton" in spec.implementations and device.type == "cuda" else "chunked"
+        self.checked: dict[str, str | None] = {}
 
     def paths(self, stage: int) -> dict[str, Callable[..., Any] | str]:
-        """What stands in the table, or why it is not timed: ours first, then other paths and peers, then compiled."""
+        """What stands in the table, or why it is not timed: our fastest path first, then other paths and peers.
+
+        On a GPU other paths of ours stand beside the first size only.
+        """
         spec, size, on_gpu = self.spec, self.bench.size, self.device.type == "cuda"
-        if stage == 2:
-            if not (on_gpu and self.first):
-                return {}
-            torch.compiler.reset()  # compiled code is kept per line of source: after eight cases torch would stop
-            compiled = torch.compile(lambda **arguments: spec.op(**arguments, backend="chunked"))
-            return {"chunked, torch.compile": compiled}
         found: dict[str, Callable[..., Any] | str] = {}
         unavailable = available_backends(self.device)
-        fastest = "triton" if "triton" in spec.implementations and on_gpu else "chunked"
         for name in spec.implementations:
-            if (name == fastest) != (stage == 0):
+            if (name == self.fastest) != (stage == 0) or (stage and on_gpu and not self.first):
                 continue
             if name == "reference" and on_gpu:
                 found[name] = "a loop in Python, too slow at this size"
@@ -136,25 +140,35 @@ class Case:
                 found[name] = "does not take this size"
             else:
                 found[name] = functools.partial(spec.op, backend=name)
-        if stage == 1:
+        if stage:
             if True not in size.values():  # peers have no such options
                 found.update(PEERS.get(spec.name, {}))
             if size.get("l", 0) <= LONGEST_ATTENTION:
                 found.update(FOR_SCALE.get(spec.name, {}))
+            if on_gpu and self.first:
+                found[COMPILED] = self.checked.get(COMPILED) or self.compiled()
         return found
+
+    def compiled(self) -> Callable[..., Any]:
+        """The chunked path under torch.compile."""
+        torch.compiler.reset()  # compiled code is kept per line of source: after eight cases torch would stop
+        return torch.compile(lambda **arguments: self.spec.op(**arguments, backend="chunked"))
 
     def inputs(self) -> dict[str, Any]:
         generator = torch.Generator(self.device).manual_seed(0)
         return self.spec.make_inputs(**self.bench.size, dtype=self.bench.dtype, device=self.device, generator=generator)
 
     def rows(self, stage: int, timer: Timer, bandwidth: float) -> list[dict[str, Any]]:
-        """Rows of one stage; what fails is named in its row and stops no other."""
+        """Rows of one stage; what fails is named in its row and stops no other.
+
+        Our fastest path is compared with the chunked one, all else with our fastest.
+        """
         paths = self.paths(stage)
         if not any(callable(run) for run in paths.values()):
             return [self.row(name) | {"skipped": reason} for name, reason in paths.items()]
         inputs = self.inputs()
         with torch.no_grad():
-            found = self.spec.op(**inputs, backend="chunked")
+            found = self.spec.op(**inputs, backend=self.fastest if stage else "chunked")
         expected = dict(zip(self.spec.outputs, found if isinstance(found, tuple) else (found,), strict=True))
         floor = byte_floor(inputs, expected)
         rows = []
@@ -201,13 +215,15 @@ class Case:
             found["repeatable"] = all(_same(one, two) for one, two in zip(both(), both(), strict=True))
         with torch.no_grad():
             forward = functools.partial(run, **inputs)
-            found["forward_ms"], found["forward_graph_ms"] = timer(forward), timer.graph(forward)
+            found["forward_ms"] = timer(forward)
+            found["forward_graph_ms"] = timer.graph(forward, found["forward_ms"])
         found["peak_mib"] = None
         if self.device.type == "cuda":
             before = reset_peak()
             both()
             found["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-        found["forward_backward_ms"], found["forward_backward_graph_ms"] = timer(both), timer.graph(both)
+        found["forward_backward_ms"] = timer(both)
+        found["forward_backward_graph_ms"] = timer.graph(both, found["forward_backward_ms"])
         return found
 
     def find_error(
@@ -216,29 +232,40 @@ class Case:
         """Why an implementation must not be timed.
 
         It is compared with the float64 reference at a smaller size of the same widths, for which the same kernels run,
-        gradients included; and here with the chunked path.
+        gradients included; and here with another path.
         """
-        spec, dtype = self.spec, self.bench.dtype
+        if name in self.spec.implementations and name != "reference":
+            if name not in self.checked:
+                self.checked[name] = self.check(name)
+            if problem := self.checked[name]:
+                return problem
+        other = "chunked path" if self.fastest == "chunked" or name == self.fastest else f"{self.fastest} path"
         try:
-            if name in spec.implementations and name != "reference":
-                for size in smaller(spec, self.bench.size):
-                    check_op(spec, size, name, dtype, self.device)
             with torch.no_grad():
                 found = run(**inputs)
             for (output, value), got in zip(expected.items(), found if isinstance(found, tuple) else (found,)):
-                error, limit = relative_error(got, value), 2 * spec.limit(output, dtype)
+                error, limit = relative_error(got, value), 2 * self.spec.limit(output, self.bench.dtype)
                 if not error <= limit:
-                    return f"`{output}` differs from the chunked path by {error:.1e}, allowed {limit:.0e}"
+                    return f"`{output}` differs from the {other} by {error:.1e}, allowed {limit:.0e}"
         except AssertionError as error:
             return str(error)
         return None
 
-    def warm(self) -> float:
-        """Compile what the first stage runs; seconds of the first call, forward and backward."""
+    def check(self, name: str) -> str | None:
+        """What is wrong with a path at sizes for which the float64 reference is quick, or None."""
+        try:
+            for size in smaller(self.spec, self.bench.size):
+                check_op(self.spec, size, name, self.bench.dtype, self.device)
+        except AssertionError as error:
+            return str(error)
+        return None
+
+    def first_call(self, compiled: bool = False) -> float:
+        """Compile what is timed later, our fastest path or `compiled`; seconds of the first forward and backward."""
         if self.bench.size.get("l", 0) > LONGEST_ATTENTION:  # the kernels are the same
             self.bench = replace(self.bench, size={**self.bench.size, "l": LONGEST_ATTENTION})
         inputs = self.inputs()
-        (run,) = (run for run in self.paths(0).values() if callable(run))
+        run = self.compiled() if compiled else functools.partial(self.spec.op, backend=self.fastest)
         step = training_step(run, inputs)
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -247,11 +274,8 @@ class Case:
         seconds = time.perf_counter() - start
         with torch.no_grad():
             run(**inputs)
-        del inputs, step
-        with contextlib.suppress(AssertionError):  # reported when it is timed
-            for size in smaller(self.spec, self.bench.size):
-                check_op(self.spec, size, "triton", self.bench.dtype, self.device)
-        return seconds
+        torch.cuda.synchronize()
+        return round(seconds, 2)
 
 
 def smaller(spec: OpSpec, size: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

@@ -183,7 +183,7 @@ def operators(results: Path, found: Sequence[Path]) -> str:
     for folder in sorted({path.parent for path in found}):
         contents = [read(path) for path in found if path.parent == folder]
         names = ["op, size, dtype", "path", "graph", "eager", "floor", "required", "aim"]
-        names += ["extra MiB", "allowed MiB", "first call, s", "same bits"]
+        names += ["extra MiB", "allowed MiB", "misses", "first call, s", "same bits"]
         lines = [_timed(each["op"], row) for each in contents for row in each["rows"] if "forward_ms" in row]
         text += ("\n" if text else "") + table(names, lines)
         machines: dict[str, list[str]] = {}
@@ -195,6 +195,20 @@ def operators(results: Path, found: Sequence[Path]) -> str:
             )
         text += "".join(f"\n`{each['op']}`: {each['notes']}\n" for each in contents if "notes" in each)
     return text
+
+
+def missed(row: Row) -> list[str]:
+    """Names of the columns of `operators` in which a row of our kernels is above its limit."""
+    found: list[str] = []
+    if row["path"] != "triton" or "forward_ms" not in row:
+        return found
+    for name, kind in (("graph", "_graph_ms"), ("eager", "_ms")):
+        got = [row[f"{which}{kind}"] for which in ("forward", "forward_backward")]
+        if any(g and g["median"] > limit for g, limit in zip(got, row.get("required_ms", ()))):
+            found.append(name)
+    if row.get("peak_mib") is not None and row["peak_mib"] > row.get("required_mib", math.inf):
+        found.append("extra MiB")
+    return found
 
 
 def untimed(results: Path, found: Sequence[Path]) -> str:
@@ -367,5 +381,6 @@ def _timed(op: str, row: Row) -> list[str]:
     for key in ("required_ms", "stretch_ms"):
         cells.append(" / ".join(f"{value:g}" for value in row[key]) if key in row else "")
     cells += ["" if row.get(key) is None else f"{row[key]:,.0f}" for key in ("peak_mib", "required_mib")]
+    cells.append(", ".join(missed(row)))
     cells.append(f"{row['cold_s']:.1f}" if "cold_s" in row else "")
     return [*cells, {True: "yes", False: "no"}.get(row.get("repeatable"), "")]

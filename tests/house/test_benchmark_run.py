@@ -16,7 +16,7 @@ from omnissm.kernels.testing import BenchSize
 def run(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     yield import_module("run")
-    for name in ("run", "op_case", "op_peers"):
+    for name in ("run", "op_case", "op_peers", "tables"):
         sys.modules.pop(name, None)
 
 
@@ -84,3 +84,40 @@ def test_every_op_comes_once(run):
     specs = run.read_specs()
     assert set(run.ORDER) <= set(specs)
     assert len(set(run.ORDER)) == len(run.ORDER)
+
+
+def test_tasks_are_done_once_and_slow_ones_first(run):
+    specs = run.read_specs()
+    tasks = run.tasks_of(specs, ["gated_norm", "grid_scan", "fft_conv"])
+    assert len(set(tasks)) == len(tasks)
+    assert tasks[0] == "first:grid_scan:0"
+    assert [task for task in tasks if task.startswith("first:gated_norm")] == [
+        "first:gated_norm:0",
+        "first:gated_norm:1",
+    ]
+    assert not any(task.startswith("first:fft_conv") for task in tasks)  # not in Triton
+    assert {"check:fft_conv:0:chunked", "check:gated_norm:0:chunked", "compiled:gated_norm:0"} <= set(tasks)
+
+
+def test_what_was_found_beforehand_is_used(run):
+    case, specs = import_module("op_case"), run.read_specs()
+    ssd, gpu = specs["ssd"], torch.device("cuda")
+    one = case.Case(ssd, ssd.bench_sizes[3], gpu)  # 784 positions, whose smaller size is that of 196
+    run.tell(one, 3, {"check:ssd:2:triton": "`y` is off", "check:ssd:0:triton": None})
+    assert one.checked == {"triton": "`y` is off"}
+    assert one.find_error("triton", lambda **_: None, {}, {}) == "`y` is off"
+    first = case.Case(ssd, ssd.bench_sizes[0], gpu)
+    run.tell(first, 0, {"check:ssd:0:triton": None})
+    assert first.checked == {"triton": None, case.COMPILED: "did not compile in time"}
+
+
+def test_missed_limits(run):
+    missed = run.missed
+    row = {"path": "triton", "required_ms": [1.0, 3.0], "required_mib": 10, "peak_mib": 11.0}
+    for name, forward, both in (("forward_ms", 1.5, 3.0), ("graph", 0.9, 2.9)):
+        kind = "_graph_ms" if name == "graph" else "_ms"
+        row |= {f"forward{kind}": {"median": forward}, f"forward_backward{kind}": {"median": both}}
+    assert missed(row) == ["eager", "extra MiB"]
+    assert missed(row | {"peak_mib": None, "forward_backward_graph_ms": {"median": 3.1}}) == ["graph", "eager"]
+    assert missed(row | {"path": "chunked"}) == []
+    assert missed({"path": "triton", "skipped": "no GPU"}) == []
