@@ -10,15 +10,16 @@ import argparse
 import difflib
 import dis
 import inspect
+import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, resources
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import TracebackType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 LIGHTNING = "omnissm.ssmcore.training.cli"
 
@@ -226,16 +227,59 @@ def run_function(target: str, words: Sequence[str], prog: str) -> int:
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with values of these options")
     parser.add_function_arguments(function, as_group=False)
+    lists = {action.option_strings[0]: items for action in parser._actions if (items := _items(action))}
+    for action in parser._actions:
+        if _items(action):
+            action.metavar = "ITEM | [ITEM,...]"
     try:
-        config = parser.parse_args(list(words))
+        config = parser.parse_args(_with_lists(words, lists))
     except Exception as error:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"{one_line(error)}{close_option(str(error), options)}") from error
+        raise ValueError(f"{_plain_error(one_line(error))}{close_option(str(error), options)}") from error
     values = parser.instantiate_classes(config)
     values.pop("config", None)
     _check_outputs(values.get("out"))
     result = function(**values)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _items(action: argparse.Action) -> Any:
+    """The type of the items of an option that takes a list and no text; None for other options."""
+    hint = getattr(action, "_typehint", None)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    lists = [kind for kind in kinds if get_origin(kind) is list]
+    return get_args(lists[0])[0] if lists and str not in kinds else None
+
+
+def _with_lists(words: Sequence[str], lists: Mapping[str, Any]) -> list[str]:
+    """The words with lists where an option takes one and gets a single item: `--metrics mse` for `--metrics [mse]`."""
+
+    def listed(option: str, value: str) -> str:
+        if value.startswith("[") or value == "null":
+            return value
+        return json.dumps([value]) if lists[option] in (str, Path) else f"[{value}]"
+
+    found: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if found and found[-1] in lists and not word.startswith("-"):
+            found.append(listed(found[-1], word))
+        else:
+            found.append(f"{option}={listed(option, value)}" if equals and option in lists else word)
+    return found
+
+
+def _plain_error(text: str) -> str:
+    """A parser's error without what it says of alternatives that were not meant, and with choices in plain words."""
+    union = r"Does not validate against any of the Union subtypes .*? Errors: - (Expected a .*?)"
+    text = re.sub(rf"{union}(?: - Expected a .*)? Given value type: .*? Given value: (.*)$", r"\1. Got value: \2", text)
+    found = re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", text)
+    if not found:
+        return text
+    choices = [choice.strip("'\"") for choice in found[1].split(", ")]
+    close = difflib.get_close_matches(found[2], choices, n=1)
+    advice = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{text[: found.start()]}expected one of {', '.join(choices)}; got {found[2]}.{advice}"
 
 
 def _of_domain(example: str, prog: str) -> str:
@@ -282,6 +326,8 @@ def close_option(message: str, options: Sequence[str]) -> str:
     if not found:
         return ""
     word = found[1].lstrip("-").rpartition(".")[2]
+    if any(word == option.lstrip("-") for option in options):  # the option is right, its value is not
+        return ""
     names = {option.lstrip("-").rpartition(".")[2]: option for option in options}
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(names[name]) for name in close)}?" if close else ""

@@ -169,6 +169,49 @@ def test_bad_options_of_a_verb(verb, capsys, words, message):
     assert error.count("\n") == 1
 
 
+def gather(names: list[str] | None = None, paths: list[Path] | None = None, sizes: list[int] | None = None) -> None:
+    """Gather.
+
+    Args:
+        names: Some names.
+        paths: Some paths.
+        sizes: Some sizes.
+    """
+    sys.stdout.write(repr((names, [str(path) for path in paths or ()], sizes)))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--names", "mse"], (["mse"], [], None)),
+        (["--names=1: a", "--sizes", "3"], (["1: a"], [], [3])),
+        (["--names", "[mse, mae]", "--sizes=[3, 4]"], (["mse", "mae"], [], [3, 4])),
+        (["--paths", "a b, c.png", "--names", "null"], (None, ["a b, c.png"], None)),
+        (["--names", "a", "--names+", "b"], (["a", "b"], [], None)),
+    ],
+)
+def test_one_item_is_a_list_of_it(verb, capsys, words, found):
+    assert verb(gather)(*words) == 0
+    assert capsys.readouterr().out == repr(found)
+
+
+@pytest.mark.parametrize(
+    ("function", "words", "line"),
+    [
+        (
+            choose,
+            ["--path", "x", "--kind", "bb"],
+            "Parser key \"kind\": expected one of a, b; got bb. Did you mean 'b'?",
+        ),
+        (choose, ["--path", "x", "--part", "y"], "Parser key \"part\": Expected a <class 'int'>. Got value: y"),
+        (gather, ["--sizes", "x"], "Parser key \"sizes\": Expected a <class 'int'>. Got value: x. Got value: ['x']"),
+    ],
+)
+def test_an_error_of_a_value_says_what_it_may_be(verb, capsys, function, words, line):
+    assert verb(function)(*words) == 2
+    assert capsys.readouterr().err == f"omnissm: error: {line}\n"
+
+
 def raising(error):
     def probe() -> None:
         raise error
