@@ -25,11 +25,14 @@ from ..transforms import operator
 from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device, quick
 from .blocks import HydraWeights
 from .triton_pieces import (
+    PREPARE_TILE,
     SWEEP_TILE,
     _heads_kernel,
+    _prepare_kernel,
     _sweep_kernel,
     heads_options,
     heads_tile,
+    prepare_options,
     sweep_blocks,
     sweep_options,
 )
@@ -138,7 +141,7 @@ def hydra_blocks_triton(
     tensors = _Buffers(
         total=empty(*x.shape, kind=torch.float32),
         squares=empty(rows, parts, kind=torch.float32) if gated else None,
-        vectors=empty(4, batch, pieces, nheads, piece, kind=torch.float32),
+        vectors=empty(5 if in_turn else 4, batch, pieces, nheads, piece, kind=torch.float32),
         ends=empty(2, batch, pieces, nheads, kind=torch.float32) if pieces > 1 else None,
         left=empty(batch, nheads, pieces, headdim, d_state) if pieces > 1 else None,
         right=empty(batch, nheads, pieces, headdim, d_state) if pieces > 1 else None,
@@ -190,13 +193,17 @@ def hydra_blocks_triton(
         width_D, width, **mix_options(dtype, headdim, d_state, length, tile), GATED=gated,
     )  # fmt: skip
     if in_turn:
+        make = Repeated(
+            _prepare_kernel, (batch * pieces * (1 + cdiv(nheads, PREPARE_TILE.heads)),), batch, length, nheads, d_inner,
+            mixed, width, **prepare_options(dtype, nheads, length, PREPARE_TILE),
+        )  # fmt: skip
         sweep = Repeated(
             _sweep_kernel, (2 * batch * nheads * sweep_blocks(d_state, SWEEP_TILE),), batch, length, nheads, repeats,
             *c_stride, *c_stride, **sweep_options(dtype, headdim, d_state, length, SWEEP_TILE),
         )  # fmt: skip
-        mix = Repeated(
-            _heads_kernel, (batch * cdiv(length, turns.rows) * parts,), batch, length, nheads, repeats, mixed,
-            width_D, width, **heads_options(dtype, headdim, d_state, length, turns), GATED=gated,
+        turn = Repeated(
+            _heads_kernel, (batch * cdiv(length, turns.rows) * parts,), batch, length, nheads, repeats, mixed, width,
+            **heads_options(dtype, headdim, d_state, length, turns), GATED=gated,
         )  # fmt: skip
     norm_tile = gating._tile(rows, d_inner)
     gate = Repeated(
@@ -218,17 +225,21 @@ def hydra_blocks_triton(
             W_in, W_D, W_out = products[3 * number : 3 * number + 3]
             torch.mm(tensors.n, W_in, out=p)
             convolve(one.p_mixed, own.conv, own.conv_bias, None, one.c)
-            torch.mm(u, W_D, out=tensors.d)
-            prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, one.ends, None)
+            rest = (one.p, own.gate, one.g, one.squares) if gated else (None, None, one.m, None)
             if in_turn:
+                make(
+                    one.c, W_D if number == 0 else address(W_D), own.D, one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log,
+                    one.vectors, one.ends,
+                )  # fmt: skip
                 sweep(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
-            elif pieces > 1:
-                collect(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
-                carry(one.left, one.right, one.ends)
-            mix(
-                one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, one.left, one.right,
-                *((one.p, own.gate, one.g, one.squares) if gated else (None, None, one.m, None)),
-            )  # fmt: skip
+                turn(one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.left, one.right, *rest)
+            else:
+                torch.mm(u, W_D, out=tensors.d)
+                prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, one.ends, None)
+                if pieces > 1:
+                    collect(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
+                    carry(one.left, one.right, one.ends)
+                mix(one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, one.left, one.right, *rest)
             if not gated:
                 gate(one.m, one.p, own.gate, one.g)
             torch.mm(tensors.g, W_out, out=tensors.o)

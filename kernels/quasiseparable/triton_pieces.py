@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 
 from ..triton_utils import cdiv, next_power_of_2, quick
-from .triton_short import _rows, dot_type, piece_of, warps_of
+from .triton_short import _rows, _write_vectors, dot_type, piece_of, warps_of
+
+
+class PrepareTile(NamedTuple):
+    """Compile-time choices of `_prepare_kernel`."""
+
+    heads: int  # of a program that makes vectors
+    channels: int  # of a step
+    warps: int
+    stages: int
 
 
 class SweepTile(NamedTuple):
@@ -30,15 +39,80 @@ class HeadsTile(NamedTuple):
     """Compile-time choices of `_heads_kernel`."""
 
     rows: int  # a divisor of a piece
-    columns: int  # likewise
+    columns: int  # of a step where both sides meet, a divisor of `rows`
     heads: int  # at most, a divisor of the heads of a group is taken
     warps: int
     stages: int
     registers: int | None = None  # of a thread, at most
 
 
+PREPARE_TILE = PrepareTile(1, 64, 4, 4)
 SWEEP_TILE = SweepTile(64, 4, 3)
 HEADS_TILE = HeadsTile(64, 64, 6, 4, 2)
+
+
+@quick
+@triton.jit(do_not_specialize=["batch", "length", "heads"])
+def _prepare_kernel(
+    u_ptr,
+    from_x_ptr,
+    D_ptr,
+    dt_f_ptr,
+    dt_b_ptr,
+    bias_ptr,
+    A_log_ptr,
+    vectors_ptr,
+    ends_ptr,
+    batch,
+    length,
+    heads,
+    channels,
+    u_stride,
+    dt_stride,
+    PIECE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ALL_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Vectors of `_vectors_kernel`, (4, b, pieces, h, PIECE), and a fifth, the diagonal u W_D^T + D.
+
+    One program of each piece makes its diagonal, the others vectors of BLOCK_H heads.
+    """
+    each = 1 + tl.cdiv(heads, BLOCK_H)
+    place = (tl.program_id(0) // each).to(tl.int64)
+    kind = tl.program_id(0) % each
+    if kind > 0:
+        own_h = (kind - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        _write_vectors(
+            dt_f_ptr, dt_b_ptr, bias_ptr, A_log_ptr, vectors_ptr, ends_ptr, None, place, own_h, batch, length, heads,
+            length * dt_stride, dt_stride, PIECE, True, False,
+        )  # fmt: skip
+    else:
+        pieces = tl.cdiv(length, PIECE)
+        row = place // pieces
+        begin = (place % pieces * PIECE).to(tl.int32)
+        t = tl.arange(0, PIECE)
+        h = tl.arange(0, ALL_H)
+        k = tl.arange(0, BLOCK_K)
+        t_ok = t < length - begin
+        u_ptr += (row * length + begin) * u_stride
+        diagonal = tl.zeros([PIECE, ALL_H], tl.float32)
+        for start in tl.range(0, channels, BLOCK_K, num_stages=STAGES):
+            ok = start + k < channels
+            u = tl.load(
+                u_ptr + t[:, None] * u_stride + (start + k)[None, :], mask=t_ok[:, None] & ok[None, :], other=0.0
+            )
+            weight = tl.load(
+                from_x_ptr + h[:, None] * channels + (start + k)[None, :],
+                mask=(h < heads)[:, None] & ok[None, :],
+                other=0.0,
+            )
+            diagonal = tl.dot(u.to(DOT), tl.trans(weight.to(DOT)), diagonal)
+        diagonal += tl.load(D_ptr + h, mask=h < heads, other=0.0)[None, :]
+        out = vectors_ptr + 4 * tl.cast(batch, tl.int64) * pieces * heads * PIECE + place * heads * PIECE
+        tl.store(out + h[None, :] * PIECE + t[:, None], diagonal, mask=(h < heads)[None, :] & (t >= 0)[:, None])
 
 
 @quick
@@ -108,8 +182,6 @@ def _heads_kernel(
     B_b_ptr,
     C_b_ptr,
     vectors_ptr,
-    diag_ptr,
-    D_ptr,
     left_ptr,
     right_ptr,
     z_ptr,
@@ -121,7 +193,6 @@ def _heads_kernel(
     heads: tl.constexpr,
     repeats: tl.constexpr,
     stride: tl.constexpr,
-    diag_stride: tl.constexpr,
     z_stride: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -155,16 +226,27 @@ def _heads_kernel(
     p = tl.arange(0, BLOCK_P)
     C_f = _rows(C_f_ptr + (maps - stride), t, (t > 0) & (t <= length), stride, N, BLOCK_N, DOT)
     C_b = _rows(C_b_ptr + (maps + stride), t, t + 1 < length, stride, N, BLOCK_N, DOT)
-    products = ()
-    for j in tl.static_range(PIECE // COLUMNS):
-        s = begin + j * COLUMNS + tl.arange(0, COLUMNS)
+    within = ()
+    for j in tl.static_range(ROWS // COLUMNS):
+        s = first + j * COLUMNS + tl.arange(0, COLUMNS)
         product_f = tl.dot(C_f, tl.trans(_rows(B_f_ptr + maps, s, s < length, stride, N, BLOCK_N, DOT)))
         product_b = tl.dot(C_b, tl.trans(_rows(B_b_ptr + maps, s, s < length, stride, N, BLOCK_N, DOT)))
-        products = products + (tl.where(s[None, :] < t[:, None], product_f, product_b),)
+        within = within + (tl.where(s[None, :] < t[:, None], product_f, product_b),)
+    others = ()
+    beyond = ()
+    for j in tl.static_range(PIECE // ROWS - 1):
+        other = begin + (first - begin + (j + 1) * ROWS) % PIECE
+        before = other < first
+        others = others + (other,)
+        s = other + tl.arange(0, ROWS)
+        C = _rows(
+            tl.where(before, C_f_ptr - stride, C_b_ptr + stride) + maps, t,
+            tl.where(before, t - 1 < length, t + 1 < length), stride, N, BLOCK_N, DOT,
+        )  # fmt: skip
+        B = _rows(tl.where(before, B_f_ptr, B_b_ptr) + maps, s, s < length, stride, N, BLOCK_N, DOT)
+        beyond = beyond + (tl.dot(C, tl.trans(B)),)
     vectors_ptr += ((row * pieces + piece) * heads + head) * PIECE
     own = vectors_ptr + (t - begin)
-    diag_ptr += place * diag_stride + head + t * diag_stride
-    D_ptr += head
     state = ((row * heads + head) * pieces + piece) * (P * N)
     left_ptr += state
     right_ptr += state
@@ -177,22 +259,32 @@ def _heads_kernel(
             z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, DOT)
         rows_f = tl.load(own + i * PIECE)
         rows_b = tl.load(own + i * PIECE + 2 * one)
-        diagonal = tl.load(diag_ptr + i, mask=t_ok, other=0.0).to(tl.float32) + tl.load(D_ptr + i)
+        diagonal = tl.load(own + i * PIECE + 4 * one)
         left = _rows(left_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
         right = _rows(right_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
         # Beyond a row the sums stay what they are at its end.
         last = tl.load(vectors_ptr + i * PIECE + 2 * one + (PIECE - 1))
         y = tl.dot(C_f, tl.trans(left)) * tl.exp2(rows_f)[:, None]
         y += tl.dot(C_b, tl.trans(right)) * tl.exp2(rows_b - last)[:, None]
-        for j in tl.static_range(PIECE // COLUMNS):
-            s = begin + j * COLUMNS + tl.arange(0, COLUMNS)
+        for j in tl.static_range(ROWS // COLUMNS):
+            s = first + j * COLUMNS + tl.arange(0, COLUMNS)
             x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
             column = vectors_ptr + i * PIECE + (s - begin)
             forward = rows_f[:, None] + tl.load(column + one)[None, :]
             backward = rows_b[:, None] + tl.load(column + 3 * one)[None, :]
-            matrix = products[j] * tl.exp2(tl.where(s[None, :] < t[:, None], forward, backward))
+            matrix = within[j] * tl.exp2(tl.where(s[None, :] < t[:, None], forward, backward))
             matrix = tl.where(s[None, :] == t[:, None], diagonal[:, None], matrix)
             y = tl.dot(matrix.to(DOT), x, y)
+        # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
+        for j in tl.static_range(PIECE // ROWS - 1):
+            before = others[j] < first
+            s = others[j] + tl.arange(0, ROWS)
+            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
+            sums = vectors_ptr + i * PIECE
+            edge = tl.load(sums + tl.where(before, first - begin, 2 * one + (first - begin + ROWS - 1)))
+            column = tl.exp2(tl.load(sums + tl.where(before, one, 3 * one) + (s - begin)) + edge)
+            factor = tl.exp2(tl.where(before, rows_f, rows_b) - edge)
+            y = tl.dot((beyond[j] * (factor[:, None] * column[None, :])).to(DOT), x, y)
         if GATED:
             squares += tl.sum(y * y, axis=1)
             weight = tl.load(weight_ptr + i * P + p, mask=p < P, other=0.0).to(tl.float32)
@@ -203,6 +295,20 @@ def _heads_kernel(
         tl.store(y_ptr + i * P + t[:, None] * (heads * P) + p[None, :], y, mask=t_ok[:, None] & (p < P)[None, :])
     if GATED:
         tl.store(squares_ptr + (place + t) * head_blocks + head_block, squares, mask=t_ok)
+
+
+@functools.cache
+def prepare_options(dtype: torch.dtype, nheads: int, length: int, tile: PrepareTile) -> dict[str, Any]:
+    """Compile-time arguments of `_prepare_kernel`."""
+    return {
+        "PIECE": piece_of(length),
+        "BLOCK_H": tile.heads,
+        "ALL_H": max(16, next_power_of_2(nheads)),
+        "BLOCK_K": tile.channels,
+        "DOT": dot_type(dtype),
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+    }
 
 
 def sweep_blocks(n: int, tile: SweepTile) -> int:

@@ -68,9 +68,8 @@ def _vectors(dt_ptr, bias, rate, t, h, ok, stride):
     return decay, tl.cumsum(decay, 0), dt
 
 
-@quick
-@triton.jit(do_not_specialize=["batch", "length", "heads"])
-def _vectors_kernel(
+@triton.jit
+def _write_vectors(
     dt_f_ptr,
     dt_b_ptr,
     bias_ptr,
@@ -78,26 +77,20 @@ def _vectors_kernel(
     out_ptr,
     ends_ptr,
     steps_ptr,
+    place,
+    h,
     batch,
     length,
     heads,
     stride_b,
     stride_t,
     PIECE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
     ENDS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """(4, b, pieces, h, PIECE): r and c of both sides in each piece; beyond the row c is the logarithm of 0.
-
-    With ENDS also the sums of log2-decays of pieces, forward and backward, (2, b, pieces, h); with STEPS natural decays
-    and steps, each forward and backward, (4, b, l, h).
-    """
-    blocks = tl.cdiv(heads, BLOCK_H)
+    """See `_vectors_kernel`: for heads h of the piece that has number `place` among those of all rows."""
     pieces = tl.cdiv(length, PIECE)
-    place = (tl.program_id(0) // blocks).to(tl.int64)  # of the piece among those of all rows
     row = place // pieces
-    h = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     t = tl.arange(0, PIECE)
     begin = (place % pieces * PIECE).to(tl.int32)
     h_ok = h < heads
@@ -126,6 +119,40 @@ def _vectors_kernel(
         tl.store(steps + each, decay_b * 0.6931471805599453, mask=ok)
         tl.store(steps + 2 * each, step_f, mask=ok)
         tl.store(steps + 3 * each, step_b, mask=ok)
+
+
+@quick
+@triton.jit(do_not_specialize=["batch", "length", "heads"])
+def _vectors_kernel(
+    dt_f_ptr,
+    dt_b_ptr,
+    bias_ptr,
+    A_log_ptr,
+    out_ptr,
+    ends_ptr,
+    steps_ptr,
+    batch,
+    length,
+    heads,
+    stride_b,
+    stride_t,
+    PIECE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ENDS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """(4, b, pieces, h, PIECE): r and c of both sides in each piece; beyond the row c is the logarithm of 0.
+
+    With ENDS also the sums of log2-decays of pieces, forward and backward, (2, b, pieces, h); with STEPS natural decays
+    and steps, each forward and backward, (4, b, l, h).
+    """
+    blocks = tl.cdiv(heads, BLOCK_H)
+    place = (tl.program_id(0) // blocks).to(tl.int64)  # of the piece among those of all rows
+    h = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    _write_vectors(
+        dt_f_ptr, dt_b_ptr, bias_ptr, A_log_ptr, out_ptr, ends_ptr, steps_ptr, place, h, batch, length, heads,
+        stride_b, stride_t, PIECE, ENDS, STEPS,
+    )  # fmt: skip
 
 
 @triton.jit
