@@ -67,7 +67,6 @@ def _ssd_bwd_links_kernel(
     weight_ptr,
     D_ptr,
     seq_ptr,
-    entering_ptr,
     leaving_ptr,
     dy_ptr,
     dx_ptr,
@@ -110,7 +109,7 @@ def _ssd_bwd_links_kernel(
     Matrices over a chunk are [s, t]: from the step that writes to the one that reads. What their entries L pass through
     step i is the sum over s < i <= t, which is that of the rows before i less that of the columns before i, of the same
     numbers. Leaves K^T, the sum over the heads of (v dy^T) E^T, for the next kernel; with APART > 0 without what each
-    APART steps are to each other.
+    APART steps are to each other. What is read of the state that enters is added to dlog_decay by the next kernel.
     """
     block = tl.program_id(0) % blocks
     groups = nheads // repeats
@@ -125,7 +124,7 @@ def _ssd_bwd_links_kernel(
     seq_row = seq_ptr
     if PACKED:
         seq_row = seq_ptr + row * length
-    position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
+    position, ahead, ok, dy_position, dy_ok, index, _before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
     B = _tile(B_ptr + row * B_stride_b + group * N, position, ahead, ok, B_stride_t, N, BLOCK_N, DOT)
     C = _tile(C_ptr + row * C_stride_b + group * N, position, ahead, ok, C_stride_t, N, BLOCK_N, DOT)
     B, B_low = _halves(B, PRECISION)
@@ -140,20 +139,15 @@ def _ssd_bwd_links_kernel(
     for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
         # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
         own = steps + tl.minimum(head, 0)
-        p_own = p_columns + tl.minimum(head, 0)
         vectors = row * length * nheads + head
         out = vectors + position * nheads
         border = ((row * nheads + head) * chunks + chunk) * (P * N)
         high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
         high_last, low_last = _last(high, Q), _last(low, Q)
-        decay_in = tl.exp2(_whole(high, low, EXACT))
         decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
-        factor = tl.exp2(_whole(high_last, low_last, EXACT))
         linked = own[:, None] <= own[None, :]
         if PACKED:
-            decay_in = tl.where(index == before, decay_in, 0.0)
             decay_out = tl.where(index == last, decay_out, 0.0)
-            factor = tl.where(before == last, factor, 0.0)
             of = index + (own - steps)
             linked = linked & (of[:, None] == of[None, :])
         x = _tile(x_ptr + row * x_stride_b + head * P, position, ahead, ok, x_stride_t, P, BLOCK_P, DOT)
@@ -185,16 +179,8 @@ def _ssd_bwd_links_kernel(
         columns = tl.sum(linking, 0)
         mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
 
-        entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
         leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-        if BLOCK_P < 64 or BLOCK_N < 64:
-            passed = tl.sum(tl.sum(entering.to(ACC) * leaving.to(ACC), 1) * factor, 0)
-        entering, entering_low = _halves(entering, PRECISION)
         leaving, leaving_low = _halves(leaving, PRECISION)
-        if BLOCK_P >= 64 and BLOCK_N >= 64:
-            # The trace of this one is their product; tensor cores have the time.
-            both = _dot_nt(entering, entering_low, leaving, leaving_low, ACC, PRECISION)
-            passed = tl.sum(tl.sum(tl.where(p_own[:, None] == p_own[None, :], both, 0.0), 1) * factor, 0)
         dx = _dot_nt(B, B_low, leaving, leaving_low, ACC, PRECISION)  # [s, p]
         dweight += tl.sum(dx * x.to(ACC), 1) * decay_out
         change = dweight
@@ -203,7 +189,6 @@ def _ssd_bwd_links_kernel(
             change = change * weight
             decay_out = decay_out * weight
         dx = dx * decay_out[:, None]
-        reads = tl.sum(_dot_nt(C, C_low, entering, entering_low, ACC, PRECISION) * gradient.to(ACC), 1) * decay_in
         if HAS_D:
             D = _vector(D_ptr + row * D_stride_b + head, position, ahead, ok, D_stride_t, ACC)
             if MODE & 8:
@@ -214,9 +199,8 @@ def _ssd_bwd_links_kernel(
             else:
                 dx += gradient.to(ACC) * D[:, None]
         dx = _dot_add(mixing, mixing_low, dy, dy_low, dx, ACC, PRECISION)
-        change = change - reads - columns
-        found = passed + tl.sum(reads, 0) + (tl.cumsum(change, 0) - change)
-        tl.store(dlog_decay_ptr + out + ahead * nheads, found, mask=ok)
+        change = change - columns
+        tl.store(dlog_decay_ptr + out + ahead * nheads, tl.cumsum(change, 0) - change, mask=ok)
         dx_tile = dx_ptr + vectors * P + position * width + offset
         if ADD:
             dx += tl.load(dx_tile, mask=offset_ok, other=0.0).to(ACC)
@@ -233,8 +217,11 @@ def _map_gradients(
     weight_ptr,
     seq_ptr,
     borders_ptr,
+    leaving_ptr,
+    own_ptr,
     kernel_ptr,
     out_ptr,
+    dlog_decay_ptr,
     row,
     chunk,
     group,
@@ -250,6 +237,8 @@ def _map_gradients(
     value_stride_t,
     key_stride_b,
     key_stride_t,
+    own_stride_b,
+    own_stride_t,
     OF_B: tl.constexpr,
     MODE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -265,8 +254,13 @@ def _map_gradients(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R); `key` is B, or C."""
+    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R); `key` is B, or C, `own` C.
+
+    With the states at hand, dC's programs also add to dlog_decay what passes the whole chunk, e^{u_last} <S, R>, and
+    what the steps from each one on read of S.
+    """
     steps = tl.arange(0, Q)
+    p = tl.arange(0, BLOCK_P)
     begin = chunk.to(tl.int64) * Q
     chunks = tl.cdiv(length, Q)
     seq_row = seq_ptr
@@ -279,6 +273,10 @@ def _map_gradients(
         kernel = tl.load(kernel_tile + (steps[:, None] * Q + steps[None, :])).to(DOT)
     else:
         kernel = tl.load(kernel_tile + (steps[None, :] * Q + steps[:, None])).to(DOT)
+    own, own_low = key, key
+    if not OF_B:
+        own = _tile(own_ptr + row * own_stride_b + group * N, position, ahead, ok, own_stride_t, N, BLOCK_N, DOT)
+        own, own_low = _halves(own, PRECISION)
     kernel, kernel_low = _halves(kernel, PRECISION)
     key, key_low = _halves(key, PRECISION)
     found = _dot_add(kernel, kernel_low, key, key_low, tl.zeros([Q, BLOCK_N], ACC), ACC, PRECISION)
@@ -302,8 +300,25 @@ def _map_gradients(
         border = ((row * nheads + head) * chunks + chunk) * (P * N)
         state = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
         scaled, scaled_low = _halves((value.to(ACC) * decay[:, None]).to(DOT), PRECISION)
+        if not OF_B:
+            leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+            factor = tl.exp2(_whole(_last(high, Q), _last(low, Q), EXACT))
+            if PACKED:
+                factor = tl.where(before == last, factor, 0.0)
+            if BLOCK_P < 64 or BLOCK_N < 64:
+                passed = tl.sum(tl.sum(state.to(ACC) * leaving.to(ACC), 1) * factor, 0)
         state, state_low = _halves(state, PRECISION)
         found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
+        if not OF_B:
+            if BLOCK_P >= 64 and BLOCK_N >= 64:
+                # The trace of this one is their product; tensor cores have the time.
+                leaving, leaving_low = _halves(leaving, PRECISION)
+                both = _dot_nt(state, state_low, leaving, leaving_low, ACC, PRECISION)
+                passed = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1) * factor, 0)
+            reads = tl.sum(_dot_nt(own, own_low, state, state_low, ACC, PRECISION) * value.to(ACC), 1) * decay
+            change = dlog_decay_ptr + vectors + position * nheads + ahead * nheads
+            following = tl.sum(reads, 0) - (tl.cumsum(reads, 0) - reads)
+            tl.store(change, tl.load(change, mask=ok, other=0.0) + passed + following, mask=ok)
     columns = tl.arange(0, BLOCK_N)
     offset = ahead[:, None] * (groups * N) + columns[None, :]
     tile = out_ptr + ((block * rows + row) * length + position) * (groups * N) + group * N
@@ -325,6 +340,7 @@ def _ssd_bwd_maps_kernel(
     kernel_ptr,
     dB_ptr,
     dC_ptr,
+    dlog_decay_ptr,
     rows,
     length,
     nheads,
@@ -351,10 +367,9 @@ def _ssd_bwd_maps_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dC in the first half of the programs and dB in the second, each summed over the heads of a block in registers."""
-    count = tl.num_programs(0) // 2
-    of_B = tl.program_id(0) >= count
-    program = tl.program_id(0) % count
+    """dC and dB by turns, which share states in the cache, each summed over the heads of a block in registers."""
+    of_B = tl.program_id(0) % 2 == 1
+    program = tl.program_id(0) // 2
     block = program % blocks
     groups = nheads // repeats
     group = program // blocks % groups
@@ -366,13 +381,15 @@ def _ssd_bwd_maps_kernel(
     place = program.to(tl.int64)
     if of_B:
         _map_gradients(
-            x_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, kernel_ptr, dB_ptr, row, chunk, group, block,
-            place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, C_stride_b, C_stride_t, True,
-            MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+            x_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, leaving_ptr, C_ptr, kernel_ptr, dB_ptr,
+            dlog_decay_ptr, row, chunk, group, block, place, rows, groups, length, nheads, first, last, x_stride_b,
+            x_stride_t, C_stride_b, C_stride_t, C_stride_b, C_stride_t, True, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P,
+            BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _map_gradients(
-            dy_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, kernel_ptr, dC_ptr, row, chunk, group,
-            block, place, rows, groups, length, nheads, first, last, x_stride_b, x_stride_t, B_stride_b, B_stride_t,
-            False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+            dy_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, leaving_ptr, C_ptr, kernel_ptr, dC_ptr,
+            dlog_decay_ptr, row, chunk, group, block, place, rows, groups, length, nheads, first, last, x_stride_b,
+            x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P,
+            BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip

@@ -154,13 +154,13 @@ def _run_chunks(
     sizes = length, nheads, repeats, blocks, block_heads
     shared = {"MODE": sweep.mode, "HAS_WEIGHT": weight is not None}
     _ssd_bwd_links_kernel[(programs * blocks,)](
-        x, log_decay, B, C, weight, D, seq_idx, borders[0], borders[1], dy, into.dx, into.dlog_decay, into.dweight,
+        x, log_decay, B, C, weight, D, seq_idx, borders[1], dy, into.dx, into.dlog_decay, into.dweight,
         into.dD, kernel, *sizes, *strides(x, B, C, D), ADD=add, APART=apart,
         HAS_D=D is not None, **shared, **options(x, n, log_decay, seq_idx, links, sweep.fine),
     )  # fmt: skip
     _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
-        x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, dB, dC, batch, *sizes,
-        *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, maps, sweep.fine),
+        x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, dB, dC, into.dlog_decay, batch,
+        *sizes, *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, maps, sweep.fine),
     )  # fmt: skip
     if blocks > 1:
         into.dB.copy_(dB.sum(0))

@@ -53,7 +53,7 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
         if wide:
             of_kernel |= {"fwd": Tiles(16, 4, 2), "links": Tiles(64, 4, 1)}
         return of_kernel.get(kernel, Tiles(64, 8, 1))
-    of_kernel = {"links": Tiles(64, 4, 1), "short links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 3)} if wide else {}
+    of_kernel = {"links": Tiles(64, 4, 1), "short links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 2)} if wide else {}
     return of_kernel.get(kernel, Tiles(64, 4, 2))
 
 
