@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..linear_scan.chunked import linear_scan_chunked
 from ..transforms import apply, operator
-from .stepwise import Decay, Steps, backward, forward
+from .stepwise import Decay, Steps, backward, forward, lives_long
 
 # Every 64th state is saved for the backward pass; tiles are multiples of it.
 _SAVED = 64
@@ -116,7 +116,7 @@ def _forward(
         carry = torch.zeros_like(out_final[rows, ..., columns], memory_format=torch.contiguous_format)
         if first is not None:
             carry.copy_(first[rows, ..., columns])
-        decay = Decay(inputs.A[..., columns].contiguous(), u.shape[1])
+        decay = Decay(inputs.A[..., columns].contiguous(), inputs.precise)
         for span, steps in inputs.steps(rows, columns):
             out_saved[span.start // _SAVED, rows, ..., columns] = carry
             out[span, rows, ..., columns] = forward(steps, decay, carry)
@@ -158,7 +158,7 @@ def _backward(
     out_initial = _states(dinitial, groups)
     for rows, columns in inputs.blocks():
         carry = from_final[rows, ..., columns].clone(memory_format=torch.contiguous_format)
-        decay, dA_rows = Decay(inputs.A[..., columns].contiguous(), u.shape[1]), torch.zeros_like(carry)
+        decay, dA_rows = Decay(inputs.A[..., columns].contiguous(), inputs.precise), torch.zeros_like(carry)
         for span, steps in inputs.steps(rows, columns, backward=True):
             before = kept[span.start // _SAVED, rows, ..., columns].contiguous()
             dy_tile = inputs.cut(from_y, span, rows, columns, A.dtype)
@@ -202,6 +202,7 @@ class _Inputs:
         length, batch, _, channels = self.u.shape
         per_channel = self.groups * self.states
         self.stepwise = on_cpu and batch * channels * per_channel >= _STEPWISE
+        self.precise = self.stepwise and lives_long(self.dt, self.A)
         numbers = _STEPWISE_BLOCK if self.stepwise else _CPU_NUMBERS if on_cpu else _DEVICE_NUMBERS
         self.columns = _evenly(channels, numbers // per_channel)
         self.rows = _evenly(batch, numbers // (per_channel * self.columns))

@@ -221,6 +221,25 @@ def test_position_by_position(precise, options, device, monkeypatch):
     check_op(SPEC, size, "chunked", torch.float32, device)
 
 
+def test_pieces_are_a_matter_of_speed(device, monkeypatch):
+    monkeypatch.setattr(chunked, "_STEPWISE", 1)
+    monkeypatch.setattr(stepwise, "_PIECE", 2 * 4 * 3 * 5)  # five positions
+    check_op(SPEC, {"b": 2, "l": 72, "d": 4, "n": 3, "state": True, "packed": True}, "chunked", torch.float32, device)
+
+
+def test_exp_is_taken_where_states_are_forgotten():
+    """Long rows take expm1 only if some stretch of half of 1,024 positions keeps more than 1 / e."""
+    dt, A = torch.full((1500, 1, 1, 2), 0.01), torch.tensor([[[-1.0, -1.0], [-2.0, -0.5]]])
+    assert not stepwise.lives_long(dt[:1024], A / 1e6)
+    assert not stepwise.lives_long(dt, A)
+    assert stepwise.lives_long(dt, A / 5)
+    assert stepwise.lives_long(dt, A * torch.tensor([1.0, 0.3]))
+    quiet = dt.index_fill(0, torch.arange(512, 1024), 0.003)
+    assert stepwise.lives_long(quiet, A)
+    assert stepwise.lives_long(dt.masked_fill(dt > 0, float("nan")), A)
+    assert stepwise.lives_long(dt, -A)
+
+
 def regime(name, inputs):
     like = inputs["dt"]
     if name == "strong":  # half of the steps log decay -112, the others -0.04
