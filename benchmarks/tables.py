@@ -57,6 +57,7 @@ def rows(results: Path, found: Sequence[Path], columns: Sequence[str] = (), wher
         names = [name for name in names if any(row.get(name) is not None for row in chosen)]
         if not set(names) & set(columns or names):
             raise ValueError(f"{path} has none of the columns {', '.join(columns)}.")
+        text += "\n" if text else ""
         text += table(map(head, names), [[cell(name, row.get(name)) for name in names] for row in chosen])
         text += source(results, path, content)
     return text
@@ -94,6 +95,7 @@ def pivot(
                 shown = (" / ".join(cell(value, row[value]) or "-" for value in values) for row in same)
                 line.append(", ".join(shown))
             lines.append(line)
+        text += "\n" if text else ""
         text += f"Columns: {key.replace('_', ' ')}; cells: {' / '.join(head(value) for value in values)}.\n\n"
         text += table([*map(head, keys), *map(str, names)], lines) + source(results, path, content)
     return text

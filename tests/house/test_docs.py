@@ -54,6 +54,14 @@ def test_links_lead_somewhere(page):
     assert not missing, f"{named(page)} links to missing {missing}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_tables_stand_apart(page):
+    """A table right below a line of text is shown as text."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    joined = re.findall(r"^(?!<!--)[^|\n].*\n(?=\|.*\n\|[ :|-]+\n)", text, re.MULTILINE)
+    assert not joined, f"{named(page)} has a table right below {joined}"
+
+
 def test_examples_in_docstrings():
     """Modules are imported by name: collecting them from files would load second copies."""
     for package in PACKAGES:
