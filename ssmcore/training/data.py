@@ -114,7 +114,9 @@ class EpochSampler(DistributedSampler):
         if not self.shuffle:
             return iter(range(self.rank, total, self.num_replicas))
         order = torch.randperm(total, generator=torch.Generator().manual_seed(self._mixed_seed()))
-        order = torch.cat([order, order[: -total % self.num_replicas]])[self.rank :: self.num_replicas]
+        missing = -total % self.num_replicas
+        more = order.repeat(-(-missing // max(1, total)))[:missing]  # there may be more processes than samples
+        order = torch.cat([order, more])[self.rank :: self.num_replicas]
         return (k for part in order.split(4096) for k in part.tolist())  # a list of 1e7 ints takes 400 MB
 
     def batch(self, number: int, size: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -82,7 +83,7 @@ class Run:
         With a checkpoint also `--run FOLDER`: the folder may have moved since its configuration has named it.
 
         Raises:
-            FileNotFoundError: if there is nothing to resume.
+            FileNotFoundError: if there is nothing to resume, or no such run and no model that could be taken instead.
         """
         words = list(argv)
         if any(word.partition("=")[0] in ("-c", "--config", "-h", "--help") for word in words):
@@ -98,6 +99,9 @@ class Run:
         known = folder is not None and (folder / "config.yaml").is_file()
         if folder is not None and not known and verb == "fit" and "--resume" in words:
             raise FileNotFoundError(_nothing(folder))
+        given = any(word.partition("=")[0] == "--model" or word.startswith("--model.") for word in words)
+        if "--run" in values and not known and verb != "fit" and not given:
+            raise FileNotFoundError(_no_run(values["--run"]))
         if folder is None or not known or (verb == "fit" and "--resume" not in words):
             return words
         named = [] if "--run" in values else ["--run", os.path.join(os.curdir, folder)]  # a path, so with a slash
@@ -299,6 +303,14 @@ def _nothing(folder: Path) -> str:
         f"Nothing to resume: {folder / 'config.yaml'} does not exist. A fit that ended before its first step is started"
         " again with -c and without --resume."
     )
+
+
+def _no_run(name: str) -> str:
+    place = folder_of(name)
+    others = [path.parent.name for path in place.parent.glob("*/config.yaml")]
+    close = difflib.get_close_matches(place.name, others, n=1)
+    advice = f"Did you mean {str(Path(name).with_name(close[0]))!r}? Else name" if close else "Name"
+    return f"No run {name!r}: {place / 'config.yaml'} does not exist. {advice} a configuration with -c."
 
 
 def _remove(path: Path) -> None:

@@ -295,6 +295,14 @@ def test_test_without_a_fit():
     assert found["metrics"]["test/loss"] == pytest.approx(float(y.square().mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize(("name", "advice"), [("lime", "Did you mean 'line'"), ("elsewhere/x", "Name a configuration")])
+def test_a_run_that_is_not_there_is_named(name, advice):
+    Path("runs/line").mkdir(parents=True)
+    Path("runs/line/config.yaml").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=rf"No run '{name}': .*{name}/config.yaml does not exist. {advice}"):
+        run("--run", name, verb="test")
+
+
 def test_test_refuses_a_checkpoint_of_another_model():
     run("-c", "line.yaml")
     with pytest.raises(ValueError, match=r"best.ckpt do not fit the model.*--run line without -c"):

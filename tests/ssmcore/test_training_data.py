@@ -47,6 +47,13 @@ def test_ranks_share_one_order(world_size):
     assert sorted(index for part in evaluated for index in part) == list(range(11))  # nothing twice
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_fewer_samples_than_ranks_are_repeated(size):
+    parts = [list(EpochSampler(Numbers(size), shuffle=True, rank=r, world_size=8)) for r in range(8)]
+    assert [len(part) for part in parts] == [1] * 8
+    assert {part[0] for part in parts} == set(range(size))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_order_for_any_number_of_workers(workers):
     data = SSMData()
