@@ -42,6 +42,7 @@ from .triton_states import CARRIED, STATE_TILE, _carry_kernel, _states_kernel, s
 # Numbers that are not divided by their root mean square yet may leave their range.
 _UNGATED = (torch.float16,)
 _IN_TURN = False  # whether heads of pieces are computed in turn
+_ORDER = (False, False, False)  # whether convolution, diagonals and heads begin at the last rows
 
 
 @quick
@@ -175,6 +176,7 @@ def hydra_blocks_triton(
     convolve = Repeated(
         _causal_conv1d_fwd_kernel, (batch * cdiv(length, part) * cdiv(mixed, options["BLOCK_C"]),), length, length,
         mixed, part, *stride, K=k, LEFT=(k - 1) // 2, HAS_BIAS=True, PACKED=False, SILU=True, ACC=tl.float32, **options,
+        REVERSED=_ORDER[0],
     )  # fmt: skip
     prepare = Repeated(
         _vectors_kernel, (batch * pieces * cdiv(nheads, BLOCK_H),), batch, length, nheads, *stride, PIECE=piece,
@@ -195,7 +197,7 @@ def hydra_blocks_triton(
     if in_turn:
         make = Repeated(
             _prepare_kernel, (batch * pieces * (1 + cdiv(nheads, PREPARE_TILE.heads)),), batch, length, nheads, d_inner,
-            mixed, width, **prepare_options(dtype, nheads, length, PREPARE_TILE),
+            mixed, width, **prepare_options(dtype, nheads, length, PREPARE_TILE), REVERSED=_ORDER[1],
         )  # fmt: skip
         sweep = Repeated(
             _sweep_kernel, (2 * batch * nheads * sweep_blocks(d_state, SWEEP_TILE),), batch, length, nheads, repeats,
@@ -203,7 +205,7 @@ def hydra_blocks_triton(
         )  # fmt: skip
         turn = Repeated(
             _heads_kernel, (batch * cdiv(length, turns.rows) * parts,), batch, length, nheads, repeats, mixed, width,
-            **heads_options(dtype, headdim, d_state, length, turns), GATED=gated,
+            **heads_options(dtype, headdim, d_state, length, turns), GATED=gated, REVERSED=_ORDER[2],
         )  # fmt: skip
     norm_tile = gating._tile(rows, d_inner)
     gate = Repeated(

@@ -75,14 +75,18 @@ def _prepare_kernel(
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):
     """Vectors of `_vectors_kernel`, (4, b, pieces, h, PIECE), and a fifth, the diagonal u W_D^T + D.
 
     One program of each piece makes its diagonal, the others vectors of BLOCK_H heads.
     """
     each = 1 + tl.cdiv(heads, BLOCK_H)
-    place = (tl.program_id(0) // each).to(tl.int64)
-    kind = tl.program_id(0) % each
+    program = tl.program_id(0)
+    if REVERSED:
+        program = tl.num_programs(0) - 1 - program
+    place = (program // each).to(tl.int64)
+    kind = program % each
     if kind > 0:
         own_h = (kind - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
         _write_vectors(
@@ -205,14 +209,18 @@ def _heads_kernel(
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
     GATED: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):
     """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that."""
     head_blocks = heads // HEADS
     row_blocks = tl.cdiv(length, ROWS)
-    head_block = tl.program_id(0) % head_blocks
+    program = tl.program_id(0)
+    if REVERSED:
+        program = tl.num_programs(0) - 1 - program
+    head_block = program % head_blocks
     head = head_block * HEADS
-    first = tl.program_id(0) // head_blocks % row_blocks * ROWS
-    row = (tl.program_id(0) // head_blocks // row_blocks).to(tl.int64)
+    first = program // head_blocks % row_blocks * ROWS
+    row = (program // head_blocks // row_blocks).to(tl.int64)
     piece = first // PIECE
     pieces = tl.cdiv(length, PIECE)
     begin = piece * PIECE
