@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..linear_scan.chunked import linear_scan_chunked
 from ..transforms import apply, operator
-from .stepwise import Decay, Steps, backward, forward, lives_long
+from .stepwise import Decay, Steps, backward, forward, lives_long, piece_of
 
 # Every 64th state is saved for the backward pass; tiles are multiples of it.
 _SAVED = 64
@@ -116,8 +116,7 @@ def _forward(
         carry = torch.zeros_like(out_final[rows, ..., columns], memory_format=torch.contiguous_format)
         if first is not None:
             carry.copy_(first[rows, ..., columns])
-        decay = Decay(inputs.A[..., columns].contiguous(), inputs.precise)
-        for span, steps in inputs.steps(rows, columns):
+        for span, steps, decay in inputs.steps(rows, columns):
             out_saved[span.start // _SAVED, rows, ..., columns] = carry
             out[span, rows, ..., columns] = forward(steps, decay, carry)
         for tile in inputs.tiles(rows, columns):
@@ -158,8 +157,8 @@ def _backward(
     out_initial = _states(dinitial, groups)
     for rows, columns in inputs.blocks():
         carry = from_final[rows, ..., columns].clone(memory_format=torch.contiguous_format)
-        decay, dA_rows = Decay(inputs.A[..., columns].contiguous(), inputs.precise), torch.zeros_like(carry)
-        for span, steps in inputs.steps(rows, columns, backward=True):
+        dA_rows = torch.zeros_like(carry)
+        for span, steps, decay in inputs.steps(rows, columns, backward=True):
             before = kept[span.start // _SAVED, rows, ..., columns].contiguous()
             dy_tile = inputs.cut(from_y, span, rows, columns, A.dtype)
             du_tile, ddt_tile, dB_tile, dC_tile = backward(steps, decay, before, dy_tile, carry, dA_rows)
@@ -225,17 +224,21 @@ class _Inputs:
             for start in self.starts(backward):
                 yield _Tile(self, start, rows, columns)
 
-    def steps(self, rows: slice, columns: slice, backward: bool = False) -> Iterator[tuple[slice, Steps]]:
-        """The tiles of a block, where one position follows another, and their places in time."""
+    def steps(self, rows: slice, columns: slice, backward: bool = False) -> Iterator[tuple[slice, Steps, Decay]]:
+        """The tiles of a block, where one position follows another, with their places in time and their decays."""
         if not self.stepwise:
             return
+        A, batch = self.A[..., columns].contiguous(), self.u[0, rows].shape[0]
+        decay = Decay(
+            A, self.precise, batch, self.length if backward else min(self.length, piece_of(batch * A.numel()))
+        )
         everything, real, dtype = slice(None), self.A.real.dtype, self.A.dtype
         for start in self.starts(backward):
             span = slice(start, min(start + self.length, self.u.shape[0]))
             u, dt = (self.cut(x, span, rows, columns, real, copy=backward) for x in (self.u, self.dt))
             B, C = (self.cut(x, span, rows, everything, dtype) for x in (self.B, self.C))
             keep = None if self.keep is None else self.cut(self.keep, span, rows, everything, real)
-            yield span, Steps(u, dt, B, C, keep)
+            yield span, Steps(u, dt, B, C, keep), decay
 
     def cut(self, x: Tensor, span: slice, rows: slice, columns: slice, dtype: torch.dtype, copy: bool = True) -> Tensor:
         """A part of (l, b, g, ...), contiguous; without `copy` at least in its last dimension."""

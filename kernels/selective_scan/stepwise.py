@@ -38,16 +38,20 @@ def lives_long(dt: Tensor, A: Tensor) -> bool:
 
 
 class Decay:
-    """Multiplies states by exp(dt A), and by 0 where a sequence starts.
+    """Multiplies states by exp(dt A), and by 0 where a sequence starts; holds the buffers of a block.
 
     Args:
         A: Rates, (g, n, d).
         precise: Whether decays are held as expm1(dt A).
+        batch: Rows.
+        positions: Positions that are held at a time.
     """
 
-    def __init__(self, A: Tensor, precise: bool) -> None:
+    def __init__(self, A: Tensor, precise: bool, batch: int, positions: int) -> None:
         self.A, self.precise = A, precise
         self.function = torch.expm1 if precise else torch.exp
+        self.states, self.held = A.new_empty(positions + 1, batch, *A.shape), A.new_empty(positions, batch, *A.shape)
+        self.steps = list(zip(self.held.unbind(0), *zip(*itertools.pairwise(self.states.unbind(0)))))
 
     def gates(self, dt: Tensor, keep: Tensor | None, out: Tensor) -> None:
         """exp(dt A), minus 1 if precise; dt (t, b, g, 1, d), keep (t, b, g, 1, 1), out (t, b, g, n, d)."""
@@ -57,7 +61,7 @@ class Decay:
             out.masked_fill_(keep == 0, -1.0 if self.precise else 0.0)
 
     def add(self, gate: Tensor, h: Tensor, out: Tensor) -> None:
-        """Add the decayed state."""
+        """Add the decayed state `h`."""
         if self.precise:
             out.add_(h)
         out.addcmul_(gate, h)
@@ -83,33 +87,37 @@ class Steps:
         self.weighted = (u * dt).to(B.dtype)
         self.keep = None if keep is None else keep[..., None]
 
-    def pieces(self, state: Tensor) -> list[slice]:
-        """Positions that are done together, for states like this one."""
-        size = max(1, _PIECE // state.numel())
-        return [slice(start, start + size) for start in range(0, len(self.dt), size)]
+    def advance(self, decay: Decay, piece: slice, place: int) -> None:
+        """Decays and states of a piece, from the state at a place of the buffers."""
+        count = len(self.dt[piece])
+        gates, inputs = decay.held[place : place + count], decay.states[place + 1 : place + 1 + count]
+        decay.gates(self.dt[piece, :, :, None], None if self.keep is None else self.keep[piece], gates)
+        torch.mul(self.weighted[piece, :, :, None], self.B[piece, ..., None], out=inputs)
+        for step in decay.steps[place : place + count]:
+            decay.add(*step)
 
 
-def _advance(steps: Steps, decay: Decay, piece: slice, gates: Tensor, states: Tensor) -> None:
-    """From states[0] to the decays and the states of all positions of a piece."""
-    decay.gates(steps.dt[piece, :, :, None], None if steps.keep is None else steps.keep[piece], gates)
-    torch.mul(steps.weighted[piece, :, :, None], steps.B[piece, ..., None], out=states[1:])
-    for gate, (before, after) in zip(gates.unbind(0), itertools.pairwise(states.unbind(0))):
-        decay.add(gate, before, after)
+def piece_of(numbers: int) -> int:
+    """Positions of a piece, of so many numbers each."""
+    return max(1, _PIECE // numbers)
+
+
+def _pieces(state: Tensor, length: int) -> list[slice]:
+    size = piece_of(state.numel())
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def forward(steps: Steps, decay: Decay, h: Tensor) -> Tensor:
     """Advance the state `h`, (b, g, n, d), in place; returns the outputs, (t, b, g, d)."""
-    y, pieces = h.new_empty(steps.u.shape), steps.pieces(h)
-    length = min(pieces[0].stop, len(y))
-    states, gates = h.new_empty(length + 1, *h.shape), h.new_empty(length, *h.shape)
-    states[0] = h
-    for piece in pieces:
+    y = h.new_empty(steps.u.shape)
+    decay.states[0] = h
+    for piece in _pieces(h, len(y)):
+        steps.advance(decay, piece, 0)
         out = y[piece].flatten(0, 2)[:, None]
-        here = states[: y[piece].shape[0] + 1]
-        _advance(steps, decay, piece, gates[: len(here) - 1], here)
-        torch.bmm(steps.C[piece].flatten(0, 2)[:, None], here[1:].flatten(0, 2), out=out)
-        states[0] = here[-1]
-    h.copy_(states[0])
+        states = decay.states[: piece.stop - piece.start + 1]
+        torch.bmm(steps.C[piece].flatten(0, 2)[:, None], states[1:].flatten(0, 2), out=out)
+        states[0] = states[-1]
+    h.copy_(decay.states[0])
     return y.real
 
 
@@ -126,30 +134,32 @@ def backward(
         carry: Gradient of the state after the tile; becomes that of the state before it.
         dA: Gradient of the rates of every row, (b, g, n, d), added to.
     """
-    pieces = steps.pieces(before)
-    states, gates = before.new_empty(len(dy) + 1, *before.shape), before.new_empty(len(dy), *before.shape)
-    states[0] = before
+    pieces = _pieces(before, len(dy))
+    decay.states[0] = before
     for piece in pieces:
-        _advance(steps, decay, piece, gates[piece], states[piece.start : piece.stop + 1])
+        steps.advance(decay, piece, piece.start)
+    states, gates = decay.states[: len(dy) + 1], decay.held[: len(dy)]
     A, B, C = (x.conj().resolve_conj() for x in (decay.A, steps.B, steps.C))
     if states.is_complex():
         states, gates = states.conj().resolve_conj(), gates.conj().resolve_conj()
     weighted, through = (torch.empty_like(dy) for _ in range(2))  # gradients of dt u, and of dt through the decay
     dB, dC = (before.new_empty(*dy.shape[:3], before.shape[2]) for _ in range(2))
     grads = torch.empty_like(gates[pieces[0]])
+    each, factors = grads.unbind(0), gates.unbind(0)
     for piece in reversed(pieces):
-        here, gate = grads[: len(gates[piece])], gates[piece]
+        count, gate = piece.stop - piece.start, gates[piece]
+        here = grads[:count]
         torch.mul(dy[piece, :, :, None], C[piece, ..., None], out=here)
-        here[-1] += carry
-        for k in range(len(here) - 1, 0, -1):
-            decay.add(gate[k], here[k], here[k - 1])
+        each[count - 1].add_(carry)
+        for k in range(count - 1, 0, -1):
+            decay.add(factors[piece.start + k], each[k], each[k - 1])
         flat, after = here.flatten(0, 2), states[piece.start + 1 : piece.stop + 1].flatten(0, 2)
         torch.bmm(after, dy[piece].flatten(0, 2)[..., None], out=dC[piece].flatten(0, 2)[..., None])
         torch.bmm(flat, steps.weighted[piece].flatten(0, 2)[..., None], out=dB[piece].flatten(0, 2)[..., None])
         torch.bmm(B[piece].flatten(0, 2)[:, None], flat, out=weighted[piece].flatten(0, 2)[:, None])
         decay.times(gate, here, here)
         carry.copy_(here[0])
-        here.mul_(states[piece.start : piece.start + len(here)])
+        here.mul_(states[piece])
         torch.sum(torch.mul(here, A, out=gate), -2, out=through[piece])
         dA += here.mul_(steps.dt[piece, :, :, None]).sum(0)
     dweighted = weighted.real
