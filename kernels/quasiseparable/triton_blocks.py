@@ -128,7 +128,7 @@ def hydra_blocks_triton(
     maps = (mixed - d_inner) // 4
     repeats, piece = nheads * d_state // maps, piece_of(length)
     pieces, gated = cdiv(length, piece), dtype not in _UNGATED
-    in_turn = _IN_TURN and pieces > 1
+    in_turn = _IN_TURN
     tile = tile_of(repeats)
     turns = heads_tile(repeats)
     parts = nheads // (turns if in_turn else tile).heads
@@ -233,7 +233,8 @@ def hydra_blocks_triton(
                     one.c, W_D if number == 0 else address(W_D), own.D, one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log,
                     one.vectors, one.ends,
                 )  # fmt: skip
-                sweep(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
+                if pieces > 1:
+                    sweep(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
                 turn(one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.left, one.right, *rest)
             else:
                 torch.mm(u, W_D, out=tensors.d)

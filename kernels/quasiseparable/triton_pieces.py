@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..triton_utils import cdiv, next_power_of_2, quick
-from .triton_short import _rows, _write_vectors, dot_type, piece_of, warps_of
+from .triton_short import LONGEST, _rows, _write_vectors, dot_type, piece_of, warps_of
 
 
 class PrepareTile(NamedTuple):
@@ -75,6 +75,7 @@ def _prepare_kernel(
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    ENDS: tl.constexpr,
     REVERSED: tl.constexpr,
 ):
     """Vectors of `_vectors_kernel`, (4, b, pieces, h, PIECE), and a fifth, the diagonal u W_D^T + D.
@@ -91,7 +92,7 @@ def _prepare_kernel(
         own_h = (kind - 1) * BLOCK_H + tl.arange(0, BLOCK_H)
         _write_vectors(
             dt_f_ptr, dt_b_ptr, bias_ptr, A_log_ptr, vectors_ptr, ends_ptr, None, place, own_h, batch, length, heads,
-            length * dt_stride, dt_stride, PIECE, True, False,
+            length * dt_stride, dt_stride, PIECE, ENDS, False,
         )  # fmt: skip
     else:
         pieces = tl.cdiv(length, PIECE)
@@ -208,6 +209,8 @@ def _heads_kernel(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    SPAN: tl.constexpr,
+    STATES: tl.constexpr,
     GATED: tl.constexpr,
     REVERSED: tl.constexpr,
 ):
@@ -221,8 +224,11 @@ def _heads_kernel(
     head = head_block * HEADS
     first = program // head_blocks % row_blocks * ROWS
     row = (program // head_blocks // row_blocks).to(tl.int64)
-    piece = first // PIECE
-    pieces = tl.cdiv(length, PIECE)
+    piece = 0
+    pieces = 1
+    if STATES:
+        piece = first // PIECE
+        pieces = tl.cdiv(length, PIECE)
     begin = piece * PIECE
     one = tl.cast(batch, tl.int64) * pieces * heads * PIECE
     maps = row * length * stride + (head // repeats) * N
@@ -242,8 +248,8 @@ def _heads_kernel(
         within = within + (tl.where(s[None, :] < t[:, None], product_f, product_b),)
     others = ()
     beyond = ()
-    for j in tl.static_range(PIECE // ROWS - 1):
-        other = begin + (first - begin + (j + 1) * ROWS) % PIECE
+    for j in tl.static_range(SPAN // ROWS - 1):
+        other = begin + (first - begin + (j + 1) * ROWS) % SPAN
         before = other < first
         others = others + (other,)
         s = other + tl.arange(0, ROWS)
@@ -255,9 +261,10 @@ def _heads_kernel(
         beyond = beyond + (tl.dot(C, tl.trans(B)),)
     vectors_ptr += ((row * pieces + piece) * heads + head) * PIECE
     own = vectors_ptr + (t - begin)
-    state = ((row * heads + head) * pieces + piece) * (P * N)
-    left_ptr += state
-    right_ptr += state
+    if STATES:
+        state = ((row * heads + head) * pieces + piece) * (P * N)
+        left_ptr += state
+        right_ptr += state
     if GATED:
         z_ptr += place * z_stride + head * P
         weight_ptr += head * P
@@ -268,12 +275,14 @@ def _heads_kernel(
         rows_f = tl.load(own + i * PIECE)
         rows_b = tl.load(own + i * PIECE + 2 * one)
         diagonal = tl.load(own + i * PIECE + 4 * one)
-        left = _rows(left_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
-        right = _rows(right_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
-        # Beyond a row the sums stay what they are at its end.
-        last = tl.load(vectors_ptr + i * PIECE + 2 * one + (PIECE - 1))
-        y = tl.dot(C_f, tl.trans(left)) * tl.exp2(rows_f)[:, None]
-        y += tl.dot(C_b, tl.trans(right)) * tl.exp2(rows_b - last)[:, None]
+        y = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        if STATES:
+            left = _rows(left_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
+            right = _rows(right_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
+            # Beyond a row the sums stay what they are at its end.
+            last = tl.load(vectors_ptr + i * PIECE + 2 * one + (PIECE - 1))
+            y = tl.dot(C_f, tl.trans(left)) * tl.exp2(rows_f)[:, None]
+            y += tl.dot(C_b, tl.trans(right)) * tl.exp2(rows_b - last)[:, None]
         for j in tl.static_range(ROWS // COLUMNS):
             s = first + j * COLUMNS + tl.arange(0, COLUMNS)
             x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
@@ -284,7 +293,7 @@ def _heads_kernel(
             matrix = tl.where(s[None, :] == t[:, None], diagonal[:, None], matrix)
             y = tl.dot(matrix.to(DOT), x, y)
         # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
-        for j in tl.static_range(PIECE // ROWS - 1):
+        for j in tl.static_range(SPAN // ROWS - 1):
             before = others[j] < first
             s = others[j] + tl.arange(0, ROWS)
             x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
@@ -315,6 +324,7 @@ def prepare_options(dtype: torch.dtype, nheads: int, length: int, tile: PrepareT
         "BLOCK_K": tile.channels,
         "DOT": dot_type(dtype),
         "STAGES": tile.stages,
+        "ENDS": length > LONGEST,
         "num_warps": tile.warps,
     }
 
@@ -349,10 +359,11 @@ def heads_tile(repeats: int) -> HeadsTile:
 def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: HeadsTile) -> dict[str, Any]:
     """Compile-time arguments of `_heads_kernel` but GATED."""
     block_p, block_n = max(16, next_power_of_2(headdim)), max(16, next_power_of_2(n))
+    piece, states = piece_of(length), length > LONGEST
     return {
         "P": headdim,
         "N": n,
-        "PIECE": piece_of(length),
+        "PIECE": piece,
         "HEADS": tile.heads,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
@@ -360,6 +371,8 @@ def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: H
         "BLOCK_N": block_n,
         "DOT": dot_type(dtype),
         "STAGES": tile.stages,
+        "SPAN": piece if states else cdiv(length, tile.rows) * tile.rows,
+        "STATES": states,
         "num_warps": warps_of(tile.warps, block_p, block_n),
         "maxnreg": tile.registers,
     }
