@@ -58,6 +58,9 @@ def predict(
         places = [Path(place) if place is not None else None for place in (sheet, drawings)]
         predict_dense(stored, paths, Path(out), places[0], places[1], threshold, window, device, on_bad)
         return
+    for option, given in (("drawings", drawings), ("window", window)):
+        if given:
+            raise ValueError(f"a classifier has no {option}, only segmenters and detectors; leave out --{option}.")
     model = load(checkpoint, device)
     found = list(model.predict(paths, top=top, batch_size=batch_size, on_bad=on_bad))
     write_table(found, Path(out))
@@ -184,7 +187,7 @@ def benchmark(
         out: Write the table here too: .json.
 
     Raises:
-        ValueError: for an unknown model.
+        ValueError: for an unknown model, or a number below 1.
 
     Example:
       omnissm vision benchmark --models '[hydra_vit_tiny_patch16_224, deit_tiny_patch16_224]'
@@ -198,6 +201,8 @@ def benchmark(
 
     if out is not None:
         _check_out(out, (".json",))
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}.")
     torch.set_num_threads(threads)
     rows = []
     sys.stdout.write(f"{'model':34} {'parameters':>12} {'inference':>12} {'training':>12}   ms per image\n")

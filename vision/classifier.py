@@ -85,7 +85,11 @@ class Classifier:
 
         Raises:
             BadImageError: for a file that cannot be read, with on_bad="raise".
+            ValueError: if `top` or `batch_size` is below 1.
         """
+        for what, number in (("top", top), ("batch_size", batch_size)):
+            if number < 1:
+                raise ValueError(f"{what} must be at least 1, got {number}.")
         transform = eval_transform(self.image_size, self.crop_pct)
         for start in range(0, len(paths), batch_size):
             tensors, errors = [], {}

@@ -46,7 +46,13 @@ def time_model(
     Returns:
         The settings, parameters, `inference_ms` and `training_ms` per image, images per second, and peak megabytes of
         each (None on a CPU where the system does not tell).
+
+    Raises:
+        ValueError: for an unknown model or device, or a size or number below 1.
     """
+    for what, number in (("batch_size", batch_size), ("image_size", image_size), ("repeats", repeats)):
+        if number < 1:
+            raise ValueError(f"{what} must be at least 1, got {number}.")
     place = find_device(device)
     torch.manual_seed(0)
     sized: dict[str, Any] = {} if image_size == 224 else {"img_size": image_size} if _fixed(name) else {}
@@ -86,9 +92,9 @@ def time_model(
 
 
 def _fixed(name: str) -> bool:
-    from timm.models import get_pretrained_cfg_value
+    from timm.models import get_pretrained_cfg_value, is_model
 
-    return bool(get_pretrained_cfg_value(name, "fixed_input_size"))
+    return is_model(name.partition(".")[0]) and bool(get_pretrained_cfg_value(name, "fixed_input_size"))
 
 
 def _resident(field: str) -> int | None:

@@ -65,7 +65,13 @@ def test_predict_names_bad_files(folder, monkeypatch, capsys):
         (["plot", "--checkpoint", "runs/photos", "--kind", "influence", "--block", "9"], "has 2 blocks"),
         (["plot", "--model", "hydra_vit_tny_patch16_224"], "Did you mean 'hydra_vit_tiny_patch16_224'"),
         (["shard", "--data", "runs", "--out", "x"], "holds no image"),
-        (["benchmark", "--models", "[hydra]"], "Unknown vision model 'hydra'"),
+        (["benchmark", "--models", "hydra"], "Unknown vision model 'hydra'"),
+        (["benchmark", "--models", "hydra", "--image_size", "32"], "Unknown vision model 'hydra'"),
+        (["benchmark", "--models", "test_vit", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["benchmark", "--models", "test_vit", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["predict", "--checkpoint", "runs/photos", "--images", "photos", "--top", "0"], "top must be at least 1"),
+        (["predict", "--checkpoint", "runs/photos", "--images", "photos", "--batch_size", "-1"], "got -1"),
+        (["predict", "--checkpoint", "runs/photos", "--images", "photos", "--drawings", "d"], "leave out --drawings"),
     ],
 )
 def test_faults_of_the_user(folder, monkeypatch, capsys, words, message):

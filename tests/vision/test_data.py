@@ -121,6 +121,15 @@ def test_bad_files_are_named_and_counted(folder, caplog):
     assert "1 images cannot be read and were left out" in caplog.text
 
 
+@pytest.mark.parametrize(("processes", "sizes"), [(1, [6]), (2, [5])])
+def test_a_process_with_less_than_a_batch_trains_on_what_it_has(monkeypatch, processes, sizes):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    loader = SyntheticImages(train_samples=10, batch_size=6, image_size=8).train_dataloader()
+    assert [len(batch.image) for batch in loader] == sizes
+
+
 def test_split_takes_from_each_class():
     labels = [0] * 10 + [1] * 20
     stay, off = split_off(labels, 0.2, seed=1)

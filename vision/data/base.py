@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset
 
-from ...ssmcore.training import SSMData
+from ...ssmcore.training import EpochSampler, SSMData
 from .batches import ImageBatch, Sample, collate
 from .reading import BadImageError
 from .transforms import Augment, Transform, eval_transform, train_transform
@@ -170,7 +170,7 @@ class ImageData(SSMData):
     def train_dataloader(self) -> DataLoader[ImageBatch]:
         """Training images in a seeded random order; a last batch that is not full is left out."""
         dataset = self.dataset("train")
-        full = len(dataset) >= self.batch_size
+        full = len(EpochSampler(dataset, shuffle=True)) >= self.batch_size  # of this process
         return self._loader(dataset, self.batch_size, shuffle=True, drop_last=full)
 
     def val_dataloader(self) -> DataLoader[ImageBatch] | list[DataLoader[ImageBatch]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
-from ...ssmcore.training import SSMData
+from ...ssmcore.training import EpochSampler, SSMData
 from .joint import DenseAugment, View, train_view
 from .reading import read_image
 
@@ -129,7 +129,7 @@ class DenseData(SSMData):
     def train_dataloader(self) -> DataLoader:
         """Training images in a seeded random order; a last batch that is not full is left out."""
         dataset = self.part("train")
-        full = len(dataset) >= self.batch_size  # type: ignore[arg-type]
+        full = len(EpochSampler(dataset, shuffle=True)) >= self.batch_size  # of this process
         return self._loader(dataset, self.batch_size, shuffle=True, drop_last=full)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
