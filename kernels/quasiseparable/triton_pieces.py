@@ -178,6 +178,122 @@ def _sweep_kernel(
         state = tl.dot(tl.trans(x), (B * factor[:, None]).to(DOT), state * tl.exp2(end))
 
 
+@triton.jit
+def _turn(
+    x_ptr,
+    B_f_ptr,
+    C_f_ptr,
+    B_b_ptr,
+    C_b_ptr,
+    vectors_ptr,
+    left_ptr,
+    right_ptr,
+    z_ptr,
+    weight_ptr,
+    y_ptr,
+    squares_ptr,
+    first,
+    begin,
+    length,
+    one,
+    state_stride,
+    stride: tl.constexpr,
+    z_stride: tl.constexpr,
+    y_stride: tl.constexpr,
+    squares_stride: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PIECE: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    OTHERS: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+    STATES: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Outputs of ROWS rows from `first` on, of HEADS heads of a piece; pointers are of the row and the first head.
+
+    A piece has FULL blocks of WIDE columns and, if not 0, TAIL more. OTHERS of the full blocks do not hold these rows.
+    """
+    t = first + tl.arange(0, ROWS)
+    t_ok = t < length
+    p = tl.arange(0, BLOCK_P)
+    C_f = _rows(C_f_ptr - stride, t, (t > 0) & (t <= length), stride, N, BLOCK_N, DOT)
+    C_b = _rows(C_b_ptr + stride, t, t + 1 < length, stride, N, BLOCK_N, DOT)
+    within = ()
+    for j in tl.static_range(ROWS // COLUMNS):
+        s = first + j * COLUMNS + tl.arange(0, COLUMNS)
+        product_f = tl.dot(C_f, tl.trans(_rows(B_f_ptr, s, s < length, stride, N, BLOCK_N, DOT)))
+        product_b = tl.dot(C_b, tl.trans(_rows(B_b_ptr, s, s < length, stride, N, BLOCK_N, DOT)))
+        within = within + (tl.where(s[None, :] < t[:, None], product_f, product_b),)
+    starts = ()
+    beyond = ()
+    for j in tl.static_range(OTHERS + (1 if TAIL > 0 else 0)):
+        start = begin + FULL * WIDE
+        if j < OTHERS:
+            start = begin + (first - begin + (j + 1) * WIDE) % (FULL * WIDE)
+        before = start < first
+        starts = starts + (start,)
+        s = start + tl.arange(0, WIDE if j < OTHERS else TAIL)
+        C = _rows(
+            tl.where(before, C_f_ptr - stride, C_b_ptr + stride), t, tl.where(before, t <= length, t + 1 < length),
+            stride, N, BLOCK_N, DOT,
+        )  # fmt: skip
+        B = _rows(tl.where(before, B_f_ptr, B_b_ptr), s, s < length, stride, N, BLOCK_N, DOT)
+        beyond = beyond + (tl.dot(C, tl.trans(B)),)
+    own = vectors_ptr + (t - begin)
+    squares = tl.zeros([ROWS], tl.float32)
+    for i in tl.range(0, HEADS, num_stages=STAGES):
+        if GATED:
+            z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, DOT)
+        vectors = vectors_ptr + i * PIECE
+        rows_f = tl.load(own + i * PIECE)
+        rows_b = tl.load(own + i * PIECE + 2 * one)
+        diagonal = tl.load(own + i * PIECE + 4 * one)
+        y = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        if STATES:
+            left = _rows(left_ptr + i * state_stride, p, p < P, N, N, BLOCK_N, DOT)
+            right = _rows(right_ptr + i * state_stride, p, p < P, N, N, BLOCK_N, DOT)
+            # Beyond a row the sums stay what they are at its end.
+            last = tl.load(vectors + 2 * one + (PIECE - 1))
+            y = tl.dot(C_f, tl.trans(left)) * tl.exp2(rows_f)[:, None]
+            y += tl.dot(C_b, tl.trans(right)) * tl.exp2(rows_b - last)[:, None]
+        for j in tl.static_range(ROWS // COLUMNS):
+            s = first + j * COLUMNS + tl.arange(0, COLUMNS)
+            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
+            forward = rows_f[:, None] + tl.load(vectors + one + (s - begin))[None, :]
+            backward = rows_b[:, None] + tl.load(vectors + 3 * one + (s - begin))[None, :]
+            matrix = within[j] * tl.exp2(tl.where(s[None, :] < t[:, None], forward, backward))
+            matrix = tl.where(s[None, :] == t[:, None], diagonal[:, None], matrix)
+            y = tl.dot(matrix.to(DOT), x, y)
+        # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
+        for j in tl.static_range(OTHERS + (1 if TAIL > 0 else 0)):
+            before = starts[j] < first
+            s = starts[j] + tl.arange(0, WIDE if j < OTHERS else TAIL)
+            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
+            edge = tl.load(vectors + tl.where(before, first - begin, 2 * one + (first - begin + ROWS - 1)))
+            column = tl.exp2(tl.load(vectors + tl.where(before, one, 3 * one) + (s - begin)) + edge)
+            factor = tl.exp2(tl.where(before, rows_f, rows_b) - edge)
+            y = tl.dot((beyond[j] * (factor[:, None] * column[None, :])).to(DOT), x, y)
+        if GATED:
+            squares += tl.sum(y * y, axis=1)
+            weight = tl.load(weight_ptr + i * P + p, mask=p < P, other=0.0).to(tl.float32)
+            gate = z.to(tl.float32)
+            # The square root of a sigmoid: a root takes a third of the instructions of a division.
+            root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
+            y = (y * root) * (gate * root) * weight[None, :]
+        tl.store(y_ptr + i * P + t[:, None] * y_stride + p[None, :], y, mask=t_ok[:, None] & (p < P)[None, :])
+    if GATED:
+        tl.store(squares_ptr + t * squares_stride, squares, mask=t_ok)
+
+
 @quick
 @triton.jit(do_not_specialize=["batch", "length"])
 def _heads_kernel(
@@ -205,23 +321,26 @@ def _heads_kernel(
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    FULL: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
-    SPAN: tl.constexpr,
     STATES: tl.constexpr,
     GATED: tl.constexpr,
     REVERSED: tl.constexpr,
 ):
-    """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that."""
-    head_blocks = heads // HEADS
+    """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that.
+
+    A piece has FULL blocks of ROWS rows; a row in one piece TAIL more, if not 0.
+    """
+    head_blocks: tl.constexpr = heads // HEADS
     row_blocks = tl.cdiv(length, ROWS)
     program = tl.program_id(0)
     if REVERSED:
         program = tl.num_programs(0) - 1 - program
-    head_block = program % head_blocks
-    head = head_block * HEADS
+    head = program % head_blocks * HEADS
     first = program // head_blocks % row_blocks * ROWS
     row = (program // head_blocks // row_blocks).to(tl.int64)
     piece = 0
@@ -231,36 +350,15 @@ def _heads_kernel(
         pieces = tl.cdiv(length, PIECE)
     begin = piece * PIECE
     one = tl.cast(batch, tl.int64) * pieces * heads * PIECE
-    maps = row * length * stride + (head // repeats) * N
     place = row * length
-    x_ptr += row * length * stride + head * P
-    y_ptr += (place * heads + head) * P
-    t = first + tl.arange(0, ROWS)
-    t_ok = t < length
-    p = tl.arange(0, BLOCK_P)
-    C_f = _rows(C_f_ptr + (maps - stride), t, (t > 0) & (t <= length), stride, N, BLOCK_N, DOT)
-    C_b = _rows(C_b_ptr + (maps + stride), t, t + 1 < length, stride, N, BLOCK_N, DOT)
-    within = ()
-    for j in tl.static_range(ROWS // COLUMNS):
-        s = first + j * COLUMNS + tl.arange(0, COLUMNS)
-        product_f = tl.dot(C_f, tl.trans(_rows(B_f_ptr + maps, s, s < length, stride, N, BLOCK_N, DOT)))
-        product_b = tl.dot(C_b, tl.trans(_rows(B_b_ptr + maps, s, s < length, stride, N, BLOCK_N, DOT)))
-        within = within + (tl.where(s[None, :] < t[:, None], product_f, product_b),)
-    others = ()
-    beyond = ()
-    for j in tl.static_range(SPAN // ROWS - 1):
-        other = begin + (first - begin + (j + 1) * ROWS) % SPAN
-        before = other < first
-        others = others + (other,)
-        s = other + tl.arange(0, ROWS)
-        C = _rows(
-            tl.where(before, C_f_ptr - stride, C_b_ptr + stride) + maps, t,
-            tl.where(before, t - 1 < length, t + 1 < length), stride, N, BLOCK_N, DOT,
-        )  # fmt: skip
-        B = _rows(tl.where(before, B_f_ptr, B_b_ptr) + maps, s, s < length, stride, N, BLOCK_N, DOT)
-        beyond = beyond + (tl.dot(C, tl.trans(B)),)
+    maps = place * stride + (head // repeats) * N
+    x_ptr += place * stride + head * P
+    B_f_ptr += maps
+    C_f_ptr += maps
+    B_b_ptr += maps
+    C_b_ptr += maps
     vectors_ptr += ((row * pieces + piece) * heads + head) * PIECE
-    own = vectors_ptr + (t - begin)
+    y_ptr += (place * heads + head) * P
     if STATES:
         state = ((row * heads + head) * pieces + piece) * (P * N)
         left_ptr += state
@@ -268,50 +366,19 @@ def _heads_kernel(
     if GATED:
         z_ptr += place * z_stride + head * P
         weight_ptr += head * P
-    squares = tl.zeros([ROWS], tl.float32)
-    for i in tl.range(0, HEADS, num_stages=STAGES):
-        if GATED:
-            z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, DOT)
-        rows_f = tl.load(own + i * PIECE)
-        rows_b = tl.load(own + i * PIECE + 2 * one)
-        diagonal = tl.load(own + i * PIECE + 4 * one)
-        y = tl.zeros([ROWS, BLOCK_P], tl.float32)
-        if STATES:
-            left = _rows(left_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
-            right = _rows(right_ptr + i * pieces * (P * N), p, p < P, N, N, BLOCK_N, DOT)
-            # Beyond a row the sums stay what they are at its end.
-            last = tl.load(vectors_ptr + i * PIECE + 2 * one + (PIECE - 1))
-            y = tl.dot(C_f, tl.trans(left)) * tl.exp2(rows_f)[:, None]
-            y += tl.dot(C_b, tl.trans(right)) * tl.exp2(rows_b - last)[:, None]
-        for j in tl.static_range(ROWS // COLUMNS):
-            s = first + j * COLUMNS + tl.arange(0, COLUMNS)
-            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
-            column = vectors_ptr + i * PIECE + (s - begin)
-            forward = rows_f[:, None] + tl.load(column + one)[None, :]
-            backward = rows_b[:, None] + tl.load(column + 3 * one)[None, :]
-            matrix = within[j] * tl.exp2(tl.where(s[None, :] < t[:, None], forward, backward))
-            matrix = tl.where(s[None, :] == t[:, None], diagonal[:, None], matrix)
-            y = tl.dot(matrix.to(DOT), x, y)
-        # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
-        for j in tl.static_range(SPAN // ROWS - 1):
-            before = others[j] < first
-            s = others[j] + tl.arange(0, ROWS)
-            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
-            sums = vectors_ptr + i * PIECE
-            edge = tl.load(sums + tl.where(before, first - begin, 2 * one + (first - begin + ROWS - 1)))
-            column = tl.exp2(tl.load(sums + tl.where(before, one, 3 * one) + (s - begin)) + edge)
-            factor = tl.exp2(tl.where(before, rows_f, rows_b) - edge)
-            y = tl.dot((beyond[j] * (factor[:, None] * column[None, :])).to(DOT), x, y)
-        if GATED:
-            squares += tl.sum(y * y, axis=1)
-            weight = tl.load(weight_ptr + i * P + p, mask=p < P, other=0.0).to(tl.float32)
-            gate = z.to(tl.float32)
-            # The square root of a sigmoid: a root takes a third of the instructions of a division.
-            root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
-            y = (y * root) * (gate * root) * weight[None, :]
-        tl.store(y_ptr + i * P + t[:, None] * (heads * P) + p[None, :], y, mask=t_ok[:, None] & (p < P)[None, :])
-    if GATED:
-        tl.store(squares_ptr + (place + t) * head_blocks + head_block, squares, mask=t_ok)
+        squares_ptr += place * head_blocks + head // HEADS
+    if TAIL == 0 or first < FULL * ROWS:
+        _turn(
+            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, left_ptr, right_ptr, z_ptr, weight_ptr, y_ptr,
+            squares_ptr, first, begin, length, one, pieces * (P * N), stride, z_stride, heads * P, head_blocks, P, N,
+            PIECE, HEADS, ROWS, COLUMNS, ROWS, FULL, FULL - 1, TAIL, BLOCK_P, BLOCK_N, DOT, STAGES, STATES, GATED,
+        )  # fmt: skip
+    else:
+        _turn(
+            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, left_ptr, right_ptr, z_ptr, weight_ptr, y_ptr,
+            squares_ptr, first, begin, length, one, pieces * (P * N), stride, z_stride, heads * P, head_blocks, P, N,
+            PIECE, HEADS, TAIL, TAIL, ROWS, FULL, FULL, 0, BLOCK_P, BLOCK_N, DOT, STAGES, STATES, GATED,
+        )  # fmt: skip
 
 
 @functools.cache
@@ -360,6 +427,10 @@ def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: H
     """Compile-time arguments of `_heads_kernel` but GATED."""
     block_p, block_n = max(16, next_power_of_2(headdim)), max(16, next_power_of_2(n))
     piece, states = piece_of(length), length > LONGEST
+    full, rest = divmod(piece if states else length, tile.rows)
+    tail = max(16, next_power_of_2(rest)) if rest else 0
+    if tail == tile.rows:
+        full, tail = full + 1, 0
     return {
         "P": headdim,
         "N": n,
@@ -367,11 +438,12 @@ def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: H
         "HEADS": tile.heads,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
+        "FULL": full,
+        "TAIL": tail,
         "BLOCK_P": block_p,
         "BLOCK_N": block_n,
         "DOT": dot_type(dtype),
         "STAGES": tile.stages,
-        "SPAN": piece if states else cdiv(length, tile.rows) * tile.rows,
         "STATES": states,
         "num_warps": warps_of(tile.warps, block_p, block_n),
         "maxnreg": tile.registers,
