@@ -271,6 +271,8 @@ def from_numpy(
     if values.ndim not in (2, 3):
         raise ValueError(f"Values have shape {values.shape}, expected (time, variate) or (series, time, variate).")
     length, width = values.shape[-2:]
+    if not width:
+        raise ValueError("There is no column of values; expected at least one beside the times.")
     if times is None:
         times = _steps_from(start, length, freq)
     times = np.asarray(times)

@@ -73,6 +73,9 @@ def _check_layout(ds: xr.Dataset) -> None:
                 f"Variable '{name}' has dtype {ds[name].dtype}, expected numbers; convert text with "
                 "pandas.to_numeric or drop those columns."
             )
+    empty = next((dim for dim in ("series", "variate") if ds.sizes.get(dim) == 0), None)
+    if empty:
+        raise ValueError(f"The Dataset has no {empty}: dimension '{empty}' has length 0; expected at least one.")
     if "static" in ds:
         static, kind = set(ds["static"].dims), ds["static"].dtype.kind
         if kind not in "fiub" or not {"static_feature"} <= static <= {"series", "variate", "static_feature"}:

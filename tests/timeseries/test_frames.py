@@ -140,6 +140,7 @@ def test_bad_tables_say_what_is_wrong():
         ("Times have dtype", lambda: from_long(plain.assign(ds="soon"), ids="series")),
         ("'unique_id' is empty in row 0", lambda: from_long(plain.assign(unique_id=None), ids="series")),
         ("3 times were given for 4 rows", lambda: from_numpy(np.zeros((4, 1)), times=np.arange(3))),
+        ("no column of values", lambda: from_wide(pd.DataFrame({"time": [1, 2]}), time="time")),
         ("1 variate names were given for 2", lambda: from_numpy(np.zeros((4, 2)), variates=["a"])),
         ("give start as a date", lambda: from_numpy(np.zeros((4, 2)), freq="h")),
         ("give freq as a pandas alias", lambda: from_numpy(np.zeros((4, 2)), start="2020-01-01")),

@@ -34,6 +34,7 @@ def test_each_violation_is_named_in_one_line(ds):
     cases = {
         "no variable 'target'": ds.rename(target="y"),
         "has dimensions": ds.rename(variate="channel"),
+        "has no variate: dimension 'variate' has length 0": ds.isel(variate=slice(0)),
         "dtype object, expected numbers": ds.assign(target=ds["target"].astype(object)),
         "dtype <U.*, expected numbers": ds.assign(target=ds["target"].astype(str)),
         "no coordinate 'time'": ds.drop_vars("time"),
