@@ -298,24 +298,23 @@ def _map_gradients(
                 decay = tl.where(index == before, decay, 0.0)
             value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
         border = ((row * nheads + head) * chunks + chunk) * (P * N)
-        state = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        whole = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
         scaled, scaled_low = _halves((value.to(ACC) * decay[:, None]).to(DOT), PRECISION)
+        state, state_low = _halves(whole, PRECISION)
+        found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
         if not OF_B:
-            leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+            reads = tl.sum(_dot_nt(own, own_low, state, state_low, ACC, PRECISION) * value.to(ACC), 1) * decay
             factor = tl.exp2(_whole(_last(high, Q), _last(low, Q), EXACT))
             if PACKED:
                 factor = tl.where(before == last, factor, 0.0)
-            if BLOCK_P < 64 or BLOCK_N < 64:
-                passed = tl.sum(tl.sum(state.to(ACC) * leaving.to(ACC), 1) * factor, 0)
-        state, state_low = _halves(state, PRECISION)
-        found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
-        if not OF_B:
-            if BLOCK_P >= 64 and BLOCK_N >= 64:
+            leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+            if not EXACT and BLOCK_P >= 64 and BLOCK_N >= 64:
                 # The trace of this one is their product; tensor cores have the time.
                 leaving, leaving_low = _halves(leaving, PRECISION)
                 both = _dot_nt(state, state_low, leaving, leaving_low, ACC, PRECISION)
                 passed = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1) * factor, 0)
-            reads = tl.sum(_dot_nt(own, own_low, state, state_low, ACC, PRECISION) * value.to(ACC), 1) * decay
+            else:
+                passed = tl.sum(tl.sum(whole.to(ACC) * leaving.to(ACC), 1) * factor, 0)
             change = dlog_decay_ptr + vectors + position * nheads + ahead * nheads
             following = tl.sum(reads, 0) - (tl.cumsum(reads, 0) - reads)
             tl.store(change, tl.load(change, mask=ok, other=0.0) + passed + following, mask=ok)
