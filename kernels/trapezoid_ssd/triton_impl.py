@@ -16,21 +16,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..ssd.triton_gradients import Gradients, run_gradients_at_once
 from ..ssd.triton_outputs import Sweep, contiguous, run_outputs, strides
 from ..ssd.triton_tiles import GradientTiles, fine_chunk, fine_products, gradient_tiles
 from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .state import rotate, spin
 from .triton_fused import fused_outputs, fuses
+from .triton_gradients import Angles, blocks_of_heads, links, maps, states_at_borders
 from .triton_inputs import Inputs, angles_of_chunks, readable
 from .triton_kernels import (
-    _trapezoid_later_kernel,
     _trapezoid_turn_kernel,
-    _trapezoid_unturn_kernel,
     _trapezoid_weights_kernel,
 )
-from .triton_ranks import GradientsOfRanks, gradients_of_ranks, inputs_of_ranks, outputs_of_ranks, products_of_ranks
+from .triton_ranks import inputs_of_ranks, outputs_of_ranks, products_of_ranks
 
 
 def trapezoid_ssd_triton(
@@ -104,9 +102,10 @@ class _Turned(NamedTuple):
     k: Tensor  # (b, l, h, n)
     q: Tensor
     weight: Tensor  # (b, l, h)
-    skip: Tensor  # (b, l, h)
-    product: Tensor  # of key and query, (b, l, h); with several ranks of all ranks of a position, (b, l, h, r)
+    skip: Tensor  # (b, l, h), for outputs
     seq_idx: Tensor | None  # (b, l)
+    turns: Tensor  # cos and sin side by side, (b, positions, h, 2 s), for gradients
+    decays: tuple[Tensor, Tensor]  # from a chunk's start, and of weights to its end, (b, l, h), for gradients
 
     def sweep(self, state: Tensor | None) -> Sweep:
         fine = fine_products(self.x, self.k.shape[3])
@@ -157,13 +156,7 @@ def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
     return gradient_tiles(x, n, chunk or fine_chunk(x, n))
 
 
-def _blocks(repeats: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Into how many blocks to cut a group's heads for about the wanted number of programs, and heads per block."""
-    block_heads = cdiv(repeats, max(1, min(repeats, wanted // programs)))
-    return cdiv(repeats, block_heads), block_heads
-
-
-def _turned(given: Inputs, half: bool, chunk: int) -> _Turned:
+def _turned(given: Inputs, half: bool, chunk: int, keep: bool) -> _Turned:
     (batch, _, nheads, _), (length, groups, n) = given.x.shape, given.B.shape[1:]
     ranks, wide = given.ranks, given.log_decay
     chunks, repeats = cdiv(length, chunk), nheads // groups
@@ -171,22 +164,27 @@ def _turned(given: Inputs, half: bool, chunk: int) -> _Turned:
     before = angles_of_chunks(given, chunk)
     x, log_decay, seq_idx = given.x, wide, given.seq_idx
     weight = wide.new_empty(batch, length, nheads)
-    if given.x_rank is None:
-        skip, product = wide.new_empty(2, *weight.shape).unbind(0)
-    else:
-        x, product = inputs_of_ranks(x, given.x_rank), products_of_ranks(given.B, given.C, given.B_bias, given.C_bias)
-        skip = given.D.expand(weight.shape)
+    skip = wide.new_empty(0) if keep else torch.empty_like(weight)
+    if given.x_rank is not None:
+        x = inputs_of_ranks(x, given.x_rank)
         log_decay = torch.nn.functional.pad(wide[:, :, None], (0, 0, 0, ranks - 1)).flatten(1, 2)
         seq_idx = None if seq_idx is None else seq_idx.repeat_interleave(ranks, dim=1)
+        skip = given.D.expand(weight.shape)
     k, q = given.x.new_empty(2, batch, length, nheads, n).unbind(0)
     programs = batch * chunks * groups
-    blocks, block_heads = _blocks(repeats, programs, 12 * multiprocessors(given.x.device))
+    blocks, block_heads = blocks_of_heads(repeats, programs, 12 * multiprocessors(given.x.device))
+    # Keys have no more digits than 16 bits hold; their turns need no more either.
+    turns = wide.new_empty(
+        *wide.shape if keep else (0,) * 3, 2 * given.rate.shape[2], dtype=torch.float16 if k.itemsize == 2 else None
+    )
+    decays = wide.new_empty(2, *weight.shape if keep else (0,)).unbind(0)
     _trapezoid_turn_kernel[(programs * blocks,)](
-        given.gamma, given.beta, given.rate, before, given.B, given.C, given.B_bias, given.C_bias, given.D,
-        given.seq_idx, k, q, weight, skip, product, length, nheads, repeats, blocks, block_heads,
-        *strides(given.B, given.C), **shared | {"BLOCK_N": _COLUMNS}, **launch("turn", chunk * _COLUMNS),
+        log_decay, given.gamma, given.beta, given.rate, before, given.B, given.C, given.B_bias, given.C_bias, given.D,
+        given.seq_idx, k, q, weight, skip, turns, *decays, length, nheads, repeats, blocks, block_heads,
+        *strides(given.B, given.C), KEEP=keep, EXACT=k.dtype == torch.float32, **shared | {"BLOCK_N": _COLUMNS},
+        **launch("turn", chunk * _COLUMNS),
     )  # fmt: skip
-    return _Turned(before, x, log_decay, k, q, weight, skip, product, seq_idx)
+    return _Turned(before, x, log_decay, k, q, weight, skip, seq_idx, turns, decays)
 
 
 @operator("trapezoid_ssd_triton_fwd")
@@ -222,7 +220,7 @@ def _forward(
     with on_device(x):
         for rows in _groups(given, _TURNED_BYTES):
             some = given.cut(rows)
-            turned = _turned(some, half, _tiles(x, n, chunk).links.chunk)
+            turned = _turned(some, half, _tiles(x, n, chunk).links.chunk, False)
             # What several ranks of a position add comes to unrounded outputs.
             rounded = some.x_rank is not None and y.dtype != log_decay.dtype
             partial = log_decay.new_empty(y[rows].shape) if rounded else y[rows]
@@ -232,9 +230,8 @@ def _forward(
                 turned.sweep(some.state), turned.q, turned.skip, turned.seq_idx, partial, final[rows], of_outputs, parts
             )
             if some.x_rank is not None:
-                outputs_of_ranks(
-                    some.x, some.x_rank, turned.product, some.gamma, some.beta, some.seq_idx, partial, y[rows]
-                )
+                product = products_of_ranks(some.B, some.C, some.B_bias, some.C_bias)
+                outputs_of_ranks(some.x, some.x_rank, product, some.gamma, some.beta, some.seq_idx, partial, y[rows])
             torch.mul(turned.before[:, :, -1], math.pi, out=last[rows])
     return y, final, last
 
@@ -287,88 +284,46 @@ def _backward(
     drate, dphi = torch.empty_like(given.rate), log_decay.new_empty(x.shape[0], x.shape[2], rate.shape[2])
     dB, dC = x.new_empty(B.shape), x.new_empty(C.shape)
     dstate = log_decay.new_empty(x.shape[0], *x.shape[2:], n)
-    sums: list[tuple[Tensor, ...]] = []
+    into = dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi
+    ends = dfinal, dphase, dphi_end
     with on_device(x):
-        for rows in _groups(given, _TURNED_BYTES // 2):
-            some, end = given.cut(rows), None if dfinal is None else dfinal[rows]
-            turned = _turned(some, half, tiles.links.chunk)
-            dk, dq = turned.k.new_empty(2, *turned.k.shape).unbind(0)
-            dv = dx[rows] if some.ranks == 1 else log_decay.new_empty(turned.x.shape)
-            ddecays = dlog_decay[rows] if some.ranks == 1 else log_decay.new_empty(turned.log_decay.shape)
-            dweight, dskip = turned.weight.new_empty(2, *turned.weight.shape).unbind(0)
-            into = Gradients(dv, ddecays, dk, dq, dweight, dskip, dstate[rows])
-            borders = run_gradients_at_once(
-                turned.sweep(some.state), turned.q, turned.skip, turned.seq_idx, dy[rows], end, into, tiles, False,
-                parts, blocks, some.ranks,
-            )  # fmt: skip
-            of_ranks, dx_rank = None, log_decay.new_empty(0)
-            if some.x_rank is not None:
-                dlog_decay[rows] = ddecays[:, :: some.ranks]
-                of_ranks, dx_rank = gradients_of_ranks(
-                    some.x, some.x_rank, turned.product, some.gamma, some.beta, some.seq_idx, dy[rows], dv, dx[rows]
-                )
-            outputs = dgamma[rows], dbeta[rows], drate[rows], dB[rows], dC[rows], dphi[rows]
-            ends = tuple(None if one is None else one[rows] for one in (dphase, dphi_end))
-            of_biases = _unturned(some, half, tiles.links.chunk, turned, into, of_ranks, borders, ends, outputs, blocks)
-            sums.append((*of_biases, dskip.sum((0, 1)), dx_rank))
-    dB_bias, dC_bias, dD, dx_rank = (
-        parts[0] if len(sums) == 1 else torch.stack(parts).sum(0) for parts in zip(*sums, strict=True)
-    )
-    return dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD, dx_rank
+        sums = [
+            _gradients(
+                given.cut(rows), half, tiles, dy[rows], [None if one is None else one[rows] for one in ends],
+                [one[rows] for one in into], parts, blocks,
+            )
+            for rows in _groups(given, _TURNED_BYTES // 2)
+        ]  # fmt: skip
+    shared = (found[0] if len(sums) == 1 else torch.stack(found).sum(0) for found in zip(*sums, strict=True))
+    return *into, *shared
 
 
-def _unturned(
+def _gradients(
     given: Inputs,
     half: bool,
-    chunk: int,
-    turned: _Turned,
-    found: Gradients,
-    of_ranks: GradientsOfRanks | None,
-    borders: Tensor,
-    ends: tuple[Tensor | None, ...],
-    outputs: tuple[Tensor, ...],
+    tiles: GradientTiles,
+    dy: Tensor,
+    ends: list[Tensor | None],
+    into: list[Tensor],
+    parts: int,
     blocks: int,
-) -> tuple[Tensor, Tensor]:
-    """Write the gradients that are left, and return those of the biases."""
-    dgamma, dbeta, drate, dB, dC, dphi = outputs
-    (batch, positions, nheads, headdim), (length, groups) = given.x.shape, given.B.shape[1:3]
-    chunks, repeats = cdiv(length, chunk), nheads // groups
-    shared, wide = _shared(given, half, chunk), given.log_decay
-    block_p = next_power_of_2(headdim)
-    later = wide.new_empty(batch, nheads, chunks, given.rate.shape[2])
-    _trapezoid_later_kernel[(batch * nheads * chunks,)](
-        borders[0], borders[1], *ends, later, chunks, P=headdim, BLOCK_P=block_p, HAS_DPHASE=ends[0] is not None,
-        HAS_DPHI=ends[1] is not None, **{name: shared[name] for name in ("N", "S", "BLOCK_N", "HALF", "ACC")},
-        **launch("later", block_p * shared["BLOCK_N"] // 2),
-    )  # fmt: skip
-    slices = cdiv(shared["N"], _COLUMNS)
-    programs = batch * chunks * groups
-    wanted = blocks * programs or 8 * multiprocessors(given.x.device) // slices
-    blocks, block_heads = _blocks(repeats, programs, wanted)
-    dB_bias, dC_bias = wide.new_empty(2, batch * chunks, *given.B_bias.shape).unbind(0)
-    dB_parts, dC_parts = (wide.new_empty(blocks, *dB.shape) if blocks > 1 else one for one in (dB, dC))
-    drate_parts = wide.new_empty(blocks * groups, *drate.shape) if blocks * groups > 1 else drate
-    turning = cdiv(shared["S"], _COLUMNS // 2)  # slices with pairs that turn
-    ddt = wide.new_empty(turning, *wide.shape)
-    few = wide.dtype == torch.float64 or INTERPRETED
-    links, above, below = of_ranks or (None, None, turned.product)
-    _trapezoid_unturn_kernel[(programs * blocks * slices,)](
-        given.gamma, given.beta, given.rate, turned.before, given.B, given.C, given.B_bias, given.C_bias, given.seq_idx,
-        later, found.dB, found.dC, found.dD, links, ddt, drate_parts, dB_parts, dC_parts, dB_bias, dC_bias,
-        dphi, batch, length, nheads, repeats, blocks, block_heads, *strides(given.B, given.C),
-        TERMS=0 if few else 3 if given.x.dtype == torch.float32 else 2, STAGES=1 if few else 2,
-        **shared | {"BLOCK_N": _COLUMNS}, **launch("unturn", chunk * _COLUMNS),
-    )  # fmt: skip
+) -> tuple[Tensor, ...]:
+    """Write gradients of a group of rows, and return those of what rows share: biases, D and x_rank."""
+    dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi = into
+    dfinal, dphase, dphi_end = ends
+    turned = _turned(given, half, tiles.links.chunk, True)
+    wide, sweep = given.log_decay, turned.sweep(given.state)
+    borders = states_at_borders(sweep, turned.q, turned.seq_idx, dy, dfinal, dstate, tiles, parts)
+    kernel, dweight, *shared = links(given, sweep, turned.q, dy, borders, tiles.links, dx, dlog_decay, dgamma)
+    angles = Angles(turned.turns, half, dphase, dphi_end)
+    ddt, dB_bias, dC_bias = maps(
+        given, angles, sweep, turned.q, dy, turned.decays, borders, kernel, tiles.maps, drate, dB, dC, dphi, blocks
+    )
     _trapezoid_weights_kernel[(cdiv(wide.numel(), 1024),)](
-        ddt, found.dweight, found.dD, below, above, given.seq_idx, dgamma, dbeta, wide.numel(), positions, nheads,
-        SLICES=turning, PACKED=shared["PACKED"], BLOCK=1024, RANKS=given.ranks,
+        ddt, dgamma, dweight, given.seq_idx, dgamma, dbeta, wide.numel(), given.x.shape[1], given.x.shape[2],
+        SLICES=len(ddt), PACKED=given.seq_idx is not None, BLOCK=1024,
     )  # fmt: skip
-    if blocks > 1:
-        dB.copy_(dB_parts.sum(0))
-        dC.copy_(dC_parts.sum(0))
-    if blocks * groups > 1:
-        torch.sum(drate_parts, 0, out=drate)
-    return dB_bias.sum(0), dC_bias.sum(0)
+    return dB_bias, dC_bias, *shared
 
 
 @torch.library.register_fake("ssm::trapezoid_ssd_triton_bwd")

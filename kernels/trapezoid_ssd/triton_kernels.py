@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ssd.triton_kernels import _halves, _vector, keep_addresses_in_loops
+from ..ssd.triton_kernels import _halves, _last, _less, _log2_sums, _vector, _whole, keep_addresses_in_loops
 from ..triton_utils import quick
 
 
@@ -112,6 +112,12 @@ def _bias(
 
 
 @triton.jit
+def _sum_of_positions(tile, Q: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.constexpr):
+    """[Q, width] summed over positions, [ranks, width]."""
+    return tl.sum(tile, 0)[None, :] if RANKS == 1 else tl.sum(tl.reshape(tile, [Q // RANKS, RANKS, WIDTH]), 0)
+
+
+@triton.jit
 def _sums_onward(upper, x, total, ACC: tl.constexpr, TERMS: tl.constexpr):
     """total + upper x, with zeros and ones in `upper`: x goes to tensor cores as a sum of `TERMS` bfloat16 numbers."""
     if TERMS == 0:
@@ -197,13 +203,16 @@ def _trapezoid_angle_kernel(
 @keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
 def _trapezoid_turn_kernel(
-    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr, seq_ptr, k_ptr, q_ptr,
-    weight_ptr, skip_ptr, product_ptr, length, nheads, repeats, blocks, block_heads,
-    B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+    log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr, seq_ptr,
+    k_ptr, q_ptr, weight_ptr, skip_ptr, turns_ptr, in_ptr, out_ptr, length, nheads, repeats, blocks,
+    block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
-    ACC: tl.constexpr, RANKS: tl.constexpr,
+    EXACT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Turned keys and queries of a block of a group's heads in one chunk, (b, l, h, n), weights of inputs, and skips.
+
+    With KEEP, for gradients, no skips, but cos and sin side by side, (b, positions, h, 2 s), what each step still reads
+    of the state before the chunk, and how much of its input is left at the chunk's end, (b, l, h).
 
     In `ssd` an input has the weight gamma + beta of the next position already where it is read for the first time; the
     skip takes off the second part, times the product of key and query, which turning them leaves as it is. Skips of
@@ -240,7 +249,7 @@ def _trapezoid_turn_kernel(
             q = _get(C_tile, steps[:, None] * C_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
             k += _bias(B_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
             q += _bias(C_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
-            if RANKS == 1:
+            if RANKS == 1 and not KEEP:
                 product += tl.sum(k * q, 1)
             if of_slice * (BLOCK_N // 2) < S:  # else all its pairs stand still
                 pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -250,224 +259,52 @@ def _trapezoid_turn_kernel(
                 cos, sin = _directions(phases_ptr, rate, dt, row * nheads + head, chunk, chunks, pairs, S, ACC)
                 k = _rotated(k, cos, sin, Q, BLOCK_N)
                 q = _rotated(q, cos, sin, Q, BLOCK_N)
+                if KEEP:
+                    turns = tl.reshape(tl.join(cos, sin), [Q, BLOCK_N])
+                    both = of_slice * BLOCK_N + tl.arange(0, BLOCK_N)
+                    turns_tile = turns_ptr + (of_head + first * nheads) * (2 * S) + both[None, :]
+                    turns_ok = (ok & (ranks == 0))[:, None] & (both < 2 * S)[None, :]
+                    tl.store(turns_tile + (steps // RANKS)[:, None] * (nheads * 2 * S), turns, mask=turns_ok)
             tile = (vectors + begin * nheads) * N
             _put(k_ptr + tile, steps[:, None] * (nheads * N), ok[:, None], start, k, N, BLOCK_N, HALF)
             _put(q_ptr + tile, steps[:, None] * (nheads * N), ok[:, None], start, q, N, BLOCK_N, HALF)
         out = vectors + (begin + steps) * nheads
         tl.store(weight_ptr + out, gamma + following, mask=ok)
-        if RANKS == 1:
-            tl.store(product_ptr + out, product, mask=ok)
+        if RANKS == 1 and not KEEP:
             tl.store(skip_ptr + out, tl.load(D_ptr + head).to(ACC) - following * product, mask=ok)
-
-
-@triton.jit(do_not_specialize=["chunks"])
-def _trapezoid_later_kernel(
-    entering_ptr, leaving_ptr, dphase_ptr, dphi_end_ptr, later_ptr, chunks,
-    P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
-    HAS_DPHASE: tl.constexpr, HAS_DPHI: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Gradient of the angles after a chunk, (b, h, chunks, s): what all that comes later makes of them.
-
-    That is the turn of the state between, but for the turn of the last one.
-    """
-    chunk = tl.program_id(0) % chunks
-    of = (tl.program_id(0) // chunks).to(tl.int64)  # row and head
-    pairs = tl.arange(0, BLOCK_N // 2)
-    later = tl.zeros([BLOCK_N // 2], ACC)
-    if chunk < chunks - 1:
-        p_rows = tl.arange(0, BLOCK_P)[:, None]
-        border = (of * chunks + chunk) * (P * N)
-        entering = _get(entering_ptr + border + P * N, p_rows * N, p_rows < P, 0, N, BLOCK_N, HALF, ACC)
-        leaving = _get(leaving_ptr + border, p_rows * N, p_rows < P, 0, N, BLOCK_N, HALF, ACC)
-        later -= tl.sum(_spin(leaving, entering, BLOCK_P, BLOCK_N), 0)
-        if HAS_DPHASE:
-            later += tl.load(dphase_ptr + of * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-    elif HAS_DPHI:
-        later += tl.load(dphi_end_ptr + of * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-    tl.store(later_ptr + (of * chunks + chunk) * S + pairs, later, mask=pairs < S)
-
-
-@keep_addresses_in_loops
-@triton.jit
-def _unturn_slice(
-    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr, dq_ptr,
-    dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr, of_slice, block,
-    group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
-    TURNS: tl.constexpr,
-    N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
-    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """One slice of columns; TURNS unless all its pairs stand still."""
-    groups = nheads // repeats
-    chunks = tl.cdiv(length, Q)
-    start = of_slice * BLOCK_N
-    pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-    steps = tl.arange(0, Q)
-    begin = chunk.to(tl.int64) * Q
-    ok = steps < length - begin
-    positions, first, ranks = length // RANKS, begin // RANKS, steps % RANKS
-    seq_row = seq_ptr
-    if PACKED:
-        seq_row = seq_ptr + row * positions
-    dB = tl.zeros([Q, BLOCK_N], ACC)
-    dC = tl.zeros([Q, BLOCK_N], ACC)
-    if TURNS:
-        drate = tl.zeros([Q, BLOCK_N // 2], ACC)
-        rate = _rows(rate_ptr + row * positions * S, first, steps // RANKS, ok, S, pairs, pairs < S, ACC)
-        upper = steps[:, None] <= steps[None, :]
-        if TERMS == 0:
-            upper = upper.to(ACC)
-        else:
-            upper = upper.to(tl.bfloat16)
-    rows_ok = ok[:, None]
-    B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
-    C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + group * N
-    first_head = group * repeats + block * block_heads
-    last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
-    for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
-        vectors = row * length * nheads + head
-        heads = row * nheads + head
-        of_chunk = (row * chunks + chunk) * nheads + head
-        of_head = row * positions * nheads + head
-        gamma, beta, _ = _weights(
-            gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
-        )
-        dt = _increments(gamma, beta, Q, RANKS)
-        tile = (vectors + begin * nheads) * N
-        dk = _get(dk_ptr + tile, steps[:, None] * (nheads * N), rows_ok, start, N, BLOCK_N, HALF, ACC)
-        dq = _get(dq_ptr + tile, steps[:, None] * (nheads * N), rows_ok, start, N, BLOCK_N, HALF, ACC)
-        if TURNS:
-            cos, sin = _directions(phases_ptr, rate, dt, heads, chunk, chunks, pairs, S, ACC)
-            dk = _rotated(dk, cos, -sin, Q, BLOCK_N)
-            dq = _rotated(dq, cos, -sin, Q, BLOCK_N)
-        k = _get(B_tile, steps[:, None] * B_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
-        k += _bias(B_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
-        q = _get(C_tile, steps[:, None] * C_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
-        q += _bias(C_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
-        if TURNS:
-            dangle = _spin(dk, k, Q, BLOCK_N) + _spin(dq, q, Q, BLOCK_N)
-
-        if RANKS == 1:
-            # gamma (k.q), which turning both leaves as it is; the gradients of `ssd` are without it.
-            out = vectors + (begin + steps) * nheads
-            of_product = gamma * tl.load(dskip_ptr + out, mask=ok, other=0.0)
-            dk += of_product[:, None] * q
-            dq += of_product[:, None] * k
-        else:
-            # Each rank with all ranks of its position.
-            for d in range(RANKS):
-                other = (ranks + d) % RANKS
-                beside = steps - ranks + other
-                k = _get(B_tile, beside[:, None] * B_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
-                k += _bias(B_bias_ptr, head, other, start, N, BLOCK_N, HALF, ACC, RANKS)
-                q = _get(C_tile, beside[:, None] * C_stride_t, rows_ok, start, N, BLOCK_N, HALF, ACC)
-                q += _bias(C_bias_ptr, head, other, start, N, BLOCK_N, HALF, ACC, RANKS)
-                of_rows = links_ptr + (vectors + begin * nheads) * RANKS
-                read = tl.load(of_rows + steps * (nheads * RANKS) + other, mask=ok, other=0.0)
-                written = tl.load(of_rows + beside * (nheads * RANKS) + ranks, mask=ok, other=0.0)
-                dk += read[:, None] * q
-                dq += written[:, None] * k
-        dB += dk
-        dC += dq
-        of_bias = tl.arange(0, RANKS)[:, None] * N
-        dk_sum = tl.sum(tl.reshape(dk, [Q // RANKS, RANKS, BLOCK_N]), 0) if RANKS > 1 else tl.sum(dk, 0)[None, :]
-        dq_sum = tl.sum(tl.reshape(dq, [Q // RANKS, RANKS, BLOCK_N]), 0) if RANKS > 1 else tl.sum(dq, 0)[None, :]
-        place = of_chunk * (RANKS * N)
-        _put(dB_bias_ptr + place, of_bias, of_bias >= 0, start, dk_sum, N, BLOCK_N, HALF)
-        _put(dC_bias_ptr + place, of_bias, of_bias >= 0, start, dq_sum, N, BLOCK_N, HALF)
-
-        if TURNS:
-            later = tl.load(later_ptr + (heads * chunks + chunk) * S + pairs, mask=pairs < S, other=0.0)
-            ddelta = _sums_onward(upper, dangle, tl.zeros([Q, BLOCK_N // 2], ACC) + later[None, :], ACC, TERMS)
-            if chunk == 0:
-                at_first = tl.sum(tl.where((steps == 0)[:, None], ddelta, 0.0), 0)
-                tl.store(dphi_ptr + heads * S + pairs, at_first, mask=pairs < S)
-            ddelta = ddelta * 3.141592653589793
-            drate += ddelta * dt[:, None]
-            ddt_slice = ddt_ptr + of_slice.to(tl.int64) * (rows * positions * nheads)
-            out = (row * positions + first + steps // RANKS) * nheads + head
-            tl.store(ddt_slice + out, tl.sum(ddelta * rate, 1), mask=ok & (ranks == 0))
-
-    width = groups * N
-    out = ((block * rows + row) * length + begin) * width + group * N
-    _put(dB_ptr + out, steps[:, None] * width, rows_ok, start, dB, N, BLOCK_N, HALF)
-    _put(dC_ptr + out, steps[:, None] * width, rows_ok, start, dC, N, BLOCK_N, HALF)
-    if TURNS:
-        out = (((block * groups + group) * rows + row) * positions + first) * S
-        tile_ok = (ok & (ranks == 0))[:, None] & (pairs < S)[None, :]
-        tl.store(drate_ptr + out + steps[:, None] // RANKS * S + pairs[None, :], drate, mask=tile_ok)
-
-
-@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
-def _trapezoid_unturn_kernel(
-    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr, dq_ptr,
-    dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
-    rows, length, nheads, repeats, blocks, block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
-    N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
-    ACC: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """From the gradients of turned keys and queries and of skips those of what they are made of, in one chunk.
-
-    One head after another of a block of a group's heads, for some columns: narrow tiles stay in registers. Those of B,
-    C and the rates are summed over the heads there, and written once per block of heads; those of dt once per block of
-    columns.
-    """
-    slices: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    of_slice = tl.program_id(0) % slices
-    block = tl.program_id(0) // slices % blocks
-    groups = nheads // repeats
-    group = tl.program_id(0) // slices // blocks % groups
-    chunks = tl.cdiv(length, Q)
-    chunk = tl.program_id(0) // slices // blocks // groups % chunks
-    row = (tl.program_id(0) // slices // blocks // groups // chunks).to(tl.int64)
-    if of_slice * (BLOCK_N // 2) < S:
-        _unturn_slice(
-            gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr,
-            dq_ptr, dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
-            of_slice, block, group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t,
-            C_stride_b, C_stride_t, True, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES, RANKS,
-        )  # fmt: skip
-    else:
-        _unturn_slice(
-            gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr, later_ptr, dk_ptr,
-            dq_ptr, dskip_ptr, links_ptr, ddt_ptr, drate_ptr, dB_ptr, dC_ptr, dB_bias_ptr, dC_bias_ptr, dphi_ptr,
-            of_slice, block, group, chunk, row, rows, length, nheads, repeats, block_heads, B_stride_b, B_stride_t,
-            C_stride_b, C_stride_t, False, N, S, Q, BLOCK_N, HALF, PACKED, ACC, TERMS, STAGES, RANKS,
-        )  # fmt: skip
+        if KEEP:
+            log_decay = _vector(log_decay_ptr + vectors, begin, steps, ok, nheads, ACC)
+            high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
+            decay_in = tl.exp2(_whole(high, low, EXACT))
+            left = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT)) * (gamma + following)
+            if PACKED:
+                index = tl.load(seq_row + first + steps // RANKS, mask=ok, other=-1)
+                decay_in = tl.where(index == tl.load(seq_row + tl.maximum(first - 1, 0)), decay_in, 0.0)
+                last = tl.load(seq_row + tl.minimum(begin + Q, length) // RANKS - 1)
+                left = tl.where(index == last, left, 0.0)
+            tl.store(in_ptr + out, decay_in, mask=ok)
+            tl.store(out_ptr + out, left, mask=ok)
 
 
 @triton.jit(do_not_specialize=["total", "length", "nheads"])
 def _trapezoid_weights_kernel(
-    ddt_ptr, dweight_ptr, dskip_ptr, product_ptr, above_ptr, seq_ptr, dgamma_ptr, dbeta_ptr, total, length, nheads,
-    SLICES: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+    ddt_ptr, direct_ptr, dweight_ptr, seq_ptr, dgamma_ptr, dbeta_ptr, total, length, nheads,
+    SLICES: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of gamma and beta from that of dt, in slices to be added, and from those of weights and skips.
+    """Gradients of gamma and beta from that of dt without pi, in slices to be added, and from those of weights.
 
-    An input weighs what it had when it came and, one position later, what beta adds to it. With several ranks
-    `product` is what beta loses of the weights' gradients, and `above` what gamma gets besides them.
+    `direct` is what gamma gets besides dt; beta gets what the weight of the position before does.
     """
     of = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = of < total
     ddt = tl.load(ddt_ptr + of, mask=ok, other=0.0)
     for k in tl.static_range(1, SLICES):
         ddt += tl.load(ddt_ptr + total.to(tl.int64) * k + of, mask=ok, other=0.0)
+    ddt *= 3.141592653589793
     place = of // nheads  # row and position
     linked = ok & (place % length > 0)
     if PACKED:
         own = tl.load(seq_ptr + place, mask=ok, other=-1)
         linked = linked & (tl.load(seq_ptr + place - 1, mask=linked, other=-2) == own)
-    before = of - nheads
-    lost = tl.load(product_ptr + before, mask=linked, other=0.0)
-    if RANKS == 1:
-        now = tl.load(dweight_ptr + of, mask=ok, other=0.0)
-        added = tl.load(dweight_ptr + before, mask=linked, other=0.0)
-        lost *= tl.load(dskip_ptr + before, mask=linked, other=0.0)
-    else:
-        now = tl.load(above_ptr + of, mask=ok, other=0.0)
-        added = tl.zeros_like(now)
-        first = place * (RANKS * nheads) + of % nheads
-        for i in range(RANKS):
-            now += tl.load(dweight_ptr + first + i * nheads, mask=ok, other=0.0)
-            added += tl.load(dweight_ptr + first + (i - RANKS) * nheads, mask=linked, other=0.0)
-    tl.store(dgamma_ptr + of, ddt + now, mask=ok)
-    tl.store(dbeta_ptr + of, ddt + (added - lost), mask=ok)
+    tl.store(dgamma_ptr + of, ddt + tl.load(direct_ptr + of, mask=ok, other=0.0), mask=ok)
+    tl.store(dbeta_ptr + of, ddt + tl.load(dweight_ptr + of - nheads, mask=linked, other=0.0), mask=ok)

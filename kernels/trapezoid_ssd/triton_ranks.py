@@ -12,8 +12,6 @@ after another; nothing here is a matrix product of the tensor cores.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -116,83 +114,6 @@ def _ranks_outputs_kernel(
         tl.store(out_ptr + tile, y, mask=tile_ok)
 
 
-@triton.jit(do_not_specialize=["length", "nheads", "span"])
-def _ranks_gradients_kernel(
-    x_ptr, x_rank_ptr, products_ptr, gamma_ptr, beta_ptr, seq_ptr, dy_ptr, dv_ptr, dx_ptr, dx_rank_ptr, links_ptr,
-    above_ptr, below_ptr, length, nheads, span, x_stride_b, x_stride_t,
-    P: tl.constexpr, RANKS: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, PACKED: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """Gradients of one head for `span` positions, from those of the ranks' inputs in `ssd`.
-
-    Leaves the gradient of every q_i.k_j, (b, l, r, h, r) with i last, for gradients of `ssd` that are without it.
-    Leaves the sums of c_ij's gradients times q_i.k_j over j > i and over j <= i, (b, l, h): what gamma gets, and what
-    beta of the next position loses.
-    """
-    head = tl.program_id(0) % nheads
-    spans = tl.cdiv(length, span)
-    of_span = tl.program_id(0) // nheads % spans
-    row = (tl.program_id(0) // nheads // spans).to(tl.int64)
-    steps = tl.arange(0, T)
-    columns = tl.arange(0, BLOCK_P)
-    ranks = tl.arange(0, RANKS)
-    columns_ok = columns < P
-    vectors = row * length * nheads + head
-    seq_row = seq_ptr
-    if PACKED:
-        seq_row = seq_ptr + row * length
-    dx_rank = tl.zeros([RANKS, BLOCK_P], ACC)
-    start = of_span.to(tl.int64) * span
-    for begin in range(start, tl.minimum(start + span, length), T):
-        ok = steps < length - begin
-        tile_ok = ok[:, None] & columns_ok[None, :]
-        gamma, _, following = _weights(gamma_ptr, beta_ptr, seq_row, vectors, begin, length, nheads, PACKED, T, ACC, 1)
-        x_tile = x_ptr + row * x_stride_b + begin * x_stride_t + head * P
-        x = tl.load(x_tile + steps[:, None] * x_stride_t + columns[None, :], mask=tile_ok, other=0.0).to(ACC)
-        first = (row * length + begin) * RANKS * nheads + head
-        dx = tl.zeros([T, BLOCK_P], ACC)
-        above = tl.zeros([T], ACC)
-        below = tl.zeros([T], ACC)
-        for j in range(RANKS):
-            of_j = (steps * RANKS + j) * nheads
-            ranked = tl.load(x_rank_ptr + (head * RANKS + j) * P + columns, mask=columns_ok, other=0.0).to(ACC)
-            dv = tl.load(dv_ptr + first * P + of_j[:, None] * P + columns[None, :], mask=tile_ok, other=0.0).to(ACC)
-            links = tl.zeros([T, RANKS], ACC)
-            for i in tl.static_range(RANKS):
-                of_i = (steps * RANKS + i) * nheads
-                dy = tl.load(dy_ptr + first * P + of_i[:, None] * P + columns[None, :], mask=tile_ok, other=0.0)
-                dy = dy.to(ACC)
-                product = tl.load(products_ptr + first * RANKS + of_i * RANKS + j, mask=ok, other=0.0)
-                weight = tl.where(j <= i, -following, gamma)
-                dv += (product * weight)[:, None] * dy
-                own = tl.sum(dy * x * ranked[None, :], 1)
-                links += tl.where((ranks == i)[None, :], (own * gamma)[:, None], 0.0)
-                above += tl.where(j > i, own * product, 0.0)
-                below += tl.where(j > i, 0.0, own * product)
-            dx += dv * ranked[None, :]
-            dx_rank += tl.where((ranks == j)[:, None], tl.sum(dv * x, 0)[None, :], 0.0)
-            tile = first * RANKS + of_j[:, None] * RANKS + ranks[None, :]
-            tl.store(links_ptr + tile, links, mask=ok[:, None])
-        out = vectors + (begin + steps) * nheads
-        tl.store(dx_ptr + out[:, None] * P + columns[None, :], dx, mask=tile_ok)
-        tl.store(above_ptr + out, above, mask=ok)
-        tl.store(below_ptr + out, below, mask=ok)
-    out = dx_rank_ptr + tl.program_id(0).to(tl.int64) * (RANKS * P)
-    tl.store(out + ranks[:, None] * P + columns[None, :], dx_rank, mask=columns_ok[None, :])
-
-
-class GradientsOfRanks(NamedTuple):
-    """What the kernels that turn back and add up gamma and beta need of several ranks."""
-
-    links: Tensor  # gradient of every q_i.k_j, (b, l * r, h, r): at rank j, for all i
-    above: Tensor  # what gamma gets, (b, l, h)
-    below: Tensor  # what beta of the next position loses, (b, l, h)
-
-
-# Positions of one head over which one program sums the gradient of x_rank.
-_SPAN = 128
-
-
 def _positions(width: int, numbers: int) -> int:
     """Positions of a tile so wide that it has about so many numbers."""
     return 64 if INTERPRETED else max(4, min(32, numbers // width))
@@ -253,33 +174,3 @@ def outputs_of_ranks(
         x, x_rank, products, gamma, beta, seq_idx, partial, y, length, nheads, *strides(x),
         P=headdim, RANKS=ranks, T=count, BLOCK_P=block_p, PACKED=seq_idx is not None, ACC=_accumulator(products.dtype),
     )  # fmt: skip
-
-
-def gradients_of_ranks(
-    x: Tensor,
-    x_rank: Tensor,
-    products: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    seq_idx: Tensor | None,
-    dy: Tensor,
-    dv: Tensor,
-    dx: Tensor,
-) -> tuple[GradientsOfRanks, Tensor]:
-    """Write dx, and return what other kernels need and the gradient of x_rank.
-
-    `dy` is contiguous and `dv`, the gradient of v in `ssd`, has its shape, (b, l * r, h, p).
-    """
-    (batch, length, nheads, headdim), ranks = x.shape, x_rank.shape[1]
-    block_p = next_power_of_2(headdim)
-    count = _positions(block_p, 1024)
-    spans = cdiv(length, _SPAN)
-    links = torch.empty_like(products)
-    above, below = gamma.new_empty(2, *gamma.shape).unbind(0)
-    dx_rank = x_rank.new_empty(batch * spans, *x_rank.shape)
-    _ranks_gradients_kernel[(batch * spans * nheads,)](
-        x, x_rank, products, gamma, beta, seq_idx, dy, dv, dx, dx_rank, links, above, below, length, nheads, _SPAN,
-        *strides(x), P=headdim, RANKS=ranks, T=count, BLOCK_P=block_p, PACKED=seq_idx is not None,
-        ACC=_accumulator(products.dtype),
-    )  # fmt: skip
-    return GradientsOfRanks(links, above, below), dx_rank.sum(0)

@@ -37,8 +37,8 @@ def weights_of_ranks(gamma, beta, seq_idx, r):
     ids=str,
 )
 def test_what_ranks_of_a_position_add(sizes, packed, device):
-    """Products, outputs and gradients against the formula in torch and its derivatives, for groups and odd widths."""
-    from omnissm.kernels.trapezoid_ssd.triton_ranks import gradients_of_ranks, outputs_of_ranks, products_of_ranks
+    """Products and outputs against the formula in torch, for groups and odd widths."""
+    from omnissm.kernels.trapezoid_ssd.triton_ranks import outputs_of_ranks, products_of_ranks
 
     batch, length, p, n, r = sizes
     like = {"device": device, "dtype": torch.float64}
@@ -52,41 +52,14 @@ def test_what_ranks_of_a_position_add(sizes, packed, device):
     expected = torch.einsum("blihn,bljhn->blihj", queries, keys)
     torch.testing.assert_close(products, expected.flatten(1, 2))
 
-    x, partial, dv = torch.randn(batch, length, 4, p, **like), *torch.randn(2, batch, length * r, 4, p, **like)
+    x, partial = torch.randn(batch, length, 4, p, **like), torch.randn(batch, length * r, 4, p, **like)
     x_rank, gamma, beta = torch.randn(4, r, p, **like), *torch.rand(2, batch, length, 4, **like)
     seq_idx = (torch.rand(batch, length, device=device) < 0.3).cumsum(1) if packed else None
-    leaves = [tensor.requires_grad_() for tensor in (x, x_rank, expected.clone(), gamma, beta)]
-
-    def outputs(x, x_rank, products, gamma, beta):
-        weights = weights_of_ranks(gamma, beta, seq_idx, r).movedim(3, 2)  # (b, l, i, h, j)
-        added = torch.einsum("blihj,blhp,hjp->blihp", products * weights, x, x_rank)
-        return added.flatten(1, 2)
-
-    def inputs(x, x_rank, *_):
-        return torch.einsum("blhp,hjp->bljhp", x, x_rank).flatten(1, 2)
-
     found = torch.full_like(partial, float("nan"))
-    with torch.no_grad():
-        outputs_of_ranks(x, x_rank, products, gamma, beta, seq_idx, partial, found)
-        torch.testing.assert_close(found, partial + outputs(*leaves))
-    dy = torch.randn_like(partial)
-    loss = (outputs(*leaves) * dy).sum() + (inputs(*leaves) * dv).sum()
-    dx, dx_rank, _, dgamma, dbeta = torch.autograd.grad(loss, leaves)
-    found = torch.full_like(x, float("nan"))
-    with torch.no_grad():
-        of_ranks, of_factors = gradients_of_ranks(x, x_rank, products, gamma, beta, seq_idx, dy, dv, found)
-    torch.testing.assert_close(found, dx)
-    torch.testing.assert_close(of_factors, dx_rank)
-    # `ssd` leaves out what ranks of a position are to each other in the gradients of keys and queries.
-    dproducts = torch.einsum("blihp,blhp,hjp,blh->blihj", dy.unflatten(1, (length, r)), x, x_rank, gamma)
-    links = of_ranks.links.unflatten(1, (length, r))  # (b, l, j, h, i)
-    torch.testing.assert_close(links.transpose(2, 4), dproducts)
-    torch.testing.assert_close(of_ranks.above, dgamma)
-    lost = torch.cat([torch.zeros_like(beta[:, :1]), of_ranks.below[:, :-1]], 1)
-    if packed:
-        first = torch.cat([torch.ones_like(seq_idx[:, :1], dtype=torch.bool), seq_idx[:, 1:] != seq_idx[:, :-1]], 1)
-        lost = lost.masked_fill(first[..., None], 0)
-    torch.testing.assert_close(-lost, dbeta)
+    outputs_of_ranks(x, x_rank, products, gamma, beta, seq_idx, partial, found)
+    weights = weights_of_ranks(gamma, beta, seq_idx, r).movedim(3, 2)  # (b, l, i, h, j)
+    added = torch.einsum("blihj,blhp,hjp->blihp", expected * weights, x, x_rank)
+    torch.testing.assert_close(found, partial + added.flatten(1, 2))
 
 
 @pytest.mark.parametrize(
