@@ -24,7 +24,14 @@ def describe_model(model: str, fasta: Path | None = None, region: str | None = N
 
     Returns:
         Lines of text.
+
+    Raises:
+        ValueError: for a length below 1, or a region without a genome.
     """
+    if region and fasta is None:
+        raise ValueError(f"the region {region!r} is one of a genome; give its file with --fasta")
+    if length < 1:
+        raise ValueError(f"expected a length of at least 1 base, got {length}")
     net: Any = create_model(model) if model in MODELS and not Path(model).exists() else load_model(model)
     scorer = Scorer(net)
     parameters = sum(p.numel() for p in net.parameters())

@@ -70,7 +70,12 @@ def score_genes(
         offset: Bases from the first base of the start codon to the cassette.
         table: Genetic code.
         progress: Show how far it is on stderr.
+
+    Raises:
+        ValueError: for an unknown genetic code, an empty window or an offset before the gene.
     """
+    if window < 1 or offset < 0:
+        raise ValueError(f"expected a window of at least 1 base and an offset of at least 0, got {window} and {offset}")
     code = genetic_code(table)
     weights = adaptation_weights(reference, genes, table)
     if scorer.max_length:

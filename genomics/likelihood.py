@@ -97,7 +97,7 @@ class Scorer:
             has sooner read large batches whole.
 
     Raises:
-        ValueError: for an unknown vocabulary or restriction.
+        ValueError: for an unknown vocabulary or restriction, or batches of less than a position.
 
     Attributes:
         continues: Whether the model goes on from a state, so that `sums_after` can be used.
@@ -116,6 +116,8 @@ class Scorer:
     ) -> None:
         if restrict not in (None, "acgt"):
             raise ValueError(f"expected restrict 'acgt' or None, got {restrict!r}")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"expected batch_tokens of at least 1, got {batch_tokens}")
         self.model = model.eval()
         if device is not None:
             self.model.to(device)

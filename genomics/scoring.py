@@ -136,6 +136,8 @@ def score_variants(
     outs = [out] if isinstance(out, str) else list(out)
     if not part_size > 0:
         raise ValueError(f"expected a part size of at least 1, got {part_size}")
+    if not 0 <= max_mismatch_frac <= 1:
+        raise ValueError(f"expected a share of mismatches (max_mismatch_frac) from 0 to 1, got {max_mismatch_frac}")
     if workers < 0:
         raise ValueError(f"expected workers of at least 0, got {workers}")
     if shard is not None and not 0 <= shard[0] < shard[1]:

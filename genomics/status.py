@@ -47,11 +47,18 @@ class Policy:
             the reference has; "trust" puts the file's REF into the window.
         max_allele: Longest allele.
         normalise: Trim shared bases and shift indels to the left, so that one haplotype gets one score.
+
+    Raises:
+        ValueError: for a longest allele below 1.
     """
 
     on_ref_mismatch: OnMismatch = "skip"
     max_allele: int = 1000
     normalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_allele < 1:
+            raise ValueError(f"expected a longest allele (max_allele) of at least 1 base, got {self.max_allele}")
 
 
 class Checked(NamedTuple):

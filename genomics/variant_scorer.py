@@ -85,6 +85,11 @@ class ScoreOptions:
             raise ValueError(f"expected a window of at least 2 bases, got {self.window}")
         if not 0 <= self.placement <= 1:
             raise ValueError(f"expected a placement from 0 to 1, got {self.placement}")
+        if not 0 <= self.max_n_frac <= 1:
+            raise ValueError(f"expected a share of N (max_n_frac) from 0 to 1, got {self.max_n_frac}")
+        if self.share_window < 1 or self.embed_k < 0:
+            got = f"{self.share_window} and {self.embed_k}"
+            raise ValueError(f"expected share_window of at least 1 and embed_k of at least 0, got {got}")
         if self.strand not in ("both", "fwd", "rev"):
             raise ValueError(f"expected strand both, fwd or rev, got {self.strand!r}")
         if self.mode not in ("fixed", "flank"):

@@ -290,11 +290,25 @@ def test_a_failing_row_does_not_stop_the_run(genome, caplog):
         ({"strand": "up"}, "expected strand"),
         ({"mode": "up"}, "expected mode"),
         ({"strand": "fwd", "scores": ("llr_rev",)}, "needs its strand"),
+        ({"max_n_frac": -0.1}, "share of N"),
+        ({"max_n_frac": float("nan")}, "share of N"),
+        ({"share_window": 0}, "share_window of at least 1"),
+        ({"embed_k": -1}, "embed_k of at least 0"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ScoreOptions(**options)
+
+
+def test_bad_limits(genome):
+    for limit in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="max_mismatch_frac"):
+            score_variants([], genome, Bigram(), max_mismatch_frac=limit)
+    with pytest.raises(ValueError, match="max_allele"):
+        Policy(max_allele=0)
+    with pytest.raises(ValueError, match="batch_tokens of at least 1, got -1"):
+        Scorer(Bigram(), batch_tokens=-1)
 
 
 def test_sequences():

@@ -110,6 +110,8 @@ def test_exit_codes(genomics, folder, capsys):
         ),
         (("evaluate", "--fasta", "g.fa"), "nothing to evaluate"),
         (("describe", "--model", "hnet_tiniest"), "hnet_tiniest"),
+        (("describe", "--model", "hnet_tiny", "--length", "0"), "a length of at least 1 base, got 0"),
+        (("describe", "--model", "hnet_tiny", "--region", "c:1-9"), "give its file with --fasta"),
         (("scroe",), "Did you mean 'score'?"),
     ]:
         assert genomics(*words) == 2, words
@@ -325,6 +327,8 @@ def test_essential(genomics, folder, capsys):
     )
     assert genomics(*words, "--out", "ess.tsv") == 0
     assert "AUROC ess" in capsys.readouterr().err
+    assert genomics(*words, "--out", "no.tsv", "--offset", -1) == 2
+    assert "an offset of at least 0, got 600 and -1" in capsys.readouterr().err
     first, header, *rows = (folder / "ess.tsv").read_text().splitlines()
     assert first.startswith("# model=markov window=600 cassette=TAATAATAATAGTGA offset=12")
     assert header.split("\t") == [
