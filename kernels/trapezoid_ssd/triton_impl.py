@@ -177,7 +177,8 @@ def _turned(given: Inputs, half: bool, chunk: int, keep: bool) -> _Turned:
     turns = wide.new_empty(
         *wide.shape if keep else (0,) * 3, 2 * given.rate.shape[2], dtype=torch.float16 if k.itemsize == 2 else None
     )
-    decays = wide.new_empty(2, *weight.shape if keep else (0,)).unbind(0)
+    of_decays = wide.new_empty(2, *weight.shape if keep else (0,))
+    decays = of_decays[0], of_decays[1]
     _trapezoid_turn_kernel[(programs * blocks,)](
         log_decay, given.gamma, given.beta, given.rate, before, given.B, given.C, given.B_bias, given.C_bias, given.D,
         given.seq_idx, k, q, weight, skip, turns, *decays, length, nheads, repeats, blocks, block_heads,
@@ -294,8 +295,10 @@ def _backward(
             )
             for rows in _groups(given, _TURNED_BYTES // 2)
         ]  # fmt: skip
-    shared = (found[0] if len(sums) == 1 else torch.stack(found).sum(0) for found in zip(*sums, strict=True))
-    return *into, *shared
+    dB_bias, dC_bias, dD, dx_rank = (
+        found[0] if len(sums) == 1 else torch.stack(found).sum(0) for found in zip(*sums, strict=True)
+    )
+    return dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD, dx_rank
 
 
 def _gradients(
