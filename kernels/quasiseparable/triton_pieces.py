@@ -222,7 +222,9 @@ def _turn(
 
     A piece has FULL blocks of WIDE columns and, if not 0, TAIL more. OTHERS of the full blocks do not hold these rows.
     """
-    t = first + tl.arange(0, ROWS)
+    # Offsets from the first row of a tile are known to the compiler, which need not keep an address for each.
+    r = tl.arange(0, ROWS)
+    t = first + r
     t_ok = t < length
     p = tl.arange(0, BLOCK_P)
     C_f = _rows(C_f_ptr - stride, t, (t > 0) & (t <= length), stride, N, BLOCK_N, DOT)
@@ -248,11 +250,11 @@ def _turn(
         )  # fmt: skip
         B = _rows(tl.where(before, B_f_ptr, B_b_ptr), s, s < length, stride, N, BLOCK_N, DOT)
         beyond = beyond + (tl.dot(C, tl.trans(B)),)
-    own = vectors_ptr + (t - begin)
+    own = vectors_ptr + (first - begin) + r
     squares = tl.zeros([ROWS], tl.float32)
     for i in tl.range(0, HEADS, num_stages=STAGES):
         if GATED:
-            z = _rows(z_ptr + i * P, t, t_ok, z_stride, P, BLOCK_P, DOT)
+            z = _rows(z_ptr + first * z_stride + i * P, r, t_ok, z_stride, P, BLOCK_P, DOT)
         vectors = vectors_ptr + i * PIECE
         rows_f = tl.load(own + i * PIECE)
         rows_b = tl.load(own + i * PIECE + 2 * one)
@@ -266,20 +268,23 @@ def _turn(
             y = tl.dot(C_f, tl.trans(left)) * tl.exp2(rows_f)[:, None]
             y += tl.dot(C_b, tl.trans(right)) * tl.exp2(rows_b - last)[:, None]
         for j in tl.static_range(ROWS // COLUMNS):
-            s = first + j * COLUMNS + tl.arange(0, COLUMNS)
-            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
-            forward = rows_f[:, None] + tl.load(vectors + one + (s - begin))[None, :]
-            backward = rows_b[:, None] + tl.load(vectors + 3 * one + (s - begin))[None, :]
+            start = first + j * COLUMNS
+            c = tl.arange(0, COLUMNS)
+            s = start + c
+            x = _rows(x_ptr + start * stride + i * P, c, s < length, stride, P, BLOCK_P, DOT)
+            forward = rows_f[:, None] + tl.load(vectors + one + (start - begin) + c)[None, :]
+            backward = rows_b[:, None] + tl.load(vectors + 3 * one + (start - begin) + c)[None, :]
             matrix = within[j] * tl.exp2(tl.where(s[None, :] < t[:, None], forward, backward))
             matrix = tl.where(s[None, :] == t[:, None], diagonal[:, None], matrix)
             y = tl.dot(matrix.to(DOT), x, y)
         # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
         for j in tl.static_range(OTHERS + (1 if TAIL > 0 else 0)):
             before = starts[j] < first
-            s = starts[j] + tl.arange(0, WIDE if j < OTHERS else TAIL)
-            x = _rows(x_ptr + i * P, s, s < length, stride, P, BLOCK_P, DOT)
+            c = tl.arange(0, WIDE if j < OTHERS else TAIL)
+            s = starts[j] + c
+            x = _rows(x_ptr + starts[j] * stride + i * P, c, s < length, stride, P, BLOCK_P, DOT)
             edge = tl.load(vectors + tl.where(before, first - begin, 2 * one + (first - begin + ROWS - 1)))
-            column = tl.exp2(tl.load(vectors + tl.where(before, one, 3 * one) + (s - begin)) + edge)
+            column = tl.exp2(tl.load(vectors + tl.where(before, one, 3 * one) + (starts[j] - begin) + c) + edge)
             factor = tl.exp2(tl.where(before, rows_f, rows_b) - edge)
             y = tl.dot((beyond[j] * (factor[:, None] * column[None, :])).to(DOT), x, y)
         if GATED:
@@ -289,7 +294,11 @@ def _turn(
             # The square root of a sigmoid: a root takes a third of the instructions of a division.
             root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
             y = (y * root) * (gate * root) * weight[None, :]
-        tl.store(y_ptr + i * P + t[:, None] * y_stride + p[None, :], y, mask=t_ok[:, None] & (p < P)[None, :])
+        tl.store(
+            y_ptr + first * y_stride + i * P + r[:, None] * y_stride + p[None, :],
+            y,
+            mask=t_ok[:, None] & (p < P)[None, :],
+        )
     if GATED:
         tl.store(squares_ptr + t * squares_stride, squares, mask=t_ok)
 
