@@ -48,6 +48,7 @@ else:
     from .quasiseparable.blocks import hydra_blocks as hydra_blocks
     from .quasiseparable.from_steps import quasiseparable_from_steps as quasiseparable_from_steps
     from .quasiseparable.op import quasiseparable as quasiseparable
+    from .quasiseparable.rows import hydra_rows as hydra_rows
     from .rotate import rotate_heads as rotate_heads
     from .scan2d.grid import grid_scan as grid_scan
     from .scan2d.op import scan2d as scan2d
@@ -98,6 +99,7 @@ else:
         "graph_resolvent",
         "grid_scan",
         "hydra_blocks",
+        "hydra_rows",
         "linear_scan",
         "overwrite_states",
         "quasiseparable",

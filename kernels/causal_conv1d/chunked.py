@@ -26,12 +26,12 @@ def causal_conv1d_chunked(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
     """See `causal_conv1d_reference`."""
-    if seq_idx is None and _by_onednn(x, weight):
+    if seq_idx is None and by_onednn(x, weight):
         return apply(_Pieces, x, weight, bias, left, length, silu)
     return _shifted(x, weight, bias, seq_idx, left, length, silu)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether nothing traces or transforms a call, and oneDNN has this convolution."""
     if traced() or transforming() or x.device.type != "cpu" or weight.dtype != torch.float32:
         return False
@@ -61,9 +61,9 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, left: int, length: int, silu: bool) -> Tensor:
         y = x.new_empty(x.shape[0], length, x.shape[2])
-        filters = _filters(weight)
+        filters = filters_of(weight)
         for rows, span, _, wide in _pieces(x, weight, left, length):
-            pre = _convolve(wide, filters, bias)
+            pre = convolve(wide, filters, bias)
             y[rows, span] = F.silu(pre, inplace=True) if silu else pre
         return y
 
@@ -84,23 +84,18 @@ class _Pieces(torch.autograd.Function):
             found = torch.func.vjp(written_out, *tensors)[1](dy)
             return *found, *(None,) * (6 - len(found))
         k = weight.shape[1]
-        filters, mirrored = _filters(weight), _filters(weight.flip(1))
+        filters, mirrored = filters_of(weight), filters_of(weight.flip(1))
         dx = torch.zeros(x.shape, dtype=weight.dtype)
         dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
         for rows, span, source, wide in _pieces(x, weight, ctx.left, ctx.length):
             dpre = dy[rows, span].to(weight.dtype)
             if ctx.silu:
-                dpre = torch.ops.aten.silu_backward(dpre, _convolve(wide, filters, bias))
+                dpre = torch.ops.aten.silu_backward(dpre, convolve(wide, filters, bias))
             first = source.start - (span.start - ctx.left)
-            reached = _convolve(F.pad(dpre, (0, 0, k - 1, k - 1)), mirrored, None)
+            reached = convolve(F.pad(dpre, (0, 0, k - 1, k - 1)), mirrored, None)
             dx[rows, source] += reached[:, first : first + source.stop - source.start]
-            _, dfilters, dsum = torch.ops.aten.convolution_backward(
-                *(_images(one) for one in (dpre.contiguous(), wide)),
-                filters,
-                [weight.shape[0]],
-                *([1, 1], [0, 0], [1, 1], False, [0, 0], weight.shape[0], [False, True, True]),
-            )
-            dweight += dfilters.flatten(1)
+            dfilters, dsum = filter_gradients(dpre.contiguous(), wide, filters)
+            dweight += dfilters
             dbias += dsum
         return dx.to(x.dtype), dweight, None if bias is None else dbias, None, None, None
 
@@ -122,17 +117,26 @@ def _pieces(x: Tensor, weight: Tensor, left: int, length: int) -> Iterator[tuple
             yield rows, slice(start, stop), source, wide.contiguous()
 
 
-def _filters(weight: Tensor) -> Tensor:
+def filters_of(weight: Tensor) -> Tensor:
     """(c, k) as filters over the rows of images one pixel wide, (c, 1, k, 1)."""
     return weight[:, None, :, None].contiguous(memory_format=torch.channels_last)
 
 
-def _images(x: Tensor) -> Tensor:
+def images(x: Tensor) -> Tensor:
     """(b, l, c) as images (b, c, l, 1), channels last."""
     return x.unsqueeze(2).permute(0, 3, 1, 2)
 
 
-def _convolve(wide: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(wide: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+    """What filters give on (b, l + k - 1, c), (b, l, c)."""
     with torch.autocast("cpu", enabled=False):  # it would round the parameters
-        y = F.conv2d(_images(wide), filters, bias, groups=filters.shape[0])
+        y = F.conv2d(images(wide), filters, bias, groups=filters.shape[0])
     return y[..., 0].mT.contiguous()
+
+
+def filter_gradients(dy: Tensor, wide: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight (c, k) and bias (c,) from those of `convolve`, (b, l, c)."""
+    channels = filters.shape[0]
+    options = [channels], [1, 1], [0, 0], [1, 1], False, [0, 0], channels, [False, True, True]
+    _, dfilters, dbias = torch.ops.aten.convolution_backward(images(dy), images(wide), filters, *options)
+    return dfilters.flatten(1), dbias

@@ -21,7 +21,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from ...kernels import HydraWeights, hydra_blocks
+from ...kernels import HydraWeights, hydra_blocks, hydra_rows
 from ...ssmcore.mixers import Hydra
 from ..layers import init_linear_
 from ..scans import LayerNormForProduct, PlainBlocks, gate_norm, hooked, quasiseparable_mix, short_conv
@@ -49,7 +49,12 @@ class TokenHydra(Hydra):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Mix (b, l, d_model)."""
-        z, mixed, dt_f, dt_b = self.in_proj(x).split(self.splits, dim=-1)
+        projected = self.in_proj(x)
+        if not torch.jit.is_scripting():
+            y = self.joined(projected)
+            if y is not None:
+                return self.out_proj(y)
+        z, mixed, dt_f, dt_b = projected.split(self.splits, dim=-1)
         mixed = short_conv(mixed, self.conv1d.weight, self.conv1d.bias, True)
         u, B_f, C_f, B_b, C_b = mixed.split(self.sizes, dim=-1)
         groups = [self.ngroups, self.d_state]
@@ -64,6 +69,16 @@ class TokenHydra(Hydra):
         diag = self.fc_D(u.flatten(0, 1)).view(dt_f.shape)
         y = quasiseparable_mix(heads, dt_f, dt_b, self.dt_bias, self.A_log, maps, diag, self.D, self.chunk)
         return self.out_proj(self.norm(y.flatten(2), z))
+
+    @torch.jit.ignore
+    def joined(self, projected: Tensor) -> Tensor | None:
+        """What the last projection takes, where nobody looks at the parts before and one call has them all."""
+        if not isinstance(projected, Tensor) or self.chunk or not _as_built(self, _INNER):
+            return None
+        conv, of_x = self.conv1d, self.fc_D
+        assert conv.bias is not None  # it was built with one
+        weights = conv.weight, conv.bias, self.dt_bias, self.A_log, of_x.weight, self.D, self.norm.weight
+        return hydra_rows(projected, *weights, d_state=self.d_state, eps=self.norm.eps)
 
 
 class NormGate(nn.Module):
@@ -130,9 +145,8 @@ def _weights(block: Any) -> HydraWeights | None:
     if type(mixer) is not TokenHydra or hooked(mixer):
         return None
     parts: Any = mixer._modules
-    for name, kind in _PARTS.items():
-        if type(parts[name]) is not kind or hooked(parts[name]):
-            return None
+    if not _as_built(mixer, _PARTS):
+        return None
     in_proj, conv, out_proj, of_x, gate = (parts[name]._parameters for name in _PARTS)
     own: Any = mixer._parameters
     norm = block._modules["norm"]._parameters
@@ -155,6 +169,13 @@ def _weights(block: Any) -> HydraWeights | None:
     return None if any(one is None for one in found) else HydraWeights(*found)
 
 
+def _as_built(mixer: Any, kinds: dict[str, type]) -> bool:
+    """Whether parts are of the kinds that they were built as, and nobody looks at them."""
+    parts = mixer._modules
+    return all(type(parts[name]) is kind and not hooked(parts[name]) for name, kind in kinds.items())
+
+
+_INNER = {"conv1d": nn.Conv1d, "fc_D": nn.Linear, "norm": NormGate}
 _PARTS = {"in_proj": nn.Linear, "conv1d": nn.Conv1d, "out_proj": nn.Linear, "fc_D": nn.Linear, "norm": NormGate}
 
 
