@@ -10,7 +10,7 @@ order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,10 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import FirstDerivative, apply, operator
-from ..triton_utils import INTERPRETED, on_device
+from ..triton_utils import INTERPRETED, multiprocessors, on_device
 from .triton_kernels import _cross_scan_bwd_kernel, _cross_scan_fwd_kernel
+from .triton_short import _cross_scan_short_bwd_kernel, _cross_scan_short_fwd_kernel
 
-_SAVED = 64
+_SHORT = 4  # states of a channel up to which its lanes have segments
+_SEGMENTS, _TIME = 8, 8  # of a chunk then, and positions of a segment with one state
+_AHEAD = True  # whether the inputs of the next chunk are fetched before a chunk is worked on
+_SAVED = 64  # positions from one state that is kept to the next, with more states
 
 
 def cross_scan_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
@@ -34,19 +38,23 @@ def cross_scan_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output, and with `save` every 64th state."""
+    """Output, and with `save` the states that the gradient starts from."""
     x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))
     D = None if D is None else D.contiguous()
-    rows, columns = x.shape[1:3]
-    options = _options(x, A, D, backward=False)
-    grid = _grid(x, options)
-    y = x.new_empty(4, *x.shape)
+    tile = _tile(x, A, backward=False)
+    options = _options(x, A, D, tile)
+    kernel = _cross_scan_short_fwd_kernel if tile.short else _cross_scan_fwd_kernel
+    options |= {"AHEAD": _AHEAD} if tile.short else {}
+    y, saved = x.new_empty(x.shape, dtype=A.dtype), _saved(x, A, save)
+    slots = y[None] if tile.orders == 1 and x.dtype == A.dtype else x.new_empty(tile.orders, *x.shape)
     with on_device(x):
-        saved = _saved(x, A, save)
-        _cross_scan_fwd_kernel[grid](
-            x, dt, A, B, C, A if D is None else D, y, saved, rows, columns, SAVE=save, **options
-        )
-    return y.sum(0, dtype=A.dtype), saved
+        for first in range(0, 4, tile.orders):
+            out = y if tile.orders == 1 and first == 3 else slots
+            kernel[_grid(x, tile)](
+                x, dt, A, B, C, A if D is None else D, slots, out, saved, *x.shape[1:3], first, tile.orders,
+                int(first > 0), SAVE=save, **options,
+            )  # fmt: skip
+    return y if tile.orders == 1 else torch.sum(slots, 0, dtype=A.dtype, out=y), saved
 
 
 @operator("cross_scan_triton_bwd")
@@ -56,22 +64,28 @@ def _backward(
     """Gradients of x, dt, A, B, C and D (empty without it)."""
     x, dt, A, B, C, dy = (t.contiguous() for t in (x, dt, A, B, C, dy))
     D = None if D is None else D.contiguous()
-    batch, rows, columns, channels = x.shape
-    options = _options(x, A, D, backward=True)
-    grid = _grid(x, options)
-    k, time = options["K"], options["TIME"]
-    dx, ddt = x.new_empty(4, *x.shape), torch.empty_like(dt)
-    dmaps = A.new_empty(grid[0] // (4 * batch), 2, *B.shape)
-    dA, dD = A.new_empty(batch, *A.shape), A.new_empty(batch, 4, channels)
-    scratch = A.new_empty(grid[0], _SAVED // time * k * options["BD"] * options["SUB"])
+    batch, channels = x.shape[0], x.shape[3]
+    tile = _tile(x, A, backward=True)
+    options = _options(x, A, D, tile)
+    grid = _grid(x, tile)
+    dx, ddt = x.new_empty(tile.orders, *x.shape), torch.empty_like(dt)
+    dmaps = A.new_empty(grid[0] // (tile.orders * batch), 2, *B.shape)
+    dA, dD = A.new_empty(batch, 4, tile.SEG, *A.shape[1:]), A.new_empty(batch, 4, tile.SEG, channels)
+    given = x, dt, A, B, C, A if D is None else D, dy, saved
+    out = dx, ddt, dmaps, dA, dD
     with on_device(x):
-        _cross_scan_bwd_kernel[grid](
-            x, dt, A, B, C, A if D is None else D, dy, saved, scratch, dx, ddt, dmaps, dA, dD, rows, columns,
-            LEVELS=(2 * k * time).bit_length() - 1, **options,
-        )  # fmt: skip
+        for first in range(0, 4, tile.orders):
+            sizes = *x.shape[1:3], first, tile.orders, int(first > 0)
+            if tile.short:
+                _cross_scan_short_bwd_kernel[grid](*given, *out, *sizes, **options)
+            else:
+                scratch = A.new_empty(grid[0], tile.SAVED // tile.TIME * tile.K * tile.BD * tile.SUB)
+                _cross_scan_bwd_kernel[grid](
+                    *given, scratch, *out, *sizes, LEVELS=tile.TIME.bit_length() - 1, **options, **_REGISTERS
+                )
     dB, dC = dmaps.sum(0).to(B.dtype)
-    dx = dx.sum(0, dtype=A.dtype).to(x.dtype)
-    return dx, ddt, dA.sum(0), dB, dC.clone(), dD.sum(0) if D is not None else A.new_empty(0)
+    found = dx[0] if tile.orders == 1 else dx.sum(0)  # summed in float32, rounded once
+    return found, ddt, dA.sum((0, 2)), dB, dC.clone(), dD.sum((0, 2)) if D is not None else A.new_empty(0)
 
 
 @torch.library.register_fake("ssm::cross_scan_triton_fwd")
@@ -87,33 +101,64 @@ def _(
     return *found, A.new_empty(0 if D is None else D.shape)
 
 
-def _options(x: Tensor, A: Tensor, D: Tensor | None, backward: bool) -> dict[str, Any]:
-    """One warp where a lane has all states of its channel; four, for sums over more channels, where it has not."""
+# So many registers a thread let three programs of four warps share a multiprocessor.
+_REGISTERS: dict[str, int] = {} if INTERPRETED else {"maxnreg": 168, "num_stages": 1}
+
+
+class Tile(NamedTuple):
+    """How states, channels and positions are cut; see the module."""
+
+    short: bool  # whether the lanes of a channel have segments of the chunk, not parts of its states
+    orders: int  # in one launch
+    K: int
+    SUB: int
+    SEG: int
+    BD: int
+    TIME: int
+    SAVED: int
+    warps: int
+
+
+def _tile(x: Tensor, A: Tensor, backward: bool) -> Tile:
+    """One launch for each order, which adds to what is there, where that fills the device; else one for all."""
     n, channels = A.shape[2], x.shape[3]
     padded = triton.next_power_of_2(n)
-    k = (2 if padded == 4 else 1) if INTERPRETED else min(4, padded)
-    sub = padded // k
-    lanes = 32 if sub == 1 else max(128, sub)
-    options: dict[str, Any] = {
-        "CHANNELS": channels, "N": n, "K": k, "SUB": sub,
-        "BD": min(lanes // sub, triton.next_power_of_2(channels)),
-        "TIME": (4 if k > 1 else 8) if backward else 16 if k == 1 else 8,
-        "SAVED": _SAVED, "HAS_D": D is not None, "PRECISE": x.element_size() >= 4,
+    short = padded <= _SHORT
+    if short:
+        k, sub, seg, time = padded, 1, _SEGMENTS, _TIME // padded
+        bd = min(32, triton.next_power_of_2(channels))
+        if INTERPRETED:
+            seg, time = 2, 2
+        saved = seg * time
+    else:
+        k = 1 if INTERPRETED else min(4, padded)
+        sub, seg, saved = padded // k, 1, _SAVED
+        bd = min(max(128, sub) // sub, triton.next_power_of_2(channels))
+        time = 4 if backward or INTERPRETED else 8
+    programs = x.shape[0] * triton.cdiv(channels, bd)
+    orders = 1 if INTERPRETED or programs >= 2 * multiprocessors(x.device) else 4
+    return Tile(short, orders, k, sub, seg, bd, time, saved, max(1, seg * bd * sub // 32))
+
+
+def _options(x: Tensor, A: Tensor, D: Tensor | None, tile: Tile) -> dict[str, Any]:
+    own: dict[str, Any] = {"SEG": tile.SEG} if tile.short else {"SUB": tile.SUB}
+    options: dict[str, Any] = own | {
+        "CHANNELS": x.shape[3], "N": A.shape[2], "K": tile.K, "BD": tile.BD, "TIME": tile.TIME, "SAVED": tile.SAVED,
+        "HAS_D": D is not None, "PRECISE": x.element_size() >= 4,
         "ACC": tl.float64 if A.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
-    if INTERPRETED:
-        return options | {"TIME": 4}
-    return options | {"num_warps": max(1, min(4, options["BD"] * sub // 32))}
+    return options if INTERPRETED else options | {"num_warps": tile.warps}
 
 
-def _grid(x: Tensor, options: dict[str, Any]) -> tuple[int]:
-    return (x.shape[0] * 4 * triton.cdiv(x.shape[3], options["BD"]),)
+def _grid(x: Tensor, tile: Tile) -> tuple[int]:
+    return (x.shape[0] * tile.orders * triton.cdiv(x.shape[3], tile.BD),)
 
 
 def _saved(x: Tensor, A: Tensor, save: bool) -> Tensor:
-    options = _options(x, A, None, backward=False)
-    chunks = triton.cdiv(x.shape[1] * x.shape[2], _SAVED) if save else 0
-    return A.new_empty(_grid(x, options)[0] * chunks * options["K"] * options["BD"] * options["SUB"])
+    tile = _tile(x, A, backward=False)
+    stretches = triton.cdiv(x.shape[1] * x.shape[2], tile.SAVED) if save else 0
+    channels = x.shape[3] if tile.short else triton.cdiv(x.shape[3], tile.BD) * tile.BD
+    return A.new_empty(x.shape[0] * 4 * stretches * channels * tile.SUB * tile.K)
 
 
 class _Scan(torch.autograd.Function):

@@ -1,25 +1,29 @@
-"""The kernels of `cross_scan`; what they compute and how is in triton_impl.py."""
+"""The kernels of `cross_scan` for any number of states; what they compute and how is in triton_impl.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..scan2d.triton_kernels import _added, _columns, _less_one, _load_lanes, _over_states, _store_lanes, _zeros
-
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from ..scan2d.triton_kernels import _added, _load_lanes, _store_lanes, _zeros
+from ..selective_scan.triton_backward import _over_channels, _side_by_side
+from ..selective_scan.triton_kernels import _LOG2_E, _columns, _gate, _over_states, _times_gate
 
 
 @triton.jit
-def _place(CHANNELS: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
-    """Batch index, order and block of channels of the program; state group and channel of lanes."""
+def _place(first_order, orders, CHANNELS: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
+    """Batch index, order and block of channels of the program; state group and channel of lanes; output slot; batch."""
     blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
-    row = (tl.program_id(0) // (4 * blocks)).to(tl.int64)
-    order = tl.program_id(0) // blocks % 4
+    row = (tl.program_id(0) // (orders * blocks)).to(tl.int64)
+    slot = tl.program_id(0) // blocks % orders
     block = tl.program_id(0) % blocks
     lane = tl.arange(0, BD * SUB)
-    channel = block * BD + lane // SUB
-    return row, order, block, lane, lane % SUB, channel, channel < CHANNELS
+    inside = lane // SUB
+    # Where blocks fill the channels the comparison is with a constant, and the compiler drops the mask.
+    bound: tl.constexpr = CHANNELS if CHANNELS % BD else blocks * BD + BD
+    batch = tl.num_programs(0) // (orders * blocks)
+    channel = block * BD + inside
+    return row, first_order + slot, block, lane, lane % SUB, channel, channel < bound, slot * batch + row, batch
 
 
 @triton.jit
@@ -55,10 +59,11 @@ def _maps_of(ptr, sub, ok, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _rates(A_ptr, at, sub, ok, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+def _rates(A_ptr, at, sub, ok, N: tl.constexpr, K: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr):
+    """What `_gate` multiplies steps with."""
     n = sub[:, None] * K + tl.arange(0, K)[None, :]
-    found = tl.load(A_ptr + at[:, None] + n, mask=ok[:, None] & (n < N), other=0.0)
-    return _columns(found.to(ACC), K)
+    found = tl.load(A_ptr + at[:, None] + n, mask=ok[:, None] & (n < N), other=0.0).to(ACC)
+    return _columns(found if PRECISE else found * _LOG2_E, K)
 
 
 @triton.jit
@@ -83,38 +88,40 @@ def _fetch(
 
 @triton.jit
 def _advance(h, A, at, K: tl.constexpr, PRECISE: tl.constexpr):
-    """The states after a position, and its decays less one."""
+    """The states after a position, and its decays as `_times_gate` takes them."""
     x, dt, B, _C = at
-    scaled, u = dt * _LOG2_E, dt * x
+    u = dt * x
     new, gates = (), ()
     for k in tl.static_range(K):
-        gate = _less_one(dt, scaled, A[k], PRECISE)
-        new = new + (h[k] + (gate * h[k] + u * B[k]),)
+        gate = _gate(dt, A[k], PRECISE)
+        new = new + (_times_gate(gate, h[k], u * B[k], PRECISE),)
         gates = gates + (gate,)
     return new, gates
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "first_order", "orders", "add"])
 def _cross_scan_fwd_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, saved_ptr, rows, columns,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, before_ptr, y_ptr, saved_ptr, rows, columns, first_order, orders, add,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, TIME: tl.constexpr,
     SAVED: tl.constexpr, SAVE: tl.constexpr, HAS_D: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """y of `orders` orders, each in a slot of its own; with `add` on top of what is in `before_ptr`."""
     LANES: tl.constexpr = BD * SUB
-    row, order, _block, lane, sub, channel, ok = _place(CHANNELS, BD, SUB)
+    row, order, block, lane, sub, channel, ok, slot, _batch = _place(first_order, orders, CHANNELS, BD, SUB)
     length = rows * columns
     inner, first, stride, stride_of_lines = _path(order, rows, columns)
     cells_before = (row * 4 + order) * length
     x_row, dt_row = x_ptr + row * length * CHANNELS + channel, dt_ptr + cells_before * CHANNELS + channel
     B_row, C_row = B_ptr + cells_before * N, C_ptr + cells_before * N
-    y_row = y_ptr + (order * (tl.num_programs(0) // (4 * ((CHANNELS + BD - 1) // BD))) + row) * length * CHANNELS
-    A = _rates(A_ptr, (order * CHANNELS + channel) * N, sub, ok, N, K, ACC)
+    y_row, before_row = y_ptr + slot * length * CHANNELS, before_ptr + slot * length * CHANNELS
+    A = _rates(A_ptr, (order * CHANNELS + channel) * N, sub, ok, N, K, PRECISE, ACC)
     skip = tl.zeros([LANES], ACC)
     if HAS_D:
         skip = tl.load(D_ptr + order * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
     h = _zeros(lane, K, ACC)
     chunks = tl.cdiv(length, SAVED)
-    saved = saved_ptr + tl.program_id(0).to(tl.int64) * chunks * (K * LANES) + lane
+    blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
+    saved = saved_ptr + ((row * 4 + order) * blocks + block) * chunks * (K * LANES) + lane
     for start in range(0, length, TIME):
         if SAVE and start % SAVED == 0:
             _store_lanes(saved + start // SAVED * (K * LANES), h, LANES, lane >= 0, K)
@@ -138,53 +145,45 @@ def _cross_scan_fwd_kernel(
             if i % SUB == SUB - 1 or i == TIME - 1:
                 begin = i // SUB * SUB
                 mine = ok & (begin + sub <= i) & (start + begin + sub < length)
-                tl.store(y_row + own_cell * CHANNELS + channel, own, mask=mine)
+                at = own_cell * CHANNELS + channel
+                own += tl.load(before_row + at, mask=mine & (add != 0), other=0.0).to(ACC)
+                tl.store(y_row + at, own, mask=mine)
 
 
-@triton.jit
-def _side_by_side(x, LEVELS: tl.constexpr):
-    """A tuple of 2^LEVELS vectors as the columns of a tile."""
-    for level in tl.static_range(LEVELS):
-        joined = ()
-        for v in tl.static_range((1 << LEVELS) >> (level + 1)):
-            pair = tl.join(x[v], x[v + ((1 << LEVELS) >> (level + 1))])
-            joined = joined + (tl.reshape(pair, [x[0].shape[0], 2 << level]),)
-        x = joined
-    return x[0]
-
-
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "first_order", "orders", "add"])
 def _cross_scan_bwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, saved_ptr, scratch_ptr,
-    dx_ptr, ddt_ptr, dmaps_ptr, dA_ptr, dD_ptr, rows, columns,
+    dx_ptr, ddt_ptr, dmaps_ptr, dA_ptr, dD_ptr, rows, columns, first_order, orders, add,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, TIME: tl.constexpr,
     LEVELS: tl.constexpr, SAVED: tl.constexpr, HAS_D: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """2^LEVELS is 2 K TIME."""
+    """Gradients of `orders` orders; those of x are added up in its slots. TIME is 2^LEVELS."""
     LANES: tl.constexpr = BD * SUB
     SLOTS: tl.constexpr = SAVED // TIME
-    row, order, block, lane, sub, channel, ok = _place(CHANNELS, BD, SUB)
+    # Sums over channels: first over the SHARE channels of a warp; of 2 K sums a channel then keeps one of every SHARE.
+    SHARE: tl.constexpr = min(BD, max(1, 32 // SUB))
+    KEPT: tl.constexpr = (2 * K + SHARE - 1) // SHARE
+    row, order, block, lane, sub, channel, ok, slot, batch = _place(first_order, orders, CHANNELS, BD, SUB)
+    turn = lane // SUB % SHARE
     length = rows * columns
     inner, first, stride, stride_of_lines = _path(order, rows, columns)
-    batch = tl.num_programs(0) // (4 * ((CHANNELS + BD - 1) // BD))
+    blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
     cells_before = (row * 4 + order) * length
     x_row, dt_row = x_ptr + row * length * CHANNELS + channel, dt_ptr + cells_before * CHANNELS + channel
     dy_row = dy_ptr + row * length * CHANNELS + channel
     B_row, C_row = B_ptr + cells_before * N, C_ptr + cells_before * N
-    dx_row = dx_ptr + (order * batch + row) * length * CHANNELS
+    dx_row = dx_ptr + slot * length * CHANNELS
     ddt_row = ddt_ptr + cells_before * CHANNELS
     map_size = batch.to(tl.int64) * 4 * length * N
     dmaps_row = dmaps_ptr + block * 2 * map_size + cells_before * N
-    A = _rates(A_ptr, (order * CHANNELS + channel) * N, sub, ok, N, K, ACC)
+    A = _rates(A_ptr, (order * CHANNELS + channel) * N, sub, ok, N, K, PRECISE, ACC)
     skip = tl.zeros([LANES], ACC)
     if HAS_D:
         skip = tl.load(D_ptr + order * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
     chunks = tl.cdiv(length, SAVED)
-    program = tl.program_id(0).to(tl.int64)
-    saved = saved_ptr + program * chunks * (K * LANES) + lane
-    scratch = scratch_ptr + program * (SLOTS * K * LANES) + lane
+    saved = saved_ptr + ((row * 4 + order) * blocks + block) * chunks * (K * LANES) + lane
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (SLOTS * K * LANES) + lane
     carry, dA, dD = _zeros(lane, K, ACC), _zeros(lane, K, ACC), tl.zeros([LANES], ACC)
-    column = tl.arange(0, 2 * K * TIME)[None, :]
     for chunk_back in range(chunks):
         chunk = chunks - 1 - chunk_back
         begin = chunk * SAVED
@@ -218,7 +217,7 @@ def _cross_scan_bwd_kernel(
                 states, gates = states + (now,), gates + (gate,)
             own_dx, own_ddt = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
             own_cell = tl.zeros([LANES], tl.int64)
-            sums = ()
+            kept = ()
             for i in tl.static_range(TIME - 1, -1, -1):
                 x, dt, B, C = line[i]
                 dy = dys[i]
@@ -228,35 +227,51 @@ def _cross_scan_bwd_kernel(
                 p, q = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
                 for k in tl.static_range(K):
                     G = carry[k] + C[k] * dy
-                    into = into + (tl.where(ok, G * u, 0.0),)
-                    out = out + (tl.where(ok, after[k] * dy, 0.0),)
+                    into = into + (G * u,)
+                    out = out + (after[k] * dy,)
                     p += G * B[k]
-                    G = G + gates[i][k] * G
+                    G = _times_gate(gates[i][k], G, 0.0, PRECISE)
                     e = G * before[k]
                     q += e * A[k]
                     of_A = of_A + (e * dt,)
                     new = new + (G,)
                 carry = new
+                if not PRECISE:
+                    q = q * (1.0 / _LOG2_E)
                 dA = _added(dA, of_A, K)
                 dD += dy * x
                 mine = sub == i % SUB
                 own_dx = tl.where(mine, _over_states(dt * p, SUB) + skip * dy, own_dx)
                 own_ddt = tl.where(mine, _over_states(q + x * p, SUB), own_ddt)
                 own_cell = tl.where(mine, cells[i], own_cell)
-                sums = into + out + sums
+                sums = into + out
+                at_i = ()
+                for v in tl.static_range(KEPT):
+                    mixed = tl.zeros([LANES], ACC)
+                    for j in tl.static_range(min(SHARE, 2 * K - v * SHARE)):
+                        over = _over_channels(tl.where(ok, sums[v * SHARE + j], 0.0), SUB, SHARE)
+                        mixed = tl.where(turn == j, over, mixed)
+                    at_i = at_i + (mixed,)
+                kept = (at_i,) + kept
                 if i % SUB == 0:
                     stored = ok & (i + sub < min(i + SUB, TIME)) & (start + i + sub < length)
                     at = own_cell * CHANNELS + channel
+                    own_dx += tl.load(dx_row + at, mask=stored & (add != 0), other=0.0).to(ACC)
                     tl.store(dx_row + at, own_dx, mask=stored)
                     tl.store(ddt_row + at, own_ddt, mask=stored)
-            tile = tl.sum(tl.reshape(_side_by_side(sums, LEVELS), [BD, SUB, 2 * K * TIME]), axis=0)  # over channels
-            # Columns are (position, map, k).
-            i = column // (2 * K)
-            t = start + i
+            t = start + tl.arange(0, TIME)[None, :]
             cell = first + t // inner * stride_of_lines + t % inner * stride
-            n = tl.arange(0, SUB)[:, None] * K + column % K
-            at = (column // K % 2) * map_size + cell.to(tl.int64) * N + n
-            tl.store(dmaps_row + at, tile, mask=(t < length) & (n < N))
+            for v in tl.static_range(KEPT):
+                positions = ()
+                for i in tl.static_range(TIME):
+                    positions = positions + (kept[i][v],)
+                tile = tl.reshape(_side_by_side(positions, LEVELS), [LANES // (SHARE * SUB), SHARE * SUB, TIME])
+                tile = tl.sum(tile, axis=0)  # over the warps
+                index = tl.arange(0, SHARE * SUB)[:, None]
+                which = v * SHARE + index // SUB  # of the 2 K sums
+                n = index % SUB * K + which % K
+                at = (which // K) * map_size + cell.to(tl.int64) * N + n
+                tl.store(dmaps_row + at, tile, mask=(which < 2 * K) & (n < N) & (t < length))
         tl.debug_barrier()
     out = ((row * 4 + order) * CHANNELS + channel) * N + sub * K
     for k in tl.static_range(K):

@@ -36,6 +36,7 @@ class DagOrder:
         out_ptr: First of these that leaves each level and e, (levels + 1,), on the CPU.
         graph_ptr: Where the nodes of each graph of the batch begin in `places`, and v, (graphs + 1,).
         places: Positions sorted by (graph, position), (v,).
+        level_starts: `level_ptr` beside the other tensors, for a kernel that goes through all levels.
         largest: Nodes and edges of the largest graph, a number on the CPU.
         kind: "empty" (no edges), "chains" (no node with two edges in or out), "out_forest" (at most one edge into a
             node), "in_forest" (at most one edge out of a node) or "dag".
@@ -55,6 +56,7 @@ class DagOrder:
     out_ptr: Tensor
     graph_ptr: Tensor
     places: Tensor
+    level_starts: Tensor
     largest: Tensor
     kind: Kind
 
@@ -143,6 +145,7 @@ def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None
         out_ptr=out_row_ptr[level_ptr],
         graph_ptr=graph_ptr,
         places=places,
+        level_starts=level_ptr.clone(),
         largest=torch.segment_reduce(work.double(), "sum", offsets=graph_ptr).max().long() if num_nodes else work.sum(),
         kind=_kind(row_ptr, out_row_ptr),
     )

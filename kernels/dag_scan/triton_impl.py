@@ -5,9 +5,9 @@
                da_uv = <S_u, G_v>
 
 The backward recurrence is the forward one with other tensors and the edges turned round, so one kernel does both. It
-has two schedules. By levels: a launch per level, a program per tile of its nodes and columns. By graphs, for narrow and
-deep ones: a single launch, a program per graph and column tile, which walks the nodes in order; a program reads only
-columns that it wrote. Sums have a fixed order: no atomics.
+has two schedules. By levels: as many programs as run at once share out the tiles of nodes and columns of a level, and
+wait for each other before the next one. By graphs, for narrow and deep ones: a program per graph and column tile, which
+walks the nodes in order; a program reads only columns that it wrote. Sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transforms import apply, operator
-from ..triton_utils import INTERPRETED, on_device
+from ..triton_utils import INTERPRETED, multiprocessors, on_device
 from .chunked import DagScan, DagScanGradient, fake_backward, fake_forward, state_block
 from .order import DagOrder
-from .triton_kernels import _dag_edges_kernel, _dag_level_kernel, _dag_maps_kernel, _dag_walk_kernel
+from .triton_kernels import (
+    _dag_edges_kernel,
+    _dag_level_kernel,
+    _dag_maps_kernel,
+    _dag_sweep_kernel,
+    _dag_walk_kernel,
+)
 
 _BLOCK_R = 256  # columns of a tile of states at most
-_TILE = 1024  # numbers in it
+_TILE = 1024  # numbers in all tiles of a program
+_AT_ONCE = 4  # edges of a node that are fetched together
+_WARPS = 4  # of a program
+_PROGRAMS = 0  # of a launch for all levels on each multiprocessor; 0: a launch per level
+_CAP: dict[str, int] = {}
 # A launch costs about as much as so many steps of a program that walks a graph.
 _STEPS_OF_A_LAUNCH = 6
 
@@ -44,7 +54,7 @@ class _Topology:
 
     def __init__(self, tensors: list[Tensor], reverse: bool) -> None:
         (self.perm, _, level_ptr, edge_perm, src, dst, row_ptr, _, out_perm, out_row_ptr, _, self.graph_ptr,
-         self.places, largest) = tensors  # fmt: skip
+         self.places, self.level_starts, largest) = tensors  # fmt: skip
         self.level_ptr: list[int] = level_ptr.tolist()
         # (first edge of each node, node at the other end, edge): along the edges, and against them
         along, against = (row_ptr, src, edge_perm), (out_row_ptr, dst[out_perm], edge_perm[out_perm])
@@ -79,12 +89,20 @@ class _Topology:
             )
             return states
         levels = range(len(self.level_ptr) - 1)
+        nodes_of = max(1, min(_TILE // block_r, 16))
+        own = {} if INTERPRETED else {"num_warps": _WARPS, **_CAP}
+        if _PROGRAMS:
+            arrived = torch.zeros(len(levels), dtype=torch.int32, device=x.device)
+            own |= {} if INTERPRETED else {"launch_cooperative_grid": True}
+            _dag_sweep_kernel[(1 if INTERPRETED else _PROGRAMS * multiprocessors(x.device),)](
+                *given, self.level_starts, arrived, len(levels), tiles, part.start, n, BACKWARDS=backwards,
+                NODES=nodes_of, AT_ONCE=_AT_ONCE, **options, **own,
+            )  # fmt: skip
+            return states
         for level in reversed(levels) if backwards else levels:
             first, last = self.level_ptr[level : level + 2]
-            # More than 16 nodes to a tile of few columns break the layouts of Triton 3.6.
-            block_v = min(triton.next_power_of_2(last - first), max(1, _TILE // block_r), 16)
-            _dag_level_kernel[(triton.cdiv(last - first, block_v), tiles)](
-                *given, first, last, part.start, n, BLOCK_V=block_v, **options
+            _dag_level_kernel[(triton.cdiv(last - first, nodes_of), tiles)](
+                *given, first, last, part.start, n, NODES=nodes_of, AT_ONCE=_AT_ONCE, **options, **own
             )
         return states
 

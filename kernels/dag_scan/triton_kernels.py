@@ -5,101 +5,130 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _add_parents(
-    state, begin, end, nbr_ptr, edge_ptr, weight_ptr, states_ptr, column, ok,
-    HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Add a_e S_parent for the edges [begin, end) of each node of a tile; `column` (channel, state) of each lane."""
-    channel, n = column
-    head = channel // HEADDIM
-    offset = (channel * SIZE + n)[None, :]
-    for first in range(0, tl.max(end - begin, axis=0), AT_ONCE):
-        rows, weights = (), ()  # of several edges before any is used, so that their latencies overlap
-        for step in tl.static_range(AT_ONCE):
-            at = begin + first + step
-            here = at < end
-            parent = tl.load(nbr_ptr + at, mask=here, other=0).to(tl.int64)
-            edge = tl.load(edge_ptr + at, mask=here, other=0).to(tl.int64)
-            both = here[:, None] & ok[None, :]
-            weights = weights + (tl.load(weight_ptr + edge[:, None] * HEADS + head[None, :], mask=both, other=0.0),)
-            rows = rows + (tl.load(states_ptr + parent[:, None] * (COLUMNS * SIZE) + offset, mask=both, other=0.0),)
-        for step in tl.static_range(AT_ONCE):
-            state += weights[step] * rows[step]
-    return state
+from ..triton_utils import quick
 
 
 @triton.jit
-def _lanes(first_n, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+def _lanes(tile, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
            SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
-    """Channel, state in this block of states, offset in a row of B and C, and validity of each lane."""
-    lane = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Channel, state in this block of states, group and validity of each lane."""
+    lane = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     channel, n = lane // PADDED, lane % PADDED
     group = channel // (HEADDIM * (HEADS // GROUPS))
     return channel, n, group, (channel < COLUMNS) & (n < SIZE)
 
 
 @triton.jit
-def _node_tile(
-    position, position_ok, x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr,
+def _nodes(
+    position, last, tile, x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr,
     y_ptr, first_n, N, HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
     SIZE: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
+    NODES: tl.constexpr, AT_ONCE: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """States and outputs of a tile of nodes whose parents are done."""
-    channel, n, group, ok = _lanes(first_n, HEADDIM, COLUMNS, HEADS, GROUPS, SIZE, PADDED, BLOCK_R)
-    node = tl.load(perm_ptr + position, mask=position_ok, other=0).to(tl.int64)
-    both = position_ok[:, None] & ok[None, :]
-    x = tl.load(x_ptr + node[:, None] * COLUMNS + channel[None, :], mask=both, other=0.0).to(ACC)
-    map_at = node[:, None] * (GROUPS * N) + (group * N + first_n + n)[None, :]
-    state = x * tl.load(key_ptr + map_at, mask=both, other=0.0).to(ACC)
-    begin = tl.load(row_ptr + position, mask=position_ok, other=0)
-    end = tl.load(row_ptr + position + 1, mask=position_ok, other=0)
-    state = _add_parents(
-        state,
-        begin,
-        end,
-        nbr_ptr,
-        edge_ptr,
-        weight_ptr,
-        states_ptr,
-        (channel, n),
-        ok,
-        HEADS,
-        HEADDIM,
-        COLUMNS,
-        SIZE,
-        4,
-    )
-    at = position[:, None] * (COLUMNS * SIZE) + (channel * SIZE + n)[None, :]
-    tl.store(states_ptr + at, state, mask=both)
-    read = state * tl.load(reader_ptr + map_at, mask=both, other=0.0).to(ACC)
-    ROWS: tl.constexpr = state.shape[0]
-    y = tl.sum(tl.reshape(read, [ROWS, BLOCK_R // PADDED, PADDED]), axis=2)
-    out_channel = tl.program_id(1) * (BLOCK_R // PADDED) + tl.arange(0, BLOCK_R // PADDED)
-    y_at = y_ptr + node[:, None] * COLUMNS + out_channel[None, :]
-    y_ok = position_ok[:, None] & (out_channel < COLUMNS)[None, :]
-    if ADD:
-        y += tl.load(y_at, mask=y_ok, other=0.0).to(ACC)
-    tl.store(y_at, y, mask=y_ok)
+    """States and outputs of NODES nodes whose parents are done, and of a tile of columns.
+
+    Indices are scalars, which all lanes load alike: vectors of them would be exchanged between lanes at each edge.
+    """
+    channel, n, group, ok = _lanes(tile, HEADDIM, COLUMNS, HEADS, GROUPS, SIZE, PADDED, BLOCK_R)
+    head = channel // HEADDIM
+    offset = channel * SIZE + n
+    nodes, heres, edges, ends, states = (), (), (), (), ()
+    longest = 0
+    for v in tl.static_range(NODES):
+        here = position + v < last
+        node = tl.load(perm_ptr + position + v, mask=here, other=0)
+        begin = tl.load(row_ptr + position + v, mask=here, other=0)
+        end = tl.load(row_ptr + position + v + 1, mask=here, other=0)
+        x = tl.load(x_ptr + node * COLUMNS + channel, mask=ok & here, other=0.0).to(ACC)
+        key = tl.load(key_ptr + node * (GROUPS * N) + group * N + first_n + n, mask=ok & here, other=0.0).to(ACC)
+        nodes, heres, edges, ends, states = (
+            nodes + (node,), heres + (here,), edges + (begin,), ends + (end,), states + (x * key,),
+        )  # fmt: skip
+        longest = tl.maximum(longest, (end - begin).to(tl.int32))
+    for first in range(0, longest, AT_ONCE):
+        rows, weights = (), ()  # of several edges before any is used, so that their latencies overlap
+        for v in tl.static_range(NODES):
+            for step in tl.static_range(AT_ONCE):
+                at = edges[v] + first + step
+                here = at < ends[v]
+                parent = tl.load(nbr_ptr + at, mask=here, other=0)
+                edge = tl.load(edge_ptr + at, mask=here, other=0)
+                weights = weights + (tl.load(weight_ptr + edge * HEADS + head, mask=ok & here, other=0.0),)
+                row = states_ptr + parent * (COLUMNS * SIZE) + offset
+                rows = rows + (tl.load(row, mask=ok & here, other=0.0, cache_modifier=CACHE),)
+        new = ()
+        for v in tl.static_range(NODES):
+            state = states[v]
+            for step in tl.static_range(AT_ONCE):
+                state += weights[v * AT_ONCE + step] * rows[v * AT_ONCE + step]
+            new = new + (state,)
+        states = new
+    out_channel = tile * (BLOCK_R // PADDED) + tl.arange(0, BLOCK_R // PADDED)
+    for v in tl.static_range(NODES):
+        here = heres[v]
+        tl.store(states_ptr + (position + v) * (COLUMNS * SIZE) + offset, states[v], mask=ok & here)
+        reader = reader_ptr + nodes[v] * (GROUPS * N) + group * N + first_n + n
+        read = states[v] * tl.load(reader, mask=ok & here, other=0.0).to(ACC)
+        y = tl.sum(tl.reshape(read, [BLOCK_R // PADDED, PADDED]), axis=1) if PADDED > 1 else read
+        y_at, y_ok = y_ptr + nodes[v] * COLUMNS + out_channel, here & (out_channel < COLUMNS)
+        if ADD:
+            y += tl.load(y_at, mask=y_ok, other=0.0).to(ACC)
+        tl.store(y_at, y, mask=y_ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["first", "last", "first_n", "N"])
 def _dag_level_kernel(
     x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr,
     first, last, first_n, N,
     HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    PADDED: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    PADDED: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, NODES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One level, positions [first, last)."""
-    position = first + tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    _node_tile(
-        position, position < last, x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr,
-        states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE, PADDED, ADD, ACC, BLOCK_R,
+    position = first + tl.program_id(0).to(tl.int64) * NODES
+    _nodes(
+        position, last, tl.program_id(1), x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr,
+        states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE, PADDED, ADD, ACC, BLOCK_R, NODES,
+        AT_ONCE, "",
     )  # fmt: skip
 
 
+@triton.jit
+def _wait_for_all(arrived_ptr):
+    """Where all programs, which run at once, wait for each other; each then sees what the others stored before."""
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < tl.num_programs(0):
+        pass
+    tl.debug_barrier()
+
+
+@quick
+@triton.jit(do_not_specialize=["levels", "tiles", "first_n", "N"])
+def _dag_sweep_kernel(
+    x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr,
+    level_ptr, arrived_ptr, levels, tiles, first_n, N,
+    HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    PADDED: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BACKWARDS: tl.constexpr,
+    NODES: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """All levels, one after the other, each shared out among all programs; `arrived_ptr`: a 0 for each level."""
+    for step in range(levels):
+        level = levels - 1 - step if BACKWARDS else step
+        first, last = tl.load(level_ptr + level), tl.load(level_ptr + level + 1)
+        for item in range(tl.program_id(0), tl.cdiv(last - first, NODES) * tiles, tl.num_programs(0)):
+            # States come past the cache of the multiprocessor, which may hold what was there before.
+            _nodes(
+                first + item // tiles * NODES, last, item % tiles, x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr,
+                row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE,
+                PADDED, ADD, ACC, BLOCK_R, NODES, AT_ONCE, ".cg",
+            )  # fmt: skip
+        if step < levels - 1:
+            _wait_for_all(arrived_ptr + level)
+
+
+@quick
 @triton.jit(do_not_specialize=["first_n", "N"])
 def _dag_walk_kernel(
     x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr,
@@ -113,14 +142,16 @@ def _dag_walk_kernel(
     end = tl.load(graph_ptr + graph + 1)
     for step in range(end - begin):
         place = end - 1 - step if BACKWARDS else begin + step
-        position = tl.load(places_ptr + place + tl.arange(0, 1))
-        _node_tile(
-            position, position >= 0, x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr,
-            states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE, PADDED, ADD, ACC, BLOCK_R,
+        position = tl.load(places_ptr + place)
+        _nodes(
+            position, position + 1, tl.program_id(1), x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr,
+            nbr_ptr, edge_ptr, states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE, PADDED, ADD, ACC,
+            BLOCK_R, 1, 4, "",
         )  # fmt: skip
         tl.debug_barrier()
 
 
+@quick
 @triton.jit(do_not_specialize=["nodes", "first_n", "N"])
 def _dag_maps_kernel(
     x_ptr, dy_ptr, perm_ptr, states_ptr, gradients_ptr, dB_ptr, dC_ptr, nodes, first_n, N,
@@ -152,6 +183,7 @@ def _dag_maps_kernel(
     tl.store(dC_ptr + out, dC, mask=out_ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["edges"])
 def _dag_edges_kernel(
     source_ptr, target_ptr, edge_ptr, states_ptr, gradients_ptr, dweight_ptr, edges,
