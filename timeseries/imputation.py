@@ -57,7 +57,8 @@ def hide(mask: Tensor, share: float, longest: int, generator: torch.Generator | 
 class Imputation(SSMTask):
     """Train an imputer on the inputs of windows; their targets are not read, so a horizon of 1 is best.
 
-    Logs `train/loss`, and for validation and test `loss` and `rmse`, of hidden steps in scaled units.
+    Logs `train/loss`, and for validation and test `loss` and `rmse`, of hidden steps in scaled units; of their windows
+    only steps count that belong to the part, not those before it, which training may have seen.
 
     Args:
         model: Name of an imputer, see `list_models(task="imputation")`.
@@ -111,12 +112,17 @@ class Imputation(SSMTask):
             "task": {"kind": "imputation", "share": self.share, "longest": self.longest},
         }
 
-    def errors(self, batch: WindowBatch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Sum of squared errors at newly hidden steps, and their number."""
+    def errors(
+        self, batch: WindowBatch, generator: torch.Generator | None = None, begin: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of squared errors at newly hidden steps from step `begin` of the time axis on, and their number."""
         hidden = hide(batch.x_mask, self.share, self.longest, generator)
         kept = batch.x_mask & ~hidden
         y = self.net(batch._replace(x=torch.where(kept, batch.x, 0.0), x_mask=kept))
-        return torch.where(hidden, y - batch.x, 0.0).square().sum(), hidden.sum()
+        length = batch.x.shape[-1]
+        steps = batch.origin[:, None] + torch.arange(1 - length, 1, device=batch.x.device)  # (b, l)
+        counted = hidden & (steps >= begin)[:, None]
+        return torch.where(counted, y - batch.x, 0.0).square().sum(), counted.sum()
 
     def training_step(self, batch: WindowBatch, batch_idx: int) -> Tensor:
         """Mean squared error at the hidden steps of the batch."""
@@ -154,8 +160,13 @@ class Imputation(SSMTask):
         self._report("test")
 
     def _add(self, part: str, batch: WindowBatch, batch_idx: int) -> None:
-        found = self.errors(batch, torch.Generator().manual_seed(batch_idx))
+        found = self.errors(batch, torch.Generator().manual_seed(batch_idx), self._begin(part))
         self.sums[part] += torch.stack([value.double().cpu() for value in found])
+
+    def _begin(self, part: str) -> int:
+        """First step of a part: its windows reach back into the one before, if there is one."""
+        parts = getattr(self.trainer.datamodule, "parts", {})  # type: ignore[attr-defined]
+        return parts[part].targets.start if part in list(parts)[1:] else 0
 
     def _report(self, part: str) -> None:
         total, count = self.trainer.strategy.reduce(self.sums[part].to(self.device), reduce_op="sum").tolist()

@@ -155,7 +155,8 @@ def impute(
         method: "linear", "last_value", or a linear-Gaussian state-space model fitted to each series, "kalman", or
             "kalman_mnar" for gaps that depend on the level.
         hide: Share of the blocks of observed steps to hide first, to see how well they are found again; their errors
-            are printed beside those of the simple methods, and the file is filled with them in place.
+            are printed beside those of the simple methods, and the file is filled with them in place. Of a model they
+            say how good it is where it was not trained on these data.
         block: Steps of such a block.
         seed: Seed of these blocks.
         time: Column with the times of a table.

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import xarray as xr
 
@@ -9,7 +10,9 @@ from omnissm.__main__ import main
 from omnissm.timeseries import create_model
 from omnissm.timeseries.data import create_synthetic
 from omnissm.timeseries.files import write_series
-from omnissm.timeseries.imputation import METHODS, Imputer, compare_imputations, hide, hide_blocks
+from omnissm.timeseries.fitting import MemoryData
+from omnissm.timeseries.frames import from_numpy
+from omnissm.timeseries.imputation import METHODS, Imputation, Imputer, compare_imputations, hide, hide_blocks
 from omnissm.timeseries.models import IMPUTERS
 from omnissm.timeseries.models.layers import interpolate
 from omnissm.timeseries.windows import Windows
@@ -51,6 +54,27 @@ def test_untrained_models_draw_lines_and_train(name, blackout):
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     nothing = batch._replace(x=torch.zeros_like(batch.x), x_mask=torch.zeros_like(batch.x_mask))
     assert torch.isfinite(model(nothing)).all()
+
+
+@pytest.mark.parametrize("sizes", [{"train": 60, "val": 20, "test": 20}, {"train": 0, "val": None, "test": 50}])
+def test_only_steps_of_the_part_count(sizes):
+    values = np.where(np.arange(100) < (60 if sizes["train"] else 0), 1e3, 2.0)
+    values[80:] = 3.0 if sizes["train"] else 2.0
+    data = MemoryData(from_numpy(values, freq=1), lookback=24, horizon=1, scaler="none", **sizes)
+    task = Imputation(lookback=24, n_variates=data.n_variates)
+    task.net = Zeros()
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    (found,) = trainer.validate(task, data, verbose=False)
+    assert found["val/rmse"] == pytest.approx(2.0)
+    (found,) = trainer.test(task, data, verbose=False)
+    assert found["test/rmse"] == pytest.approx(3.0 if sizes["train"] else 2.0)
+
+
+class Zeros(torch.nn.Module):
+    """Reconstructs nothing."""
+
+    def forward(self, batch):
+        return torch.zeros_like(batch.x)
 
 
 @pytest.fixture(scope="module")
