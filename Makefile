@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test slow-test gpu-test lint bench docs release-check clean
+.PHONY: demo test slow-test gpu-test lint style types bench docs release-check clean
 
 $(VENV)/.stamp: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -e ".[dev]"  # Python compiles what is imported
 	mkdir -p .links && ln -sfn .. .links/omnissm
 	touch $@
 
@@ -25,9 +25,14 @@ gpu-test:
 	mkdir -p .links && ln -sfn .. .links/omnissm
 	PYTHONPATH=.links $(PYTHON) -m pytest -q tests/kernels
 
-lint: $(VENV)/.stamp
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: style types
+
+style: $(VENV)/.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python tests/house/metrics.py
+
+types: $(VENV)/.stamp
+	$(BIN)/mypy
 
 bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/run.py

@@ -1,5 +1,6 @@
 """Set-up shared by all tests: import paths, offline mode, the Triton interpreter, seeds."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 10, 10)  # after 700 objects, as by default, costs a tenth of the time of the suite
 
 
 @pytest.fixture

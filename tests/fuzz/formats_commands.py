@@ -129,6 +129,6 @@ def run_command(path: Path, model: Any) -> int:
 
 
 FORMATS = [
-    Format("config", st.sampled_from(list(CONFIGS)), config, read_config, lambda model: 0, weight=0.5),
+    Format("config", st.sampled_from(list(CONFIGS)), config, read_config, lambda model: 0, weight=0.3),
     Format("options", command_models, command, run_command, lenient=True),
 ]
