@@ -111,7 +111,8 @@ class SequencePrediction(SSMTask):
         y = self.net(batch.tokens, mask=batch.mask)
         if self.training or self.strands == "one" or self.net.strands == "equivariant":
             return y
-        return (y + self.net(other_strand(batch.tokens, self.net.vocabulary), mask=batch.mask.flip(1))) / 2
+        other, mask, _ = other_strand(batch.tokens, self.net.vocabulary, batch.mask)
+        return (y + self.net(other, mask=mask)) / 2
 
     def model_config(self) -> dict[str, Any]:
         """Name and all options that rebuild the network."""
@@ -187,7 +188,7 @@ class SequenceClassification(SequencePrediction):
         model: Name of a model, see `omnissm.genomics.list_models`.
         model_args: Its own options.
         num_classes: Classes or labels; taken from the data module on the command line.
-        multilabel: Labels are (b, num_classes) bits instead of (b,) classes.
+        multilabel: Labels are (b, num_classes) bits instead of (b,) classes; NaN marks a missing one.
         class_weights: Weight of each class in the loss.
         head_args: Options of the head: pool, echo, dropout, freeze.
         pretrained: Model folder of a language model that takes the place of `model` and gives the first weights.
@@ -239,16 +240,19 @@ class SequenceClassification(SequencePrediction):
         weights: Any = self.class_weights
         if not self.multilabel:
             return F.cross_entropy(y, labels, weight=weights)
-        each = F.binary_cross_entropy_with_logits(y, labels.to(y.dtype), reduction="none")
-        return each.mean() if weights is None else (each * weights).mean() / weights.mean()
+        there = labels.isfinite()
+        each = F.binary_cross_entropy_with_logits(y, labels.where(there, 0).to(y.dtype), reduction="none")
+        shares = there.to(y.dtype) if weights is None else there * weights
+        return (each * shares).sum() / shares.sum().clamp(min=1e-6)
 
     def metrics(self, y: Tensor, labels: Tensor) -> Metrics:
         """Accuracy, MCC, F1, AUROC and AUPRC."""
         if self.multilabel:
-            chosen, bits = (y > 0).int(), labels.int()
-            each = [self._label_metrics(y[:, k], bits[:, k]) for k in range(self.num_classes)]
+            there = labels.isfinite()
+            columns = [(y[known, k], labels[known, k].int()) for k, known in enumerate(there.unbind(1))]
+            each = [self._label_metrics(margin, bits) for margin, bits in columns]
             means = {name: torch.stack([one[name] for one in each]).nanmean() for name in each[0]}
-            return {"accuracy": (chosen == bits).float().mean(), **means}
+            return {"accuracy": ((y > 0) == (labels > 0.5))[there].float().mean(), **means}
         n, chosen = self.num_classes, y.argmax(1)
         found = {
             "accuracy": (chosen == labels).float().mean(),
@@ -268,7 +272,7 @@ class SequenceClassification(SequencePrediction):
     @staticmethod
     def _label_metrics(margin: Tensor, bits: Tensor) -> Metrics:
         """Of one label; NaN where only one side occurs."""
-        if bits.min() == bits.max():
+        if not len(bits) or bits.min() == bits.max():
             nan = torch.tensor(math.nan)
             return {"f1": nan, "auroc": nan, "auprc": nan}
         share = margin.double().sigmoid()
@@ -335,13 +339,19 @@ class TokenClassification(SequenceClassification):
         y = self.net(batch.tokens, mask=batch.mask)
         if self.training or self.strands == "one" or self.net.strands == "equivariant":
             return y
-        other = self.net(other_strand(batch.tokens, self.net.vocabulary), mask=batch.mask.flip(1))
-        return (y + other.flip(1)) / 2
+        other, mask, order = other_strand(batch.tokens, self.net.vocabulary, batch.mask)
+        found = self.net(other, mask=mask)
+        return (y + torch.empty_like(found).scatter(1, order[..., None].expand_as(found), found)) / 2
 
     def loss(self, y: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross entropy over the labelled bases."""
+        """Mean cross entropy over the labelled bases; zero if there are none."""
         weights: Any = self.class_weights
-        return F.cross_entropy(y.flatten(0, -2), labels.flatten(), weight=weights, ignore_index=IGNORE)
+        total = F.cross_entropy(
+            y.flatten(0, -2), labels.flatten(), weight=weights, ignore_index=IGNORE, reduction="sum"
+        )
+        known = labels[labels != IGNORE]
+        size = known.new_tensor(len(known), dtype=y.dtype) if weights is None else weights[known].sum()
+        return total / size.clamp(min=1e-6)
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Keep outputs and labels of the labelled bases."""
@@ -403,12 +413,12 @@ class SequenceRegression(SequencePrediction):
         return {"n_outputs": self.n_outputs, "loss": self.loss_kind}
 
     def loss(self, y: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the values that are there."""
+        """Mean over the values that are there; zero if there are none."""
         if labels.numel() != y.numel():
             raise ValueError(f"labels {tuple(labels.shape)} need n_outputs={labels[0].numel()}, got {self.n_outputs}.")
         labels = labels.to(y.dtype).view_as(y)
         there = labels.isfinite()
-        return LOSSES[self.loss_kind](y[there], labels[there])
+        return LOSSES[self.loss_kind](y[there], labels[there], reduction="sum") / there.sum().clamp(min=1)
 
     def metrics(self, y: Tensor, labels: Tensor) -> Metrics:
         """Pearson's and Spearman's correlation, means over the values."""
@@ -424,7 +434,7 @@ class SequenceRegression(SequencePrediction):
         return {name: torch.stack(list(values)).nanmean() for name, values in found.items()}
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
 def _labels(batch: SequenceBatch) -> Tensor:

@@ -170,15 +170,24 @@ class SequencePredictor(nn.Module):
         return hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[2]))[:, length + 1 :]
 
 
-def other_strand(tokens: Tensor, vocabulary: str) -> Tensor:
-    """Reverse complement of ids (b, l); padding comes to the other side.
+def other_strand(tokens: Tensor, vocabulary: str, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reverse complement of rows; padding comes to the other side, and a start id stays in front of the bases.
 
     Args:
-        tokens: Ids.
+        tokens: Ids, (b, l).
         vocabulary: Name of their vocabulary.
+        mask: True at real positions, (b, l).
+
+    Returns:
+        Ids, mask, and the place that each of them was taken from, (b, l) each.
     """
-    complement = torch.from_numpy(read_vocabulary(vocabulary).complement).to(tokens.device)
-    return complement[tokens.flip(1)]
+    words, length = read_vocabulary(vocabulary), tokens.shape[1]
+    complement = torch.from_numpy(words.complement).to(tokens.device)
+    place = torch.arange(length, device=tokens.device)
+    first = length - mask.sum(1, keepdim=True)  # real position, where padding was behind them
+    behind_start = torch.where(place > first, length - place, torch.where(place == first, 0, length - 1 - place))
+    order = torch.where(tokens[:, :1] == words.bos, behind_start, length - 1 - place)
+    return complement[tokens].gather(1, order), mask.gather(1, order), order
 
 
 def pool(hidden: Tensor, mask: Tensor | None, how: str) -> Tensor:

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 
 from omnissm.genomics.data.batch import SequenceBatch
 from omnissm.genomics.models import create_model, from_pretrained, save_pretrained
-from omnissm.genomics.tasks import SequenceClassification, SequenceRegression
+from omnissm.genomics.models.predictor import other_strand
+from omnissm.genomics.sequence import encode, vocabulary
+from omnissm.genomics.tasks import SequenceClassification, SequenceRegression, TokenClassification
 from omnissm.ssmcore.training import export_checkpoint
 
 LYRA = {"d_model": 16, "n_layer": 1, "n_conv": 1, "d_state": 8, "dropout": 0.0}
@@ -105,6 +107,38 @@ def test_several_labels():
     assert again == pytest.approx(np.mean([auroc(y[:, k], bits[:, k]) for k in range(2)]), abs=1e-5)
 
 
+def test_several_labels_with_gaps():
+    torch.manual_seed(0)
+    task = SequenceClassification("lyra", LYRA, num_classes=2, multilabel=True)
+    y, bits = torch.randn(30, 2, requires_grad=True), (torch.rand(30, 2) < 0.4).float()
+    bits[::3, 1] = math.nan
+    there = bits.isfinite()
+    loss = task.loss(y, bits)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(y[there], bits[there]))
+    (gradient,) = torch.autograd.grad(loss, y)
+    assert not gradient[~there].any()
+    found = task.metrics(y.detach(), bits)
+    expected = [auroc(y[there[:, k], k].detach(), bits[there[:, k], k]) for k in range(2)]
+    assert found["auroc"].item() == pytest.approx(np.mean(expected), abs=1e-5)
+    assert found["accuracy"].item() == pytest.approx(((y > 0) == (bits == 1))[there].float().mean().item())
+    bits[:, 1] = math.nan
+    assert task.metrics(y.detach(), bits)["auroc"].item() == pytest.approx(expected[0], abs=1e-5)
+
+
+def test_batches_without_any_label_teach_nothing():
+    y = torch.randn(3, 2, requires_grad=True)
+    several = SequenceClassification("lyra", LYRA, num_classes=2, multilabel=True)
+    losses = [task.loss(y, torch.full((3, 2), math.nan)) for task in (several, SequenceRegression("lyra", LYRA, 2))]
+    bases = TokenClassification("hydra_dna_tiny", class_weights=[1.0, 2.0])
+    losses.append(bases.loss(y[None], torch.full((1, 3), -100)))
+    for loss in losses:
+        assert loss.item() == 0
+        assert not torch.autograd.grad(loss, y)[0].any()
+    labels = torch.tensor([[0, -100, 1]])
+    expected = F.cross_entropy(y[[0, 2]], labels[0, [0, 2]], weight=torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(bases.loss(y[None], labels), expected)
+
+
 def test_values_with_gaps():
     task = SequenceRegression("lyra", LYRA, n_outputs=2)
     y = torch.randn(30, 2)
@@ -135,6 +169,35 @@ def test_evaluation_averages_strands(tmp_path):
     assert not torch.allclose(task(given), task.net(tokens), atol=1e-4)
     task.train()
     torch.testing.assert_close(task(given), task.net(tokens))
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_other_strand_is_read_as_its_own_sequence_would_be(bos):
+    words = vocabulary("acgt")
+    start = [words.bos] * bos
+    rows = [[*start, *encode(bases, words), *[words.pad] * (5 - len(bases))] for bases in (b"AACGT", b"ACC")]
+    tokens = torch.tensor(rows)
+    tokens, mask, order = other_strand(tokens, "acgt", tokens != words.pad)
+    expected = [[*start, *encode(b"ACGTT", words)], [words.pad, words.pad, *start, *encode(b"GGT", words)]]
+    assert tokens.tolist() == expected
+    assert mask.tolist() == [[token != words.pad for token in row] for row in expected]
+    assert [tokens[k, order[k].argsort()].tolist()[: bos + n] for k, n in enumerate((5, 3))] == [
+        [*start, *encode(b"TTGCA", words)], [*start, *encode(b"TGG", words)]
+    ]  # fmt: skip
+
+
+def test_classes_of_bases_are_averaged_over_strands_in_place():
+    words = vocabulary("acgt")
+    tokens = torch.tensor([[words.bos, 4, 5, 6, 7, 7, words.pad]])
+    batch = SequenceBatch(tokens, tokens != words.pad, torch.zeros_like(tokens))
+    torch.manual_seed(0)
+    task = TokenClassification("hydra_dna_tiny", strands="both").eval()
+    with torch.no_grad():
+        alone, both = task.net(tokens, mask=batch.mask), task(batch)
+        reverse = torch.tensor([[words.bos, 4, 4, 5, 6, 7]])  # AACGT
+        other = task.net(reverse)
+    torch.testing.assert_close(both[:, 1:6], (alone[:, 1:6] + other[:, 1:].flip(1)) / 2)
+    torch.testing.assert_close(both[:, 0], (alone[:, 0] + other[:, 0]) / 2)
 
 
 def test_head_on_a_language_model_trains_alone_if_frozen(tmp_path):
