@@ -153,21 +153,27 @@ def _weights(
 
 
 @triton.jit
-def _increments(gamma, beta, Q: tl.constexpr, RANKS: tl.constexpr):
-    """By how much time goes on at each row of a chunk: at the first rank of a position."""
-    dt = gamma + beta
-    if RANKS > 1:
-        dt = tl.where(tl.arange(0, Q) % RANKS == 0, dt, 0.0)
-    return dt
+def _directions(
+    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, first, positions, nheads, of_head, chunk, chunks, pairs,
+    S: tl.constexpr, Q: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of the angles of a chunk of Q positions and ranks, [Q, pairs]; the ranks of a position share them."""
+    at = tl.arange(0, Q // RANKS)
+    ok = at < positions - first
+    dt = _vector(gamma_ptr, first, at, ok, nheads, ACC) + _vector(beta_ptr, first, at, ok, nheads, ACC)
+    rate = _rows(rate_ptr, first, at, ok, S, pairs, pairs < S, ACC)
+    start = tl.load(phases_ptr + (of_head * (chunks + 1) + chunk) * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+    cos, sin = _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :])
+    return _of_ranks(cos, RANKS), _of_ranks(sin, RANKS)
 
 
 @triton.jit
-def _directions(
-    phases_ptr, rate, dt, of_head, chunk, chunks, pairs, S: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
-    """cos and sin of the angles of a chunk, [Q, pairs]; rate [Q, pairs], dt [Q]."""
-    start = tl.load(phases_ptr + (of_head * (chunks + 1) + chunk) * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-    return _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :])
+def _of_ranks(tile, RANKS: tl.constexpr):
+    """What is [positions, width] for each rank of a position, [positions * ranks, width]."""
+    if RANKS > 1:
+        every = tl.broadcast_to(tile[:, None, :], [tile.shape[0], RANKS, tile.shape[1]])
+        tile = tl.reshape(every, [tile.shape[0] * RANKS, tile.shape[1]])
+    return tile
 
 
 @quick
@@ -239,7 +245,7 @@ def _trapezoid_turn_kernel(
     for head in tl.range(first_head, last_head, num_stages=1, disable_licm=True):
         vectors = row * length * nheads + head
         of_head = row * positions * nheads + head
-        gamma, beta, following = _weights(
+        gamma, _, following = _weights(
             gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
         )
         product = tl.zeros([Q], ACC)
@@ -253,10 +259,10 @@ def _trapezoid_turn_kernel(
                 product += tl.sum(k * q, 1)
             if of_slice * (BLOCK_N // 2) < S:  # else all its pairs stand still
                 pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-                rate_row = rate_ptr + row * positions * S
-                rate = _rows(rate_row, first, steps // RANKS, ok, S, pairs, pairs < S, ACC)
-                dt = _increments(gamma, beta, Q, RANKS)
-                cos, sin = _directions(phases_ptr, rate, dt, row * nheads + head, chunk, chunks, pairs, S, ACC)
+                cos, sin = _directions(
+                    gamma_ptr + of_head, beta_ptr + of_head, rate_ptr + row * positions * S, phases_ptr, first,
+                    positions, nheads, row * nheads + head, chunk, chunks, pairs, S, Q, ACC, RANKS,
+                )  # fmt: skip
                 k = _rotated(k, cos, sin, Q, BLOCK_N)
                 q = _rotated(q, cos, sin, Q, BLOCK_N)
                 if KEEP:

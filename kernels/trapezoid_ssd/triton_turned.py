@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..ssd.triton_kernels import _dot_add, _dot_nt, _halves, _last, _less, _log2_sums, _vector, _whole
 from ..triton_utils import quick
-from .triton_kernels import _get, _increments, _rotated, _rows, _turn, _weights
+from .triton_kernels import _directions, _get, _rotated, _weights
 
 
 @triton.jit
@@ -88,18 +88,6 @@ def _decays(log_decay_ptr, vectors, first, at, ok, ranks, nheads, ACC: tl.conste
     return log_decay
 
 
-@triton.jit
-def _angles_of_rows(
-    rate_ptr, phases_ptr, dt, first, at, ok, of_head, chunk, chunks, S: tl.constexpr, PAIRS: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """cos and sin of the angles of a chunk, [Q, pairs]; dt [Q] by how much time goes on at each row."""
-    pairs = tl.arange(0, PAIRS)
-    rate = _rows(rate_ptr, first, at, ok, S, pairs, pairs < S, ACC)
-    start = tl.load(phases_ptr + (of_head * (chunks + 1) + chunk) * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-    return _turn(tl.cumsum(rate * dt[:, None], 0) + start[None, :])
-
-
 @quick
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "parts", "part_length"])
 def _trapezoid_fwd_kernel(
@@ -135,12 +123,12 @@ def _trapezoid_fwd_kernel(
     for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
         ok = steps < length - begin
         first, chunk = begin // RANKS, begin // Q
-        gamma, beta, following = _weights(
+        gamma, _, following = _weights(
             gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
         )
-        cos, sin = _angles_of_rows(
-            rate_ptr + row * positions * S, phases_ptr, _increments(gamma, beta, Q, RANKS), first, at, ok,
-            row * nheads + head, chunk, chunks, S, TURNING // 2, ACC,
+        cos, sin = _directions(
+            gamma_ptr + of_head, beta_ptr + of_head, rate_ptr + row * positions * S, phases_ptr, first, positions,
+            nheads, row * nheads + head, chunk, chunks, tl.arange(0, TURNING // 2), S, Q, ACC, RANKS,
         )  # fmt: skip
         B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
         C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + group * N
@@ -228,12 +216,12 @@ def _trapezoid_parts_kernel(
     for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
         ok = steps < length - begin
         first, chunk = begin // RANKS, begin // Q
-        gamma, beta, following = _weights(
+        gamma, _, following = _weights(
             gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
         )
-        cos, sin = _angles_of_rows(
-            rate_ptr + row * positions * S, phases_ptr, _increments(gamma, beta, Q, RANKS), first, at, ok,
-            row * nheads + head, chunk, chunks, S, TURNING // 2, ACC,
+        cos, sin = _directions(
+            gamma_ptr + of_head, beta_ptr + of_head, rate_ptr + row * positions * S, phases_ptr, first, positions,
+            nheads, row * nheads + head, chunk, chunks, tl.arange(0, TURNING // 2), S, Q, ACC, RANKS,
         )  # fmt: skip
         B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
         k = _turned(
