@@ -71,6 +71,9 @@ class LabelledData(ResumableData):
         num_classes: Classes, or columns of values.
         vocab_size: Number of ids.
         classes: Text of each class as the table has it, by number.
+
+    Raises:
+        ValueError: if an option is out of range.
     """
 
     def __init__(
@@ -89,6 +92,13 @@ class LabelledData(ResumableData):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if min(max_length, batch_size) < 1:
+            raise ValueError(f"expected max_length and batch_size of at least 1, got {max_length} and {batch_size}")
+        if not 0 <= rc_prob <= 1:
+            raise ValueError(f"expected rc_prob from 0 to 1, got {rc_prob}")
+        if min(val_share, test_share) < 0 or val_share + test_share >= 1:
+            shares = f"val_share {val_share} and test_share {test_share}"
+            raise ValueError(f"expected shares that are not negative and sum to below 1, got {shares}")
         self.task, self.max_length, self.truncate, self.rc_prob = task, max_length, truncate, rc_prob
         self.standardise, self.val_share, self.test_share, self.bos = standardise, val_share, test_share, bos
         self.vocabulary, self.words = vocabulary, find_vocabulary(vocabulary)

@@ -249,6 +249,12 @@ class FastaWindows(ResumableData):
             raise ValueError(f"expected rc_prob from 0 to 1, got {rc_prob}")
         if not 0 <= mutate < 1:
             raise ValueError(f"expected mutate from 0 to below 1, got {mutate}")
+        if gap < 0 or not 0 <= max_n_frac <= 1:
+            raise ValueError(f"expected a gap of at least 0 and max_n_frac from 0 to 1, got {gap} and {max_n_frac}")
+        sizes = {"stride": stride, "epoch_size": epoch_size, "split_blocks": split_blocks, "batch_size": batch_size}
+        for name, size in (sizes | {"tokens_per_batch": tokens_per_batch}).items():
+            if size is not None and size < 1:
+                raise ValueError(f"expected {name} of at least 1, got {size}")
         self.soft_weight = 1.0 if isinstance(soft_mask, str) else float(soft_mask)
         if not 0 <= self.soft_weight <= 1:
             raise ValueError(f"expected soft_mask 'upper' or a weight from 0 to 1, got {soft_mask}")

@@ -117,10 +117,40 @@ def test_bad_splits(fasta, options, message):
         FastaWindows(fasta, length=32, **options).setup()
 
 
-@pytest.mark.parametrize("options", [{"length": 1}, {"rc_prob": 2.0}, {"soft_mask": 3.0}, {"vocabulary": "x"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length": 1},
+        {"rc_prob": 2.0},
+        {"soft_mask": 3.0},
+        {"vocabulary": "x"},
+        {"gap": -1},  # parts would overlap
+        {"max_n_frac": -0.1},
+        {"stride": -1, "sampling": "tiled"},
+        {"epoch_size": 0},
+        {"split_blocks": 0},
+        {"batch_size": 0},
+        {"tokens_per_batch": -5},
+    ],
+)
 def test_bad_options(options):
     with pytest.raises(ValueError, match=r"expected|unknown vocabulary"):
         FastaWindows("g.fa", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 0},
+        {"batch_size": 0},
+        {"rc_prob": -1.0},
+        {"test_share": -0.1},
+        {"val_share": 0.5, "test_share": 0.5},
+    ],
+)
+def test_bad_options_of_tables(options):
+    with pytest.raises(ValueError, match="expected"):
+        LabelledSequences("t.csv", **options)
 
 
 def test_evaluation_covers_every_base_once(fasta):
