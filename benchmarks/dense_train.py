@@ -28,6 +28,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 
+from command import leave
 from run import describe, folder_of, write_json
 
 CONFIGS = (
@@ -135,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     own = words[: words.index("--")] if "--" in words else words
     options = parser.parse_args(own)
+    if not options.data.is_dir():
+        parser.error(f"--data {options.data} is no folder")
     end = time.monotonic() + options.limit
     options.work.mkdir(parents=True, exist_ok=True)
     link = options.work / "data"
@@ -163,4 +166,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -27,6 +27,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 
+from command import leave
 from run import describe, write_json
 
 from omnissm.__main__ import main as omnissm
@@ -38,6 +39,8 @@ from omnissm.genomics.evaluation import evaluate_model
 from omnissm.genomics.intervals import Interval
 from omnissm.genomics.loading import load_scorer
 
+CONFIGS = HERE.parent / "configs" / "genomics"
+NAMES = sorted(path.stem.removesuffix("_ecoli") for path in CONFIGS.glob("*_ecoli.yaml"))
 LAST = 60.0  # seconds for what comes after training
 SMALL = 6_000_000
 
@@ -91,7 +94,7 @@ def boundary_rates(scorer: Any, genome: Reference, genes: Path, last: Interval) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="model, such as dnahnet_small")
+    parser.add_argument("name", help="model, such as dnahnet_small", choices=NAMES, metavar="NAME")
     parser.add_argument("--data", type=Path, required=True, help="folder of the genome")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=510, help="budget, from the start of this program")
@@ -106,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     options.label = options.label or options.name
     options.out = options.out.absolute()
     options.out.mkdir(parents=True, exist_ok=True)
-    config_file = HERE.parent / "configs" / "genomics" / f"{options.name}_ecoli.yaml"
+    config_file = CONFIGS / f"{options.name}_ecoli.yaml"
     config = yaml.safe_load(config_file.read_text())
     cuda = torch.cuda.is_available()
 
@@ -162,4 +165,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

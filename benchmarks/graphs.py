@@ -22,9 +22,14 @@ from pathlib import Path
 
 import torch
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
+
+from command import leave
+
 from omnissm.ssmcore.training import write_atomic
 
-RESULTS = Path(__file__).resolve().parent / "results" / "graphs"
+RESULTS = HERE / "results" / "graphs"
 
 
 def run(config: str, model: str, seed: int, folder: Path, words: list[str]) -> dict:
@@ -115,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)

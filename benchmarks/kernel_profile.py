@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import leave
 from benchmarks.op_case import read_specs, training_step
 from benchmarks.run import HERE, describe, folder_of, write_json
 
@@ -280,4 +281,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.command import leave
 from benchmarks.op_case import Timer, read_specs, training_step
 from benchmarks.run import HERE, describe, folder_of, write_json
 
@@ -167,4 +168,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -21,6 +21,7 @@ import multiprocessing
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,11 @@ from typing import Any
 import pandas as pd
 import torch
 
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
+
+from command import leave
+
 from omnissm.ssmcore.training import write_atomic
 from omnissm.timeseries import Forecaster, anomalies, create_model, evaluate
 from omnissm.timeseries.conformal import track_intervals
@@ -40,7 +46,7 @@ from omnissm.timeseries.forecast import load, run_data
 from omnissm.timeseries.imputation import METHODS, compare_imputations, hide_blocks
 from omnissm.timeseries.windows import WindowBatch
 
-RESULTS = Path(__file__).resolve().parent / "results" / "timeseries"
+RESULTS = HERE / "results" / "timeseries"
 NAB = (
     "nyc_taxi",
     "machine_temperature_system_failure",
@@ -280,6 +286,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, help="folder of the result, by default that of the repository")
     arguments = parser.parse_args()
+    if arguments.what == "coverage" and arguments.run is None:
+        parser.error("coverage needs --run FOLDER")
     gpu = arguments.what == "wide" and arguments.device == "cuda"
     about: dict[str, Any] = {
         "command": f"python benchmarks/timeseries.py {arguments.what}",
@@ -297,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    leave(main)
