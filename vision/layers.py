@@ -236,7 +236,13 @@ def pad_grid(x: Tensor, multiple: int) -> Tensor:
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Rates of stochastic depth that grow linearly from 0 at the first block to `rate` at the last."""
+    """Rates of stochastic depth that grow linearly from 0 at the first block to `rate` at the last.
+
+    Raises:
+        ValueError: if the rate is not in [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate is a probability below 1, such as 0.1; got {rate}.")
     return [rate * k / max(1, depth - 1) for k in range(depth)]
 
 

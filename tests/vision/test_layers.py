@@ -77,3 +77,6 @@ def test_patches():
     assert padded.dynamic_feat_size((9, 8)) == (3, 2)
     assert drop_path_rates(0.2, 3) == [0.0, 0.1, 0.2]
     assert drop_path_rates(0.2, 1) == [0.0]
+    for rate in (2, 1.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="drop_path_rate is a probability below 1"):
+            drop_path_rates(rate, 3)
