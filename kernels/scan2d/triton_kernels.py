@@ -82,6 +82,18 @@ def _line_of_zeros(like, TJ: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
+def _unless(fresh, line, TJ: tl.constexpr, COUNT: tl.constexpr):
+    """A line, with zeros where `fresh`."""
+    found = ()
+    for c in tl.static_range(TJ):
+        values = ()
+        for v in tl.static_range(COUNT):
+            values = values + (tl.where(fresh, 0.0, line[c][v]),)
+        found = found + (values,)
+    return found
+
+
+@triton.jit
 def _over_states(x, SUB: tl.constexpr):
     """Sum over the lanes of a channel, known to all of them."""
     if SUB == 1:
@@ -256,61 +268,64 @@ def _grid_scan_fwd_kernel(
         skip = tl.load(D_ptr + (row // share) * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
     chunks = tl.cdiv(rows, R)
     lead = lane % (BD * SUB)
-    for panel in range(panels):
+    period = tl.maximum(chunks, S)
+    above = _line_of_zeros(lane, TJ, V, ACC)
+    for t in range(panels * period + S - 1):
+        # Strip after strip begins; a strip goes on with the next panel once its last chunk is done.
+        turn = t - own_strip
+        panel = tl.maximum(turn, 0) // period
+        chunk = tl.where(panel < panels, turn - panel * period, -1)
         strip = panel * S + own_strip
         column = strip * TJ
         first = tl.where(column_sign > 0, column, columns - 1 - column)
-        above = _line_of_zeros(lane, TJ, V, ACC)
-        for t in range(chunks + S - 1):
-            chunk = t - own_strip
-            if SAVE:
-                # [program, chunk - 1, panel, column, value, lane]
-                keep = kept_ptr + (((program * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
-                wanted = (chunk > 0) & (chunk < chunks)
-                for c in tl.static_range(TJ):
-                    _store_lanes(keep + c * V * LANES, above[c], LANES, wanted, V)
-            for r in range(R):
-                i = chunk * R + r
-                here = ok & (i >= 0) & (i < rows)
-                place = tl.where(row_sign > 0, i, rows - 1 - i)
-                cell = (row * rows + place) * columns + first
-                line = _inputs_of_row(
-                    x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
-                    columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
-                )  # fmt: skip
-                # [program, border, row, value, lane of a strip]
-                border = border_ptr + (((program * strips + strip) * rows + i) * V) * (BD * SUB) + lead
-                left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
-                wl, wt = _weights(i, strip < 0, RULE, ACC)
-                below = ()
-                own = tl.zeros([LANES], ACC)
-                for c in tl.static_range(TJ):
-                    wl_c, wt_c = wl, wt
-                    if c == 0:
-                        wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
-                    down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
-                    below = below + (down,)
-                    C1, C2 = line[c][6], line[c][7]
-                    y = C1[0] * down[0]
-                    for k in tl.static_range(1, K):
-                        y += C1[k] * down[k]
-                    if RULE == 2:
-                        for k in tl.static_range(K):
-                            y += C2[k] * down[K + k]
-                    y = _over_states(y, SUB)
-                    if HAS_D:
-                        y += skip * line[c][0]
-                    own = tl.where(sub == c % SUB, y, own)
-                    if c % SUB == SUB - 1 or c == TJ - 1:
-                        begin = c // SUB * SUB
-                        mine = here & (begin + sub <= c) & (column + begin + sub < columns)
-                        out = (cell + (begin + sub) * column_sign) * CHANNELS + channel
-                        tl.store(y_ptr + out, own, mask=mine)
-                above = below
-                _store_lanes(border, left, BD * SUB, here & (strip < strips - 1), V)
-            if S > 1:
-                tl.debug_barrier()
-        tl.debug_barrier()
+        above = _unless(chunk == 0, above, TJ, V)
+        if SAVE:
+            # [program, chunk - 1, panel, column, value, lane]
+            keep = kept_ptr + (((program * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
+            wanted = (chunk > 0) & (chunk < chunks)
+            for c in tl.static_range(TJ):
+                _store_lanes(keep + c * V * LANES, above[c], LANES, wanted, V)
+        for r in range(R):
+            i = chunk * R + r
+            here = ok & (i >= 0) & (i < rows)
+            place = tl.where(row_sign > 0, i, rows - 1 - i)
+            cell = (row * rows + place) * columns + first
+            line = _inputs_of_row(
+                x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
+                columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
+            )  # fmt: skip
+            # [program, border, row, value, lane of a strip]
+            border = border_ptr + (((program * strips + strip) * rows + i) * V) * (BD * SUB) + lead
+            left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
+            wl, wt = _weights(i, strip < 0, RULE, ACC)
+            below = ()
+            own = tl.zeros([LANES], ACC)
+            for c in tl.static_range(TJ):
+                wl_c, wt_c = wl, wt
+                if c == 0:
+                    wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
+                down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
+                below = below + (down,)
+                C1, C2 = line[c][6], line[c][7]
+                y = C1[0] * down[0]
+                for k in tl.static_range(1, K):
+                    y += C1[k] * down[k]
+                if RULE == 2:
+                    for k in tl.static_range(K):
+                        y += C2[k] * down[K + k]
+                y = _over_states(y, SUB)
+                if HAS_D:
+                    y += skip * line[c][0]
+                own = tl.where(sub == c % SUB, y, own)
+                if c % SUB == SUB - 1 or c == TJ - 1:
+                    begin = c // SUB * SUB
+                    mine = here & (begin + sub <= c) & (column + begin + sub < columns)
+                    out = (cell + (begin + sub) * column_sign) * CHANNELS + channel
+                    tl.store(y_ptr + out, own, mask=mine)
+            above = below
+            _store_lanes(border, left, BD * SUB, here & (strip < strips - 1), V)
+        if S > 1:
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -431,130 +446,133 @@ def _grid_scan_bwd_kernel(
     scratch = scratch_ptr + program * ((R + 1) * TJ * SAVED * LANES) + lane
     dA1, dA2, dc2, dc3 = _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC)
     dD = tl.zeros([LANES], ACC)
-    for panel_back in range(panels):
-        panel = panels - 1 - panel_back
+    period = tl.maximum(chunks, S)
+    under = _line_of_zeros(lane, TJ, V, ACC)
+    for t in range(panels * period + S - 1):
+        turn = t - (S - 1 - own_strip)
+        done = tl.maximum(turn, 0) // period  # panels
+        back = turn - done * period
+        panel, chunk = panels - 1 - done, chunks - 1 - back
+        going = (turn >= 0) & (done < panels) & (back < chunks)
         strip = panel * S + own_strip
         column = strip * TJ
         first = tl.where(column_sign > 0, column, columns - 1 - column)
-        under = _line_of_zeros(lane, TJ, V, ACC)
-        for t in range(chunks + S - 1):
-            chunk = chunks - 1 - (t - (S - 1 - own_strip))
-            going = (chunk >= 0) & (chunk < chunks)
-            live = ok & going
-            # The states of the chunk's rows, from the row above it and the column to its left.
-            keep = kept_ptr + (((program * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
-            above = ()
+        under = _unless(back == 0, under, TJ, V)
+        live = ok & going
+        # The states of the chunk's rows, from the row above it and the column to its left.
+        keep = kept_ptr + (((program * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
+        above = ()
+        for c in tl.static_range(TJ):
+            states = _load_lanes(keep + c * V * LANES, LANES, live & (chunk > 0), V)
+            _store_lanes(scratch + c * SAVED * LANES, states, LANES, lane >= 0, V)
+            above = above + (states,)
+        for r in range(R):
+            i = chunk * R + r
+            here = live & (i < rows)
+            place = tl.where(row_sign > 0, i, rows - 1 - i)
+            cell = (row * rows + place) * columns + first
+            line = _inputs_of_row(
+                x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
+                columns, here, channel, sub, RULE, HAS_R, False, CHANNELS, N, K, TJ, ACC,
+            )  # fmt: skip
+            border = border_ptr + (((program * strips + strip) * rows + i) * V) * (BD * SUB) + lead
+            left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
+            wl, wt = _weights(i, strip < 0, RULE, ACC)
+            below = ()
+            slot = scratch + (r + 1) * (TJ * SAVED * LANES)
             for c in tl.static_range(TJ):
-                states = _load_lanes(keep + c * V * LANES, LANES, live & (chunk > 0), V)
-                _store_lanes(scratch + c * SAVED * LANES, states, LANES, lane >= 0, V)
-                above = above + (states,)
-            for r in range(R):
-                i = chunk * R + r
-                here = live & (i < rows)
-                place = tl.where(row_sign > 0, i, rows - 1 - i)
-                cell = (row * rows + place) * columns + first
-                line = _inputs_of_row(
-                    x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
-                    columns, here, channel, sub, RULE, HAS_R, False, CHANNELS, N, K, TJ, ACC,
-                )  # fmt: skip
-                border = border_ptr + (((program * strips + strip) * rows + i) * V) * (BD * SUB) + lead
-                left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
-                wl, wt = _weights(i, strip < 0, RULE, ACC)
-                below = ()
-                slot = scratch + (r + 1) * (TJ * SAVED * LANES)
-                for c in tl.static_range(TJ):
-                    wl_c, wt_c = wl, wt
-                    if c == 0:
-                        wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
-                    down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
-                    below = below + (down,)
-                    _store_lanes(slot + c * SAVED * LANES, down, LANES, lane >= 0, V)
+                wl_c, wt_c = wl, wt
+                if c == 0:
+                    wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
+                down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
+                below = below + (down,)
+                _store_lanes(slot + c * SAVED * LANES, down, LANES, lane >= 0, V)
+                if RULE == 1:
+                    _store_lanes(slot + (c * SAVED + V) * LANES, left, LANES, lane >= 0, K)
+            above = below
+        tl.debug_barrier()
+        # Back over them.
+        states = above
+        for r_back in range(R):
+            r = R - 1 - r_back
+            i = chunk * R + r
+            in_grid = going & (i < rows)
+            here = ok & in_grid
+            place = tl.where(row_sign > 0, i, rows - 1 - i)
+            cell = (row * rows + place) * columns + first
+            line = _inputs_of_row(
+                x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
+                columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
+            )  # fmt: skip
+            at = (((program * strips + strip) * rows + i) * V) * (BD * SUB) + lead
+            border = _load_lanes(border_ptr + at - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
+            right = _load_lanes(dborder_ptr + at, BD * SUB, here & (strip < strips - 1), V)
+            wl, wt = _weights(i, strip < 0, RULE, ACC)
+            slot = scratch + r * (TJ * SAVED * LANES)
+            over, next_under = (), ()
+            own_dx, own_ddt1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+            own_ddt2, own_dr1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+            for c in tl.static_range(TJ - 1, -1, -1):
+                wl_c, wt_c = wl, wt
+                if c == 0:
+                    wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
+                upper = _load_lanes(slot + c * SAVED * LANES, LANES, lane >= 0, V)
+                over = (upper,) + over
+                left = border
+                if c > 0:
                     if RULE == 1:
-                        _store_lanes(slot + (c * SAVED + V) * LANES, left, LANES, lane >= 0, K)
-                above = below
-            tl.debug_barrier()
-            # Back over them.
-            states = above
-            for r_back in range(R):
-                r = R - 1 - r_back
-                i = chunk * R + r
-                in_grid = going & (i < rows)
-                here = ok & in_grid
-                place = tl.where(row_sign > 0, i, rows - 1 - i)
-                cell = (row * rows + place) * columns + first
-                line = _inputs_of_row(
-                    x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
-                    columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
-                )  # fmt: skip
-                at = (((program * strips + strip) * rows + i) * V) * (BD * SUB) + lead
-                border = _load_lanes(border_ptr + at - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
-                right = _load_lanes(dborder_ptr + at, BD * SUB, here & (strip < strips - 1), V)
-                wl, wt = _weights(i, strip < 0, RULE, ACC)
-                slot = scratch + r * (TJ * SAVED * LANES)
-                over, next_under = (), ()
-                own_dx, own_ddt1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
-                own_ddt2, own_dr1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
-                for c in tl.static_range(TJ - 1, -1, -1):
-                    wl_c, wt_c = wl, wt
-                    if c == 0:
-                        wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
-                    upper = _load_lanes(slot + c * SAVED * LANES, LANES, lane >= 0, V)
-                    over = (upper,) + over
-                    left = border
-                    if c > 0:
-                        if RULE == 1:
-                            g_at = slot + ((TJ + c - 1) * SAVED + V) * LANES
-                            left = _load_lanes(g_at, LANES, lane >= 0, K)
-                        else:
-                            left = states[c - 1]
-                    inside_grid = here & (column + c < columns)
-                    at_c = cell + c * column_sign
-                    dy = tl.load(dy_ptr + at_c * CHANNELS + channel, mask=inside_grid, other=0.0).to(ACC)
-                    right, up, outs, drates, dinto = _retreat(
-                        line[c], dy, rates, left, upper, right, under[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE
-                    )
-                    next_under = (up,) + next_under
-                    dA1 = _added(dA1, drates[0], K)
+                        g_at = slot + ((TJ + c - 1) * SAVED + V) * LANES
+                        left = _load_lanes(g_at, LANES, lane >= 0, K)
+                    else:
+                        left = states[c - 1]
+                inside_grid = here & (column + c < columns)
+                at_c = cell + c * column_sign
+                dy = tl.load(dy_ptr + at_c * CHANNELS + channel, mask=inside_grid, other=0.0).to(ACC)
+                right, up, outs, drates, dinto = _retreat(
+                    line[c], dy, rates, left, upper, right, under[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE
+                )
+                next_under = (up,) + next_under
+                dA1 = _added(dA1, drates[0], K)
+                if RULE != 1:
+                    dA2 = _added(dA2, drates[1], K)
+                if HAS_C2:
+                    dc2 = _added(dc2, drates[2], K)
+                if HAS_C3:
+                    dc3 = _added(dc3, drates[3], K)
+                dD += dy * line[c][0]
+                mine = sub == c % SUB
+                dx = _over_states(outs[0], SUB)
+                if HAS_D:
+                    dx += skip * dy
+                own_dx = tl.where(mine, dx, own_dx)
+                own_ddt1 = tl.where(mine, _over_states(outs[1], SUB), own_ddt1)
+                if RULE != 1:
+                    own_ddt2 = tl.where(mine, _over_states(outs[2], SUB), own_ddt2)
+                if HAS_R:
+                    own_dr1 = tl.where(mine, _over_states(outs[3], SUB), own_dr1)
+                if c % SUB == 0:
+                    stored = here & (c + sub < min(c + SUB, TJ)) & (column + c + sub < columns)
+                    out = (cell + (c + sub) * column_sign) * CHANNELS + channel
+                    tl.store(dx_ptr + out, own_dx, mask=stored)
+                    tl.store(ddt1_ptr + out, own_ddt1, mask=stored)
                     if RULE != 1:
-                        dA2 = _added(dA2, drates[1], K)
-                    if HAS_C2:
-                        dc2 = _added(dc2, drates[2], K)
-                    if HAS_C3:
-                        dc3 = _added(dc3, drates[3], K)
-                    dD += dy * line[c][0]
-                    mine = sub == c % SUB
-                    dx = _over_states(outs[0], SUB)
-                    if HAS_D:
-                        dx += skip * dy
-                    own_dx = tl.where(mine, dx, own_dx)
-                    own_ddt1 = tl.where(mine, _over_states(outs[1], SUB), own_ddt1)
-                    if RULE != 1:
-                        own_ddt2 = tl.where(mine, _over_states(outs[2], SUB), own_ddt2)
+                        tl.store(ddt2_ptr + out, own_ddt2, mask=stored)
                     if HAS_R:
-                        own_dr1 = tl.where(mine, _over_states(outs[3], SUB), own_dr1)
-                    if c % SUB == 0:
-                        stored = here & (c + sub < min(c + SUB, TJ)) & (column + c + sub < columns)
-                        out = (cell + (c + sub) * column_sign) * CHANNELS + channel
-                        tl.store(dx_ptr + out, own_dx, mask=stored)
-                        tl.store(ddt1_ptr + out, own_ddt1, mask=stored)
-                        if RULE != 1:
-                            tl.store(ddt2_ptr + out, own_ddt2, mask=stored)
-                        if HAS_R:
-                            tl.store(dr1_ptr + out, own_dr1, mask=stored)
-                    of_maps = dinto
-                    for k in tl.static_range(V):
-                        of_maps = of_maps + (dy * states[c][k],)
-                    for m in tl.static_range(MAPS):
-                        values = ()
-                        for k in tl.static_range(K):
-                            value = tl.where(ok, of_maps[m * K + k], 0.0)
-                            values = values + (_over_channels(value, S, BD, SUB),)
-                        wanted = in_grid & (column + c < columns) & (lane // SUB % BD == 0)
-                        _store_states(dmaps_row + m * map_size + at_c * N, values, sub, wanted, N, K)
-                under, states = next_under, over
-                out = dborder_ptr + at - rows * V * (BD * SUB)
-                _store_lanes(out, right, BD * SUB, here & (strip > 0), V)
-            tl.debug_barrier()
+                        tl.store(dr1_ptr + out, own_dr1, mask=stored)
+                of_maps = dinto
+                for k in tl.static_range(V):
+                    of_maps = of_maps + (dy * states[c][k],)
+                for m in tl.static_range(MAPS):
+                    values = ()
+                    for k in tl.static_range(K):
+                        value = tl.where(ok, of_maps[m * K + k], 0.0)
+                        values = values + (_over_channels(value, S, BD, SUB),)
+                    wanted = in_grid & (column + c < columns) & (lane // SUB % BD == 0)
+                    _store_states(dmaps_row + m * map_size + at_c * N, values, sub, wanted, N, K)
+            under, states = next_under, over
+            out = dborder_ptr + at - rows * V * (BD * SUB)
+            _store_lanes(out, right, BD * SUB, here & (strip > 0), V)
+        tl.debug_barrier()
     # [batch, strip, channel, rate, n]
     out = ((row * S + own_strip) * CHANNELS + channel) * (RATES * N) + sub * K
     for k in tl.static_range(K):
