@@ -159,6 +159,18 @@ def test_masks_keep_their_size_in_evaluation(masks):
     assert len(names) == 6
 
 
+def test_a_test_on_validation_images_is_told(masks, caplog):
+    data = MaskFolder(masks, CLASSES, image_size=32, val_share=0.5)
+    assert len(data.test_dataloader().dataset) == 3
+    assert "no test part: the validation images are tested" in caplog.text
+    caplog.clear()
+    rows = [f"{k},{'train' if k < 4 else 'test'}" for k in range(6)]
+    (masks / "labels.csv").write_text("\n".join(["id,split", *rows]))
+    data = MaskFolder(masks, CLASSES, image_size=32)
+    assert len(data.test_dataloader().dataset) == 2
+    assert not caplog.text
+
+
 def test_masks_by_table_and_by_folders(masks):
     (masks / "labels.csv").write_text("id,split\n" + "".join(f"{k},{'val' if k > 3 else 'train'}\n" for k in range(6)))
     data = MaskFolder(masks, CLASSES)

@@ -141,8 +141,12 @@ class DenseData(SSMData):
         return self._loader(self.part("val"), self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        """Test images in order; those of validation where there are no others."""
+        """Test images in order; those of validation where there are no others, which the log says."""
         self.setup()
+        if "test" not in self._parts:
+            log.warning(
+                "There is no test part: the validation images are tested, by which the best weights were chosen."
+            )
         return self._loader(self.part("test" if "test" in self._parts else "val"), self.eval_batch_size)
 
     def predict_dataloader(self) -> DataLoader:
