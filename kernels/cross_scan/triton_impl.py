@@ -1,11 +1,14 @@
-"""`cross_scan` in Triton: the four orders are strides, one launch forwards and one backwards.
+"""`cross_scan` in Triton: the four orders are strides, nothing is rearranged and nothing copied for an order.
 
-A program has a block of channels of one grid and one order, with all states in registers (a lane holds K neighbouring
-ones of a channel, SUB lanes all n), and walks the cells of its order. It leaves y of its order in the dtype of x, and
-one sum adds the four; inputs are never rearranged. Every 64th state is kept. The backward pass walks these stretches
-from the last to the first: it leaves the state before each TIME positions in a scratch buffer, forms those in between
-again in registers and goes back over them. Sums over channels leave a program as partial sums that are added in a fixed
-order.
+A program has a block of channels of one grid and one order, and walks the cells of its order. Where that fills the
+device there is a launch for each order, which adds its y, and in the gradient its dx, to those of the orders before it
+(rounded to the dtype of x in between); else all four run at once and a sum adds what they leave.
+
+With more than a few states a lane holds K neighbouring ones of a channel and SUB lanes all n. Every 64th state is kept.
+The backward pass walks these stretches from the last to the first: it leaves the state before each TIME positions in a
+scratch buffer, forms those in between again in registers and goes back over them. With a few states a channel has one
+lane for each of SEG segments instead, see triton_short.py. Sums over channels leave a program as partial sums that are
+added in a fixed order.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A lane holds K neighbouring states of one channel, SUB lanes hold all n of them.
 columns. A lane walks the rows of its strip from the top with the states of the row above, TJ times K of them, in
 registers, so that a row is TJ multiply-adds one after the other and nothing is scanned. What a strip hands to the next
 one, the states of its last column, goes through memory. S strips are worked on at once, each one chunk of R rows behind
-its left neighbour; a program is a single warp, so that they wait for each other at no cost. Further strips follow once
-these are done ("panels").
+its left neighbour; lanes that are through with a strip go on with the one S to the right (of the next "panel") without
+waiting for the others.
 
 Of the states only those borders and every R-th row are written. The backward pass walks the strips from the right and
 their chunks from the bottom: it forms the R rows of a chunk again from the row above it and the border to its left,
