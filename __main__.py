@@ -273,6 +273,8 @@ def _plain_error(text: str) -> str:
     """A parser's error without what it says of alternatives that were not meant, and with choices in plain words."""
     union = r"Does not validate against any of the Union subtypes .*? Errors: - (Expected a .*?)"
     text = re.sub(rf"{union}(?: - Expected a .*)? Given value type: .*? Given value: (.*)$", r"\1. Got value: \2", text)
+    text = re.sub(r'^Parser key "(\w+)": ', r"--\1: ", text)
+    text = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*?)(\. Got value: .*)?$", r"expected \1; got \2.", text)
     found = re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", text)
     if not found:
         return text
@@ -306,7 +308,14 @@ def _formatter() -> type:
 
     class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _expand_help(self, action: argparse.Action) -> str:
-            return re.sub(r"type: (.+?)(, default: |\)$)", _plain_type, super()._expand_help(action))
+            if action.dest == "print_config":
+                return "Print the values of all options as YAML and exit; with skip_default without those not given."
+            kinds = re.search(r"Literal\[(.+?)\]", str(getattr(action, "_typehint", "")))
+            text = re.sub(r"type: (.+?)(, default: |\)$)", _plain_type, super()._expand_help(action))
+            if kinds and not str(action.metavar).startswith("{"):  # what may be left out is not shown with its choices
+                names = kinds[1].replace("'", "")
+                text = re.sub(r"\((?=[^()]*\)$)", f"(one of {names}, ", text)
+            return text
 
     return Formatter
 

@@ -172,6 +172,6 @@ def _draw_edges(axes: Any, graph: Graph, place: np.ndarray) -> None:
 def save(figure: Figure, out: str | Path) -> Path:
     """Write a figure whole or not at all; the suffix is the format."""
     path, buffer = Path(out), io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".").lower(), dpi=150)
+    figure.savefig(buffer, format=path.suffix.lstrip(".").lower(), dpi=150, bbox_inches="tight")
     write_atomic(path, buffer.getvalue())
     return path

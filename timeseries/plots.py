@@ -402,7 +402,7 @@ def plot_dt_ranges(model: nn.Module | None, *, ax: Axes | None = None) -> Axes:
         ax.set_xscale("log")
         ax.set_yticks(range(len(heads)), list(heads))
         ax.set_ylim(len(heads) - 0.5, -0.6)
-        ax.set_xlabel("time step dt1 (patches), median marked; small steps keep a long memory")
+        ax.set_xlabel("time step (patches), median marked; small steps keep a long memory")
         ax.grid(visible=False, axis="y")
         ax.set_title("Learned time scales")
         return ax

@@ -192,7 +192,7 @@ def write_sheet(predictions: Sequence[Prediction], out: Path, limit: int = 60, c
         else:
             picture = ImageOps.contain(read_image(p.path), (side, side))  # also enlarges small ones
             sheet.paste(picture, (left + (side - picture.width) // 2, top + (side - picture.height) // 2))
-            draw.text((left, top + side + 2), f"{p.classes[0][:14]} {p.probabilities[0]:.0%}", fill="#1f2933")
+            draw.text((left, top + side + 2), f"{p.classes[0][:13]}: {p.probabilities[0]:.0%}", fill="#1f2933")
         draw.text((left, top + side + 17), p.path.name[-20:], fill="#7b8794")
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG" if out.suffix.lower() in (".jpg", ".jpeg") else "PNG")

@@ -205,7 +205,7 @@ class CLI(LightningCLI):
                 raise ValueError(f"{type(data).__name__} has no `{name}`, which the task needs; it must set it.")
             return getattr(data, name, None)
 
-        read.__name__ = f"attribute_{name}"
+        read.__name__ = f"{name}_of"  # as the help shows it
         return read
 
     def _task_parameters(self) -> set[str]:

@@ -128,7 +128,11 @@ def test_help_of_a_verb_shows_defaults_and_the_example(verb, capsys):
 
 
 def choose(
-    path: Path, names: str | list[str] | None = None, kind: Literal["a", "b"] = "a", part: int | None = 1
+    path: Path,
+    names: str | list[str] | None = None,
+    kind: Literal["a", "b"] = "a",
+    part: int | None = 1,
+    order: Literal["up", "down"] | None = None,
 ) -> None:
     """Choose.
 
@@ -137,6 +141,7 @@ def choose(
         names: Some names.
         kind: A kind.
         part: A part.
+        order: An order.
 
     Example:
       omnissm graphs probe --path x
@@ -151,13 +156,15 @@ def test_help_of_a_verb_says_types_plainly_and_speaks_of_its_domain(verb, capsys
     assert "Some names. (type: str | list[str], default: null)" in shown
     assert re.search(r"--kind \{a,b\}\s+A kind. \(default: a\)", shown)
     assert "A part. (type: int, default: 1)" in shown
+    assert "An order. (one of up, down, default: null)" in shown
+    assert "Print the values of all options as YAML and exit" in shown
     assert shown.endswith("example:\n  omnissm timeseries probe --path x\n")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--count", "two"], "Expected a <class 'int'>. Got value: two"),
+        (["--count", "two"], "--count: expected int; got two."),
         (["--cuont", "2"], "Did you mean '--count'?"),
         ([], "count"),
     ],
@@ -201,10 +208,10 @@ def test_one_item_is_a_list_of_it(verb, capsys, words, found):
         (
             choose,
             ["--path", "x", "--kind", "bb"],
-            "Parser key \"kind\": expected one of a, b; got bb. Did you mean 'b'?",
+            "--kind: expected one of a, b; got bb. Did you mean 'b'?",
         ),
-        (choose, ["--path", "x", "--part", "y"], "Parser key \"part\": Expected a <class 'int'>. Got value: y"),
-        (gather, ["--sizes", "x"], "Parser key \"sizes\": Expected a <class 'int'>. Got value: x. Got value: ['x']"),
+        (choose, ["--path", "x", "--part", "y"], "--part: expected int; got y."),
+        (gather, ["--sizes", "x"], "--sizes: expected int; got x."),
     ],
 )
 def test_an_error_of_a_value_says_what_it_may_be(verb, capsys, function, words, line):
