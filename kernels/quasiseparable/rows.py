@@ -32,7 +32,7 @@ from .from_steps import quasiseparable_from_steps
 # Positions of a row, up to which its matrices are less work than the states of chunks.
 _LONGEST = 256
 # Numbers in the matrices of the rows that one thread works on at once: a few of these fit a second-level cache.
-_NUMBERS = 1 << 18
+_NUMBERS = 1 << 19
 # Below this a step softplus(x) is exp(x) to the last digit.
 _SMALL = -30.0
 

@@ -1,7 +1,7 @@
 """The selective scan in plain PyTorch, with memory that does not grow with l times d times n.
 
 Rows and channels are cut into blocks and time into tiles. States of a tile are formed, used and dropped; only every
-64th is kept for the backward pass, which walks the tiles from the last to the first and forms the states again. On a
+32nd is kept for the backward pass, which walks the tiles from the last to the first and forms the states again. On a
 CPU wide rows go one position after another (`stepwise.py`). Else, in a tile, chunks of q positions advance together
 from zero, then the chunks' end states are handed on one after another (s_t the state from zero, sums over the positions
 since the chunk's start):
@@ -31,14 +31,16 @@ from ..linear_scan.chunked import linear_scan_chunked
 from ..transforms import apply, operator
 from .stepwise import Decay, Steps, backward, forward, lives_long, piece_of
 
-# Every 64th state is saved for the backward pass; tiles are multiples of it.
-_SAVED = 64
+# Every 32nd state is saved for the backward pass; tiles are multiples of it.
+_SAVED = 32
 # Numbers of a position (rows x channels x states) in one block. On a CPU a tile then fits the second-level cache;
 # elsewhere a buffer of a tile has 256 MB.
 _CPU_NUMBERS, _DEVICE_NUMBERS = 8192, 1 << 20
 # Numbers of a position from which a CPU goes position by position, and at most in a block there: a few buffers of a
 # position must fit the second-level cache.
 _STEPWISE, _STEPWISE_BLOCK = 4096, 1 << 16
+# At most in a block going backward, which holds more for each.
+_STEPWISE_BACKWARD = 1 << 15
 
 
 def selective_scan_chunked(
@@ -103,7 +105,7 @@ def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output Re(sum_n C h), (b, l, d); the final state; every 64th state and the final one, (l / 64 + 1, b, d, n).
+    """Output Re(sum_n C h), (b, l, d); the final state; every 32nd state and the final one, (l / 32 + 1, b, d, n).
 
     `keep` is 0 where the state starts anew, else 1: (b, l, 1) or (b, l, g).
     """
@@ -151,7 +153,7 @@ def _backward(
     du, ddt, dA, _, _, dinitial = _empty_gradients(u, dt, A, B, C, dfinal)
     dA.zero_()
     dB, dC = (x.new_zeros(x.shape, dtype=A.dtype) for x in (B, C))
-    inputs = _Inputs(u, dt, A, B, C, keep)
+    inputs = _Inputs(u, dt, A, B, C, keep, backward=True)
     from_y, from_final, kept = _by_group(dy, groups), _states(dfinal, groups), _states(saved, groups)
     out_u, out_dt, out_A = _by_group(du, groups), _by_group(ddt, groups), _states(dA, groups)
     out_initial = _states(dinitial, groups)
@@ -190,7 +192,9 @@ def _backward(
 class _Inputs:
     """Inputs with time in front and channels by group, cut into blocks and tiles."""
 
-    def __init__(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: Tensor | None) -> None:
+    def __init__(
+        self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, keep: Tensor | None, backward: bool = False
+    ) -> None:
         self.groups, self.states = B.shape[2:]
         self.u, self.dt = _by_group(u, self.groups), _by_group(dt, self.groups)  # (l, b, g, d)
         self.A = _states(A, self.groups)  # (g, n, d)
@@ -202,10 +206,11 @@ class _Inputs:
         per_channel = self.groups * self.states
         self.stepwise = on_cpu and batch * channels * per_channel >= _STEPWISE
         self.precise = self.stepwise and lives_long(self.dt, self.A)
-        numbers = _STEPWISE_BLOCK if self.stepwise else _CPU_NUMBERS if on_cpu else _DEVICE_NUMBERS
+        stepwise = min(_STEPWISE_BLOCK, _STEPWISE_BACKWARD) if backward else _STEPWISE_BLOCK
+        numbers = stepwise if self.stepwise else _CPU_NUMBERS if on_cpu else _DEVICE_NUMBERS
         self.columns = _evenly(channels, numbers // per_channel)
         self.rows = _evenly(batch, numbers // (per_channel * self.columns))
-        tiles = 1 if self.stepwise else max(1, numbers // (per_channel * self.columns * self.rows))
+        tiles = 1 if self.stepwise else 2 * max(1, numbers // (per_channel * self.columns * self.rows))
         self.length = min(length, tiles * _SAVED)
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
@@ -254,7 +259,7 @@ class _Tile:
         self.size = min(inputs.length, inputs.u.shape[0] - start)
         self.span = slice(start, start + self.size)
         # A power of two near the square root: as many steps inside chunks as from chunk to chunk.
-        self.chunk = min(_SAVED, 1 << (math.isqrt(self.size).bit_length() - 1))
+        self.chunk = min(2 * _SAVED, 1 << (math.isqrt(self.size).bit_length() - 1))
         self.padding = -self.size % self.chunk
         everything, real, dtype = slice(None), inputs.A.real.dtype, inputs.A.dtype
         self.A = inputs.A[..., columns].contiguous()

@@ -2,7 +2,7 @@
 
 A few positions at a time, a piece, have their decays, inputs and outputs formed by single operations, between which the
 numbers stay in the cache; only the recurrence itself takes positions one by one. Going backward the states of one tile
-at a time are formed again from the saved one; see `chunked.py` for the formulas.
+at a time are formed again from the saved one, each without its own input; see `chunked.py` for the formulas.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 # long.
 _EXP_POSITIONS = 1024
 # Numbers of a piece, (positions, rows, states, channels).
-_PIECE = 1 << 17
+_PIECE = 1 << 18
 
 
 def lives_long(dt: Tensor, A: Tensor) -> bool:
@@ -87,14 +87,24 @@ class Steps:
         self.weighted = (u * dt).to(B.dtype)
         self.keep = None if keep is None else keep[..., None]
 
-    def advance(self, decay: Decay, piece: slice, place: int) -> None:
-        """Decays and states of a piece, from the state at a place of the buffers."""
+    def advance(self, decay: Decay, piece: slice) -> None:
+        """States of a piece, from the first one in the buffer."""
         count = len(self.dt[piece])
-        gates, inputs = decay.held[place : place + count], decay.states[place + 1 : place + 1 + count]
+        gates, inputs = decay.held[:count], decay.states[1 : 1 + count]
         decay.gates(self.dt[piece, :, :, None], None if self.keep is None else self.keep[piece], gates)
         torch.mul(self.weighted[piece, :, :, None], self.B[piece, ..., None], out=inputs)
-        for step in decay.steps[place : place + count]:
+        for step in decay.steps[:count]:
             decay.add(*step)
+
+    def decayed(self, decay: Decay, pieces: list[slice], state: Tensor) -> None:
+        """Decays, and each state before its own input, of all positions, from the state `state`, which is advanced."""
+        dt, gates, decayed = self.dt[:, :, :, None], decay.held.unbind(0), decay.states.unbind(0)
+        inputs, maps = self.weighted[:, :, :, None].unbind(0), self.B[..., None].unbind(0)
+        for piece in pieces:
+            decay.gates(dt[piece], None if self.keep is None else self.keep[piece], decay.held[piece])
+            for k in range(piece.start, piece.stop):
+                decay.times(gates[k], state, decayed[k])
+                torch.addcmul(decayed[k], inputs[k], maps[k], out=state)
 
 
 def piece_of(numbers: int) -> int:
@@ -112,7 +122,7 @@ def forward(steps: Steps, decay: Decay, h: Tensor) -> Tensor:
     y = h.new_empty(steps.u.shape)
     decay.states[0] = h
     for piece in _pieces(h, len(y)):
-        steps.advance(decay, piece, 0)
+        steps.advance(decay, piece)
         out = y[piece].flatten(0, 2)[:, None]
         states = decay.states[: piece.stop - piece.start + 1]
         torch.bmm(steps.C[piece].flatten(0, 2)[:, None], states[1:].flatten(0, 2), out=out)
@@ -134,33 +144,34 @@ def backward(
         carry: Gradient of the state after the tile; becomes that of the state before it.
         dA: Gradient of the rates of every row, (b, g, n, d), added to.
     """
-    pieces = _pieces(before, len(dy))
-    decay.states[0] = before
-    for piece in pieces:
-        steps.advance(decay, piece, piece.start)
-    states, gates = decay.states[: len(dy) + 1], decay.held[: len(dy)]
+    pieces, count = _pieces(before, len(dy)), len(dy)
+    gates, decayed = decay.held[:count], decay.states[:count]
+    steps.decayed(decay, pieces, before.clone())
     A, B, C = (x.conj().resolve_conj() for x in (decay.A, steps.B, steps.C))
-    if states.is_complex():
-        states, gates = states.conj().resolve_conj(), gates.conj().resolve_conj()
+    if gates.is_complex():
+        decayed, gates = decayed.conj().resolve_conj(), gates.conj().resolve_conj()
     weighted, through = (torch.empty_like(dy) for _ in range(2))  # gradients of dt u, and of dt through the decay
     dB, dC = (before.new_empty(*dy.shape[:3], before.shape[2]) for _ in range(2))
     grads = torch.empty_like(gates[pieces[0]])
-    each, factors = grads.unbind(0), gates.unbind(0)
+    each, factors, dt = grads.unbind(0), gates.unbind(0), steps.dt[:, :, :, None].unbind(0)
     for piece in reversed(pieces):
-        count, gate = piece.stop - piece.start, gates[piece]
-        here = grads[:count]
+        start, count = piece.start, piece.stop - piece.start
+        here, before_input = grads[:count], decayed[piece]
         torch.mul(dy[piece, :, :, None], C[piece, ..., None], out=here)
         each[count - 1].add_(carry)
         for k in range(count - 1, 0, -1):
-            decay.add(factors[piece.start + k], each[k], each[k - 1])
-        flat, after = here.flatten(0, 2), states[piece.start + 1 : piece.stop + 1].flatten(0, 2)
-        torch.bmm(after, dy[piece].flatten(0, 2)[..., None], out=dC[piece].flatten(0, 2)[..., None])
+            decay.add(factors[start + k], each[k], each[k - 1])
+        decay.times(factors[start], each[0], carry)
+        flat = here.flatten(0, 2)
+        torch.bmm(
+            before_input.flatten(0, 2), dy[piece].flatten(0, 2)[..., None], out=dC[piece].flatten(0, 2)[..., None]
+        )
         torch.bmm(flat, steps.weighted[piece].flatten(0, 2)[..., None], out=dB[piece].flatten(0, 2)[..., None])
         torch.bmm(B[piece].flatten(0, 2)[:, None], flat, out=weighted[piece].flatten(0, 2)[:, None])
-        decay.times(gate, here, here)
-        carry.copy_(here[0])
-        here.mul_(states[piece])
-        torch.sum(torch.mul(here, A, out=gate), -2, out=through[piece])
-        dA += here.mul_(steps.dt[piece, :, :, None]).sum(0)
+        here.mul_(before_input)
+        for k in range(count):
+            dA.addcmul_(each[k], dt[start + k])
+        torch.sum(here.mul_(A), -2, out=through[piece])
+    dC.addcmul_((dy * steps.weighted).sum(-1, keepdim=True), B)  # of what entered the state at the position itself
     dweighted = weighted.real
     return steps.dt * dweighted, torch.addcmul(through.real, steps.u, dweighted), dB, dC
