@@ -26,9 +26,7 @@ from .triton_kernels import _cross_scan_bwd_kernel, _cross_scan_fwd_kernel
 from .triton_short import _cross_scan_short_bwd_kernel, _cross_scan_short_fwd_kernel
 
 _SHORT = 4  # states of a channel up to which its lanes have segments
-_SEGMENTS, _TIME = 8, 8  # of a chunk then, and positions of a segment with one state
-_AHEAD = True  # whether the inputs of the next chunk are fetched before a chunk is worked on
-_SAVED = 64  # positions from one state that is kept to the next, with more states
+_SAVED = 64  # positions from one state that is kept to the next
 
 
 def cross_scan_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
@@ -45,19 +43,13 @@ def _forward(
     x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))
     D = None if D is None else D.contiguous()
     tile = _tile(x, A, backward=False)
-    options = _options(x, A, D, tile)
     kernel = _cross_scan_short_fwd_kernel if tile.short else _cross_scan_fwd_kernel
-    options |= {"AHEAD": _AHEAD} if tile.short else {}
-    y, saved = x.new_empty(x.shape, dtype=A.dtype), _saved(x, A, save)
-    slots = y[None] if tile.orders == 1 and x.dtype == A.dtype else x.new_empty(tile.orders, *x.shape)
+    y, saved = x.new_empty(4, *x.shape), _saved(x, A, save)
     with on_device(x):
-        for first in range(0, 4, tile.orders):
-            out = y if tile.orders == 1 and first == 3 else slots
-            kernel[_grid(x, tile)](
-                x, dt, A, B, C, A if D is None else D, slots, out, saved, *x.shape[1:3], first, tile.orders,
-                int(first > 0), SAVE=save, **options,
-            )  # fmt: skip
-    return y if tile.orders == 1 else torch.sum(slots, 0, dtype=A.dtype, out=y), saved
+        kernel[_grid(x, tile)](
+            x, dt, A, B, C, A if D is None else D, y, saved, *x.shape[1:3], SAVE=save, **_options(x, A, D, tile)
+        )
+    return y.sum(0, dtype=A.dtype), saved
 
 
 @operator("cross_scan_triton_bwd")
@@ -69,23 +61,19 @@ def _backward(
     D = None if D is None else D.contiguous()
     batch, channels = x.shape[0], x.shape[3]
     tile = _tile(x, A, backward=True)
-    options = _options(x, A, D, tile)
-    grid = _grid(x, tile)
+    options, grid = _options(x, A, D, tile), _grid(x, tile)
     dx, ddt = x.new_empty(tile.orders, *x.shape), torch.empty_like(dt)
     dmaps = A.new_empty(grid[0] // (tile.orders * batch), 2, *B.shape)
     dA, dD = A.new_empty(batch, 4, tile.SEG, *A.shape[1:]), A.new_empty(batch, 4, tile.SEG, channels)
     given = x, dt, A, B, C, A if D is None else D, dy, saved
-    out = dx, ddt, dmaps, dA, dD
+    out = dx, ddt, dmaps, dA, dD, *x.shape[1:3]
     with on_device(x):
-        for first in range(0, 4, tile.orders):
-            sizes = *x.shape[1:3], first, tile.orders, int(first > 0)
-            if tile.short:
-                _cross_scan_short_bwd_kernel[grid](*given, *out, *sizes, **options)
-            else:
-                scratch = A.new_empty(grid[0], tile.SAVED // tile.TIME * tile.K * tile.BD * tile.SUB)
-                _cross_scan_bwd_kernel[grid](
-                    *given, scratch, *out, *sizes, LEVELS=tile.TIME.bit_length() - 1, **options, **_REGISTERS
-                )
+        if tile.short:
+            for first in range(0, 4, tile.orders):
+                _cross_scan_short_bwd_kernel[grid](*given, *out, first, tile.orders, int(first > 0), **options)
+        else:
+            scratch = A.new_empty(grid[0], tile.SAVED // tile.TIME * tile.K * tile.BD * tile.SUB)
+            _cross_scan_bwd_kernel[grid](*given, scratch, *out, LEVELS=tile.TIME.bit_length() - 1, **options)
     dB, dC = dmaps.sum(0).to(B.dtype)
     found = dx[0] if tile.orders == 1 else dx.sum(0)  # summed in float32, rounded once
     return found, ddt, dA.sum((0, 2)), dB, dC.clone(), dD.sum((0, 2)) if D is not None else A.new_empty(0)
@@ -104,10 +92,6 @@ def _(
     return *found, A.new_empty(0 if D is None else D.shape)
 
 
-# So many registers a thread let three programs of four warps share a multiprocessor.
-_REGISTERS: dict[str, int] = {} if INTERPRETED else {"maxnreg": 168, "num_stages": 1}
-
-
 class Tile(NamedTuple):
     """How states, channels and positions are cut; see the module."""
 
@@ -120,27 +104,28 @@ class Tile(NamedTuple):
     TIME: int
     SAVED: int
     warps: int
+    registers: int  # of a thread at most, 0: as many as it likes
 
 
 def _tile(x: Tensor, A: Tensor, backward: bool) -> Tile:
-    """One launch for each order, which adds to what is there, where that fills the device; else one for all."""
+    """What was fastest on an H100. Caps on registers let several programs share a multiprocessor."""
     n, channels = A.shape[2], x.shape[3]
     padded = triton.next_power_of_2(n)
-    short = padded <= _SHORT
-    if short:
-        k, sub, seg, time = padded, 1, _SEGMENTS, _TIME // padded
-        bd = min(32, triton.next_power_of_2(channels))
-        if INTERPRETED:
-            seg, time = 2, 2
-        saved = seg * time
-    else:
+    if padded > _SHORT:
         k = 1 if INTERPRETED else min(4, padded)
-        sub, seg, saved = padded // k, 1, _SAVED
+        sub = padded // k
         bd = min(max(128, sub) // sub, triton.next_power_of_2(channels))
         time = 4 if backward or INTERPRETED else 8
-    programs = x.shape[0] * triton.cdiv(channels, bd)
-    orders = 1 if INTERPRETED or programs >= 2 * multiprocessors(x.device) else 4
-    return Tile(short, orders, k, sub, seg, bd, time, saved, max(1, seg * bd * sub // 32))
+        return Tile(False, 4, k, sub, 1, bd, time, _SAVED, max(1, min(4, bd * sub // 32)), 128 if backward else 0)
+    bd = min(32, triton.next_power_of_2(channels))
+    if INTERPRETED:
+        return Tile(True, 1 if backward else 4, padded, 1, 2, bd, 2, 4, 1, 0)
+    time, saved, warps = 8 // padded, _SAVED // padded, max(1, bd // 8)
+    if not backward:
+        return Tile(True, 4, padded, 1, 4, bd, time, saved, warps, 0)
+    # One order after the other, where one fills the device, adds to a single dx, which takes a quarter of the memory.
+    orders = 1 if x.shape[0] * triton.cdiv(channels, bd) >= 2 * multiprocessors(x.device) else 4
+    return Tile(True, orders, padded, 1, 8, bd, time, saved, warps, 168)
 
 
 def _options(x: Tensor, A: Tensor, D: Tensor | None, tile: Tile) -> dict[str, Any]:
@@ -150,7 +135,10 @@ def _options(x: Tensor, A: Tensor, D: Tensor | None, tile: Tile) -> dict[str, An
         "HAS_D": D is not None, "PRECISE": x.element_size() >= 4,
         "ACC": tl.float64 if A.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
-    return options if INTERPRETED else options | {"num_warps": tile.warps}
+    if INTERPRETED:
+        return options
+    cap = {"maxnreg": tile.registers, "num_stages": 1} if tile.registers else {}
+    return options | {"num_warps": tile.warps} | cap
 
 
 def _grid(x: Tensor, tile: Tile) -> tuple[int]:

@@ -11,19 +11,17 @@ from ..selective_scan.triton_kernels import _LOG2_E, _columns, _gate, _over_stat
 
 
 @triton.jit
-def _place(first_order, orders, CHANNELS: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
-    """Batch index, order and block of channels of the program; state group and channel of lanes; output slot; batch."""
+def _place(CHANNELS: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
+    """Batch index, order and block of channels of the program; state group and channel of lanes; batch."""
     blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
-    row = (tl.program_id(0) // (orders * blocks)).to(tl.int64)
-    slot = tl.program_id(0) // blocks % orders
+    row = (tl.program_id(0) // (4 * blocks)).to(tl.int64)
+    order = tl.program_id(0) // blocks % 4
     block = tl.program_id(0) % blocks
     lane = tl.arange(0, BD * SUB)
-    inside = lane // SUB
+    channel = block * BD + lane // SUB
     # Where blocks fill the channels the comparison is with a constant, and the compiler drops the mask.
     bound: tl.constexpr = CHANNELS if CHANNELS % BD else blocks * BD + BD
-    batch = tl.num_programs(0) // (orders * blocks)
-    channel = block * BD + inside
-    return row, first_order + slot, block, lane, lane % SUB, channel, channel < bound, slot * batch + row, batch
+    return row, order, block, lane, lane % SUB, channel, channel < bound, tl.num_programs(0) // (4 * blocks)
 
 
 @triton.jit
@@ -99,29 +97,28 @@ def _advance(h, A, at, K: tl.constexpr, PRECISE: tl.constexpr):
     return new, gates
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "first_order", "orders", "add"])
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _cross_scan_fwd_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, before_ptr, y_ptr, saved_ptr, rows, columns, first_order, orders, add,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, saved_ptr, rows, columns,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, TIME: tl.constexpr,
     SAVED: tl.constexpr, SAVE: tl.constexpr, HAS_D: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y of `orders` orders, each in a slot of its own; with `add` on top of what is in `before_ptr`."""
+    """y of each order."""
     LANES: tl.constexpr = BD * SUB
-    row, order, block, lane, sub, channel, ok, slot, _batch = _place(first_order, orders, CHANNELS, BD, SUB)
+    row, order, _block, lane, sub, channel, ok, batch = _place(CHANNELS, BD, SUB)
     length = rows * columns
     inner, first, stride, stride_of_lines = _path(order, rows, columns)
     cells_before = (row * 4 + order) * length
     x_row, dt_row = x_ptr + row * length * CHANNELS + channel, dt_ptr + cells_before * CHANNELS + channel
     B_row, C_row = B_ptr + cells_before * N, C_ptr + cells_before * N
-    y_row, before_row = y_ptr + slot * length * CHANNELS, before_ptr + slot * length * CHANNELS
+    y_row = y_ptr + (order * batch + row) * length * CHANNELS
     A = _rates(A_ptr, (order * CHANNELS + channel) * N, sub, ok, N, K, PRECISE, ACC)
     skip = tl.zeros([LANES], ACC)
     if HAS_D:
         skip = tl.load(D_ptr + order * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
     h = _zeros(lane, K, ACC)
     chunks = tl.cdiv(length, SAVED)
-    blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
-    saved = saved_ptr + ((row * 4 + order) * blocks + block) * chunks * (K * LANES) + lane
+    saved = saved_ptr + tl.program_id(0).to(tl.int64) * chunks * (K * LANES) + lane
     for start in range(0, length, TIME):
         if SAVE and start % SAVED == 0:
             _store_lanes(saved + start // SAVED * (K * LANES), h, LANES, lane >= 0, K)
@@ -145,34 +142,31 @@ def _cross_scan_fwd_kernel(
             if i % SUB == SUB - 1 or i == TIME - 1:
                 begin = i // SUB * SUB
                 mine = ok & (begin + sub <= i) & (start + begin + sub < length)
-                at = own_cell * CHANNELS + channel
-                own += tl.load(before_row + at, mask=mine & (add != 0), other=0.0).to(ACC)
-                tl.store(y_row + at, own, mask=mine)
+                tl.store(y_row + own_cell * CHANNELS + channel, own, mask=mine)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "first_order", "orders", "add"])
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _cross_scan_bwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, saved_ptr, scratch_ptr,
-    dx_ptr, ddt_ptr, dmaps_ptr, dA_ptr, dD_ptr, rows, columns, first_order, orders, add,
+    dx_ptr, ddt_ptr, dmaps_ptr, dA_ptr, dD_ptr, rows, columns,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, TIME: tl.constexpr,
     LEVELS: tl.constexpr, SAVED: tl.constexpr, HAS_D: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `orders` orders; those of x are added up in its slots. TIME is 2^LEVELS."""
+    """TIME is 2^LEVELS."""
     LANES: tl.constexpr = BD * SUB
     SLOTS: tl.constexpr = SAVED // TIME
     # Sums over channels: first over the SHARE channels of a warp; of 2 K sums a channel then keeps one of every SHARE.
     SHARE: tl.constexpr = min(BD, max(1, 32 // SUB))
     KEPT: tl.constexpr = (2 * K + SHARE - 1) // SHARE
-    row, order, block, lane, sub, channel, ok, slot, batch = _place(first_order, orders, CHANNELS, BD, SUB)
+    row, order, block, lane, sub, channel, ok, batch = _place(CHANNELS, BD, SUB)
     turn = lane // SUB % SHARE
     length = rows * columns
     inner, first, stride, stride_of_lines = _path(order, rows, columns)
-    blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
     cells_before = (row * 4 + order) * length
     x_row, dt_row = x_ptr + row * length * CHANNELS + channel, dt_ptr + cells_before * CHANNELS + channel
     dy_row = dy_ptr + row * length * CHANNELS + channel
     B_row, C_row = B_ptr + cells_before * N, C_ptr + cells_before * N
-    dx_row = dx_ptr + slot * length * CHANNELS
+    dx_row = dx_ptr + (order * batch + row) * length * CHANNELS
     ddt_row = ddt_ptr + cells_before * CHANNELS
     map_size = batch.to(tl.int64) * 4 * length * N
     dmaps_row = dmaps_ptr + block * 2 * map_size + cells_before * N
@@ -181,8 +175,9 @@ def _cross_scan_bwd_kernel(
     if HAS_D:
         skip = tl.load(D_ptr + order * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
     chunks = tl.cdiv(length, SAVED)
-    saved = saved_ptr + ((row * 4 + order) * blocks + block) * chunks * (K * LANES) + lane
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (SLOTS * K * LANES) + lane
+    program = tl.program_id(0).to(tl.int64)
+    saved = saved_ptr + program * chunks * (K * LANES) + lane
+    scratch = scratch_ptr + program * (SLOTS * K * LANES) + lane
     carry, dA, dD = _zeros(lane, K, ACC), _zeros(lane, K, ACC), tl.zeros([LANES], ACC)
     for chunk_back in range(chunks):
         chunk = chunks - 1 - chunk_back
@@ -256,7 +251,6 @@ def _cross_scan_bwd_kernel(
                 if i % SUB == 0:
                     stored = ok & (i + sub < min(i + SUB, TIME)) & (start + i + sub < length)
                     at = own_cell * CHANNELS + channel
-                    own_dx += tl.load(dx_row + at, mask=stored & (add != 0), other=0.0).to(ACC)
                     tl.store(dx_row + at, own_dx, mask=stored)
                     tl.store(ddt_row + at, own_ddt, mask=stored)
             t = start + tl.arange(0, TIME)[None, :]

@@ -35,10 +35,8 @@ def _entering(product, end, h, SEG: tl.constexpr, BACKWARDS: tl.constexpr):
 
 
 @triton.jit
-def _place(
-    rows, columns, first_order, orders, CHANNELS: tl.constexpr, SEG: tl.constexpr, BD: tl.constexpr, N: tl.constexpr
-):
-    """Segment, channel and validity of lanes; output slot, block; first cell, strides of cells and lines; offsets."""
+def _place(first_order, orders, CHANNELS: tl.constexpr, SEG: tl.constexpr, BD: tl.constexpr):
+    """Segment, channel and validity of lanes; order, batch index and block of channels; slot of the output; batch."""
     blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
     slot = tl.program_id(0) // blocks % orders
     row = (tl.program_id(0) // (blocks * orders)).to(tl.int64)
@@ -112,23 +110,19 @@ def _product(total, A, PRECISE: tl.constexpr):
     return gate + 1.0 if PRECISE else gate
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "first_order", "orders", "add"])
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _cross_scan_short_fwd_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, before_ptr, y_ptr, saved_ptr, rows, columns, first_order, orders, add,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, saved_ptr, rows, columns,
     CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SEG: tl.constexpr, BD: tl.constexpr, TIME: tl.constexpr,
-    SAVED: tl.constexpr, SAVE: tl.constexpr, HAS_D: tl.constexpr, AHEAD: tl.constexpr, PRECISE: tl.constexpr,
-    ACC: tl.constexpr,
+    SAVED: tl.constexpr, SAVE: tl.constexpr, HAS_D: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y of `orders` orders, each in a slot of its own; with `add` on top of what is in `before_ptr`."""
-    segment, channel, ok, order, row, _block, slot, _batch = _place(
-        rows, columns, first_order, orders, CHANNELS, SEG, BD, N
-    )
+    """y of each order."""
+    segment, channel, ok, order, row, _block, slot, _batch = _place(0, 4, CHANNELS, SEG, BD)
     length = rows * columns
     path = _path(order, rows, columns)
     cells_before = (row * 4 + order) * length
     x_row, dt_row = x_ptr + row * length * CHANNELS + channel, dt_ptr + cells_before * CHANNELS + channel
     B_row, C_row = B_ptr + cells_before * N, C_ptr + cells_before * N
-    before_row = before_ptr + slot * length * CHANNELS + channel
     y_row = y_ptr + slot * length * CHANNELS + channel
     A = _rates(A_ptr, (order * CHANNELS + channel) * N, ok, N, K, PRECISE, ACC)
     skip = tl.zeros([SEG * BD], ACC)
@@ -143,14 +137,10 @@ def _cross_scan_short_fwd_kernel(
     line = _fetch(x_row, dt_row, B_row, C_row, cells, mine, length, ok, CHANNELS, N, K, TIME)
     for chunk in range(0, length, SEG * TIME):
         start = chunk + mine
-        if AHEAD:
-            next_cells = _cells(start + SEG * TIME, path, TIME)
-            following = _fetch(
-                x_row, dt_row, B_row, C_row, next_cells, start + SEG * TIME, length, ok, CHANNELS, N, K, TIME
-            )  # fmt: skip
-        elif chunk > 0:
-            cells = _cells(start, path, TIME)
-            line = _fetch(x_row, dt_row, B_row, C_row, cells, start, length, ok, CHANNELS, N, K, TIME)
+        next_cells = _cells(start + SEG * TIME, path, TIME)
+        following = _fetch(
+            x_row, dt_row, B_row, C_row, next_cells, start + SEG * TIME, length, ok, CHANNELS, N, K, TIME
+        )  # fmt: skip
         xs, weighted, gates, total = (), (), (), tl.zeros([SEG * BD], ACC)
         ends = _zeros(channel, K, ACC)
         for i in tl.static_range(TIME):
@@ -180,10 +170,8 @@ def _cross_scan_short_fwd_kernel(
                 y += line[i][3][k].to(ACC) * new[k]
             h = new
             here = ok & (start + i < length)
-            y += tl.load(before_row + cells[i] * CHANNELS, mask=here & (add != 0), other=0.0).to(ACC)
             tl.store(y_row + cells[i] * CHANNELS, y, mask=here)
-        if AHEAD:
-            cells, line = next_cells, following
+        cells, line = next_cells, following
 
 
 @triton.jit
@@ -203,9 +191,7 @@ def _cross_scan_short_bwd_kernel(
 ):  # fmt: skip
     """Gradients of `orders` orders; those of x are added up in its slots. The first segment is the last in time."""
     LANES: tl.constexpr = SEG * BD
-    segment, channel, ok, order, row, block, slot, batch = _place(
-        rows, columns, first_order, orders, CHANNELS, SEG, BD, N
-    )
+    segment, channel, ok, order, row, block, slot, batch = _place(first_order, orders, CHANNELS, SEG, BD)
     length = rows * columns
     path = _path(order, rows, columns)
     cells_before = (row * 4 + order) * length
