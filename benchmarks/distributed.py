@@ -162,7 +162,10 @@ def train(
     }
     words += [f"--trainer.{key}={value}" for key, value in trainer.items()]
     strategies = ["-c", f"trainer/{strategy}"] if strategy else []
-    command = [sys.executable, "-m", "omnissm", domain, "fit", "-c", f"{domain}/{config}", *strategies, *words]
+    # torchrun starts all processes at once; Lightning's own launcher waits until the first has set up everything.
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", "-m"] if devices > 1 else []
+    program = [sys.executable, "-m", *several, "omnissm"]
+    command = [*program, domain, "fit", "-c", f"{domain}/{config}", *strategies, *words]
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]  # an empty one would be the working folder
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if options.accelerator == "gpu" and device is not None:
