@@ -118,17 +118,23 @@ def _sum_of_positions(tile, Q: tl.constexpr, WIDTH: tl.constexpr, RANKS: tl.cons
 
 
 @triton.jit
-def _sums_onward(upper, x, total, ACC: tl.constexpr, TERMS: tl.constexpr):
-    """total + upper x, with zeros and ones in `upper`: x goes to tensor cores as a sum of `TERMS` bfloat16 numbers."""
+def _sums_onward(x, own, Q: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr, TERMS: tl.constexpr):
+    """Sums of the rows of x [Q, width] from each one on; tensor cores take x as a sum of `TERMS` bfloat16 numbers.
+
+    Two of them stand side by side in one operand, which is wide enough for wgmma then. `own` are the rows' numbers.
+    """
+    upper = own[:, None] <= own[None, :]
     if TERMS == 0:
-        total = tl.dot(upper, x, total, input_precision="ieee", out_dtype=ACC)
+        total = tl.dot(upper.to(ACC), x, input_precision="ieee", out_dtype=ACC)
     else:
+        upper = upper.to(tl.bfloat16)
         high, low = _halves(x, "bf16x3")
+        both = tl.reshape(tl.join(high, low), [Q, 2 * WIDTH])
+        of_high, of_low = tl.split(tl.reshape(tl.dot(upper, both, out_dtype=ACC), [Q, WIDTH, 2]))
         if TERMS == 3:
             rest = x - high.to(tl.float32) - low.to(tl.float32)
-            total = tl.dot(upper, rest.to(tl.bfloat16), total, out_dtype=ACC)
-        total = tl.dot(upper, low, total, out_dtype=ACC)
-        total = tl.dot(upper, high, total, out_dtype=ACC)
+            of_low = tl.dot(upper, rest.to(tl.bfloat16), of_low, out_dtype=ACC)
+        total = of_high + of_low
     return total
 
 

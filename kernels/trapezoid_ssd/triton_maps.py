@@ -94,12 +94,7 @@ def _gradients_of_maps(
                         later += tl.load(dphase_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
                 elif HAS_DPHI:
                     later += tl.load(dphi_end_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-            if TERMS < 0:
-                ddelta = tl.cumsum(dangle, 0, reverse=True) + later[None, :]
-            else:
-                upper = own[:, None] <= own[None, :]
-                upper = upper.to(ACC) if TERMS == 0 else upper.to(tl.bfloat16)
-                ddelta = _sums_onward(upper, dangle, tl.zeros([Q, BLOCK_N // 2], ACC) + later[None, :], ACC, TERMS)
+            ddelta = _sums_onward(dangle, own, Q, BLOCK_N // 2, ACC, TERMS) + later[None, :]
             if chunk == 0:
                 at_first = tl.sum(tl.where((steps == 0)[:, None], ddelta, 0.0), 0)
                 tl.store(dphi_ptr + heads * S + pairs, at_first, mask=pairs < S)
