@@ -56,6 +56,8 @@ else:
     from .selective_scan.op import selective_scan as selective_scan
     from .selective_scan.step import selective_step as selective_step
     from .selective_scan.step import selective_step_ as selective_step_
+    from .selective_scan.vim_rows import VimWeights as VimWeights
+    from .selective_scan.vim_rows import vim_rows as vim_rows
     from .ssd.op import ssd as ssd
     from .ssd.rates import ssd_rates as ssd_rates
     from .ssd.step import ssd_step as ssd_step
@@ -78,6 +80,7 @@ else:
         "HydraWeights",
         "TokenTree",
         "TrapezoidState",
+        "VimWeights",
         "add_rounded_layer_norm",
         "autocast_enabled",
         "available_backends",
@@ -124,4 +127,5 @@ else:
         "trapezoid_step",
         "trapezoid_step_",
         "use_backend",
+        "vim_rows",
     ]

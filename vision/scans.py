@@ -37,6 +37,7 @@ __all__ = [
     "norm_for_product",
     "plain_scans",
     "quasiseparable_mix",
+    "scans_are_plain",
     "selective_mix",
     "short_conv",
 ]
@@ -55,6 +56,11 @@ def plain_scans() -> Iterator[None]:
         yield
     finally:
         _PLAIN.reset(token)
+
+
+def scans_are_plain() -> bool:
+    """Whether `plain_scans` is at work."""
+    return _PLAIN.get()
 
 
 def at_least_float32(dtype: torch.dtype | None) -> torch.dtype:

@@ -59,13 +59,8 @@ class _Pieces(torch.autograd.Function):
     """The convolution of a CPU; its second derivatives are those of the shifted sums."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, left: int, length: int, silu: bool) -> Tensor:
-        y = x.new_empty(x.shape[0], length, x.shape[2])
-        filters = filters_of(weight)
-        for rows, span, _, wide in _pieces(x, weight, left, length):
-            pre = convolve(wide, filters, bias)
-            y[rows, span] = F.silu(pre, inplace=True) if silu else pre
-        return y
+    def forward(*arguments: Any) -> Tensor:
+        return convolved(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,21 +78,39 @@ class _Pieces(torch.autograd.Function):
 
             found = torch.func.vjp(written_out, *tensors)[1](dy)
             return *found, *(None,) * (6 - len(found))
-        k = weight.shape[1]
-        filters, mirrored = filters_of(weight), filters_of(weight.flip(1))
-        dx = torch.zeros(x.shape, dtype=weight.dtype)
-        dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
-        for rows, span, source, wide in _pieces(x, weight, ctx.left, ctx.length):
-            dpre = dy[rows, span].to(weight.dtype)
-            if ctx.silu:
-                dpre = torch.ops.aten.silu_backward(dpre, convolve(wide, filters, bias))
-            first = source.start - (span.start - ctx.left)
-            reached = convolve(F.pad(dpre, (0, 0, k - 1, k - 1)), mirrored, None)
-            dx[rows, source] += reached[:, first : first + source.stop - source.start]
-            dfilters, dsum = filter_gradients(dpre.contiguous(), wide, filters)
-            dweight += dfilters
-            dbias += dsum
-        return dx.to(x.dtype), dweight, None if bias is None else dbias, None, None, None
+        dx, dweight, dbias = conv_gradients(x, weight, bias, ctx.left, ctx.length, ctx.silu, dy)
+        return dx, dweight, None if bias is None else dbias, None, None, None
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, left: int, length: int, silu: bool) -> Tensor:
+    """`causal_conv1d_chunked` by oneDNN, without a gradient."""
+    y = x.new_empty(x.shape[0], length, x.shape[2])
+    filters = filters_of(weight)
+    for rows, span, _, wide in _pieces(x, weight, left, length):
+        pre = convolve(wide, filters, bias)
+        y[rows, span] = F.silu(pre, inplace=True) if silu else pre
+    return y
+
+
+def conv_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: int, length: int, silu: bool, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from that of `convolved`."""
+    k = weight.shape[1]
+    filters, mirrored = filters_of(weight), filters_of(weight.flip(1))
+    dx = torch.zeros(x.shape, dtype=weight.dtype)
+    dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
+    for rows, span, source, wide in _pieces(x, weight, left, length):
+        dpre = dy[rows, span].to(weight.dtype)
+        if silu:
+            dpre = torch.ops.aten.silu_backward(dpre, convolve(wide, filters, bias))
+        first = source.start - (span.start - left)
+        reached = convolve(F.pad(dpre, (0, 0, k - 1, k - 1)), mirrored, None)
+        dx[rows, source] += reached[:, first : first + source.stop - source.start]
+        dfilters, dsum = filter_gradients(dpre.contiguous(), wide, filters)
+        dweight += dfilters
+        dbias += dsum
+    return dx.to(x.dtype), dweight, dbias
 
 
 def _pieces(x: Tensor, weight: Tensor, left: int, length: int) -> Iterator[tuple[slice, slice, slice, Tensor]]:

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from torch import Tensor, nn
 
+from ...kernels import VimWeights, vim_rows
 from ...ssmcore.init import a_log_init, dt_bias_init
-from ..scans import at_least_float32, raw_steps, selective_mix, short_conv
+from ..scans import at_least_float32, hooked, raw_steps, scans_are_plain, selective_mix, short_conv
 from .settings import create_tokens, token_cfg
 from .token_model import Block, TokenModel, fitted, unwrapped
 
@@ -126,13 +127,35 @@ class VimMixer(nn.Module):
         """Mix (b, l, d_model)."""
         if self.reverse:
             x = x.flip(1)
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        projected = self.in_proj(x)
+        if not torch.jit.is_scripting():
+            y = self.joined(projected)
+            if y is not None:
+                y = self.out_proj(y) * self.scale
+                return y.flip(1) if self.reverse else y
+        u, z = projected.chunk(2, dim=-1)
         if self.bidirectional:
             y = self._both_ends(u)
         else:
             y = self._one_end(u)
         y = self.out_proj((y * F.silu(z)).to(x.dtype)) * self.scale
         return y.flip(1) if self.reverse else y
+
+    @torch.jit.ignore
+    def joined(self, projected: Tensor) -> Tensor | None:
+        """What the last projection takes, where nobody looks at the parts before and one call has them all."""
+        if not self.bidirectional or not isinstance(projected, Tensor) or scans_are_plain():
+            return None
+        parts: Any = self._modules
+        if any(type(parts[name]) is not kind or hooked(parts[name]) for name, kind in _INNER.items()):
+            return None
+        sides = []
+        for end in ("", "_b"):
+            conv, x_proj, dt_proj = (parts[name + end] for name in ("conv1d", "x_proj", "dt_proj"))
+            A_log, D = (self.get_parameter(name) for name in (f"A{end}_log", f"D{end}"))
+            weights = conv.weight.flatten(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D
+            sides.append(VimWeights(*weights))
+        return vim_rows(projected, *sides)
 
     def _one_end(self, u: Tensor) -> Tensor:
         u = short_conv(u, self.conv1d.weight, self.conv1d.bias, False)
@@ -166,6 +189,13 @@ class VimMixer(nn.Module):
         )
         left, right = y.chunk(2, dim=-1)
         return left + right.flip(1)
+
+
+_INNER = {
+    f"{name}{end}": kind
+    for end in ("", "_b")
+    for name, kind in (("conv1d", nn.Conv1d), ("x_proj", nn.Linear), ("dt_proj", nn.Linear))
+}
 
 
 @register_notrace_function

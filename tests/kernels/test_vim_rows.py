@@ -1,0 +1,86 @@
+"""`vim_rows`: against its parts in float64, and what it leaves to them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from omnissm.kernels import VimWeights, causal_conv1d, selective_scan, use_backend, vim_rows
+from omnissm.kernels.testing import relative_error
+
+NAMES = ("projected", *(f"{name}{end}" for end in ("", "_b") for name in VimWeights._fields))
+
+
+def arguments(b, l, d, n=4, r=3, k=4):  # noqa: E741
+    draw = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
+    shapes = (d, k), (d,), (r + 2 * n, d), (d, r), (d,), (d, n), (d,)
+    sides = [scale * torch.randn(*shape, **draw) for _ in "fb" for shape, scale in zip(shapes, (0.4, 1, 1, 1, 2, 1, 1))]
+    return [torch.randn(b, l, 2 * d, **draw), *sides]
+
+
+def definition(projected, *weights):
+    x, z = projected.chunk(2, dim=-1)
+    outputs = []
+    for line, part in ((x, weights[:7]), (x.flip(1), weights[7:])):
+        own = VimWeights(*part)
+        u, _ = causal_conv1d(line, own.conv, own.conv_bias, backend="reference")
+        n = own.A_log.shape[1]
+        low, B, C = F.linear(u, own.x_proj).split([own.dt_proj.shape[1], n, n], dim=-1)
+        dt = F.softplus(F.linear(low, own.dt_proj, own.dt_bias))
+        outputs.append(selective_scan(u, dt, -own.A_log.exp(), B, C, own.D, backend="reference")[0])
+    return (outputs[0] + outputs[1].flip(1)) * F.silu(z)
+
+
+def call(projected, *weights):
+    return vim_rows(projected, VimWeights(*weights[:7]), VimWeights(*weights[7:]))
+
+
+@pytest.mark.parametrize("size", [(2, 70, 6), (1, 1, 4), (3, 33, 512)])
+def test_equals_its_parts(size):
+    wide = [one.requires_grad_() for one in arguments(*size)]
+    narrow = [one.detach().float().requires_grad_() for one in wide]
+    expected, y = definition(*wide), call(*narrow)
+    cotangent = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, wide, cotangent)
+    found = torch.autograd.grad(y, narrow, cotangent.float())
+    assert relative_error(y, expected) < 3e-6
+    for name, one, two in zip(NAMES, found, wanted, strict=True):
+        assert (one - two).norm() <= 2e-5 * two.norm(), name
+    with torch.no_grad():
+        assert torch.equal(call(*narrow), y)
+
+
+def test_second_derivatives():
+    wide = [one.requires_grad_() for one in arguments(1, 9, 4)]
+    narrow = [one.detach().float().requires_grad_() for one in wide]
+
+    def twice(function, tensors):
+        first = torch.autograd.grad(function(*tensors).sin().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(first[0].square().sum(), tensors)
+
+    for name, one, two in zip(NAMES, twice(call, narrow), twice(definition, wide), strict=True):
+        assert (one - two).norm() < 1e-4 * two.norm(), name
+
+
+def test_what_is_kept_and_what_is_left_to_the_parts():
+    inputs = [one.float().requires_grad_() for one in arguments(2, 64, 6)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        call(*inputs)
+    given = {one.data_ptr() for one in inputs}
+    beside = sum(one.numel() for one in kept if one.data_ptr() not in given)
+    assert beside == 2 * 64 * 6 + 2 * 3 * 2 * 6 * 4  # the outputs' sum, and two states and the last one of both sides
+    assert call(*(one.double() for one in inputs)) is None
+    assert call(inputs[0][:, :0], *inputs[1:]) is None
+    with use_backend("reference"):
+        assert call(*inputs) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(*inputs) is None
+    assert torch.func.vmap(lambda x: torch.tensor(call(x, *inputs[1:]) is None))(inputs[0][None]).all()
+
+
+@pytest.mark.parametrize("number", [0, 2, 7, 14])
+def test_shapes_that_do_not_fit(number):
+    inputs = [one.float() for one in arguments(2, 9, 4)]
+    inputs[number] = inputs[number][..., :-1]
+    with pytest.raises(ValueError, match="has shape"):
+        call(*inputs)
