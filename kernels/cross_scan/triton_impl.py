@@ -1,14 +1,13 @@
 """`cross_scan` in Triton: the four orders are strides, nothing is rearranged and nothing copied for an order.
 
-A program has a block of channels of one grid and one order, and walks the cells of its order. Where that fills the
-device there is a launch for each order, which adds its y, and in the gradient its dx, to those of the orders before it
-(rounded to the dtype of x in between); else all four run at once and a sum adds what they leave.
+A program has a block of channels of one grid and one order, and walks the cells of its order. It leaves y of its order
+in the dtype of x, and one sum adds the four.
 
 With more than a few states a lane holds K neighbouring ones of a channel and SUB lanes all n. Every 64th state is kept.
 The backward pass walks these stretches from the last to the first: it leaves the state before each TIME positions in a
 scratch buffer, forms those in between again in registers and goes back over them. With a few states a channel has one
-lane for each of SEG segments instead, see triton_short.py. Sums over channels leave a program as partial sums that are
-added in a fixed order.
+lane for each of SEG segments instead, see triton_short.py; there dx may be added up order after order. Sums over
+channels leave a program as partial sums that are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .triton_kernels import _cross_scan_bwd_kernel, _cross_scan_fwd_kernel
 from .triton_short import _cross_scan_short_bwd_kernel, _cross_scan_short_fwd_kernel
 
 _SHORT = 4  # states of a channel up to which its lanes have segments
-_SAVED = 64  # positions from one state that is kept to the next
+_SAVED = 64  # positions from one state that is kept to the next, with more states
 
 
 def cross_scan_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> Tensor:
@@ -120,12 +119,12 @@ def _tile(x: Tensor, A: Tensor, backward: bool) -> Tile:
     bd = min(32, triton.next_power_of_2(channels))
     if INTERPRETED:
         return Tile(True, 1 if backward else 4, padded, 1, 2, bd, 2, 4, 1, 0)
-    time, saved, warps = 8 // padded, _SAVED // padded, max(1, bd // 8)
+    saved, warps = 32 // padded, max(1, bd // 8)  # a chunk, both ways
     if not backward:
-        return Tile(True, 4, padded, 1, 4, bd, time, saved, warps, 0)
+        return Tile(True, 4, padded, 1, 4, bd, 8 // padded, saved, warps, 0)
     # One order after the other, where one fills the device, adds to a single dx, which takes a quarter of the memory.
     orders = 1 if x.shape[0] * triton.cdiv(channels, bd) >= 2 * multiprocessors(x.device) else 4
-    return Tile(True, orders, padded, 1, 8, bd, time, saved, warps, 168)
+    return Tile(True, orders, padded, 1, 8, bd, 4 // padded, saved, warps, 168)
 
 
 def _options(x: Tensor, A: Tensor, D: Tensor | None, tile: Tile) -> dict[str, Any]:

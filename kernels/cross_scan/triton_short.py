@@ -175,6 +175,23 @@ def _cross_scan_short_fwd_kernel(
 
 
 @triton.jit
+def _fetch_back(
+    x_row, dt_row, B_row, C_row, dy_row, saved, start, path, length, ok,
+    CHANNELS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TIME: tl.constexpr, SAVED: tl.constexpr,
+):  # fmt: skip
+    """What the gradient of TIME positions needs: their cells, inputs, dy, and the state kept before them."""
+    cells = _cells(start, path, TIME)
+    line = _fetch(x_row, dt_row, B_row, C_row, cells, start, length, ok, CHANNELS, N, K, TIME)
+    dys, now = (), ()
+    for i in tl.static_range(TIME):
+        dys = dys + (tl.load(dy_row + cells[i] * CHANNELS, mask=ok & (start + i < length), other=0.0),)
+    at = tl.minimum(start, length - 1) // SAVED * (CHANNELS * K)
+    for k in tl.static_range(K):
+        now = now + (tl.load(saved + at + k, mask=ok, other=0.0),)
+    return cells, line, dys, now
+
+
+@triton.jit
 def _over_channels(x, SEG: tl.constexpr):
     """Sum over the channels of each segment, known to all of their lanes."""
     tile = tl.reshape(x, [SEG, x.shape[0] // SEG])
@@ -210,16 +227,18 @@ def _cross_scan_short_bwd_kernel(
     saved = saved_ptr + ((row * 4 + order) * stretches * CHANNELS + channel) * K
     carry, dA, dD = _zeros(channel, K, ACC), _zeros(channel, K, ACC), tl.zeros([LANES], ACC)
     turn = tl.arange(0, LANES) % BD
-    for chunk_back in range(tl.cdiv(length, SEG * TIME)):
-        start = (tl.cdiv(length, SEG * TIME) - 1 - chunk_back) * (SEG * TIME) + (SEG - 1 - segment) * TIME
-        cells = _cells(start, path, TIME)
-        line = _fetch(x_row, dt_row, B_row, C_row, cells, start, length, ok, CHANNELS, N, K, TIME)
-        dys, now = (), ()
-        for i in tl.static_range(TIME):
-            dys = dys + (tl.load(dy_row + cells[i] * CHANNELS, mask=ok & (start + i < length), other=0.0).to(ACC),)
-        at = tl.minimum(start, length - 1) // SAVED * (CHANNELS * K)
-        for k in tl.static_range(K):
-            now = now + (tl.load(saved + at + k, mask=ok, other=0.0),)
+    chunks = tl.cdiv(length, SEG * TIME)
+    begin = (chunks - 1) * (SEG * TIME) + (SEG - 1 - segment) * TIME
+    following = _fetch_back(
+        x_row, dt_row, B_row, C_row, dy_row, saved, begin, path, length, ok, CHANNELS, N, K, TIME, SAVED
+    )  # fmt: skip
+    for chunk_back in range(chunks):
+        start = begin - chunk_back * (SEG * TIME)
+        cells, line, dys, now = following
+        earlier = tl.maximum(start - SEG * TIME, 0)
+        following = _fetch_back(
+            x_row, dt_row, B_row, C_row, dy_row, saved, earlier, path, length, ok, CHANNELS, N, K, TIME, SAVED
+        )  # fmt: skip
         gates, weighted, total = (), (), tl.zeros([LANES], ACC)
         for i in tl.static_range(TIME):
             dt = line[i][1].to(ACC)
@@ -255,7 +274,7 @@ def _cross_scan_short_bwd_kernel(
         for i in tl.static_range(TIME - 1, -1, -1):
             new = ()
             for k in tl.static_range(K):
-                G = ends[k] + line[i][3][k].to(ACC) * dys[i]
+                G = ends[k] + line[i][3][k].to(ACC) * dys[i].to(ACC)
                 new = new + (_times_gate(gates[i][k], G, 0.0, PRECISE),)
             ends = new
         entering, left = (), ()
@@ -267,7 +286,7 @@ def _cross_scan_short_bwd_kernel(
         for _ in tl.static_range((2 * K * TIME + BD - 1) // BD):
             kept = kept + (tl.zeros([LANES], ACC),)
         for i in tl.static_range(TIME - 1, -1, -1):
-            x, dt, dy = line[i][0].to(ACC), line[i][1].to(ACC), dys[i]
+            x, dt, dy = line[i][0].to(ACC), line[i][1].to(ACC), dys[i].to(ACC)
             u = weighted[i]
             new, new_dA = (), ()
             p, q = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
