@@ -26,7 +26,6 @@ from ..ssd.triton_kernels import (
     _halves,
     _last,
     _less,
-    _load_state,
     _log2_sums,
     _tile,
     _vector,
@@ -38,6 +37,13 @@ from ..ssd.triton_tiles import fine_chunk, fine_products, options, padded, tiles
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import cdiv, multiprocessors, on_device, quick
 from .reference import Side
+
+
+@triton.jit
+def _border(ptr, there, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A state, or zeros, [BLOCK_P, BLOCK_N]."""
+    rows, columns = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    return tl.load(ptr + (rows * N + columns), mask=(rows < P) & (columns < N) & there, other=0.0)
 
 
 @quick
@@ -76,6 +82,7 @@ def _quasiseparable_fwd_kernel(
     SHIFTED: tl.constexpr,
     HAS_WEIGHT_F: tl.constexpr,
     HAS_WEIGHT_B: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -98,7 +105,7 @@ def _quasiseparable_fwd_kernel(
     first = group * repeats + block * block_heads
     steps = tl.arange(0, Q)
     begin = chunk.to(tl.int64) * Q
-    ok = steps < length - begin
+    ok = steps < tl.minimum(length - begin, Q).to(tl.int32)
     before = begin
     after = begin
     before_ok = ok
@@ -128,6 +135,10 @@ def _quasiseparable_fwd_kernel(
     C_f, C_f_low = _halves(C_f, PRECISION)
     B_b, B_b_low = _halves(B_b, PRECISION)
     C_b, C_b_low = _halves(C_b, PRECISION)
+    # With the shift nothing is read on the diagonal, and one matrix serves both sides and all heads.
+    every = _dot_nt(C_f, C_f_low, B_f, B_f_low, ACC, PRECISION)
+    if SHIFTED:
+        every = tl.where(steps[:, None] > steps[None, :], every, _dot_nt(C_b, C_b_low, B_b, B_b_low, ACC, PRECISION))
     p_columns = tl.arange(0, BLOCK_P)
     y_ok = ok[:, None]
     if P < BLOCK_P:
@@ -150,8 +161,9 @@ def _quasiseparable_fwd_kernel(
         from_left = tl.exp2(_whole(row_high_f, row_low_f, EXACT))
         from_right = tl.exp2(_less(_last(high_b, Q), _last(low_b, Q), row_high_b, row_low_b, EXACT))
         past = own[:, None] > own[None, :]
-        linked = past | (own[:, None] < own[None, :])
-        if not SHIFTED:
+        if SHIFTED:
+            linked = own[:, None] != own[None, :]
+        else:
             linked = own[:, None] >= 0
         if PACKED:
             of = index + (own - steps)
@@ -161,18 +173,28 @@ def _quasiseparable_fwd_kernel(
         between_f = _less(row_high_f[:, None], row_low_f[:, None], high_f[None, :], low_f[None, :], EXACT)
         between_b = _less(before_high_b[None, :], before_low_b[None, :], row_high_b[:, None], row_low_b[:, None], EXACT)
         decays = tl.exp2(tl.where(linked, tl.where(past, between_f, between_b), float("-inf")))  # [t, s]
-        mixing_f = _dot_nt(C_f, C_f_low, B_f, B_f_low, ACC, PRECISION)
-        mixing_b = _dot_nt(C_b, C_b_low, B_b, B_b_low, ACC, PRECISION)
-        if HAS_WEIGHT_F:
-            mixing_f = mixing_f * _vector(weight_f_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
-        if HAS_WEIGHT_B:
-            mixing_b = mixing_b * _vector(weight_b_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
-        if not SHIFTED:
-            mixing_b = tl.where(own[:, None] == own[None, :], mixing_b + mixing_f, mixing_b)
-        mixing, mixing_low = _halves((tl.where(past, mixing_f, mixing_b) * decays).to(DOT), PRECISION)
+        if SHIFTED and HAS_WEIGHT_F and HAS_WEIGHT_B:
+            weight_f = _vector(weight_f_ptr + vectors, begin, steps, ok, nheads, ACC)
+            weight_b = _vector(weight_b_ptr + vectors, begin, steps, ok, nheads, ACC)
+            found = every * tl.where(past, weight_f[None, :], weight_b[None, :])
+        else:
+            mixing_f = every
+            mixing_b = every
+            if not SHIFTED:
+                mixing_b = _dot_nt(C_b, C_b_low, B_b, B_b_low, ACC, PRECISION)
+            if HAS_WEIGHT_F:
+                mixing_f = mixing_f * _vector(weight_f_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
+            if HAS_WEIGHT_B:
+                mixing_b = mixing_b * _vector(weight_b_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
+            if not SHIFTED:
+                mixing_b = tl.where(own[:, None] == own[None, :], mixing_b + mixing_f, mixing_b)
+            found = tl.where(past, mixing_f, mixing_b)
+        mixing, mixing_low = _halves((found * decays).to(DOT), PRECISION)
         border = ((row * nheads + head) * chunks + chunk) * (P * N)
-        left, left_low = _halves(_load_state(left_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
-        right, right_low = _halves(_load_state(right_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
+        from_begin = HAS_STATE | (chunk > 0)
+        from_end = HAS_STATE | (chunk + 1 < chunks)
+        left, left_low = _halves(_border(left_ptr + border, from_begin, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
+        right, right_low = _halves(_border(right_ptr + border, from_end, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
         x = _tile(x_ptr + row * x_stride_b + head * P, begin, steps, ok, x_stride_t, P, BLOCK_P, DOT)
         y = _dot_nt(C_f, C_f_low, left, left_low, ACC, PRECISION) * from_left[:, None]
         y += _dot_nt(C_b, C_b_low, right, right_low, ACC, PRECISION) * from_right[:, None]
@@ -240,7 +262,8 @@ def _forward(
     y = x.new_empty(x.shape)
     repeats = nheads // groups
     programs = batch * cdiv(length, chosen.chunk) * groups
-    blocks = max(1, min(repeats, cdiv(4 * multiprocessors(x.device), programs)))
+    places = 2 * multiprocessors(x.device)  # of programs at a time
+    blocks = max(1, min(repeats, places // programs or cdiv(2 * places, programs)))
     block_heads = cdiv(repeats, blocks)
     blocks = cdiv(repeats, block_heads)
     sweeps = (
@@ -248,11 +271,11 @@ def _forward(
         Sweep(x, B_b, log_decay_b, weight_b, right, DESCENDING),
     )
     with on_device(x):
-        borders, finals = run_sweeps(sweeps, seq_idx, sweeping, 1, parts)
+        borders, finals = run_sweeps(sweeps, seq_idx, sweeping, 1, parts, skip=True)
         _quasiseparable_fwd_kernel[(programs * blocks,)](
             x, log_decay_f, weight_f, B_f, C_f, log_decay_b, weight_b, B_b, C_b, diag, seq_idx, borders[0], borders[1],
             y, length, nheads, repeats, blocks, block_heads, *strides(x, B_f, C_f, B_b, C_b), SHIFTED=shift,
-            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None,
+            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None, HAS_STATE=state is not None,
             **options(x, n, log_decay_f, seq_idx, chosen),
         )  # fmt: skip
     return y, finals

@@ -164,15 +164,26 @@ def _ssd_bwd_links_kernel(
             else:
                 own_products = tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1)
             tl.store(dD_ptr + out + ahead * nheads, own_products, mask=ok)
-        scores = _dot_nt(B, B_low, C, C_low, ACC, PRECISION) * decays
-        linking = products * scores
+        scores = _dot_nt(B, B_low, C, C_low, ACC, PRECISION)
+        if EXACT:
+            # In another order, which keeps fewer matrices: operands in parts fill the registers.
+            link = products * decays
+            linking = link * scores
+            scores = scores * decays
+        else:
+            scores = scores * decays
+            linking = products * scores
         dweight = tl.sum(linking, 1)
         if HAS_WEIGHT:
             weight = _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
             linking = linking * weight[:, None]
-            decays = decays * weight[:, None]
+            if EXACT:
+                link = link * weight[:, None]
+            else:
+                decays = decays * weight[:, None]
             scores = scores * weight[:, None]
-        link = products * decays
+        if not EXACT:
+            link = products * decays
         if APART > 0:
             link = tl.where((own // APART)[:, None] < (own // APART)[None, :], link, 0.0)
         kernel += link

@@ -176,6 +176,7 @@ def _position(begin, length, BACKWARDS: tl.constexpr):
 
 
 @quick
+@keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "parts", "part_length"])
 def _ssd_fwd_kernel(
     x_ptr,
@@ -233,8 +234,9 @@ def _ssd_fwd_kernel(
     steps = tl.arange(0, Q)
     p_columns = tl.arange(0, BLOCK_P)
     begin_part = part.to(tl.int64) * part_length
-    for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
-        ok = steps < length - begin
+    end_part = tl.minimum(begin_part + part_length, length)
+    for begin in tl.range(begin_part, end_part, Q, num_stages=STAGES, disable_licm=True):
+        ok = steps < tl.minimum(length - begin, Q).to(tl.int32)  # 64-bit numbers take two registers and instructions
         log_decay = _vector(log_decay_ptr + vectors, begin, steps, ok, nheads, ACC)
         high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
         high_last, low_last = _last(high, Q), _last(low, Q)
@@ -315,6 +317,7 @@ def _sweep(
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
     STORE: tl.constexpr,
+    SKIP: tl.constexpr,
     FINAL: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -339,6 +342,7 @@ def _sweep(
     key_row = key_ptr + row * key_stride_b + group * N
     vectors = row * length * nheads + head
     border_row = borders_ptr + (row * nheads + head) * borders * (P * N)
+    rows, columns = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
     steps = tl.arange(0, Q)
     ahead = -steps if MODE & 4 else steps
     first_border = part.to(tl.int64) * part_borders
@@ -347,7 +351,12 @@ def _sweep(
     for k in tl.range(0, count, num_stages=STAGES):
         border = first_border + count - 1 - k if MODE & 1 else first_border + k
         if STORE:
-            _store_state(border_row + border * (P * N), state, P, N, BLOCK_P, BLOCK_N)
+            stored = border_row + border * (P * N)
+            if SKIP and not HAS_STATE:
+                begins = (k == 0) & (part == (parts - 1 if MODE & 1 else 0))
+                tl.store(stored + (rows * N + columns), state, mask=(rows < P) & (columns < N) & ~begins)
+            else:
+                _store_state(stored, state, P, N, BLOCK_P, BLOCK_N)
         for sub in tl.static_range(SUBS):
             begin = (border * SUBS + (SUBS - 1 - sub if MODE & 1 else sub)) * Q
             position = _position(begin, length, MODE & 4)
@@ -443,6 +452,7 @@ def _ssd_sweep_kernel(
     HAS_STATE_2: tl.constexpr,
     PACKED: tl.constexpr,
     STORE: tl.constexpr,
+    SKIP: tl.constexpr,
     LAST_FINAL: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -460,7 +470,7 @@ def _ssd_sweep_kernel(
 
     A border stands before every SUBS chunks, in the direction of the sweep. The second sweep, if there is one (MODE_2
     at least 0), takes the second half of the programs and of the results; with LAST_FINAL it alone
-    writes where it ends.
+    writes where it ends. With SKIP the zeros that a row without a state begins with are not written.
     """
     head = tl.program_id(0) % nheads
     part = (tl.program_id(0) // nheads) % parts
@@ -469,8 +479,8 @@ def _ssd_sweep_kernel(
         _sweep(
             value_ptr, key_ptr, log_decay_ptr, weight_ptr, seq_ptr, state_ptr, borders_ptr, ends_ptr, factors_ptr,
             final_ptr, row, head, part, length, nheads, repeats, parts, part_borders, value_stride_b, value_stride_t,
-            key_stride_b, key_stride_t, MODE, HAS_WEIGHT, HAS_STATE, PACKED, STORE, not LAST_FINAL, P, N, Q,
-            SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION, STAGES,
+            key_stride_b, key_stride_t, MODE, HAS_WEIGHT, HAS_STATE, PACKED, STORE, SKIP, not LAST_FINAL, P, N,
+            Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
     elif MODE_2 >= 0:
         states = rows.to(tl.int64) * nheads * (P * N)
@@ -480,8 +490,8 @@ def _ssd_sweep_kernel(
             borders_ptr + states * tl.cdiv(length, Q * SUBS), ends_ptr + states * parts,
             factors_ptr + rows * nheads * parts, final_2_ptr, row - rows, head, part, length, nheads,
             repeats, parts, part_borders, value_2_stride_b, value_2_stride_t, key_2_stride_b, key_2_stride_t, MODE_2,
-            HAS_WEIGHT_2, HAS_STATE_2, PACKED, STORE, True, P, N, Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC,
-            PRECISION, STAGES,
+            HAS_WEIGHT_2, HAS_STATE_2, PACKED, STORE, SKIP, True, P, N, Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT,
+            ACC, PRECISION, STAGES,
         )  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def _launch_sweeps(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     store: bool,
     last_final_only: bool = False,
+    skip: bool = False,
 ) -> None:
     one, two = sweeps[0], sweeps[-1]
     (batch, length, nheads, _), (groups, n) = one.values.shape, one.keys.shape[2:]
@@ -73,7 +74,7 @@ def _launch_sweeps(
         *strides(one.values, one.keys, two.values, two.keys),
         MODE=one.mode, HAS_WEIGHT=one.weight is not None, HAS_STATE=entering[0] is not None,
         MODE_2=two.mode if second else -1, HAS_WEIGHT_2=two.weight is not None, HAS_STATE_2=entering[-1] is not None,
-        STORE=store, LAST_FINAL=last_final_only, SUBS=subs,
+        STORE=store, SKIP=skip, LAST_FINAL=last_final_only, SUBS=subs,
         **options(one.values, n, one.log_decay, seq_idx, chosen, one.fine),
     )  # fmt: skip
 
@@ -118,10 +119,12 @@ def run_sweeps(
     subs: int,
     parts: int,
     last_final: Tensor | None = None,
+    skip: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """States at all borders, (sweeps, b, h, borders, p, n) in the dtype of the values, and at the end of each sweep.
 
-    With `last_final` only the end of the last sweep is written, there.
+    With `last_final` only the end of the last sweep is written, there. With `skip` borders where a sweep without a
+    state begins are left as they are.
     """
     x, log_decay = sweeps[0].values, sweeps[0].log_decay
     (batch, length, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
@@ -132,7 +135,17 @@ def run_sweeps(
     finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n) if last_final is None else last_final
     outputs = borders, finals, finals, finals
     _launch_sweeps(
-        sweeps, entering, seq_idx, chosen, subs, parts, part_length // step, outputs, True, last_final is not None
+        sweeps,
+        entering,
+        seq_idx,
+        chosen,
+        subs,
+        parts,
+        part_length // step,
+        outputs,
+        True,
+        last_final is not None,
+        skip,
     )
     return borders, finals
 

@@ -18,6 +18,7 @@ class Tiles(NamedTuple):
     chunk: int
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most
 
 
 def narrow(headdim: int, state: int) -> bool:
@@ -34,7 +35,8 @@ def narrow(headdim: int, state: int) -> bool:
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "short links", "maps").
 
-    For padded p and n; "short links" are those of shorter chunks than the table has.
+    For padded p and n; "short links" are those of shorter chunks than the table has, and those of `trapezoid_ssd` are
+    "turned".
 
     Registers and shared memory are what limits them; float32 operands take twice the space, in two parts.
     """
@@ -52,9 +54,13 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
         of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": Tiles(64, 8, 1)}
         if wide:
             of_kernel |= {"fwd": Tiles(16, 4, 2), "links": Tiles(64, 4, 1)}
-        return of_kernel.get(kernel, Tiles(64, 8, 1))
-    of_kernel = {"links": Tiles(64, 4, 1), "short links": Tiles(64, 4, 1), "maps": Tiles(64, 4, 2)} if wide else {}
-    return of_kernel.get(kernel, Tiles(64, 4, 2))
+        return of_kernel.get(kernel.removeprefix("turned "), Tiles(64, 8, 1))
+    if kernel == "sweep" and not wide:
+        return Tiles(64, 4, 2, 128)  # four programs a multiprocessor
+    # Operands of the next turns are loaded ahead as far as two programs have room for them in shared memory.
+    if wide:
+        return Tiles(64, 4, 1 if kernel == "two-sided" or (kernel.endswith("links") and kernel != "links") else 2)
+    return Tiles(64, 4, 3 if kernel in ("fwd", "two-sided", "links", "maps") else 2)
 
 
 def _choices(headdim: int, state: int) -> tuple[int, int]:
@@ -82,14 +88,14 @@ class GradientTiles(NamedTuple):
     subs: int  # chunks of the sweep per border
 
 
-def gradient_tiles(x: Tensor, n: int, chunk: int = 0) -> GradientTiles:
-    """Those of the tables, or with another chunk."""
-    return _gradient_tiles(*padded(x, n), x.dtype, chunk)
+def gradient_tiles(x: Tensor, n: int, chunk: int = 0, of: str = "") -> GradientTiles:
+    """Those of the tables, or with another chunk; `of` stands before the names of the kernels."""
+    return _gradient_tiles(*padded(x, n), x.dtype, chunk, of)
 
 
 @functools.cache
-def _gradient_tiles(headdim: int, state: int, dtype: torch.dtype, chunk: int) -> GradientTiles:
-    names = "short links" if chunk else "links", "maps", "sweep"
+def _gradient_tiles(headdim: int, state: int, dtype: torch.dtype, chunk: int, of: str) -> GradientTiles:
+    names = f"{of}short links" if chunk else f"{of}links", f"{of}maps", "sweep"
     links, maps, sweep = (tiles(kernel, headdim, state, dtype) for kernel in names)
     chunk = chunk or links.chunk
     of_sweep = min(sweep.chunk, chunk)
@@ -163,7 +169,11 @@ def _options(
         "PRECISION": multiply,
         "STAGES": chosen.stages,
     }
-    return found if INTERPRETED else found | {"num_warps": chosen.warps}
+    if not INTERPRETED:
+        found["num_warps"] = chosen.warps
+        if chosen.registers is not None:
+            found["maxnreg"] = chosen.registers
+    return found
 
 
 def precision(dtype: torch.dtype, fine: bool = False) -> str:

@@ -66,7 +66,7 @@ def fused_outputs(
     """Write outputs (b, l * r, h, p), the last state and the last angles, contiguous; `chunk` and `parts` 0: chosen."""
     x, B, C = given.x, given.B, given.C
     (batch, _, nheads, _), (length, groups, n) = x.shape, B.shape[1:]
-    chosen = tiles("fwd", *padded(x, n), x.dtype)
+    chosen = tiles("turned fwd", *padded(x, n), x.dtype)
     # What several ranks load ahead would fill the shared memory.
     chosen = chosen._replace(chunk=chunk or chosen.chunk, stages=chosen.stages if given.ranks == 1 else 1)
     phases, shared = angles_of_chunks(given, chosen.chunk), _shared(given, half, chosen)

@@ -153,7 +153,7 @@ def launch(kernel: str, numbers: int) -> dict[str, int]:
 
 def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
     """Those of `ssd`, with short chunks where operands of products take three parts."""
-    return gradient_tiles(x, n, chunk or fine_chunk(x, n))
+    return gradient_tiles(x, n, chunk or fine_chunk(x, n), "turned ")
 
 
 def _turned(given: Inputs, half: bool, chunk: int, keep: bool) -> _Turned:
