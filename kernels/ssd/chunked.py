@@ -29,7 +29,7 @@ from torch import Tensor
 from ..transforms import apply, fold, unfold
 
 # Numbers in the largest temporary of a block: small enough for a CPU's cache, large enough to fill a GPU.
-_BLOCK_NUMBERS = {"cpu": 2**19}
+_BLOCK_NUMBERS = {"cpu": 2**18}
 _BLOCK_NUMBERS_ELSEWHERE = 2**26
 
 
