@@ -68,6 +68,7 @@ SPEC = OpSpec(
         BenchSize({"v": 1048576, "e": 1048576, "h": 1, "p": 64, "n": 1}, required_ms=(1.13, 2.86)),
         BenchSize({"v": 65536, "e": 131072, "h": 8, "p": 64, "n": 64, "span": 4096}),
         BenchSize({"v": 16384, "e": 31395, "h": 4, "p": 16, "n": 16}),
+        BenchSize({"v": 8192, "e": 8192, "h": 4, "p": 64, "n": 1, "span": 64}),  # narrow levels: what one takes
     ),
     cpu_bench_sizes=(
         BenchSize({"v": 1024, "e": 1992, "h": 4, "p": 16, "n": 16}),

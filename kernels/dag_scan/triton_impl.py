@@ -5,13 +5,14 @@
                da_uv = <S_u, G_v>
 
 The backward recurrence is the forward one with other tensors and the edges turned round, so one kernel does both. It
-has two schedules. By levels: as many programs as run at once share out the tiles of nodes and columns of a level, and
-wait for each other before the next one. By graphs, for narrow and deep ones: a program per graph and column tile, which
-walks the nodes in order; a program reads only columns that it wrote. Sums have a fixed order.
+has two schedules. By levels: a launch for each wide one, and one for a run of narrow ones, whose programs run at once
+and wait for each other behind each level. By graphs, for narrow and deep ones: a program per graph and column tile,
+which walks the nodes in order; a program reads only columns that it wrote. Sums have a fixed order.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -32,11 +33,9 @@ from .triton_kernels import (
 )
 
 _BLOCK_R = 256  # columns of a tile of states at most
-_TILE = 1024  # numbers in all tiles of a program
-_AT_ONCE = 4  # edges of a node that are fetched together
-_WARPS = 4  # of a program
-_PROGRAMS = 0  # of a launch for all levels on each multiprocessor; 0: a launch per level
-_CAP: dict[str, int] = {}
+_AT_ONCE = 8  # edges of a node that are fetched together
+_PROGRAMS = 4  # that wait for each other, on each multiprocessor: it has the registers for as many
+_NARROW = 4  # tiles of nodes and columns for each multiprocessor up to which a level is narrow
 # A launch costs about as much as so many steps of a program that walks a graph.
 _STEPS_OF_A_LAUNCH = 6
 
@@ -88,23 +87,36 @@ class _Topology:
                 *given, self.graph_ptr, self.places, part.start, n, BACKWARDS=backwards, **options, **warps
             )
             return states
-        levels = range(len(self.level_ptr) - 1)
-        nodes_of = max(1, min(_TILE // block_r, 16))
-        own = {} if INTERPRETED else {"num_warps": _WARPS, **_CAP}
-        if _PROGRAMS:
-            arrived = torch.zeros(len(levels), dtype=torch.int32, device=x.device)
-            own |= {} if INTERPRETED else {"launch_cooperative_grid": True}
-            _dag_sweep_kernel[(1 if INTERPRETED else _PROGRAMS * multiprocessors(x.device),)](
-                *given, self.level_starts, arrived, len(levels), tiles, part.start, n, BACKWARDS=backwards,
-                NODES=nodes_of, AT_ONCE=_AT_ONCE, **options, **own,
+        options["NODES"] = 1 if INTERPRETED else max(1, min(4, 128 // block_r))
+        options["AT_ONCE"] = _AT_ONCE if options["NODES"] == 1 else _AT_ONCE // 2
+        options |= {} if INTERPRETED else {"num_warps": max(1, min(4, block_r // 128))}
+        for first, last in self._runs(tiles, options["NODES"], x.device, backwards):
+            if last - first == 1:
+                begin, end = self.level_ptr[first : last + 1]
+                grid = triton.cdiv(end - begin, options["NODES"]), tiles
+                _dag_level_kernel[grid](*given, begin, end, part.start, n, **options)
+                continue
+            arrived = torch.zeros(last - first, dtype=torch.int32, device=x.device)
+            together = {} if INTERPRETED else {"launch_cooperative_grid": True}
+            programs = 1 if INTERPRETED else _PROGRAMS * multiprocessors(x.device)
+            _dag_sweep_kernel[(programs,)](
+                *given, self.level_starts, arrived, first, last, tiles, part.start, n, BACKWARDS=backwards, **options,
+                **together,
             )  # fmt: skip
-            return states
-        for level in reversed(levels) if backwards else levels:
-            first, last = self.level_ptr[level : level + 2]
-            _dag_level_kernel[(triton.cdiv(last - first, nodes_of), tiles)](
-                *given, first, last, part.start, n, NODES=nodes_of, AT_ONCE=_AT_ONCE, **options, **own
-            )
         return states
+
+    def _runs(self, tiles: int, nodes: int, device: torch.device, backwards: bool) -> list[tuple[int, int]]:
+        """Levels [first, last) of each launch, in the order of the launches."""
+        runs: list[tuple[int, int]] = []
+        narrow_before = False
+        for level, (begin, end) in enumerate(itertools.pairwise(self.level_ptr)):
+            narrow = triton.cdiv(end - begin, nodes) * tiles <= _NARROW * multiprocessors(device)
+            if narrow and narrow_before:
+                runs[-1] = runs[-1][0], level + 1
+            else:
+                runs.append((level, level + 1))
+            narrow_before = narrow
+        return runs[::-1] if backwards else runs
 
 
 @operator("dag_scan_triton_fwd")

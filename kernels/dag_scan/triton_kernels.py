@@ -105,17 +105,17 @@ def _wait_for_all(arrived_ptr):
 
 
 @quick
-@triton.jit(do_not_specialize=["levels", "tiles", "first_n", "N"])
+@triton.jit(do_not_specialize=["first_level", "last_level", "tiles", "first_n", "N"])
 def _dag_sweep_kernel(
     x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr,
-    level_ptr, arrived_ptr, levels, tiles, first_n, N,
+    level_ptr, arrived_ptr, first_level, last_level, tiles, first_n, N,
     HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     PADDED: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BACKWARDS: tl.constexpr,
     NODES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """All levels, one after the other, each shared out among all programs; `arrived_ptr`: a 0 for each level."""
-    for step in range(levels):
-        level = levels - 1 - step if BACKWARDS else step
+    """Levels [first_level, last_level), each shared out among all programs; `arrived_ptr`: a 0 for each."""
+    for step in range(last_level - first_level):
+        level = last_level - 1 - step if BACKWARDS else first_level + step
         first, last = tl.load(level_ptr + level), tl.load(level_ptr + level + 1)
         for item in range(tl.program_id(0), tl.cdiv(last - first, NODES) * tiles, tl.num_programs(0)):
             # States come past the cache of the multiprocessor, which may hold what was there before.
@@ -124,8 +124,8 @@ def _dag_sweep_kernel(
                 row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE,
                 PADDED, ADD, ACC, BLOCK_R, NODES, AT_ONCE, ".cg",
             )  # fmt: skip
-        if step < levels - 1:
-            _wait_for_all(arrived_ptr + level)
+        if level != (first_level if BACKWARDS else last_level - 1):
+            _wait_for_all(arrived_ptr + step)
 
 
 @quick
