@@ -30,7 +30,8 @@ MEAN, SEPARABLE, COUPLED = 0, 1, 2
 _RATES = {MEAN: 2, SEPARABLE: 1, COUPLED: 4}
 _COLUMNS = 4  # of a strip at most: their inputs are loaded at once and held in registers
 _LANES = 256  # of a program at most, with up to 255 registers each
-_WARPS = 12  # wanted for each multiprocessor
+_WARPS = 11  # wanted for each multiprocessor
+_REGISTERS = 168  # of a thread with 16-bit inputs: so many warps then run at once; coupled states need more
 
 
 class Tile(NamedTuple):
@@ -56,8 +57,10 @@ def tile_of(x: Tensor, n: int, rule: int) -> Tile:
     lanes = max(32, sub)  # one warp
     bd = min(lanes // sub, triton.next_power_of_2(channels))
     processors = 1 if INTERPRETED else multiprocessors(x.device)
-    # The fewer channels, the more partial sums: not for the last quarter of the multiprocessors.
-    while bd > 2 and 4 * batch * triton.cdiv(channels, bd) < 3 * processors:
+    # The fewer channels, the more partial sums: programs of coupled states, of up to eight warps, are to take most of
+    # the multiprocessors, and others to be so many that none of these is left with few.
+    wanted = 0.75 if rule == COUPLED else 2
+    while bd > 2 and batch * triton.cdiv(channels, bd) < wanted * processors:
         bd //= 2
     warps = batch * triton.cdiv(channels, bd)
     s = lanes // (sub * bd)
@@ -268,7 +271,10 @@ def _options(
         "K": tile.K, "SUB": tile.SUB, "BD": tile.BD, "S": tile.S, "TJ": tile.TJ, "R": tile.R,
         "PRECISE": x.element_size() >= 4, "ACC": tl.float64 if A1.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
-    return options if INTERPRETED else options | {"num_warps": max(1, tile.S * tile.BD * tile.SUB // 32)}
+    if INTERPRETED:
+        return options
+    cap = {"maxnreg": _REGISTERS} if rule != COUPLED and x.element_size() < 4 else {}
+    return options | {"num_warps": max(1, tile.S * tile.BD * tile.SUB // 32)} | cap
 
 
 class _Scan(torch.autograd.Function):
