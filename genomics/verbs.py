@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -292,8 +293,9 @@ def essential(
             own = [row.gene.attributes.get(name, "") for name in names]
             writer.writerow((row.gene.id, row.gene.chrom, row.gene.strand, len(row.gene), *shown, row.status, *own))
     scored = [row for row in found if row.status == "ok"]
-    skipped = len(found) - len(scored)
-    sys.stderr.write(f"{len(scored):,} genes scored, {skipped:,} left out (see the column status)\n")
+    skipped = Counter(row.status for row in found if row.status != "ok")
+    reasons = f" ({', '.join(f'{status} {count:,}' for status, count in skipped.items())})" if skipped else ""
+    sys.stderr.write(f"{len(scored):,} genes scored, {skipped.total():,} left out{reasons}\n")
     for name in names:
         kept = [row for row in scored if row.gene.attributes.get(name) in ("0", "1")]
         truth = [row.gene.attributes[name] == "1" for row in kept]

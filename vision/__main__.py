@@ -151,15 +151,16 @@ def plot(
         batch = normalized(pictures, net)
     else:
         batch = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    axes: tuple[str, ...]
     if kind == "receptive_field":
-        values = plots.receptive_field(net, batch)
+        values, axes = plots.receptive_field(net, batch), ("row, pixels", "column, pixels")
     elif kind == "influence":
-        values = plots.influence(net, batch, block)
+        values, axes = plots.influence(net, batch, block), ("row of cells", "column of cells")
     else:
-        values = plots.mixing_matrix(net, batch, block)
+        values, axes = plots.mixing_matrix(net, batch, block), ("output patch", "input patch", "weight")
     place = "" if kind == "receptive_field" else f", block {block}"
     title = f"{name}: {kind.replace('_', ' ')}{place}"
-    sys.stdout.write(f"{plots.save(plots.draw(values, title), out)}\n")
+    sys.stdout.write(f"{plots.save(plots.draw(values, title, *axes), out)}\n")
 
 
 def benchmark(

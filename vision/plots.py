@@ -114,8 +114,8 @@ def _rows(net: nn.Module, cells: int) -> int | None:
     return side if side * side == cells else None
 
 
-def draw(values: np.ndarray, title: str) -> Figure:
-    """A map as a picture with a colour bar, square root of the values.
+def draw(values: np.ndarray, title: str, rows: str, columns: str, what: str = "share") -> Figure:
+    """A map as a picture with a colour bar, square root of the values, and what they, its rows and columns are.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -128,9 +128,9 @@ def draw(values: np.ndarray, title: str) -> Figure:
     axes: Any = figure.subplots()
     shown = axes.imshow(np.sqrt(values), cmap="magma", interpolation="nearest")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel("column")
-    axes.set_ylabel("row")
-    figure.colorbar(shown, ax=axes, label="square root of the share")
+    axes.set_xlabel(columns)
+    axes.set_ylabel(rows)
+    figure.colorbar(shown, ax=axes, label=f"square root of the {what}")
     return figure
 
 

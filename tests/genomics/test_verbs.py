@@ -326,7 +326,15 @@ def test_essential(genomics, folder, capsys):
         600,
     )
     assert genomics(*words, "--out", "ess.tsv") == 0
-    assert "AUROC ess" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "AUROC ess" in said
+    statuses = [line.split("\t")[9] for line in (folder / "ess.tsv").read_text().splitlines()[2:]]
+    counts = [f"{name} {statuses.count(name)}" for name in dict.fromkeys(statuses) if name != "ok"]
+    assert counts
+    assert (
+        f"{statuses.count('ok')} genes scored, {sum(s != 'ok' for s in statuses)} left out ({', '.join(counts)})"
+        in said
+    )
     assert genomics(*words, "--out", "no.tsv", "--offset", -1) == 2
     assert "an offset of at least 0, got 600 and -1" in capsys.readouterr().err
     first, header, *rows = (folder / "ess.tsv").read_text().splitlines()
