@@ -89,14 +89,15 @@ def _of_last_sequence(rate: Tensor, dt: Tensor, phi: Tensor | None, seq_idx: Ten
 
 
 # Turned keys and queries of a group of rows, with inputs and outputs of several ranks, take about this many bytes; in
-# the gradient, where as much again is needed for their gradients and for states, half of it.
+# the gradient, where states, turns and matrices over chunks need more than as much again, 5 / 16 of it.
 _TURNED_BYTES = 2**29
+# Rows that together fill the multiprocessors, so that sweeps over them are not cut, may take this many in the gradient.
+_FILLING_BYTES = 2**30
 
 
 class _Turned(NamedTuple):
     """What `ssd` takes, l counting positions and ranks."""
 
-    before: Tensor  # angles up to each chunk, and after the last one, (b, h, chunks + 1, s), in half turns from 0 to 2
     x: Tensor  # (b, l, h, p)
     log_decay: Tensor  # (b, l, h)
     k: Tensor  # (b, l, h, n)
@@ -112,11 +113,16 @@ class _Turned(NamedTuple):
         return Sweep(self.x, self.k, self.log_decay, self.weight, state, 0, fine)
 
 
-def _groups(given: Inputs, budget: int) -> list[slice]:
-    """Groups of rows such that what exists for each takes about `budget` bytes."""
+def _groups(given: Inputs, gradient: bool) -> list[slice]:
+    """Groups of rows such that what exists for each takes about `_TURNED_BYTES`."""
     (batch, _, nheads, headdim), n, size = given.x.shape, given.B.shape[3], given.x.element_size()
-    numbers = 2 * n * size + (headdim * (size + 4) if given.ranks > 1 else 0)
-    rows = max(1, budget // (given.B.shape[1] * nheads * numbers))
+    of_ranks = headdim * (size if gradient else size + 4) if given.ranks > 1 else 0
+    row = given.B.shape[1] * nheads * (2 * n * size + of_ranks)
+    rows = max(1, (5 * _TURNED_BYTES // 16 if gradient else _TURNED_BYTES) // row)
+    filling = multiprocessors(given.x.device) // (2 * nheads)
+    if gradient and filling * row <= _FILLING_BYTES:
+        rows = max(rows, filling)
+    rows = cdiv(batch, cdiv(batch, rows))
     return [slice(start, start + rows) for start in range(0, batch, rows)]
 
 
@@ -156,12 +162,11 @@ def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
     return gradient_tiles(x, n, chunk or fine_chunk(x, n), "turned ")
 
 
-def _turned(given: Inputs, half: bool, chunk: int, keep: bool) -> _Turned:
+def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, keep: bool) -> _Turned:
     (batch, _, nheads, _), (length, groups, n) = given.x.shape, given.B.shape[1:]
     ranks, wide = given.ranks, given.log_decay
     chunks, repeats = cdiv(length, chunk), nheads // groups
     shared = _shared(given, half, chunk)
-    before = angles_of_chunks(given, chunk)
     x, log_decay, seq_idx = given.x, wide, given.seq_idx
     weight = wide.new_empty(batch, length, nheads)
     skip = wide.new_empty(0) if keep else torch.empty_like(weight)
@@ -185,7 +190,7 @@ def _turned(given: Inputs, half: bool, chunk: int, keep: bool) -> _Turned:
         *strides(given.B, given.C), KEEP=keep, EXACT=k.dtype == torch.float32, **shared | {"BLOCK_N": _COLUMNS},
         **launch("turn", chunk * _COLUMNS),
     )  # fmt: skip
-    return _Turned(before, x, log_decay, k, q, weight, skip, seq_idx, turns, decays)
+    return _Turned(x, log_decay, k, q, weight, skip, seq_idx, turns, decays)
 
 
 @operator("trapezoid_ssd_triton_fwd")
@@ -219,9 +224,11 @@ def _forward(
             fused_outputs(given, half, y, final, last, chunk, parts)
         return y, final, last
     with on_device(x):
-        for rows in _groups(given, _TURNED_BYTES):
+        of_turns = _tiles(x, n, chunk).links.chunk
+        before = angles_of_chunks(given, of_turns)
+        for rows in _groups(given, False):
             some = given.cut(rows)
-            turned = _turned(some, half, _tiles(x, n, chunk).links.chunk, False)
+            turned = _turned(some, half, of_turns, before[rows], False)
             # What several ranks of a position add comes to unrounded outputs.
             rounded = some.x_rank is not None and y.dtype != log_decay.dtype
             partial = log_decay.new_empty(y[rows].shape) if rounded else y[rows]
@@ -233,7 +240,7 @@ def _forward(
             if some.x_rank is not None:
                 product = products_of_ranks(some.B, some.C, some.B_bias, some.C_bias)
                 outputs_of_ranks(some.x, some.x_rank, product, some.gamma, some.beta, some.seq_idx, partial, y[rows])
-            torch.mul(turned.before[:, :, -1], math.pi, out=last[rows])
+        torch.mul(before[:, :, -1], math.pi, out=last)
     return y, final, last
 
 
@@ -288,12 +295,13 @@ def _backward(
     into = dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi
     ends = dfinal, dphase, dphi_end
     with on_device(x):
+        before = angles_of_chunks(given, tiles.links.chunk)
         sums = [
             _gradients(
-                given.cut(rows), half, tiles, dy[rows], [None if one is None else one[rows] for one in ends],
-                [one[rows] for one in into], parts, blocks,
+                given.cut(rows), half, tiles, before[rows], dy[rows],
+                [None if one is None else one[rows] for one in ends], [one[rows] for one in into], parts, blocks,
             )
-            for rows in _groups(given, _TURNED_BYTES // 2)
+            for rows in _groups(given, True)
         ]  # fmt: skip
     dB_bias, dC_bias, dD, dx_rank = (
         found[0] if len(sums) == 1 else torch.stack(found).sum(0) for found in zip(*sums, strict=True)
@@ -305,6 +313,7 @@ def _gradients(
     given: Inputs,
     half: bool,
     tiles: GradientTiles,
+    before: Tensor,
     dy: Tensor,
     ends: list[Tensor | None],
     into: list[Tensor],
@@ -314,8 +323,10 @@ def _gradients(
     """Write gradients of a group of rows, and return those of what rows share: biases, D and x_rank."""
     dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi = into
     dfinal, dphase, dphi_end = ends
-    turned = _turned(given, half, tiles.links.chunk, True)
+    turned = _turned(given, half, tiles.links.chunk, before, True)
     wide, sweep = given.log_decay, turned.sweep(given.state)
+    if 20 * given.x.shape[0] * given.x.shape[2] >= 9 * multiprocessors(dy.device):
+        parts = parts or 1  # two sweeps over each head fill it
     borders = states_at_borders(sweep, turned.q, turned.seq_idx, dy, dfinal, dstate, tiles, parts)
     kernel, dweight, *shared = links(given, sweep, turned.q, dy, borders, tiles.links, dx, dlog_decay, dgamma)
     angles = Angles(turned.turns, half, dphase, dphi_end)
