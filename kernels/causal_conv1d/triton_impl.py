@@ -110,12 +110,8 @@ def _causal_conv1d_fwd_kernel(
     ACC: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    REVERSED: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    if REVERSED:
-        program = tl.num_programs(0) - 1 - program
-    row, start, channel = _place(program, length, channels, part, BLOCK_C)
+    row, start, channel = _place(tl.program_id(0), length, channels, part, BLOCK_C)
     stop = tl.minimum(start + part, length)
     channel_ok = channel < channels
     x_stride_t, y_stride_t = tl.cast(x_stride_t, tl.int64), tl.cast(channels, tl.int64)
@@ -262,7 +258,7 @@ def _forward(
     with on_device(x):
         _causal_conv1d_fwd_kernel[(programs,)](
             x, weight.contiguous(), _contiguous(bias), _contiguous(seq_idx), y, length, x_length, channels, part,
-            x.stride(0), x.stride(1), **_options(weight, bias, seq_idx, left, silu), **tile, REVERSED=False,
+            x.stride(0), x.stride(1), **_options(weight, bias, seq_idx, left, silu), **tile,
         )  # fmt: skip
     return y
 
