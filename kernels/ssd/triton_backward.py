@@ -253,6 +253,7 @@ def _map_gradients(
     OF_B: tl.constexpr,
     MODE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -278,61 +279,71 @@ def _map_gradients(
     if PACKED:
         seq_row = seq_ptr + row * length
     position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
-    key = _tile(key_ptr + row * key_stride_b + group * N, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
+    key_ptr += row * key_stride_b + group * N
+    own_ptr += row * own_stride_b + group * N
     kernel_tile = kernel_ptr + place * (Q * Q)
     if OF_B:
         kernel = tl.load(kernel_tile + (steps[:, None] * Q + steps[None, :])).to(DOT)
     else:
         kernel = tl.load(kernel_tile + (steps[None, :] * Q + steps[:, None])).to(DOT)
-    own, own_low = key, key
-    if not OF_B:
-        own = _tile(own_ptr + row * own_stride_b + group * N, position, ahead, ok, own_stride_t, N, BLOCK_N, DOT)
-        own, own_low = _halves(own, PRECISION)
     kernel, kernel_low = _halves(kernel, PRECISION)
-    key, key_low = _halves(key, PRECISION)
-    found = _dot_add(kernel, kernel_low, key, key_low, tl.zeros([Q, BLOCK_N], ACC), ACC, PRECISION)
-    for head in tl.range(first_head, last_head, num_stages=STAGES):
-        vectors = row * length * nheads + head
-        high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
-        if OF_B:
-            decay = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT))
-            if HAS_WEIGHT:
-                decay = decay * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
-            if PACKED:
-                decay = tl.where(index == last, decay, 0.0)
-            value = _tile(
-                value_ptr + row * value_stride_b + head * P, position, ahead, ok, value_stride_t, P, BLOCK_P, DOT
-            )
-        else:
-            decay = tl.exp2(_whole(high, low, EXACT))
-            if PACKED:
-                decay = tl.where(index == before, decay, 0.0)
-            value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
-        border = ((row * nheads + head) * chunks + chunk) * (P * N)
-        whole = _load_state(borders_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-        scaled, scaled_low = _halves((value.to(ACC) * decay[:, None]).to(DOT), PRECISION)
-        state, state_low = _halves(whole, PRECISION)
-        found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
-        if not OF_B:
-            reads = tl.sum(_dot_nt(own, own_low, state, state_low, ACC, PRECISION) * value.to(ACC), 1) * decay
-            factor = tl.exp2(_whole(_last(high, Q), _last(low, Q), EXACT))
-            if PACKED:
-                factor = tl.where(before == last, factor, 0.0)
-            leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-            if not EXACT and BLOCK_P >= 64 and BLOCK_N >= 64:
-                # The trace of this one is their product; tensor cores have the time.
-                leaving, leaving_low = _halves(leaving, PRECISION)
-                both = _dot_nt(state, state_low, leaving, leaving_low, ACC, PRECISION)
-                passed = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1) * factor, 0)
+    columns = tl.arange(0, COLUMNS)
+    out_ptr += ((block * rows + row) * length + position) * (groups * N) + group * N
+    for start in tl.range(0, N, COLUMNS):
+        key = _tile(key_ptr + start, position, ahead, ok, key_stride_t, N, COLUMNS, DOT)
+        key, key_low = _halves(key, PRECISION)
+        own = key
+        if not OF_B and not EXACT:
+            own = _tile(own_ptr + start, position, ahead, ok, own_stride_t, N, COLUMNS, DOT)
+        found = _dot_add(kernel, kernel_low, key, key_low, tl.zeros([Q, COLUMNS], ACC), ACC, PRECISION)
+        for head in tl.range(first_head, last_head, num_stages=STAGES):
+            vectors = row * length * nheads + head
+            high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
+            if OF_B:
+                decay = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT))
+                if HAS_WEIGHT:
+                    decay = decay * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
+                if PACKED:
+                    decay = tl.where(index == last, decay, 0.0)
+                value = _tile(
+                    value_ptr + row * value_stride_b + head * P, position, ahead, ok, value_stride_t, P, BLOCK_P, DOT
+                )
             else:
-                passed = tl.sum(tl.sum(whole.to(ACC) * leaving.to(ACC), 1) * factor, 0)
-            change = dlog_decay_ptr + vectors + position * nheads + ahead * nheads
-            following = tl.sum(reads, 0) - (tl.cumsum(reads, 0) - reads)
-            tl.store(change, tl.load(change, mask=ok, other=0.0) + passed + following, mask=ok)
-    columns = tl.arange(0, BLOCK_N)
-    offset = ahead[:, None] * (groups * N) + columns[None, :]
-    tile = out_ptr + ((block * rows + row) * length + position) * (groups * N) + group * N
-    tl.store(tile + offset, found, mask=ok[:, None] & (columns < N)[None, :])
+                decay = tl.exp2(_whole(high, low, EXACT))
+                if PACKED:
+                    decay = tl.where(index == before, decay, 0.0)
+                value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
+            border = ((row * nheads + head) * chunks + chunk) * (P * N) + start
+            whole = _load_state(borders_ptr + border, P, N, BLOCK_P, COLUMNS).to(DOT)
+            scaled, scaled_low = _halves((value.to(ACC) * decay[:, None]).to(DOT), PRECISION)
+            state, state_low = _halves(whole, PRECISION)
+            if EXACT and not OF_B:
+                read = _dot_add(scaled, scaled_low, state, state_low, tl.zeros([Q, COLUMNS], ACC), ACC, PRECISION)
+                found += read
+                # Once more for each head, since it would fill the registers.
+                again = ahead + tl.minimum(head, 0)
+                once = _tile(own_ptr + start, position, again, ok, own_stride_t, N, COLUMNS, DOT)
+                reads = tl.sum(read * once.to(ACC), 1)
+            else:
+                found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
+            if not OF_B:
+                if not EXACT:
+                    reads = tl.sum(_dot_nt(own, own, state, state_low, ACC, PRECISION) * value.to(ACC), 1) * decay
+                factor = tl.exp2(_whole(_last(high, Q), _last(low, Q), EXACT))
+                if PACKED:
+                    factor = tl.where(before == last, factor, 0.0)
+                leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, COLUMNS).to(DOT)
+                if not EXACT and BLOCK_P >= 64 and COLUMNS >= 64:
+                    # The trace of this one is their product; tensor cores have the time.
+                    both = _dot_nt(state, state_low, leaving, leaving, ACC, PRECISION)
+                    passed = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1) * factor, 0)
+                else:
+                    passed = tl.sum(whole.to(ACC) * leaving.to(ACC)) * factor
+                change = dlog_decay_ptr + vectors + position * nheads + ahead * nheads
+                following = tl.sum(reads, 0) - (tl.cumsum(reads, 0) - reads)
+                tl.store(change, tl.load(change, mask=ok, other=0.0) + passed + following, mask=ok)
+        offset = ahead[:, None] * (groups * N) + columns[None, :]
+        tl.store(out_ptr + start + offset, found, mask=ok[:, None] & (columns < N)[None, :])
 
 
 @quick
@@ -365,6 +376,7 @@ def _ssd_bwd_maps_kernel(
     C_stride_t,
     MODE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -393,13 +405,13 @@ def _ssd_bwd_maps_kernel(
         _map_gradients(
             x_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, leaving_ptr, C_ptr, kernel_ptr, dB_ptr,
             dlog_decay_ptr, row, chunk, group, block, place, rows, groups, length, nheads, first, last, x_stride_b,
-            x_stride_t, C_stride_b, C_stride_t, C_stride_b, C_stride_t, True, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P,
-            BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+            x_stride_t, C_stride_b, C_stride_t, C_stride_b, C_stride_t, True, MODE, HAS_WEIGHT, BLOCK_N, P, N, Q,
+            BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _map_gradients(
             dy_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, leaving_ptr, C_ptr, kernel_ptr, dC_ptr,
             dlog_decay_ptr, row, chunk, group, block, place, rows, groups, length, nheads, first, last, x_stride_b,
-            x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, False, MODE, HAS_WEIGHT, P, N, Q, BLOCK_P,
-            BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+            x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, False, MODE, HAS_WEIGHT, COLUMNS, P, N, Q,
+            BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip

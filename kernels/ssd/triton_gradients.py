@@ -11,7 +11,7 @@ from ..triton_utils import cdiv, multiprocessors
 from .triton_backward import _ssd_bwd_links_kernel, _ssd_bwd_maps_kernel
 from .triton_kernels import ADJOINT, DESCENDING, SHIFT
 from .triton_outputs import Sweep, run_sweeps, strides
-from .triton_tiles import GradientTiles, Tiles, gradient_alternatives, gradient_tiles, options, padded
+from .triton_tiles import GradientTiles, Tiles, gradient_alternatives, gradient_tiles, map_columns, options, padded
 
 # States and gradients of states between the kernels are about so many numbers; rows are taken in groups that have them.
 _BORDER_NUMBERS = 2**27
@@ -160,7 +160,8 @@ def _run_chunks(
     )  # fmt: skip
     _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
         x, log_decay, B, C, weight, seq_idx, borders[0], borders[1], dy, kernel, dB, dC, into.dlog_decay, batch,
-        *sizes, *strides(x, B, C), **shared, **options(x, n, log_decay, seq_idx, maps, sweep.fine),
+        *sizes, *strides(x, B, C), COLUMNS=map_columns(x, n), **shared,
+        **options(x, n, log_decay, seq_idx, maps, sweep.fine),
     )  # fmt: skip
     if blocks > 1:
         into.dB.copy_(dB.sum(0))

@@ -54,6 +54,8 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
         of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": Tiles(64, 8, 1)}
         if wide:
             of_kernel |= {"fwd": Tiles(16, 4, 2), "links": Tiles(64, 4, 1)}
+            if kernel == "maps":
+                return Tiles(64, 4, 2)
         return of_kernel.get(kernel.removeprefix("turned "), Tiles(64, 8, 1))
     if kernel == "sweep" and not wide:
         return Tiles(64, 4, 2, 128)  # four programs a multiprocessor
@@ -125,6 +127,12 @@ def _gradient_alternatives(
         for of_sweep in some
     ]
     return first, *(one for one in others if one != first)
+
+
+def map_columns(x: Tensor, n: int) -> int:
+    """Columns of dC that are made at a time: all, but for float32, which takes twice the registers."""
+    columns = padded(x, n)[1]
+    return 64 if x.dtype == torch.float32 and n % 64 == 0 and not INTERPRETED else columns
 
 
 def fine_products(x: Tensor, n: int) -> bool:
