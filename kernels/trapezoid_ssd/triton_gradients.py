@@ -56,8 +56,9 @@ def links(
     dx: Tensor,
     dlog_decay: Tensor,
     dgamma: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write gradients of x, of log-decays and, without what it does to dt, of gamma.
+    shared: Shared,
+) -> tuple[Tensor, Tensor]:
+    """Write gradients of x, x_rank, D, log-decays and, without what it does to dt, of gamma.
 
     Args:
         given: The inputs.
@@ -69,25 +70,45 @@ def links(
         dx: Where to write, (b, positions, h, p).
         dlog_decay: (b, positions, h).
         dgamma: (b, positions, h).
+        shared: The same for what rows share.
 
     Returns:
-        K^T of each chunk and head, (b * chunks * h, q, q); the gradient of each position's weight for later ones,
-        (b, positions, h); the gradients of D and x_rank, the latter empty if there is none.
+        K^T of each chunk and head, (b * chunks * h, q, q), and the gradient of each position's weight for later ones,
+        (b, positions, h).
     """
     x, values, k, chunk = given.x, sweep.values, sweep.keys, tiles.chunk
     (batch, length, nheads, _), n, wide = values.shape, k.shape[3], given.log_decay
     chunks = batch * cdiv(length, chunk)
     kernel, dweight = x.new_empty(chunks * nheads, chunk, chunk), torch.empty_like(wide)
-    dD = wide.new_empty(chunks, nheads)
-    dx_rank = wide.new_empty(0) if given.x_rank is None else wide.new_empty(chunks, *given.x_rank.shape)
-    shared = options(values, n, wide, given.seq_idx, tiles, sweep.fine)
+    chosen = options(values, n, wide, given.seq_idx, tiles, sweep.fine)
     _trapezoid_links_kernel[(chunks * nheads,)](
         x, values, wide, given.gamma, given.beta, k, q, given.D, given.x_rank, given.seq_idx, borders[0], borders[1],
-        dy, dx, dlog_decay, dgamma, dweight, dD, dx_rank, kernel, length, nheads, *strides(x, values),
+        dy, dx, dlog_decay, dgamma, dweight, shared.D, shared.x_rank, kernel, length, nheads, *strides(x, values),
         HAS_RANK=given.x_rank is not None, RANKS=given.ranks,
-        **{name: value for name, value in shared.items() if name != "STAGES"},
+        **{name: value for name, value in chosen.items() if name != "STAGES"},
     )  # fmt: skip
-    return kernel, dweight, dD.sum(0), dx_rank if given.x_rank is None else dx_rank.sum(0)
+    return kernel, dweight
+
+
+class Shared(NamedTuple):
+    """Gradients of what rows share, for each chunk, to be added."""
+
+    B_bias: Tensor  # (b * chunks, h, r, n)
+    C_bias: Tensor  # (b * chunks, h, r, n)
+    D: Tensor  # (b * chunks, h)
+    x_rank: Tensor  # (b * chunks, h, r, p), without numbers if there is none
+
+    def cut(self, chunks: slice) -> Shared:
+        """The same for some chunks."""
+        return Shared(*(one[chunks] for one in self))
+
+
+def empty_shared(given: Inputs, chunk: int) -> Shared:
+    """Tensors for the gradients of what rows share."""
+    wide, chunks = given.log_decay, given.x.shape[0] * cdiv(given.B.shape[1], chunk)
+    dB_bias, dC_bias = wide.new_empty(2, chunks, *given.B_bias.shape).unbind(0)
+    dx_rank = wide.new_empty(0) if given.x_rank is None else wide.new_empty(chunks, *given.x_rank.shape)
+    return Shared(dB_bias, dC_bias, wide.new_empty(chunks, wide.shape[2]), dx_rank)
 
 
 class Angles(NamedTuple):
@@ -119,9 +140,10 @@ def maps(
     dB: Tensor,
     dC: Tensor,
     dphi: Tensor,
+    shared: Shared,
     blocks: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write gradients of the rates, of B, C and the first angles; return those of dt, in parts, and of the biases.
+) -> Tensor:
+    """Write gradients of the rates, of B, C, their biases and the first angles; return those of dt, in parts.
 
     Args:
         given: The inputs.
@@ -138,6 +160,7 @@ def maps(
         dB: (b, l, g, n).
         dC: (b, l, g, n).
         dphi: (b, h, s).
+        shared: The same for what rows share.
         blocks: Of a group's heads, 0 to choose.
     """
     (batch, _, nheads, _), (length, groups, n) = given.x.shape, given.B.shape[1:]
@@ -146,24 +169,23 @@ def maps(
     slices, turning = cdiv(n, columns), cdiv(2 * pairs, columns)
     programs = 2 * slices * batch * chunks * groups
     blocks, block_heads = blocks_of_heads(repeats, programs, blocks * programs or 4 * multiprocessors(given.x.device))
-    dB_bias, dC_bias = wide.new_empty(2, batch * chunks, *given.B_bias.shape).unbind(0)
     dB_parts, dC_parts = (wide.new_empty(blocks, *dB.shape) if blocks > 1 else one for one in (dB, dC))
     drate_parts = wide.new_empty(2 * blocks * groups, *drate.shape)
     dphi_parts = wide.new_empty(2, *dphi.shape)
     ddt = wide.new_empty(2 * turning, *wide.shape)
     few = wide.dtype == torch.float64 or INTERPRETED
-    shared = options(sweep.values, n, sweep.log_decay, given.seq_idx, tiles, sweep.fine)
+    chosen = options(sweep.values, n, sweep.log_decay, given.seq_idx, tiles, sweep.fine)
     _trapezoid_maps_kernel[(programs * blocks,)](
         sweep.values, dy, given.gamma, given.beta, given.rate, angles.turns, *decays, sweep.keys, q, borders[0],
-        borders[1], kernel, angles.dphase, angles.dphi_end, dB_parts, dC_parts, dB_bias, dC_bias, ddt, drate_parts,
-        dphi_parts, batch, length, nheads, repeats, blocks, block_heads, *strides(sweep.values),
+        borders[1], kernel, angles.dphase, angles.dphi_end, dB_parts, dC_parts, shared.B_bias, shared.C_bias, ddt,
+        drate_parts, dphi_parts, batch, length, nheads, repeats, blocks, block_heads, *strides(sweep.values),
         HAS_DPHASE=angles.dphase is not None, HAS_DPHI=angles.dphi_end is not None, S=pairs, HALF=angles.half,
         TERMS=0 if few else 3 if given.x.dtype == torch.float32 else 2, RANKS=given.ranks,
-        **{name: value for name, value in shared.items() if name not in ("PACKED", "EXACT")} | {"BLOCK_N": columns},
+        **{name: value for name, value in chosen.items() if name not in ("PACKED", "EXACT")} | {"BLOCK_N": columns},
     )  # fmt: skip
     if blocks > 1:
         dB.copy_(dB_parts.sum(0))
         dC.copy_(dC_parts.sum(0))
     torch.sum(drate_parts, 0, out=drate).mul_(math.pi)
     torch.sum(dphi_parts, 0, out=dphi)
-    return ddt, dB_bias.sum(0), dC_bias.sum(0)
+    return ddt

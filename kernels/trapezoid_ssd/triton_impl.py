@@ -22,7 +22,7 @@ from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .state import rotate, spin
 from .triton_fused import fused_outputs, fuses
-from .triton_gradients import Angles, blocks_of_heads, links, maps, states_at_borders
+from .triton_gradients import Angles, Shared, blocks_of_heads, empty_shared, links, maps, states_at_borders
 from .triton_inputs import Inputs, angles_of_chunks, readable
 from .triton_kernels import (
     _trapezoid_turn_kernel,
@@ -295,17 +295,15 @@ def _backward(
     into = dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi
     ends = dfinal, dphase, dphi_end
     with on_device(x):
-        before = angles_of_chunks(given, tiles.links.chunk)
-        sums = [
+        chunk, chunks = tiles.links.chunk, cdiv(B.shape[1], tiles.links.chunk)
+        before, shared = angles_of_chunks(given, chunk), empty_shared(given, chunk)
+        for rows in _groups(given, True):
             _gradients(
                 given.cut(rows), half, tiles, before[rows], dy[rows],
-                [None if one is None else one[rows] for one in ends], [one[rows] for one in into], parts, blocks,
-            )
-            for rows in _groups(given, True)
-        ]  # fmt: skip
-    dB_bias, dC_bias, dD, dx_rank = (
-        found[0] if len(sums) == 1 else torch.stack(found).sum(0) for found in zip(*sums, strict=True)
-    )
+                [None if one is None else one[rows] for one in ends], [one[rows] for one in into],
+                shared.cut(slice(rows.start * chunks, rows.stop * chunks)), parts, blocks,
+            )  # fmt: skip
+    dB_bias, dC_bias, dD, dx_rank = (one.sum(0) if one.numel() else one for one in shared)
     return dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi, dB_bias, dC_bias, dD, dx_rank
 
 
@@ -317,10 +315,11 @@ def _gradients(
     dy: Tensor,
     ends: list[Tensor | None],
     into: list[Tensor],
+    shared: Shared,
     parts: int,
     blocks: int,
-) -> tuple[Tensor, ...]:
-    """Write gradients of a group of rows, and return those of what rows share: biases, D and x_rank."""
+) -> None:
+    """Write gradients of a group of rows; `ends` are those of the last state and angles."""
     dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi = into
     dfinal, dphase, dphi_end = ends
     turned = _turned(given, half, tiles.links.chunk, before, True)
@@ -328,16 +327,16 @@ def _gradients(
     if 20 * given.x.shape[0] * given.x.shape[2] >= 9 * multiprocessors(dy.device):
         parts = parts or 1  # two sweeps over each head fill it
     borders = states_at_borders(sweep, turned.q, turned.seq_idx, dy, dfinal, dstate, tiles, parts)
-    kernel, dweight, *shared = links(given, sweep, turned.q, dy, borders, tiles.links, dx, dlog_decay, dgamma)
+    kernel, dweight = links(given, sweep, turned.q, dy, borders, tiles.links, dx, dlog_decay, dgamma, shared)
     angles = Angles(turned.turns, half, dphase, dphi_end)
-    ddt, dB_bias, dC_bias = maps(
-        given, angles, sweep, turned.q, dy, turned.decays, borders, kernel, tiles.maps, drate, dB, dC, dphi, blocks
-    )
+    ddt = maps(
+        given, angles, sweep, turned.q, dy, turned.decays, borders, kernel, tiles.maps, drate, dB, dC, dphi, shared,
+        blocks,
+    )  # fmt: skip
     _trapezoid_weights_kernel[(cdiv(wide.numel(), 1024),)](
         ddt, dgamma, dweight, given.seq_idx, dgamma, dbeta, wide.numel(), given.x.shape[1], given.x.shape[2],
         SLICES=len(ddt), PACKED=given.seq_idx is not None, BLOCK=1024,
     )  # fmt: skip
-    return dB_bias, dC_bias, *shared
 
 
 @torch.library.register_fake("ssm::trapezoid_ssd_triton_bwd")

@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..ssd.triton_kernels import _dot_add, _dot_nt, _halves, _last, _less, _log2_sums, _vector, _whole
+from ..ssd.triton_kernels import (
+    _dot_add,
+    _dot_nt,
+    _halves,
+    _last,
+    _less,
+    _log2_sums,
+    _vector,
+    _whole,
+    keep_addresses_in_loops,
+)
 from ..triton_utils import quick
 from .triton_kernels import _directions, _get, _rotated, _weights
 
@@ -89,6 +99,7 @@ def _decays(log_decay_ptr, vectors, first, at, ok, ranks, nheads, ACC: tl.conste
 
 
 @quick
+@keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "parts", "part_length"])
 def _trapezoid_fwd_kernel(
     x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr,
@@ -120,7 +131,9 @@ def _trapezoid_fwd_kernel(
     if PACKED:
         seq_row = seq_ptr + row * positions
     begin_part = part.to(tl.int64) * part_length
-    for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
+    for begin in tl.range(
+        begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES, disable_licm=True
+    ):
         ok = steps < length - begin
         first, chunk = begin // RANKS, begin // Q
         gamma, _, following = _weights(
@@ -186,6 +199,7 @@ def _trapezoid_fwd_kernel(
 
 
 @quick
+@keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "parts", "part_length"])
 def _trapezoid_parts_kernel(
     x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, B_bias_ptr, x_rank_ptr, seq_ptr, ends_ptr,
@@ -213,7 +227,9 @@ def _trapezoid_parts_kernel(
         seq_row = seq_ptr + row * positions
     begin_part = part.to(tl.int64) * part_length
     through = tl.full([], 1.0, ACC)
-    for begin in tl.range(begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES):
+    for begin in tl.range(
+        begin_part, tl.minimum(begin_part + part_length, length), Q, num_stages=STAGES, disable_licm=True
+    ):
         ok = steps < length - begin
         first, chunk = begin // RANKS, begin // Q
         gamma, _, following = _weights(
