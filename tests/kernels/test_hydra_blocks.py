@@ -1,6 +1,7 @@
 """`hydra_blocks`: a stack of Hydra blocks in one call against the blocks one by one, and what it leaves to these."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_blocks_one_by_one(device, b, l, depth, d, dtype, options):  # noqa: E74
             expected = expected + mixer.double()(norm.double()(expected))
     assert y.dtype == torch.float32
     assert relative_error(y - x, expected - x.double()) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("walkers", ["enough", "few"])
+def test_states_of_long_rows_both_ways(device, walkers, monkeypatch):
+    """Carried along a row by one program, or collected by piece and then summed, they are those of the recurrence."""
+    blocks = importlib.import_module("omnissm.kernels.quasiseparable.triton_blocks")
+    monkeypatch.setattr(blocks, "multiprocessors", lambda _: 1 if walkers == "enough" else 1000)
+    test_blocks_one_by_one(device, 2, 390, 1, 8, torch.float16, {"d_state": 20, "headdim": 16})
+
+
+def test_few_heads_share_maps(device):
+    """Heads of a group are taken in turn: all of them, or as many as divide the group."""
+    test_blocks_one_by_one(device, 1, 260, 1, 8, torch.bfloat16, {"headdim": 4, "ngroups": 4, "expand": 4})
 
 
 def test_weights_anywhere_in_memory(device):
