@@ -337,9 +337,10 @@ def close_option(message: str, options: Sequence[str]) -> str:
     word = found[1].lstrip("-").rpartition(".")[2]
     if any(word == option.lstrip("-") for option in options):  # the option is right, its value is not
         return ""
-    names = {option.lstrip("-").rpartition(".")[2]: option for option in options}
+    names = {option.lstrip("-").rpartition(".")[2]: option for option in options if not option.endswith("+")}
     close = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(names[name]) for name in close)}?" if close else ""
+    stop = "" if message.rstrip().endswith((".", "?")) else "."
+    return f"{stop} Did you mean {' or '.join(repr(names[name]) for name in close)}?" if close else ""
 
 
 def find_configs(words: Sequence[str], domain: str = "") -> list[str]:

@@ -134,7 +134,10 @@ def list_names(pattern: str = "*") -> None:
     """
     from .models import MODELS, create_model, list_models
 
-    for name in list_models(pattern):
+    found = list_models(pattern)
+    if not found:
+        raise ValueError(f"no model's name is like {pattern!r}; `omnissm graphs list` shows all.")
+    for name in found:
         count = sum(p.numel() for p in create_model(name, node_vocab=[1]).parameters())
         sys.stdout.write(f"{name:22} {count:12,} {MODELS[name].about}\n")
 

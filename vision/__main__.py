@@ -236,7 +236,10 @@ def list_names(pattern: str = "*") -> None:
     """
     from .registry import create_model, list_models
 
-    for name in list_models(pattern):
+    found = list_models(pattern)
+    if not found:
+        raise ValueError(f"no model's name is like {pattern!r}; `omnissm vision list` shows all.")
+    for name in found:
         net = create_model(name, device="meta")
         count = sum(p.numel() for p in net.parameters())
         size = "x".join(map(str, net.default_cfg["input_size"]))  # type: ignore[index, union-attr]

@@ -26,9 +26,9 @@ def explain(message: str, parser: Any) -> str:
     """
     text = shorten(" ".join(str(message).split()))
     hints = []
-    if missing := _CLASS.search(text):
-        classes = [name for name, value in vars(import_module(missing[1])).items() if inspect.isclass(value)]
-        hints += _close(missing[2], classes)
+    if unknown := _CLASS.search(text):
+        classes = [name for name, value in vars(import_module(unknown[1])).items() if inspect.isclass(value)]
+        hints += _close(unknown[2], classes)
     if wrong := _SHORT.search(text):
         base = getattr(import_module(wrong[1]), wrong[2])
         hints += _close(wrong[3], [kind.__name__ for kind in _subclasses(base)])
@@ -37,12 +37,17 @@ def explain(message: str, parser: Any) -> str:
         names = set(_names(parser, text))
         word = next((part for part in found[1].lstrip("-").split(".") if part not in names), "")
         hints += _close(word, sorted(names))
-    if "required: " in text and (".data" in text or ".model" in text):
+    missing = re.search(r"the following arguments are required: ((?:\w+\.(?:data|model)(?:, )?)+)", text)
+    if missing:
+        text = text.replace(missing[0], f"the configuration lacks {re.sub(r'[a-z]+[.]', '', missing[1])}")
         hints.append("Name a configuration with -c, or the folder of an earlier run with --run.")
     # Where the package `lightning` is there too, its classes are found but are none of pytorch_lightning's.
     foreign = "does not correspond to a subclass" in text and find_spec("lightning") is not None
     if "lightning.pytorch" in text or foreign:
         hints.append("Write pytorch_lightning instead of lightning.pytorch, or the class's name alone.")
+    text = re.sub(r'^Parser key "([\w.]+)": (?=[\w.]+: expected )', r"\1.", text)  # came by here before
+    text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
+    text = re.sub(r"Expected an? <class '(\w+)'>\. Got value: ", r"expected \1; got ", text)
     return " ".join([text if not hints or text.endswith((".", "?")) else f"{text}.", *hints])
 
 

@@ -343,7 +343,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_weights():
         (["--data.init_args.batch_sizee", "4"], r"'batch_sizee' is not accepted. Did you mean 'batch_size'"),
         (["--model.init_args.optimizer.init_args.lrr", "4"], r"Did you mean 'lr'"),
         (["--trainer.max_epoch", "4"], r"Did you mean 'max_epochs'"),
-        (["--trainer.max_epochs", "few"], r"expected one of int, null; got few"),
+        (["--trainer.max_epochs", "few"], r"^trainer.max_epochs: expected one of int, null; got few"),
+        (["--data.init_args.batch_size", "many"], r"^data.batch_size: expected int; got many$"),
         (["--data", "tiny_training.Pints"], r"no attribute 'Pints'. Did you mean 'Points'"),
         (["--model", "Lin"], r"got Lin. Did you mean 'Line'"),
         (["--data", "tiny_training.Shapeless"], r"^Shapeless has no `n_variates`, which the task needs"),
@@ -381,6 +382,10 @@ def test_misspelt_section_of_a_file():
     Path("bad.yaml").write_text(yaml.safe_dump({**CONFIG, "trianer": {"max_epochs": 1}}))
     with pytest.raises(ValueError, match=r"'trianer.max_epochs'. Did you mean 'trainer'"):
         run("-c", "bad.yaml")
+    with pytest.raises(
+        ValueError, match=r"^the configuration lacks data, model\. Name a configuration with -c, .*--run\.$"
+    ):
+        run()
 
 
 def test_full_disk_is_one_line_and_leaves_no_halves(capsys, monkeypatch):
