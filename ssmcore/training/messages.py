@@ -45,7 +45,8 @@ def explain(message: str, parser: Any) -> str:
     foreign = "does not correspond to a subclass" in text and find_spec("lightning") is not None
     if "lightning.pytorch" in text or foreign:
         hints.append("Write pytorch_lightning instead of lightning.pytorch, or the class's name alone.")
-    text = re.sub(r'^Parser key "([\w.]+)": (?=[\w.]+: expected )', r"\1.", text)  # came by here before
+    # An error inside a class has come by here before, and begins with the option's name already.
+    text = re.sub(r'^Parser key "([\w.]+)": (?=[\w.]+: expected )', r"\1.", text)
     text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
     text = re.sub(r"Expected an? <class '(\w+)'>\. Got value: ", r"expected \1; got ", text)
     return " ".join([text if not hints or text.endswith((".", "?")) else f"{text}.", *hints])

@@ -66,6 +66,7 @@ def test_predict_names_bad_files(folder, monkeypatch, capsys):
         (["plot", "--model", "hydra_vit_tny_patch16_224"], "Did you mean 'hydra_vit_tiny_patch16_224'"),
         (["shard", "--data", "runs", "--out", "x"], "holds no image"),
         (["benchmark", "--models", "hydra"], "Unknown vision model 'hydra'"),
+        (["list", "--pattern", "zebra*"], "no model's name is like 'zebra*'"),
         (["benchmark", "--models", "hydra", "--image_size", "32"], "Unknown vision model 'hydra'"),
         (["benchmark", "--models", "test_vit", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["benchmark", "--models", "test_vit", "--threads", "0"], "threads must be at least 1, got 0"),
