@@ -6,7 +6,7 @@
 
 The backward recurrence is the forward one with other tensors and the edges turned round, so one kernel does both. It
 has two schedules. By levels: a launch for each wide one, and one for a run of narrow ones, whose programs run at once
-and wait for each other behind each level. By graphs, for narrow and deep ones: a program per graph and column tile,
+and wait for each other behind each level; where a CUDA graph is recorded, a launch for each. By graphs, for narrow and deep ones: a program per graph and column tile,
 which walks the nodes in order; a program reads only columns that it wrote. Sums have a fixed order.
 """
 
@@ -106,11 +106,16 @@ class _Topology:
         return states
 
     def _runs(self, tiles: int, nodes: int, device: torch.device, backwards: bool) -> list[tuple[int, int]]:
-        """Levels [first, last) of each launch, in the order of the launches."""
+        """Levels [first, last) of each launch, in the order of the launches.
+
+        A launch costs the host more than a narrow level takes, and a recorded one less than programs that wait.
+        """
+        recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        most = 0 if recorded else _NARROW * multiprocessors(device)
         runs: list[tuple[int, int]] = []
         narrow_before = False
         for level, (begin, end) in enumerate(itertools.pairwise(self.level_ptr)):
-            narrow = triton.cdiv(end - begin, nodes) * tiles <= _NARROW * multiprocessors(device)
+            narrow = triton.cdiv(end - begin, nodes) * tiles <= most
             if narrow and narrow_before:
                 runs[-1] = runs[-1][0], level + 1
             else:
