@@ -123,29 +123,6 @@ def _selective_scan_bwd_part_kernel(
 
 
 @triton.jit
-def _fetch_stretch(
-    u_row, dt_row, dy_row, B_row, C_row, z_row, seq_row, scratch, stretch, first, end, z_stride_t, sub, ok,
-    LANES: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    TIME: tl.constexpr, HAS_Z: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """All that the way back over a stretch needs, and the state before it; zeros where `stretch` is negative."""
-    start, end = first + stretch * TIME, tl.where(stretch >= 0, end, 0)
-    h = ()
-    for k in tl.static_range(K):
-        h = h + (tl.load(scratch + (stretch * K + k) * LANES, mask=ok & (stretch >= 0), other=0.0),)
-    return (
-        _fetch_masked(u_row, start, end, ok, CHANNELS, TIME),
-        _fetch_masked(dt_row, start, end, ok, CHANNELS, TIME),
-        _fetch_masked(dy_row, start, end, ok, CHANNELS, TIME),
-        _fetch_maps(B_row, start, end, sub, GROUPS, N, K, TIME),
-        _fetch_maps(C_row, start, end, sub, GROUPS, N, K, TIME),
-        _fetch_gates(z_row, start, end, z_stride_t, ok, TIME, HAS_Z),
-        _fetch_links(seq_row, start, end, TIME, PACKED),
-        h,
-    )
-
-
-@triton.jit
 def _store_lanes(scratch, stretch, h, LANES: tl.constexpr, K: tl.constexpr):
     for k in tl.static_range(K):
         tl.store(scratch + (stretch * K + k) * LANES, h[k])
@@ -186,9 +163,8 @@ def _selective_scan_bwd_kernel(
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SUB: tl.constexpr,
     BLOCK_D: tl.constexpr, TIME: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_FINAL: tl.constexpr,
     PACKED: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr, SAVED: tl.constexpr, LEVELS: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """TIME is 2^LEVELS; AHEAD: each stretch is fetched before the one after it is done with."""
+    """TIME is 2^LEVELS."""
     LANES: tl.constexpr = BLOCK_D * SUB
     STEPS: tl.constexpr = min(SUB, TIME)
     SLOTS: tl.constexpr = SAVED // TIME
@@ -243,19 +219,19 @@ def _selective_scan_bwd_kernel(
                 h, _gates = _advance(h, A, us[i], dts[i], Bs[i], links[i], K, PRECISE, PACKED, ACC)
         _store_lanes(scratch, stretches - 1, h, LANES, K)
         tl.debug_barrier()
-        before_it = _fetch_stretch(
-            u_row, dt_row, dy_row, B_row, C_row, z_row, seq_row, scratch, stretches - 1, first, end, z_stride_t,
-            sub, ok, LANES, CHANNELS, GROUPS, N, K, TIME, HAS_Z, PACKED,
-        )  # fmt: skip
         for stretch_back in range(stretches):
             stretch = stretches - 1 - stretch_back
             start = first + stretch * TIME
-            us, dts, dys, Bs, Cs, zs, links, h = before_it
-            if AHEAD:
-                before_it = _fetch_stretch(
-                    u_row, dt_row, dy_row, B_row, C_row, z_row, seq_row, scratch, stretch - 1, first, end, z_stride_t,
-                    sub, ok, LANES, CHANNELS, GROUPS, N, K, TIME, HAS_Z, PACKED,
-                )  # fmt: skip
+            us = _fetch_masked(u_row, start, end, ok, CHANNELS, TIME)
+            dts = _fetch_masked(dt_row, start, end, ok, CHANNELS, TIME)
+            dys = _fetch_masked(dy_row, start, end, ok, CHANNELS, TIME)
+            Bs = _fetch_maps(B_row, start, end, sub, GROUPS, N, K, TIME)
+            Cs = _fetch_maps(C_row, start, end, sub, GROUPS, N, K, TIME)
+            zs = _fetch_gates(z_row, start, end, z_stride_t, ok, TIME, HAS_Z)
+            links = _fetch_links(seq_row, start, end, TIME, PACKED)
+            h = ()
+            for k in tl.static_range(K):
+                h = h + (tl.load(scratch + (stretch * K + k) * LANES),)
             states, gates = (h,), ()
             for i in tl.static_range(TIME):
                 h, gate = _advance(h, A, us[i], dts[i], Bs[i], links[i], K, PRECISE, PACKED, ACC)
@@ -329,11 +305,6 @@ def _selective_scan_bwd_kernel(
                 n = index % SUB * K + which % K
                 out = maps + (which // K) * maps_size + time * (GROUPS * N) + n
                 tl.store(out, tile, mask=(which < 2 * K) & (n < N) & (time < end))
-            if not AHEAD:
-                before_it = _fetch_stretch(
-                    u_row, dt_row, dy_row, B_row, C_row, z_row, seq_row, scratch, stretch - 1, first, end, z_stride_t,
-                    sub, ok, LANES, CHANNELS, GROUPS, N, K, TIME, HAS_Z, PACKED,
-                )  # fmt: skip
         tl.debug_barrier()
     if tl.program_id(1) == 0:
         _store_states(dinitial_ptr + of_states, carry, sub, ok, N, K)

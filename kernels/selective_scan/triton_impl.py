@@ -186,7 +186,7 @@ def _backward(
             u, dt, A, B, C, _or(D, u), z, _or(seq_idx, u), saved, dy, _or(dfinal, A), products, ends, scratch,
             du, ddt, dz, dparameters, dmaps, dinitial, length, part_length, z.stride(0), z.stride(1),
             HAS_D=D is not None, HAS_Z=has_z, HAS_FINAL=dfinal is not None, SAVED=_SAVED,
-            **options, **_backward_options(options, has_z),
+            **options, **_backward_options(options),
         )  # fmt: skip
     dparameters, (dB, dC) = dparameters.sum(0), dmaps.sum(0).to(B.dtype)
     return du, ddt, dparameters[:, :n].clone(), dB, dC.clone(), dparameters[:, n].clone(), dz, dinitial
@@ -328,13 +328,12 @@ def _fills(programs: int, device: torch.device) -> bool:
     return programs >= 2 * multiprocessors(device)
 
 
-def _backward_options(options: dict[str, Any], gated: bool) -> dict[str, Any]:
+def _backward_options(options: dict[str, Any]) -> dict[str, Any]:
     """What the backward kernel needs beside `_options`.
 
-    168 registers a thread let three programs of four warps share a multiprocessor. They hold a stretch and the next
-    one, but for links or a gate.
+    168 registers a thread let three programs of four warps share a multiprocessor, and suffice without spilling.
     """
-    found = {"LEVELS": options["TIME"].bit_length() - 1, "AHEAD": not (options["PACKED"] or gated)}
+    found = {"LEVELS": options["TIME"].bit_length() - 1}
     return found if INTERPRETED else found | {"maxnreg": 168, "num_stages": 1}
 
 
