@@ -44,16 +44,19 @@ CHOICES = [
     *grid("ssd", 0, "fwd", *({"chunk": c, "warps": w, "stages": s} for c, w, s in (
         (64, 4, 1), (64, 4, 3), (64, 8, 2), (32, 4, 2),
     ))),
-    *grid("ssd", 0, "links", *({"warps": w, "stages": s} for w, s in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2)))),
+    *grid("ssd", 0, "links", *({"warps": w, "stages": s} for w, s in ((4, 1), (4, 3), (8, 2)))),
     *grid("ssd", 0, "maps", *({"warps": w, "stages": s} for w, s in ((4, 1), (4, 3), (8, 2)))),
     *grid("ssd", 0, "sweep", *({"warps": w, "stages": s} for w, s in ((4, 1), (4, 3), (8, 2)))),
-    *grid("ssd", 1, "fwd", *({"chunk": c, "warps": w, "stages": s} for c, w, s in (
-        (16, 4, 1), (32, 4, 2), (64, 8, 1),
-    ))),
-    *grid("ssd", 1, "links", *({"warps": w, "stages": s} for w, s in ((8, 1),))),
+    *grid("ssd", 1, "fwd", {"stages": 3}, {"chunk": 32}, {"chunk": 64, "warps": 8, "stages": 1}),
+    *grid("ssd", 1, "links", {"warps": 8}),
+    *grid("ssd", 1, "maps", {"stages": 1}, {"warps": 8, "stages": 1}),
+    *grid("ssd", 3, "fwd", {"stages": 1}, {"stages": 2}),
+    *grid("ssd", 3, "links", {"stages": 1}, {"stages": 2}),
+    *grid("ssd", 3, "maps", {"stages": 1}, {"stages": 2}),
     *grid("quasiseparable", 0, "two-sided", *({"chunk": c, "warps": w, "stages": s} for c, w, s in (
-        (64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 8, 2), (32, 4, 2), (128, 8, 2),
+        (64, 4, 1), (64, 4, 2), (64, 8, 2), (32, 4, 2), (128, 8, 2),
     ))),
+    *grid("quasiseparable", 2, "two-sided", {"stages": 2}, {"warps": 8}),
     *grid("selective_scan", 0, "fwd", {"TIME": 4}, {"TIME": 16}, {"BLOCK_D": 64, "num_warps": 4}),
     *grid("selective_scan", 0, "bwd", {"TIME": 2}, {"TIME": 8}, {"BLOCK_D": 64, "num_warps": 4}),
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from ..ssd.triton_kernels import (
     _halves,
     _last,
     _less,
+    _load_state,
     _log2_sums,
     _tile,
     _vector,
@@ -35,15 +36,21 @@ from ..ssd.triton_kernels import (
 from ..ssd.triton_outputs import Sweep, contiguous, dense_rows, run_sweeps, strides
 from ..ssd.triton_tiles import fine_chunk, fine_products, options, padded, tiles
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
-from ..triton_utils import cdiv, multiprocessors, on_device, quick
+from ..triton_utils import INTERPRETED, cdiv, multiprocessors, on_device, quick
 from .reference import Side
 
 
 @triton.jit
-def _border(ptr, there, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A state, or zeros, [BLOCK_P, BLOCK_N]."""
-    rows, columns = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    return tl.load(ptr + (rows * N + columns), mask=(rows < P) & (columns < N) & there, other=0.0)
+def _border(
+    ptr, there, SKIP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """A state, [BLOCK_P, BLOCK_N]; with SKIP zeros unless it is there."""
+    if SKIP:
+        rows, columns = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        state = tl.load(ptr + (rows * N + columns), mask=(rows < P) & (columns < N) & there, other=0.0)
+    else:
+        state = _load_state(ptr, P, N, BLOCK_P, BLOCK_N)
+    return state
 
 
 @quick
@@ -82,7 +89,7 @@ def _quasiseparable_fwd_kernel(
     SHIFTED: tl.constexpr,
     HAS_WEIGHT_F: tl.constexpr,
     HAS_WEIGHT_B: tl.constexpr,
-    HAS_STATE: tl.constexpr,
+    SKIP: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -161,40 +168,34 @@ def _quasiseparable_fwd_kernel(
         from_left = tl.exp2(_whole(row_high_f, row_low_f, EXACT))
         from_right = tl.exp2(_less(_last(high_b, Q), _last(low_b, Q), row_high_b, row_low_b, EXACT))
         past = own[:, None] > own[None, :]
-        if SHIFTED:
-            linked = own[:, None] != own[None, :]
-        else:
-            linked = own[:, None] >= 0
+        future = own[:, None] < own[None, :]
+        if not SHIFTED:
+            past = past | (own[:, None] == own[None, :])
+            future = own[:, None] <= own[None, :]
         if PACKED:
             of = index + (own - steps)
-            linked = linked & (of[:, None] == of[None, :])
+            past = past & (of[:, None] == of[None, :])
+            future = future & (of[:, None] == of[None, :])
             from_left = tl.where(index == left_index, from_left, 0.0)
             from_right = tl.where(index == right_index, from_right, 0.0)
         between_f = _less(row_high_f[:, None], row_low_f[:, None], high_f[None, :], low_f[None, :], EXACT)
         between_b = _less(before_high_b[None, :], before_low_b[None, :], row_high_b[:, None], row_low_b[:, None], EXACT)
-        decays = tl.exp2(tl.where(linked, tl.where(past, between_f, between_b), float("-inf")))  # [t, s]
-        if SHIFTED and HAS_WEIGHT_F and HAS_WEIGHT_B:
-            weight_f = _vector(weight_f_ptr + vectors, begin, steps, ok, nheads, ACC)
-            weight_b = _vector(weight_b_ptr + vectors, begin, steps, ok, nheads, ACC)
-            found = every * tl.where(past, weight_f[None, :], weight_b[None, :])
+        decays_f = tl.exp2(tl.where(past, between_f, float("-inf")))  # [t, s]
+        decays_b = tl.exp2(tl.where(future, between_b, float("-inf")))
+        if HAS_WEIGHT_F:
+            decays_f = decays_f * _vector(weight_f_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
+        if HAS_WEIGHT_B:
+            decays_b = decays_b * _vector(weight_b_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
+        if SHIFTED:
+            found = every * (decays_f + decays_b)
         else:
-            mixing_f = every
-            mixing_b = every
-            if not SHIFTED:
-                mixing_b = _dot_nt(C_b, C_b_low, B_b, B_b_low, ACC, PRECISION)
-            if HAS_WEIGHT_F:
-                mixing_f = mixing_f * _vector(weight_f_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
-            if HAS_WEIGHT_B:
-                mixing_b = mixing_b * _vector(weight_b_ptr + vectors, begin, steps, ok, nheads, ACC)[None, :]
-            if not SHIFTED:
-                mixing_b = tl.where(own[:, None] == own[None, :], mixing_b + mixing_f, mixing_b)
-            found = tl.where(past, mixing_f, mixing_b)
-        mixing, mixing_low = _halves((found * decays).to(DOT), PRECISION)
+            found = every * decays_f + _dot_nt(C_b, C_b_low, B_b, B_b_low, ACC, PRECISION) * decays_b
+        mixing, mixing_low = _halves(found.to(DOT), PRECISION)
         border = ((row * nheads + head) * chunks + chunk) * (P * N)
-        from_begin = HAS_STATE | (chunk > 0)
-        from_end = HAS_STATE | (chunk + 1 < chunks)
-        left, left_low = _halves(_border(left_ptr + border, from_begin, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
-        right, right_low = _halves(_border(right_ptr + border, from_end, P, N, BLOCK_P, BLOCK_N).to(DOT), PRECISION)
+        left = _border(left_ptr + border, chunk > 0, SKIP, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        right = _border(right_ptr + border, chunk + 1 < chunks, SKIP, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        left, left_low = _halves(left, PRECISION)
+        right, right_low = _halves(right, PRECISION)
         x = _tile(x_ptr + row * x_stride_b + head * P, begin, steps, ok, x_stride_t, P, BLOCK_P, DOT)
         y = _dot_nt(C_f, C_f_low, left, left_low, ACC, PRECISION) * from_left[:, None]
         y += _dot_nt(C_b, C_b_low, right, right_low, ACC, PRECISION) * from_right[:, None]
@@ -266,16 +267,18 @@ def _forward(
     blocks = max(1, min(repeats, places // programs or cdiv(2 * places, programs)))
     block_heads = cdiv(repeats, blocks)
     blocks = cdiv(repeats, block_heads)
+    # Masks of loads that are not sent ahead would fill the registers.
+    skip = state is None and (INTERPRETED or chosen.stages > 1)
     sweeps = (
         Sweep(x, B_f, log_decay_f, weight_f, left, 0),
         Sweep(x, B_b, log_decay_b, weight_b, right, DESCENDING),
     )
     with on_device(x):
-        borders, finals = run_sweeps(sweeps, seq_idx, sweeping, 1, parts, skip=True)
+        borders, finals = run_sweeps(sweeps, seq_idx, sweeping, 1, parts, skip=skip)
         _quasiseparable_fwd_kernel[(programs * blocks,)](
             x, log_decay_f, weight_f, B_f, C_f, log_decay_b, weight_b, B_b, C_b, diag, seq_idx, borders[0], borders[1],
             y, length, nheads, repeats, blocks, block_heads, *strides(x, B_f, C_f, B_b, C_b), SHIFTED=shift,
-            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None, HAS_STATE=state is not None,
+            HAS_WEIGHT_F=weight_f is not None, HAS_WEIGHT_B=weight_b is not None, SKIP=skip,
             **options(x, n, log_decay_f, seq_idx, chosen),
         )  # fmt: skip
     return y, finals
