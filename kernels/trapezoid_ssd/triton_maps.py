@@ -87,17 +87,20 @@ def _gradients_of_maps(
             later = tl.zeros([BLOCK_N // 2], ACC)
             if OF_B:
                 # What later chunks make of the angles, which is what they make of the turn of the state between.
-                if chunk < chunks - 1:
-                    after = _get(after_ptr + border + P * N, p_rows * N, p_rows < P, start, N, BLOCK_N, HALF, ACC)
-                    later -= tl.sum(_spin(state.to(ACC), after, BLOCK_P, BLOCK_N), 0)
-                    if HAS_DPHASE:
-                        later += tl.load(dphase_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-                elif HAS_DPHI:
-                    later += tl.load(dphi_end_ptr + heads * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+                onward = chunk < chunks - 1
+                p_ok = (p_rows < P) & onward
+                after = _get(after_ptr + border + P * N, p_rows * N, p_ok, start, N, BLOCK_N, HALF, ACC)
+                later -= tl.sum(_spin(state.to(ACC), after, BLOCK_P, BLOCK_N), 0)
+                of_pairs = heads * S + pairs
+                if HAS_DPHASE:
+                    later += tl.load(dphase_ptr + of_pairs, mask=(pairs < S) & onward, other=0.0).to(ACC)
+                if HAS_DPHI:
+                    later += tl.load(dphi_end_ptr + of_pairs, mask=(pairs < S) & (chunk == chunks - 1), other=0.0).to(
+                        ACC
+                    )
             ddelta = _sums_onward(dangle, own, Q, BLOCK_N // 2, ACC, TERMS) + later[None, :]
-            if chunk == 0:
-                at_first = tl.sum(tl.where((steps == 0)[:, None], ddelta, 0.0), 0)
-                tl.store(dphi_ptr + heads * S + pairs, at_first, mask=pairs < S)
+            at_first = ((steps == 0) & (chunk == 0))[:, None] & (pairs < S)[None, :]
+            tl.store(dphi_ptr + heads * S + (steps[:, None] * S + pairs[None, :]), ddelta, mask=at_first)
             of_gamma = of_position + at * nheads
             dt = tl.load(gamma_ptr + of_gamma, mask=ok, other=0.0) + tl.load(beta_ptr + of_gamma, mask=ok, other=0.0)
             drate += ddelta * dt[:, None]
