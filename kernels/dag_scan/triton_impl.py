@@ -6,8 +6,9 @@
 
 The backward recurrence is the forward one with other tensors and the edges turned round, so one kernel does both. It
 has two schedules. By levels: a launch for each wide one, and one for a run of narrow ones, whose programs run at once
-and wait for each other behind each level; where a CUDA graph is recorded, a launch for each. By graphs, for narrow and deep ones: a program per graph and column tile,
-which walks the nodes in order; a program reads only columns that it wrote. Sums have a fixed order.
+and wait for each other behind each level; where a CUDA graph is recorded, a launch for each level. By graphs, for
+narrow and deep ones: a program per graph and column tile, which walks the nodes in order; a program reads only columns
+that it wrote. Sums have a fixed order.
 """
 
 from __future__ import annotations
