@@ -93,7 +93,7 @@ class Forecaster:
         intervals: {"coverages": [...], "radius": (coverage, variate, horizon)} in scaled units, or None.
 
     Raises:
-        ValueError: for an unknown model or distribution, with close names, and for a scaler of counts.
+        ValueError: for an unknown model or distribution, with close names, for a scaler of counts, and for no threads.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class Forecaster:
     ) -> None:
         if model not in MODELS:
             create_model(model)  # answers with close names
+        if threads is not None and threads < 1:
+            raise ValueError(f"expected at least 1 thread, or None for torch's setting, got threads={threads}")
         family = find_distribution(distribution)
         if family is not None and family.counts and scaler != "none":
             raise ValueError(f"{family.name} is a distribution of counts, which are not scaled; pass scaler='none'")
@@ -181,6 +183,8 @@ class Forecaster:
         from .fitting import MemoryData, check_trainer, create_task, train
 
         check_trainer(self.trainer)
+        if max_epochs < 1:
+            raise ValueError(f"expected max_epochs of at least 1, got {max_epochs}")
         source = as_dataset(data, self.ids)
         separate, part, refit_part = self._validation(val, source.dataset)
         memory = MemoryData(

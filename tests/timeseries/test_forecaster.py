@@ -529,3 +529,18 @@ def test_integer_times_and_one_variate():
     assert result["valid_time"].values.tolist() == [[300, 302, 304, 306, 308]]
     np.testing.assert_allclose(result["mean"].values.ravel(), np.sin(result["valid_time"].values[0] / 5), atol=0.05)
     assert model.backtest(ds, start=90, progress=False)["valid_time"].values[0].tolist() == [280]
+
+
+@pytest.mark.parametrize(
+    ("options", "fitting", "message"),
+    [
+        ({"horizon": -1}, {}, "horizon must be at least 1, got -1"),
+        ({"lookback": 0}, {}, "lookback must be at least 1, got 0"),
+        ({"threads": 0}, {}, "at least 1 thread, or None"),
+        ({}, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({}, {"max_epochs": 0}, "max_epochs of at least 1, got 0"),
+    ],
+)
+def test_numbers_below_one_are_refused(options, fitting, message):
+    with pytest.raises(ValueError, match=message):
+        Forecaster("rlinear", **{"lookback": 12, "horizon": 2, **options}).fit(make(60), **fitting)

@@ -44,6 +44,9 @@ class ForecastingData(SSMData):
         time_zone: Zone whose local time the calendar follows, for times in UTC.
         seed: Order of the training windows.
         num_workers: Loader processes; 0 is usually fastest since a batch is one indexing step.
+
+    Raises:
+        ValueError: if lookback, horizon or a batch size is below 1.
     """
 
     lazy: bool = False  # a subclass sets it where windows are read from the file one by one
@@ -70,6 +73,10 @@ class ForecastingData(SSMData):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        sizes = {"lookback": lookback, "horizon": horizon, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
         self.lookback, self.horizon = lookback, horizon
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         given = train is not None or val is not None or test is not None
