@@ -236,7 +236,7 @@ def plot(
         out: Picture: .png, .pdf or .svg.
         history: Series to draw before a forecast.
         series: Which series; default the first.
-        variate: Which variate; default a panel for each, the first for "residuals".
+        variate: Which variate; default a panel for each, the first for "residuals" and "anomalies".
         metric: Error of "error_by_horizon" and "error_map", see `evaluate`.
         time: Column with the times of a table.
         freq: Frequency of the times.

@@ -38,7 +38,9 @@ def plot_anomalies(
             _, axes = plt.subplots(2, 1, figsize=(8.4, 4.6), sharex=True, layout="constrained")
             label = choose(found, "variate", variate)
             axes[0].plot(times, one["target"].sel(variate=label), color=BLUE, linewidth=0.9)
-            axes[0].set_title(f"{label}, {name}" if found.sizes["series"] > 1 else label)
+            several = variate is None and found.sizes["variate"] > 1
+            place = f"{label} (of {found.sizes['variate']} variates)" if several else label
+            axes[0].set_title(f"{place}, {name}" if found.sizes["series"] > 1 else place)
             panels = list(axes)
         else:
             panels = [new_axes(plt, ax, (8.4, 2.8))]

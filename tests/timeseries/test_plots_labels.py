@@ -46,6 +46,10 @@ def test_true_windows_and_flags(found):
     assert list(flagged.get_xdata()) == list(found["time"].values[[10, 30]])
     ax = plt.subplots()[1]
     assert plot_anomalies(found, ax=ax) is ax
+    assert series.get_title(loc="left") == "v"
+    two = xr.concat([found, found.assign_coords(variate=["w"])], "variate", data_vars="minimal")
+    assert plot_anomalies(two)[0].get_title(loc="left") == "v (of 2 variates)"
+    assert plot_anomalies(two, variate="w")[0].get_title(loc="left") == "w"
 
 
 def test_filled_values_are_apart_from_observed_ones():
