@@ -156,7 +156,7 @@ def hydra_blocks_triton(
         C_f=C_f,
         B_b=B_b,
         C_b=C_b,
-        d=empty(rows, width_D),
+        d=None if pieces > 1 else empty(rows, width_D),
         m=None if gated else empty(rows, d_inner),
         g=empty(rows, d_inner),
     )

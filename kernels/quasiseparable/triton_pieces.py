@@ -1,8 +1,9 @@
 """Hydra's product of rows in pieces, for many heads: states carried along rows, then a piece's heads in turn.
 
-`_sweep_kernel` walks along a row with the state of a head, from one side, and writes the states that enter each piece.
-`_heads_kernel` takes a block of rows: the products of C and B, which all heads of a group share, are made once; then
-each head needs its x, two states, four vectors and its gate, which are fetched while the head before is computed.
+`_prepare_kernel` makes vectors and the diagonal. `_sweep_kernel` walks along a row with the state of a head, from one
+side, and writes the states that enter each piece. `_heads_kernel` takes a block of rows: the products of C and B, which
+all heads of a group share, are made once; then each head needs its x, two states, vectors and its gate, which are fetched
+while the head before is computed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class HeadsTile(NamedTuple):
     heads: int  # at most, a divisor of the heads of a group is taken
     warps: int
     stages: int
-    registers: int | None = None  # of a thread, at most
 
 
 PREPARE_TILE = PrepareTile(64, 4, 64, 4, 4)
@@ -376,5 +376,4 @@ def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: H
         "DOT": dot_type(dtype),
         "STAGES": tile.stages if block_p * block_n <= 64 * 64 else 1,  # see `sweep_options`
         "num_warps": warps_of(tile.warps, block_p, block_n),
-        "maxnreg": tile.registers,
     }
