@@ -324,13 +324,13 @@ def check_options(
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}.")
     if max_new < 0:
         raise ValueError(f"`max_new` must be at least 0, got {max_new}.")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"`temperature` must be at least 0, got {temperature}.")
     if top_k is not None and top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"`top_p` must lie in (0, 1], got {top_p}.")
-    if penalty <= 0:
+    if not penalty > 0:
         raise ValueError(f"`repetition_penalty` must be positive, got {penalty}.")
 
 

@@ -132,6 +132,7 @@ def test_recorded_steps_are_the_same(device):
         ({"mask": torch.zeros(1, 3, dtype=torch.bool)}, "leaves a row without any symbol"),
         ({"max_new": -1}, "`max_new` must be at least 0"),
         ({"temperature": -1.0}, "`temperature` must be at least 0"),
+        ({"temperature": float("nan")}, "`temperature` must be at least 0"),
         ({"top_k": 0}, "`top_k` must be at least 1"),
         ({"top_p": 0.0}, r"`top_p` must lie in \(0, 1\]"),
         ({"repetition_penalty": 0.0}, "must be positive"),
