@@ -2,8 +2,8 @@
 
 `_prepare_kernel` makes vectors and the diagonal. `_sweep_kernel` walks along a row with the state of a head, from one
 side, and writes the states that enter each piece. `_heads_kernel` takes a block of rows: the products of C and B, which
-all heads of a group share, are made once; then each head needs its x, two states, vectors and its gate, which are fetched
-while the head before is computed.
+all heads of a group share, are made once; then each head needs its x, two states, vectors and its gate, which are
+fetched while the head before is computed.
 """
 
 from __future__ import annotations
