@@ -110,7 +110,8 @@ def _tile(x: Tensor, A: Tensor, backward: bool) -> Tile:
     """What was fastest on an H100. Caps on registers let several programs share a multiprocessor."""
     n, channels = A.shape[2], x.shape[3]
     padded = triton.next_power_of_2(n)
-    if padded > _SHORT:
+    # The segments' offsets in one order of one grid are 32-bit integers.
+    if padded > _SHORT or x.shape[1] * x.shape[2] * max(channels, _SHORT) >= 2**31:
         k = 1 if INTERPRETED else min(4, padded)
         sub = padded // k
         bd = min(max(128, sub) // sub, triton.next_power_of_2(channels))
