@@ -1,10 +1,10 @@
 """`trapezoid_ssd` in Triton: launchers, custom ops and the autograd function around the kernels of `ssd`.
 
 One kernel writes turned keys and queries per head, the weights of the inputs and skips such that what is left is `ssd`
-with as many groups as heads. For the gradient they are computed again, the kernels of `ssd` find theirs, one kernel
-reads from the states what later chunks make of the angles, one turns back and sums over heads, and a small one adds up
-gamma and beta. Rows are taken in groups, so that all this never exists for many at once. With several ranks `ssd` scans
-(position, rank) pairs; the kernels of `triton_ranks.py` put right what the ranks of one position read of each other.
+with as many groups as heads. For the gradient they are computed again, with what turned them; a kernel of `ssd` finds
+the states around chunks, those of `triton_links.py` and `triton_maps.py` the gradients, and a small one adds up gamma and
+beta. Rows are taken in groups, so that all this never exists for many at once. With several ranks `ssd` scans (position,
+rank) pairs; the kernels of `triton_ranks.py` put right in outputs what the ranks of one position read of each other.
 """
 
 from __future__ import annotations

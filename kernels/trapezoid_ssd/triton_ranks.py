@@ -6,7 +6,7 @@ ranks not at all; all of them have the weight gamma. The kernels below add the d
 
     y_i += sum_j c_ij v_j,    c_ij = (q_i.k_j) a_ij,    a_ij = -beta of the next position (j <= i), gamma (j > i),
 
-and its gradient. Products of keys and queries do not depend on their turn. Tiles are [T positions, n or p], one rank
+to the outputs. Products of keys and queries do not depend on their turn. Tiles are [T positions, n or p], one rank
 after another; nothing here is a matrix product of the tensor cores.
 """
 
