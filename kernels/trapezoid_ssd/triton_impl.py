@@ -2,9 +2,10 @@
 
 One kernel writes turned keys and queries per head, the weights of the inputs and skips such that what is left is `ssd`
 with as many groups as heads. For the gradient they are computed again, with what turned them; a kernel of `ssd` finds
-the states around chunks, those of `triton_links.py` and `triton_maps.py` the gradients, and a small one adds up gamma and
-beta. Rows are taken in groups, so that all this never exists for many at once. With several ranks `ssd` scans (position,
-rank) pairs; the kernels of `triton_ranks.py` put right in outputs what the ranks of one position read of each other.
+the states around chunks, those of `triton_links.py` and `triton_maps.py` the gradients, and a small one adds up gamma
+and beta. Rows are taken in groups, so that all this never exists for many at once. With several ranks `ssd` scans
+(position, rank) pairs; the kernels of `triton_ranks.py` put right in outputs what the ranks of a position read of each
+other.
 """
 
 from __future__ import annotations
