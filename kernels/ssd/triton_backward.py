@@ -89,7 +89,6 @@ def _ssd_bwd_links_kernel(
     D_stride_t,
     MODE: tl.constexpr,
     ADD: tl.constexpr,
-    APART: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_D: tl.constexpr,
     P: tl.constexpr,
@@ -108,8 +107,8 @@ def _ssd_bwd_links_kernel(
 
     Matrices over a chunk are [s, t]: from the step that writes to the one that reads. What their entries L pass through
     step i is the sum over s < i <= t, which is that of the rows before i less that of the columns before i, of the same
-    numbers. Leaves K^T, the sum over the heads of (v dy^T) E^T, for the next kernel; with APART > 0 without what each
-    APART steps are to each other. What is read of the state that enters is added to dlog_decay by the next kernel.
+    numbers. Leaves K^T, the sum over the heads of (v dy^T) E^T, for the next kernel, which adds what is read of the
+    state that enters to dlog_decay.
     """
     block = tl.program_id(0) % blocks
     groups = nheads // repeats
@@ -184,8 +183,6 @@ def _ssd_bwd_links_kernel(
             scores = scores * weight[:, None]
         if not EXACT:
             link = products * decays
-        if APART > 0:
-            link = tl.where((own // APART)[:, None] < (own // APART)[None, :], link, 0.0)
         kernel += link
         columns = tl.sum(linking, 0)
         mixing, mixing_low = _halves(scores.to(DOT), PRECISION)

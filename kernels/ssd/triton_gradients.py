@@ -109,19 +109,13 @@ def run_gradients_at_once(
     add: bool = False,
     parts: int = 0,
     blocks: int = 0,
-    apart: int = 0,
-) -> Tensor:
-    """`run_gradients` for all rows at once; returns the states around all chunks.
-
-    With `apart` dB and dC are without what each `apart` steps read of each other.
-    Those that enter and the gradients of those that leave, (2, b, h, chunks, p, n), both in the order of the steps.
-    """
+) -> None:
+    """`run_gradients` for all rows at once."""
     links, maps, sweeping, subs = chosen
     backward = Sweep(dy, C, sweep.log_decay, None, dfinal, sweep.mode | DESCENDING | ADJOINT, sweep.fine)
     forward = sweep._replace(mode=sweep.mode & ~SHIFT)
     borders, _ = run_sweeps((forward, backward), seq_idx, sweeping, subs, parts, into.dstate)
-    _run_chunks(sweep, C, D, seq_idx, borders, dy, into, add, links, maps, blocks, apart)
-    return borders
+    _run_chunks(sweep, C, D, seq_idx, borders, dy, into, add, links, maps, blocks)
 
 
 def _run_chunks(
@@ -136,7 +130,6 @@ def _run_chunks(
     links: Tiles,
     maps: Tiles,
     blocks: int,
-    apart: int,
 ) -> None:
     """The two kernels that compute the gradients of all chunks from the states at the borders."""
     x, B, log_decay, weight = sweep.values, sweep.keys, sweep.log_decay, sweep.weight
@@ -155,7 +148,7 @@ def _run_chunks(
     shared = {"MODE": sweep.mode, "HAS_WEIGHT": weight is not None}
     _ssd_bwd_links_kernel[(programs * blocks,)](
         x, log_decay, B, C, weight, D, seq_idx, borders[1], dy, into.dx, into.dlog_decay, into.dweight,
-        into.dD, kernel, *sizes, *strides(x, B, C, D), ADD=add, APART=apart,
+        into.dD, kernel, *sizes, *strides(x, B, C, D), ADD=add,
         HAS_D=D is not None, **shared, **options(x, n, log_decay, seq_idx, links, sweep.fine),
     )  # fmt: skip
     _ssd_bwd_maps_kernel[(2 * programs * blocks,)](
