@@ -88,8 +88,9 @@ def as_graphs(model: Any) -> list[Any]:
         ends = np.array(g["edges"], np.int64).reshape(-1, 2).T
         features = held["edge_attr"][edges] if model["edge_attr"] else None
         if model["undirected"]:
-            ends = np.concatenate([ends, ends[::-1]], 1)
-            features = None if features is None else np.concatenate([features, features])
+            two = ends[0] != ends[1]  # a self loop is its own other direction
+            ends = np.concatenate([ends, ends[::-1][:, two]], 1)
+            features = None if features is None else np.concatenate([features, features[two]])
         # With as many nodes as graphs `y` is the graphs'.
         found.append((held["x"][nodes].astype(np.float64), ends, features, held["y"][k : k + 1], g["part"]))
     return found
