@@ -11,7 +11,8 @@ speed    the whole batch on each device: samples per second, and efficiency = sp
 
 Runs of the first kind come first, `--jobs` of them at once. Of the second, those on one GPU run side by side, a GPU for
 each, then those on several alone (`--only` leaves out the others). The file is written whenever a row is known, and how
-long each run took is said on stderr. `--small` takes small networks and batches, for a CPU, where several
+long each run took is said on stderr. Rows that FILE has for other domains, strategies or numbers of devices stay, so
+that several calls on one machine complete it. `--small` takes small networks and batches, for a CPU, where several
 processes say nothing about speed. The exit code is 1 where weights differ by more than the tolerance.
 """
 
@@ -88,7 +89,8 @@ DOMAINS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any], int, dict[str
         {},
     ),
 }
-ROW = ("domain", "config", "strategy", "devices")
+ROW = ("domain", "config", "strategy", "devices", "small")  # what tells rows apart
+PLACE = ("device", "threads", "torch", "triton")  # the same for all rows of a file; each row carries the rest
 SAMPLES = {"genomics": "epoch_size", "vision": "train_samples", "graphs": "train_samples"}
 
 
@@ -239,6 +241,23 @@ def measure(rows: list[dict[str, Any]], options: argparse.Namespace, tell: Calla
         tell(row)
 
 
+def earlier_file(path: Path, place: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call has written; without one a file of no rows.
+
+    Raises:
+        ValueError: if the file is none of this program, or of another machine or other versions.
+    """
+    if not path.is_file():
+        return {**{key: place[key] for key in PLACE}, "rows": []}
+    earlier = json.loads(path.read_text())
+    known = earlier.get("rows") if isinstance(earlier, dict) else None
+    if not isinstance(known, list) or any(not set(ROW) <= set(row) for row in known):
+        raise ValueError(f"{path} is no file that this program wrote; name another with --out.")
+    if other := [f"{key} {earlier.get(key)}, not {place[key]}" for key in PLACE if earlier.get(key) != place[key]]:
+        raise ValueError(f"{path} has rows of {' and '.join(other)}; name another file with --out.")
+    return earlier
+
+
 def batch_of(domain: str, options: argparse.Namespace) -> int:
     """Samples of one device's whole batch.
 
@@ -271,7 +290,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.accelerator == "gpu" and options.devices > gpus:
         parser.error(f"{options.devices} devices were asked for, this machine has {gpus} GPUs")
     place = describe(torch.device("cuda" if options.accelerator == "gpu" else "cpu"), options.commit)
-    command = " ".join(["python benchmarks/distributed.py", *(sys.argv[1:] if argv is None else argv)])
+    words = sys.argv[1:] if argv is None else argv
+    aside = ("--out", "--commit")  # say nothing of what is measured
+    said = [word for word, before in zip(words, ["", *words]) if not {word, before} & {*aside}]
 
     def tell(row: dict[str, Any]) -> None:
         text = f"weights differ by {row['difference']:.1e} of their change" if "difference" in row else ""
@@ -279,14 +300,19 @@ def main(argv: list[str] | None = None) -> int:
             text = f"{row['samples_per_second']:10.1f} samples/s, efficiency {row['efficiency']:.2f}"
         print(f"{row['domain']:<11} {row['strategy']:<6} {text}", flush=True)
         if options.out:
-            facts = {**place, "command": command, "small": options.small, "steps": options.steps}
-            write_json(options.out, {**facts, "rows": [row for row in rows if len(row) > len(ROW)]})
+            new = [{**row, **facts} for row in rows if len(row) > len(ROW)]
+            names = [[row[key] for key in ROW] for row in new]
+            kept = [row for row in earlier["rows"] if [row[key] for key in ROW] not in names]
+            write_json(options.out, {**earlier, "rows": kept + new})
 
     rows: list[dict[str, Any]] = [
-        dict(zip(ROW, (domain, f"{domain}/{DOMAINS[domain][0]}", strategy, options.devices)))
+        dict(zip(ROW, (domain, f"{domain}/{DOMAINS[domain][0]}", strategy, options.devices, options.small)))
         for domain in options.domain
         for strategy in options.strategy
     ]
+    facts = {key: value for key, value in place.items() if key not in PLACE}
+    facts |= {"steps": options.steps, "command": " ".join(["python benchmarks/distributed.py", *said])}
+    earlier = earlier_file(options.out, place) if options.out else {}
     with tempfile.TemporaryDirectory() as work:
         options.work = Path(work)
         if options.only != "speed":

@@ -283,18 +283,24 @@ def cell(name: str, value: Any) -> str:
 
 
 def source(results: Path, path: Path, content: Row) -> str:
-    """Where a table comes from: file, machine, versions, command, and the file's own notes."""
-    command = content.get("command") or COMMANDS.get(path.stem)
+    """Where a table comes from: file, machine, versions, commands, and the file's own notes."""
+    commands = _said(content, "command") or [COMMANDS[name] for name in (path.stem,) if name in COMMANDS]
     parts = [f"`benchmarks/results/{path.relative_to(results)}`", _machine(content)]
-    parts += [f"commit {content['commit']}"] if content.get("commit") else []
+    parts += [f"commit {', '.join(commits)}"] if (commits := _said(content, "commit")) else []
     parts += [f"configuration `{content['config']}`"] if content.get("config") else []
-    parts += [f"`{command}`"] if command else []
+    parts += [f"`{command}`" for command in commands]
     text = f"\n{'; '.join(part for part in parts if part)}.\n"
     return text + (f"\n{content['notes']}\n" if content.get("notes") else "")
 
 
 def _names(results: Path, found: Sequence[Path]) -> str:
     return f"\nFiles: {', '.join(f'`{path.relative_to(results)}`' for path in found)}.\n"
+
+
+def _said(content: Row, key: str) -> list[str]:
+    """What a file says for all its rows, or what its rows say each, once."""
+    every = [content, *content.get("rows", ())]
+    return list(dict.fromkeys(row[key] for row in every if row.get(key)))
 
 
 def _machine(content: Row) -> str:

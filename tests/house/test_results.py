@@ -55,6 +55,12 @@ def test_new_files_appear(page, tmp_path):
     assert "| mse | config |\n| --- | --- |\n| 0.2500 | `c` |\n" in text
 
 
+def test_rows_of_several_calls_name_each_command_and_commit(page, tmp_path):
+    calls = [{"x": k, "commit": commit, "command": command} for k, commit, command in ((1, "a", "p"), (2, "b", "q"))]
+    write(tmp_path / "t.json", {"device": "G", "rows": [*calls, {**calls[0], "x": 3}]})
+    assert "`benchmarks/results/t.json`; G; commit a, b; `p`; `q`." in page("{{ rows t.json | x }}\n", tmp_path)
+
+
 def test_marks_choose_columns_and_rows(page, tmp_path):
     rows = [
         {"set": s, "method": m, "seed": k, "rmse": v, "job": m}

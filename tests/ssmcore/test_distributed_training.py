@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,62 @@ def test_two_processes_equal_one(domain, tmp_path):
         assert 0 <= row["difference"] < 1e-3
         assert row["devices"] == 2
         assert row["efficiency"] == pytest.approx(row["samples_per_second"] / (2 * row["samples_per_second_one"]))
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """`benchmarks/distributed.py` on a machine where runs take no time: two devices are 1.5 times as fast as one."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    program = import_module("distributed")
+
+    def train(domain, name, options, strategy, batch, steps, device=None):
+        folder = options.work / domain / name
+        folder.mkdir(parents=True)
+        found = {"seconds": steps / (150 if strategy else 200), "devices": 2 if strategy else 1}
+        (folder / "clock.json").write_text(json.dumps(found))
+        return folder
+
+    monkeypatch.setattr(program, "train", train)
+    yield program
+    for name in ("distributed", "run", "command", "op_case", "op_peers", "tables"):
+        sys.modules.pop(name, None)
+
+
+def test_calls_complete_a_file(benchmark, tmp_path):
+    path = tmp_path / "speed.json"
+
+    def measured(*words, commit, steps=11):
+        options = ["--devices", "2", "--accelerator", "cpu", "--only", "speed", "--small", "--steps", str(steps)]
+        assert benchmark.main([*options, *words, "--commit", commit, "--out", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        return {(row["domain"], row["strategy"]): (row["commit"], row["steps"]) for row in rows}
+
+    first = {("graphs", "ddp"): ("a", 11), ("graphs", "fsdp2"): ("a", 11), ("vision", "ddp"): ("b", 11)}
+    assert measured("--domain", "graphs", commit="a") == dict(list(first.items())[:2])
+    assert measured("--domain", "vision", "--strategy", "ddp", commit="b") == first
+    again = first | {("graphs", "fsdp2"): ("c", 20)}
+    assert measured("--domain", "graphs", "--strategy", "fsdp2", commit="c", steps=20) == again
+    content = json.loads(path.read_text())
+    assert [row["efficiency"] for row in content["rows"]] == pytest.approx([0.75] * 3)
+    said = "python benchmarks/distributed.py --devices 2 --accelerator cpu --only speed --small --steps 20"
+    assert content["rows"][-1]["command"] == f"{said} --domain graphs --strategy fsdp2"
+    assert content["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ({"torch": "1.0", "rows": []}, r"has rows of .*torch 1\.0, not .*name another file with --out"),
+        ({"rows": [{"path": "x"}]}, "is no file that this program wrote"),
+        ([], "is no file that this program wrote"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_first(benchmark, tmp_path, content, answer):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=answer):
+        benchmark.main(["--devices", "2", "--accelerator", "cpu", "--small", "--out", str(path)])
+    assert json.loads(path.read_text()) == content
 
 
 @pytest.mark.slow
