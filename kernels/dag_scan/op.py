@@ -87,8 +87,8 @@ def dag_scan(
     weight = edge_decay.to(dtype)
     if not signed:
         weight = weight.exp()
-    if x.numel() == 0:
-        return x.clone()
+    if x.numel() == 0 or sizes["n"] == 0:
+        return torch.zeros_like(x)
     if max_state_bytes is None:
         max_state_bytes = 2**26 if x.device.type == "cpu" else 2**30
     obstacle = None if sizes["n"] <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={sizes['n']}"

@@ -94,8 +94,8 @@ def graph_resolvent(
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
     if tol <= 0 or max_iter < 1 or (terms is not None and terms < 1):
         raise ValueError(f"tol, max_iter and terms must be positive, got {tol}, {max_iter} and {terms}.")
-    if x.numel() == 0:
-        return x.clone()
+    if x.numel() == 0 or sizes["n"] == 0:
+        return torch.zeros_like(x)
     method = choose_method(edges)[0] if method == "auto" else method
     if method == "dag" and edges.order is None:
         raise ValueError("method='dag' needs graphs without cycles; use 'dense' or 'iterative'.")

@@ -78,7 +78,7 @@ def per_batch(parameter: Tensor, batch: int, *, repeat: bool = False) -> Tensor:
         repeat: False: each entry for k consecutive indices (parameters); True: all entries once per group (data that
             the groups share).
     """
-    times = batch // parameter.shape[0]
+    times = batch // max(1, parameter.shape[0])
     if repeat:
         return parameter.repeat(times, *(1,) * (parameter.dim() - 1))
     return parameter.repeat_interleave(times, dim=0)

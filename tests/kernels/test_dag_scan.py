@@ -221,6 +221,11 @@ def test_long_cycle_is_cut_short():
         dag_order(ring, 100)
 
 
+def test_no_states_read_nothing():
+    inputs = inputs_of(6, 8, n=0)
+    assert torch.equal(dag_scan(**inputs), torch.zeros_like(inputs["x"]))
+
+
 def test_wrong_arguments():
     inputs = inputs_of(6, 8)
     with pytest.raises(TypeError, match="dag_order"):

@@ -125,6 +125,12 @@ def test_half_precision_is_solved_in_float32():
     assert relative_error(found, exact) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["dense", "series", "iterative"])
+def test_no_states_read_nothing(method):
+    inputs = inputs_of(v=6, e=8, n=0, method=method)
+    assert torch.equal(graph_resolvent(**inputs), torch.zeros_like(inputs["x"]))
+
+
 def test_choice():
     ring = torch.stack([torch.arange(600), (torch.arange(600) + 1) % 600])
     assert choose_method(graph_edges(ring, 600))[0] == "iterative"

@@ -383,7 +383,7 @@ def test_an_empty_grid_is_refused(spec, empty):
         spec.op(**inputs(spec=spec, **size))
 
 
-@pytest.mark.parametrize("empty", [{"b": 0}, {"d": 0}], ids=str)
+@pytest.mark.parametrize("empty", [{"b": 0}, {"d": 0}, {"b": 0, "gap": True}], ids=str)
 def test_empty_batch_or_channels(empty):
     arguments = inputs(**{"b": 2, "i": 3, "j": 3, "d": 2, "n": 2} | empty)
     x = arguments["x"].requires_grad_()
