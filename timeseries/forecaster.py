@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -20,9 +19,16 @@ from torch import nn
 from ..ssmcore.training.checkpoints import load_weights, read_model_folder, save_model_folder
 from .conformal import check_counts, conformal_radius
 from .distributions import DEFAULT_LEVELS, find_distribution
-from .files import SUFFIXES
+from .forecaster_checks import (
+    check_future,
+    check_intervals,
+    check_recent,
+    check_samples,
+    check_settings,
+    validation_part,
+)
 from .inputs import Source, as_dataset, like_source
-from .models import MODELS, create_model
+from .models import create_model
 from .models.layers import check_quantiles
 from .rollout import (
     backtest_origins,
@@ -34,7 +40,7 @@ from .rollout import (
     yardstick,
 )
 from .schema import COVARIATES
-from .splits import Cut, cut_step, is_date
+from .splits import Cut
 
 if TYPE_CHECKING:
     from .windows import Fill, Windows
@@ -114,14 +120,8 @@ class Forecaster:
         threads: int | None = 1,
         **trainer: Any,
     ) -> None:
-        if model not in MODELS:
-            create_model(model)  # answers with close names
-        if threads is not None and threads < 1:
-            raise ValueError(f"expected at least 1 thread, or None for torch's setting, got threads={threads}")
-        family = find_distribution(distribution)
-        if family is not None and family.counts and scaler != "none":
-            raise ValueError(f"{family.name} is a distribution of counts, which are not scaled; pass scaler='none'")
-        if family is not None and quantiles is None:
+        check_settings(model, scaler, distribution, threads)
+        if distribution is not None and quantiles is None:
             quantiles = DEFAULT_LEVELS
         self.model, self.lookback, self.horizon, self.distribution = model, lookback, horizon, distribution
         self.scaler, self.loss, self.quantiles, self.fill = scaler, loss, check_quantiles(quantiles), fill
@@ -186,7 +186,7 @@ class Forecaster:
         if max_epochs < 1:
             raise ValueError(f"expected max_epochs of at least 1, got {max_epochs}")
         source = as_dataset(data, self.ids)
-        separate, part, refit_part = self._validation(val, source.dataset)
+        separate, part, refit_part = validation_part(val, source.dataset, self.ids)
         memory = MemoryData(
             source.dataset,
             separate,
@@ -255,22 +255,6 @@ class Forecaster:
         if intervals:
             self._calibrate(memory.windows("val"), coverages or ())
         return self
-
-    def _validation(self, val: Any, ds: xr.Dataset) -> tuple[xr.Dataset | None, int | float, int | float | None]:
-        """Validation data of their own, the part of `ds` to keep for validation, and the part that a refit keeps."""
-        if val is None:
-            return None, 0, None
-        if isinstance(val, Real) and not isinstance(val, bool):
-            part = cut_step("val", val, ds["time"].to_numpy())  # type: ignore[arg-type]
-            return None, part, val  # type: ignore[return-value]
-        if is_date(val) and not (isinstance(val, str) and Path(val).suffix in SUFFIXES):
-            part = ds.sizes["time"] - cut_step("val", val, ds["time"].to_numpy())
-            if part == 0:
-                raise ValueError(
-                    f"validation would begin at {val}, behind the data, which end at {ds['time'].values[-1]}"
-                )
-            return None, part, part / ds.sizes["time"]
-        return as_dataset(val, self.ids).dataset, 0, 0.2
 
     @_with_threads
     def calibrate(self, data: Any, coverages: Sequence[float] = (0.5, 0.8, 0.95)) -> Forecaster:
@@ -391,16 +375,9 @@ class Forecaster:
         ds = self._prepare(source.dataset)
         if future is not None:
             self.needs_future()
-        if isinstance(future, xr.Dataset) and "future" not in future:
-            raise ValueError(f"`future` has no variable 'future', only {', '.join(map(str, future.data_vars))}; rename")
+        check_future(future)
         last = target_end(ds) - 1
-        recent = ds["observed"].isel(time=slice(last + 1 - self.lookback, last + 1)).any(("time", "variate")).values
-        if not recent.all():
-            name = ds["series"].values[int(np.argmin(recent))]
-            raise ValueError(
-                f"series {name!s} has no observed value in the last {self.lookback} steps (the lookback) before the "
-                "common end of the series; forecast it by itself, cut where it ends, or leave it out"
-            )
+        check_recent(ds, last, self.lookback)
         return like_source(self._forecast(ds, range(last, last + 1), horizon, future, intervals, samples), source)
 
     @_with_threads
@@ -497,16 +474,12 @@ class Forecaster:
         advance: Any = None,
     ) -> xr.Dataset:
         horizon = self.horizon if horizon is None else horizon
-        if samples and (self.distribution is None or horizon > self.horizon):
-            reason = "no distribution" if self.distribution is None else f"one for {self.horizon} steps, not {horizon}"
-            raise ValueError(
-                f"samples were asked for and this forecaster has {reason}; train with distribution='normal'"
-            )
+        if samples:
+            check_samples(self.distribution, self.horizon, horizon)
         found = bool(self.quantiles) or self.intervals is not None
+        if intervals:
+            check_intervals(found, self.horizon, horizon)
         usable = found and horizon <= self.horizon
-        if intervals and not usable:
-            reason = "has none" if not found else f"has them for {self.horizon} steps, not {horizon}"
-            raise ValueError(f"intervals were asked for and this forecaster {reason}; fit with val, or call calibrate")
         attrs = {
             "model": self.model,
             "model_args": json.dumps(self.model_args),
