@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from omnissm.__main__ import is_bad_input, one_line
 
 
@@ -17,6 +15,8 @@ def leave(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except Exception as error:
+        import torch  # the page of results needs none
+
         if not torch.cuda.is_available() and re.search("NVIDIA|CUDA", str(error)):
             text = "this machine has no CUDA device that torch can use; take --device cpu where the program has it."
         elif is_bad_input(error):

@@ -31,6 +31,7 @@ from omnissm.kernels.testing import BenchSize, OpSpec
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 
+from command import leave
 from op_case import COMPILED, Case, Timer, copy_bandwidth, read_specs, smaller
 from tables import missed
 
@@ -296,4 +297,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

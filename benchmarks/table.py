@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 
 import tables
+from command import leave
 
 TEXT = HERE / "page.md"
 PAGE = HERE.parent / "docs" / "results.md"
@@ -88,4 +89,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -25,6 +25,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 
+from command import leave
 from run import describe, folder_of, write_json
 
 from omnissm.vision.timing import time_model
@@ -183,4 +184,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -18,6 +18,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
         (["dense_train.py", "--data", "nowhere"], "--data nowhere is no folder"),
         (["genomics_train.py", "dnahnet_smal", "--data", ".", "--out", "o"], "invalid choice: 'dnahnet_smal'"),
         (["core.py", "--device", "cuda", "--out", "o"], "no CUDA device"),
+        (["vision.py", "plot", "--file", "nowhere.json"], "there is no nowhere.json; measure first"),
+        (["vision.py", "--models", "hydra_vit_tini", "--device", "cpu", "--out", "o"], "hydra_vit_tini"),
+        (["run.py", "--op", "gated_norm", "--device", "cpu", "--base", "nowhere.json"], "No such file"),
+        (["table.py", "--chek"], "unrecognized arguments: --chek"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
