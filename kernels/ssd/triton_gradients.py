@@ -10,11 +10,13 @@ from ..autotune import fastest
 from ..triton_utils import cdiv, multiprocessors
 from .triton_backward import _ssd_bwd_links_kernel, _ssd_bwd_maps_kernel
 from .triton_kernels import ADJOINT, DESCENDING, SHIFT
-from .triton_outputs import Sweep, run_sweeps, strides
+from .triton_outputs import Sweep, entering_states, run_sweeps, strides, sweep_parts
 from .triton_tiles import GradientTiles, Tiles, gradient_alternatives, gradient_tiles, map_columns, options, padded
 
 # States and gradients of states between the kernels are about so many numbers; rows are taken in groups that have them.
 _BORDER_NUMBERS = 2**27
+# Where one row has more, it is taken in stretches that have so many, or a quarter of the numbers of x if that is more.
+_STRETCH_NUMBERS = 2**25
 
 
 class Gradients(NamedTuple):
@@ -77,18 +79,22 @@ def run_gradients(
     batch, length, nheads, headdim = x.shape
 
     def run(chosen: GradientTiles) -> None:
-        group = max(1, _BORDER_NUMBERS // (2 * nheads * cdiv(length, chosen.links.chunk) * headdim * n))
-        if group >= batch:
+        numbers = 2 * nheads * cdiv(length, chosen.links.chunk) * headdim * n
+        group = max(1, _BORDER_NUMBERS // numbers)
+        if group >= batch and numbers <= _BORDER_NUMBERS:
             run_gradients_at_once(sweep, C, D, seq_idx, dy, dfinal, into, chosen, add, parts, blocks)
             return
         for start in range(0, batch, group):
             rows = slice(start, start + group)
             some, index = sweep.cut(rows), None if seq_idx is None else seq_idx[rows]
-            run_gradients_at_once(
+            given = (
                 some, C[rows], None if D is None else D[rows], index, dy[rows],
-                None if dfinal is None else dfinal[rows], Gradients(*(one[rows] for one in into)), chosen, add, parts,
-                blocks,
+                None if dfinal is None else dfinal[rows], Gradients(*(one[rows] for one in into)), chosen,
             )  # fmt: skip
+            if numbers > _BORDER_NUMBERS and not (sweep.mode or add):
+                run_gradients_in_stretches(*given, numbers, parts, blocks)
+            else:
+                run_gradients_at_once(*given, add, parts, blocks)
 
     first = gradient_tiles(x, n, chunk)
     if chunk or add:  # a search overwrites its results, and does not add to them
@@ -116,6 +122,58 @@ def run_gradients_at_once(
     forward = sweep._replace(mode=sweep.mode & ~SHIFT)
     borders, _ = run_sweeps((forward, backward), seq_idx, sweeping, subs, parts, into.dstate)
     _run_chunks(sweep, C, D, seq_idx, borders, dy, into, add, links, maps, blocks)
+
+
+def run_gradients_in_stretches(
+    sweep: Sweep,
+    C: Tensor,
+    D: Tensor | None,
+    seq_idx: Tensor | None,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    into: Gradients,
+    chosen: GradientTiles,
+    numbers: int,
+    parts: int = 0,
+    blocks: int = 0,
+) -> None:
+    """`run_gradients` for a single row, the states of one stretch of it at a time.
+
+    Args:
+        sweep, C, D, seq_idx, dy, dfinal, into: As there, of one row and of no mode.
+        chosen: Tiles.
+        numbers: In the states and their gradients at all borders.
+        parts: Parts of a stretch, 0 to choose.
+        blocks: See `run_gradients`.
+    """
+    links, maps, sweeping, subs = chosen
+    x = sweep.values
+    length, nheads = x.shape[1:3]
+    stretches = cdiv(numbers, max(_STRETCH_NUMBERS, x.numel() // 4))
+    parts = parts or cdiv(multiprocessors(x.device), nheads)
+    part_length = cdiv(cdiv(length, stretches * parts), links.chunk) * links.chunk
+    count = cdiv(length, part_length)
+    backward = Sweep(dy, C, sweep.log_decay, None, dfinal, DESCENDING | ADJOINT, sweep.fine)
+    entering = entering_states((sweep, backward), seq_idx, sweeping, subs, count, part_length)
+    if count == 1:
+        entering = tuple(None if one is None else one.unsqueeze(2) for one in entering)
+    ignored = into.dstate.new_empty(into.dstate.shape)
+    for first in range(0, count, parts):
+        span = slice(first * part_length, min((first + parts) * part_length, length))
+        here = cdiv(span.stop - span.start, part_length)
+        states = [None if one is None else one[:, :, first : first + here].contiguous() for one in entering]
+        index = None if seq_idx is None else seq_idx[:, span]
+        if seq_idx is not None and first and states[0] is not None:
+            # The kernels see the stretch alone, not that another sequence ended before it.
+            follows = seq_idx[:, span.start] == seq_idx[:, span.start - 1]
+            states[0][:, :, 0] = states[0][:, :, 0].where(follows[:, None, None, None], 0.0)
+        some, gradient = sweep.cut(slice(None), span), backward.cut(slice(None), span)
+        borders, _ = sweep_parts(
+            (some, gradient), tuple(states), index, sweeping, subs, here, part_length, ignored if first else into.dstate
+        )
+        found = Gradients(*(one[:, span] for one in into[:-1]), into.dstate)
+        read = None if D is None else D[:, span]
+        _run_chunks(some, C[:, span], read, index, borders, dy[:, span], found, False, links, maps, blocks)
 
 
 def _run_chunks(

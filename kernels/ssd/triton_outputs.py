@@ -24,13 +24,13 @@ class Sweep(NamedTuple):
     mode: int
     fine: bool = False  # float32 products to the last digits, for gradients that are small differences of others
 
-    def cut(self, rows: slice) -> Sweep:
-        """The same for some rows of the batch."""
+    def cut(self, rows: slice, span: slice = slice(None)) -> Sweep:
+        """The same for some rows of the batch, and for some of their positions."""
         return self._replace(
-            values=self.values[rows],
-            keys=self.keys[rows],
-            log_decay=self.log_decay[rows],
-            weight=None if self.weight is None else self.weight[rows],
+            values=self.values[rows, span],
+            keys=self.keys[rows, span],
+            log_decay=self.log_decay[rows, span],
+            weight=None if self.weight is None else self.weight[rows, span],
             state=None if self.state is None else self.state[rows],
         )
 
@@ -126,11 +126,28 @@ def run_sweeps(
     With `last_final` only the end of the last sweep is written, there. With `skip` borders where a sweep without a
     state begins are left as they are.
     """
+    batch, length, nheads, _ = sweeps[0].values.shape
+    step = chosen.chunk * subs
+    parts, part_length = choose_parts(len(sweeps) * batch * nheads, length, step, sweeps[0].values.device, parts)
+    entering = entering_states(sweeps, seq_idx, chosen, subs, parts, part_length)
+    return sweep_parts(sweeps, entering, seq_idx, chosen, subs, parts, part_length, last_final, skip)
+
+
+def sweep_parts(
+    sweeps: tuple[Sweep, ...],
+    entering: tuple[Tensor | None, ...],
+    seq_idx: Tensor | None,
+    chosen: Tiles,
+    subs: int,
+    parts: int,
+    part_length: int,
+    last_final: Tensor | None = None,
+    skip: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`run_sweeps` from the states that enter the parts."""
     x, log_decay = sweeps[0].values, sweeps[0].log_decay
     (batch, length, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
     step = chosen.chunk * subs
-    parts, part_length = choose_parts(len(sweeps) * batch * nheads, length, step, x.device, parts)
-    entering = entering_states(sweeps, seq_idx, chosen, subs, parts, part_length)
     borders = x.new_empty(len(sweeps), batch, nheads, cdiv(length, step), headdim, n)
     finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n) if last_final is None else last_final
     outputs = borders, finals, finals, finals

@@ -327,7 +327,10 @@ NAMES = ("x", "log_decay", "B", "C", "initial_state", "weight", "D", "seq_idx")
 
 @pytest.mark.parametrize("regime", [pytest.param("initial", marks=pytest.mark.slow), "strong"])
 def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, monkeypatch):
-    """Outputs and gradients for other chunks, cuts of the row, blocks of heads, groups of rows and columns, packed."""
+    """Outputs and gradients for other chunks, cuts of the row, blocks of heads, groups of rows and columns, packed.
+
+    Also where the gradient of a row is made in stretches, of one part and of two.
+    """
     from omnissm.kernels.ssd import triton_gradients
 
     inputs = inputs_of(device, l=50, n=32, g=1, packed=True, D="position", regime=regime)
@@ -341,8 +344,9 @@ def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, m
     expected = run(0, 1, 1)
     found = [run(16, 2, 2), run(32, 1, 1)]
     monkeypatch.setattr(triton_gradients, "_BORDER_NUMBERS", 1)
+    monkeypatch.setattr(triton_gradients, "_STRETCH_NUMBERS", 1)
     monkeypatch.setattr(triton_gradients, "map_columns", lambda x, n: 16)
-    found.append(run(32, 2, 1))
+    found += [run(32, 2, 1), run(16, 1, 1), run(16, 2, 2)]
     for other in found:
         for value, one in zip(other, expected, strict=True):
             torch.testing.assert_close(value, one, rtol=1e-4, atol=1e-5)
