@@ -25,6 +25,7 @@ import torch
 from benchmarks.command import leave
 from benchmarks.op_case import Timer, read_specs, training_step
 from benchmarks.run import HERE, describe, folder_of, write_json
+from omnissm.kernels.replay import forget
 
 
 class Choice(NamedTuple):
@@ -86,6 +87,7 @@ def chosen(choice: Choice) -> Iterator[None]:
         setattr(module, name, changed)
     for cache in caches:
         cache.cache_clear()
+    forget()
     try:
         yield
     finally:
@@ -93,6 +95,7 @@ def chosen(choice: Choice) -> Iterator[None]:
             setattr(module, name, table)
         for cache in caches:
             cache.cache_clear()
+        forget()
 
 
 def run_of(choice: Choice) -> tuple[dict[str, Any], Any]:

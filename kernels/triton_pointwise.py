@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .replay import replayed
 from .transforms import operator
-from .triton_utils import on_device
+from .triton_utils import on_device, quick
 
 
+@quick
 @triton.jit
 def _swiglu_kernel(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -22,6 +24,7 @@ def _swiglu_kernel(x_ptr, y_ptr, width, x_stride, BLOCK: tl.constexpr):
 
 
 @operator("swiglu_triton")
+@replayed
 def swiglu_triton(x: Tensor) -> Tensor:
     """See `swiglu`; no float64."""
     flat = x.reshape(-1, x.shape[-1])
@@ -39,6 +42,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
+@quick
 @triton.jit(do_not_specialize=["length"])
 def _rotate_heads_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, length, heads, x_stride_b, x_stride_t, angle_stride_b,
@@ -67,6 +71,7 @@ def _rotate_heads_kernel(
 
 
 @operator("rotate_heads_triton")
+@replayed
 def rotate_heads_triton(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """See `rotate_heads`; float32 angles."""
     batch, length, heads, width = x.shape

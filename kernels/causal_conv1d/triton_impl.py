@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import INTERPRETED, cdiv, last_contiguous, next_power_of_2, on_device, quick
 
@@ -247,6 +248,7 @@ def causal_conv1d_triton(
 
 
 @operator("causal_conv1d_triton_fwd")
+@replayed
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
 ) -> Tensor:
@@ -271,6 +273,7 @@ def _(
 
 
 @operator("causal_conv1d_triton_bwd")
+@replayed
 def _backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, dy: Tensor, left: int, silu: bool
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import operator
 from ..triton_utils import cdiv, next_power_of_2, on_device, quick
 
@@ -48,6 +49,7 @@ def _conv_step_kernel(
 
 
 @operator("conv_step_triton", mutates=("state",))
+@replayed
 def conv_step_triton(
     x: Tensor,
     state: Tensor,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, multiprocessors, on_device
 from .triton_kernels import _cross_scan_bwd_kernel, _cross_scan_fwd_kernel
@@ -35,6 +36,7 @@ def cross_scan_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 @operator("cross_scan_triton_fwd")
+@replayed
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,7 @@ def _forward(
 
 
 @operator("cross_scan_triton_bwd")
+@replayed
 def _backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, saved: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import triton.language as tl
 from ..scan2d.triton_kernels import _added, _load_lanes, _store_lanes, _zeros
 from ..selective_scan.triton_backward import _over_channels, _side_by_side
 from ..selective_scan.triton_kernels import _LOG2_E, _columns, _gate, _over_states, _times_gate
+from ..triton_utils import quick
 
 
 @triton.jit
@@ -97,6 +98,7 @@ def _advance(h, A, at, K: tl.constexpr, PRECISE: tl.constexpr):
     return new, gates
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "columns"])
 def _cross_scan_fwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, saved_ptr, rows, columns,
@@ -145,6 +147,7 @@ def _cross_scan_fwd_kernel(
                 tl.store(y_row + own_cell * CHANNELS + channel, own, mask=mine)
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "columns"])
 def _cross_scan_bwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, saved_ptr, scratch_ptr,

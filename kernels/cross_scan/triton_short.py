@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..scan2d.triton_kernels import _zeros
 from ..selective_scan.triton_kernels import _LOG2_E, _gate, _times_gate
+from ..triton_utils import quick
 
 
 @triton.jit
@@ -110,6 +111,7 @@ def _product(total, A, PRECISE: tl.constexpr):
     return gate + 1.0 if PRECISE else gate
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "columns"])
 def _cross_scan_short_fwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, y_ptr, saved_ptr, rows, columns,
@@ -199,6 +201,7 @@ def _over_channels(x, SEG: tl.constexpr):
     return tl.reshape(tl.broadcast_to(total[:, None], tile.shape), [x.shape[0]])
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "columns", "first_order", "orders", "add"])
 def _cross_scan_short_bwd_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, saved_ptr, dx_ptr, ddt_ptr, dmaps_ptr, dA_ptr, dD_ptr,

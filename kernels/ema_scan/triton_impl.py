@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import INTERPRETED, cdiv, last_contiguous, next_power_of_2, on_device, parts_of_length, quick
 
@@ -230,6 +231,7 @@ def ema_scan_triton(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None)
 
 
 @operator("ema_scan_triton_fwd")
+@replayed
 def _forward(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
     """`parts` is the number of parts to cut the sequence into, 0 to choose."""
     x, p, state = last_contiguous(x), p.contiguous(), state.contiguous()
@@ -252,6 +254,7 @@ def _(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None, parts: int) -
 
 
 @operator("ema_scan_triton_bwd")
+@replayed
 def _backward(
     x: Tensor,
     p: Tensor,

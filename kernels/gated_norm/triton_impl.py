@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import INTERPRETED, cdiv, last_contiguous, multiprocessors, next_power_of_2, on_device, quick
 
@@ -138,6 +139,7 @@ def gated_norm_triton(
 
 
 @operator("gated_norm_triton_fwd")
+@replayed
 def _forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_first: bool) -> Tensor:
     x, z, weight = last_contiguous(x), last_contiguous(z), weight.contiguous()
     rows, channels = x.shape
@@ -157,6 +159,7 @@ def _(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_fi
 
 
 @operator("gated_norm_triton_bwd")
+@replayed
 def _backward(
     x: Tensor, z: Tensor, weight: Tensor, dy: Tensor, eps: float, group_size: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

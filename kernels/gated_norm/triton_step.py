@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import operator
 from ..triton_utils import INTERPRETED, last_contiguous, next_power_of_2, on_device, quick
 
@@ -24,6 +25,7 @@ def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, channels, x_stride, EPS: tl.const
 
 
 @operator("rms_norm_triton")
+@replayed
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `rms_norm`; no float64."""
     flat, weight = x.reshape(-1, x.shape[-1]), weight.contiguous()
@@ -75,6 +77,7 @@ def _layer_norm_kernel(
 
 
 @operator("layer_norm_triton")
+@replayed
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """See `rounded_layer_norm`; float32 in."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -88,6 +91,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -
 
 
 @operator("add_layer_norm_triton")
+@replayed
 def add_layer_norm_triton(
     x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import INTERPRETED, cdiv, last_contiguous, next_power_of_2, on_device, parts_of_length, quick
 
@@ -256,6 +257,7 @@ def linear_scan_triton(
 
 
 @operator("linear_scan_triton_fwd")
+@replayed
 def _forward(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool, parts: int) -> tuple[Tensor, Tensor]:
     """`parts` is the number of parts to cut the sequence into, 0 to choose."""
     a, b = last_contiguous(a), last_contiguous(b)
@@ -280,6 +282,7 @@ def _(a: Tensor, b: Tensor, initial_state: Tensor | None, reverse: bool, parts: 
 
 
 @operator("linear_scan_triton_bwd")
+@replayed
 def _backward(
     a: Tensor,
     states: Tensor,

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..causal_conv1d.triton_impl import _causal_conv1d_fwd_kernel
 from ..causal_conv1d.triton_impl import _tile as conv_tile
 from ..gated_norm import triton_impl as gating
+from ..replay import replayed
 from ..transforms import operator
 from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device, quick
 from .blocks import HydraWeights
@@ -114,6 +115,7 @@ class _Buffers(NamedTuple):
 
 
 @operator("hydra_blocks_triton")
+@replayed
 def hydra_blocks_triton(
     x: Tensor, weights: list[Tensor], headdim: int, d_state: int, eps: float, gate_eps: float, dtype: torch.dtype
 ) -> Tensor:

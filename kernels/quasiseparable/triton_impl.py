@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..ssd.op import heads_per_head, in_dtype
 from ..ssd.triton_gradients import empty_gradients, run_gradients
 from ..ssd.triton_kernels import (
@@ -234,6 +235,7 @@ def quasiseparable_triton(
 
 
 @operator("quasiseparable_triton_fwd")
+@replayed
 def _forward(
     x: Tensor,
     log_decay_f: Tensor,
@@ -291,6 +293,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @operator("quasiseparable_triton_bwd")
+@replayed
 def _backward(
     x: Tensor,
     log_decay_f: Tensor,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import operator
 from ..triton_utils import INTERPRETED, cdiv, next_power_of_2, on_device, quick
 
@@ -414,6 +415,7 @@ def _mix_kernel(
 
 
 @operator("quasiseparable_short_triton")
+@replayed
 def quasiseparable_short(
     x: Tensor,
     dt_f: Tensor,

@@ -25,6 +25,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import FirstDerivative, apply, call, one_by_one, operator
 from ..triton_utils import INTERPRETED, cdiv, last_contiguous, multiprocessors, next_power_of_2, on_device
 from .chunked import _segments
@@ -74,6 +75,7 @@ def _with(A: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tenso
 
 
 @operator("selective_scan_triton_fwd")
+@replayed
 def _forward(
     u: Tensor,
     dt: Tensor,
@@ -145,6 +147,7 @@ def _(
 
 
 @operator("selective_scan_triton_bwd")
+@replayed
 def _backward(
     u: Tensor,
     dt: Tensor,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import operator
 from ..triton_utils import cdiv, next_power_of_2, on_device, quick
 
@@ -49,6 +50,7 @@ def _selective_step_kernel(
 
 
 @operator("selective_step_triton", mutates=("state",))
+@replayed
 def selective_step_triton(
     u: Tensor,
     dt: Tensor,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import FirstDerivative, apply, call, fold, operator, unfold
 from ..triton_utils import on_device
 from .op import heads_per_head, in_dtype
@@ -52,6 +53,7 @@ def ssd_triton(
 
 
 @operator("ssd_triton_fwd")
+@replayed
 def _forward(
     x: Tensor,
     log_decay: Tensor,
@@ -96,6 +98,7 @@ def _(
 
 
 @operator("ssd_triton_bwd")
+@replayed
 def _backward(
     x: Tensor,
     log_decay: Tensor,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import operator
 from ..triton_utils import cdiv, next_power_of_2, on_device, quick
 
@@ -47,6 +48,7 @@ def _ssd_step_kernel(
 
 
 @operator("ssd_step_triton", mutates=("state",))
+@replayed
 def ssd_step_triton(
     x: Tensor,
     log_decay: Tensor,
@@ -118,6 +120,7 @@ def _ssd_rates_kernel(
 
 
 @operator("ssd_rates_triton")
+@replayed
 def ssd_rates_triton(raw: Tensor, bias: Tensor, A_log: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """See `ssd_rates`, in float32."""
     flat = raw.reshape(-1, raw.shape[-1])

@@ -17,6 +17,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..ssd.triton_outputs import Sweep, contiguous, run_outputs, strides
 from ..ssd.triton_tiles import GradientTiles, fine_chunk, fine_products, gradient_tiles
 from ..transforms import FirstDerivative, apply, operator
@@ -195,6 +196,7 @@ def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, keep: bool) -
 
 
 @operator("trapezoid_ssd_triton_fwd")
+@replayed
 def _forward(
     x: Tensor,
     log_decay: Tensor,
@@ -254,6 +256,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @operator("trapezoid_ssd_triton_bwd")
+@replayed
 def _backward(
     x: Tensor,
     log_decay: Tensor,

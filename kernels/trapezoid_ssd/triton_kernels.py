@@ -212,6 +212,7 @@ def _trapezoid_angle_kernel(
         tl.store(out, start, mask=pairs < S)
 
 
+@quick
 @keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
 def _trapezoid_turn_kernel(
@@ -298,6 +299,7 @@ def _trapezoid_turn_kernel(
             tl.store(out_ptr + out, left, mask=ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["total", "length", "nheads"])
 def _trapezoid_weights_kernel(
     ddt_ptr, direct_ptr, dweight_ptr, seq_ptr, dgamma_ptr, dbeta_ptr, total, length, nheads,

@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ssd.triton_outputs import strides
-from ..triton_utils import INTERPRETED, cdiv, next_power_of_2
+from ..triton_utils import INTERPRETED, cdiv, next_power_of_2, quick
 from .triton_kernels import _weights
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "nheads"])
 def _ranks_inputs_kernel(
     x_ptr, x_rank_ptr, out_ptr, length, nheads, x_stride_b, x_stride_t,
@@ -45,6 +46,7 @@ def _ranks_inputs_kernel(
         tl.store(out + tile, x * ranked[None, :], mask=tile_ok)
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "nheads", "repeats"])
 def _ranks_products_kernel(
     B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, products_ptr, length, nheads, repeats,
@@ -77,6 +79,7 @@ def _ranks_products_kernel(
         tl.store(tile, found, mask=ok[:, None])
 
 
+@quick
 @triton.jit(do_not_specialize=["length", "nheads"])
 def _ranks_outputs_kernel(
     x_ptr, x_rank_ptr, products_ptr, gamma_ptr, beta_ptr, seq_ptr, y_ptr, out_ptr, length, nheads,

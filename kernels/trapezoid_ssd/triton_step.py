@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..replay import replayed
 from ..transforms import operator
-from ..triton_utils import INTERPRETED, next_power_of_2, on_device
+from ..triton_utils import INTERPRETED, next_power_of_2, on_device, quick
 
 
 @triton.jit
@@ -24,6 +25,7 @@ def _turned(ptr, bias_ptr, of_rank, n, partner, ok, cos, sin, HAS_BIAS: tl.const
     return own * cos + other * sin
 
 
+@quick
 @triton.jit(do_not_specialize=["heads", "ranks", "heads_per_group"])
 def _trapezoid_step_kernel(
     x_ptr, log_decay_ptr, gamma_ptr, beta_ptr, theta_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr, x_rank_ptr,
@@ -112,6 +114,7 @@ def _trapezoid_step_kernel(
 
 
 @operator("trapezoid_step_triton", mutates=("phi", "ssm", "k", "v"))
+@replayed
 def trapezoid_step_triton(
     x: Tensor,
     log_decay: Tensor,

@@ -1,0 +1,379 @@
+"""Repeat what a launcher did without its Python: its allocations, its kernels, and torch's ops between them.
+
+A launcher, the function of an op that calls Triton kernels, decides by shapes, strides, dtypes and options alone what
+it allocates and launches. Deciding takes the host longer than small kernels run. The second call of a kind is therefore
+recorded, and later ones do again what was recorded, with other tensors. Nothing is kept of the tensors themselves.
+
+Imported by `triton_impl` modules only, so that Triton stays optional.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .autotune import autotuning
+from .triton_utils import INTERPRETED, direct, quick, recording
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+
+_MOST = 4096  # kinds of calls that are remembered
+_ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+_known: dict[tuple[Any, ...], _Replay | bool] = {}
+_in_interpreter = False
+
+
+def replayed(launcher: Launcher) -> Launcher:
+    """Decorator of a launcher: from the third call of a kind on, what the second one did is done again.
+
+    A kind is the shapes, strides, dtypes and alignments of all tensors, all other arguments, the device and whether a
+    CUDA graph is being recorded. A launcher must depend on nothing else: it reads no value of a tensor on the GPU,
+    launches `quick` kernels alone, and takes its arguments by position. Calls with tensors elsewhere, with one tensor
+    twice, while tiles are searched or while a profiler sees every launch are never replayed.
+    """
+
+    @functools.wraps(launcher)
+    def call(*arguments: Any) -> Any:
+        kind, tensors = _kind(launcher, arguments)
+        if kind is None:
+            return launcher(*arguments)
+        found = _known.get(kind)
+        if type(found) is _Replay:
+            return found(tensors)
+        if found is None:
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[kind] = True
+            return launcher(*arguments)
+        if found is False:
+            return launcher(*arguments)
+        recorder = _Recorder(tensors)
+        outputs = recorder.run(launcher, arguments)
+        _known[kind] = recorder.replay(outputs) or False
+        return outputs
+
+    return cast(Launcher, call)
+
+
+def forget() -> None:
+    """Forget all that was recorded; needed where something changes that launchers take as given, such as tiles."""
+    _known.clear()
+
+
+@contextmanager
+def in_interpreter() -> Any:
+    """Replay in Triton's interpreter, too, where it saves nothing; launchers must read no value of any tensor."""
+    global _in_interpreter
+    before, _in_interpreter = _in_interpreter, True
+    try:
+        yield
+    finally:
+        _in_interpreter = before
+
+
+def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
+    """The kind of a call, None where it is not replayed, and its tensors."""
+    key: list[Any] = [launcher]
+    tensors: list[Tensor] = []
+    for argument in arguments:
+        each = argument if type(argument) is list else (argument,)
+        for one in each:
+            kind = type(one)
+            if kind is Tensor or kind is torch.nn.Parameter:
+                tensors.append(one)
+                key.append((one.shape, one.stride(), one.dtype, one.data_ptr() & 15, one.device))
+            else:
+                key.append((kind, one))
+        key.append(len(each))
+    if not tensors or len(set(map(id, tensors))) < len(tensors) or recording.by is not None:
+        return None, tensors
+    if INTERPRETED:
+        return (tuple(key) if _in_interpreter else None), tensors
+    current = torch.cuda.current_device() if tensors[0].is_cuda else -1
+    if any(one.get_device() != current for one in tensors) or not direct() or autotuning():
+        return None, tensors
+    key.append(torch.cuda.is_current_stream_capturing())
+    return tuple(key), tensors
+
+
+class _Place(NamedTuple):
+    """A tensor of a call: which of its values."""
+
+    number: int
+
+
+class _Value(NamedTuple):
+    """A tensor while it is recorded."""
+
+    tensor: Tensor  # kept, so that no other one gets its id
+    root: int  # the value whose memory it lies in: itself if it is no view
+    offset: int  # bytes from where the root begins
+
+
+class _Recorder(TorchDispatchMode):
+    """Takes down what a launcher does.
+
+    Args:
+        tensors: The tensors among its arguments.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.count = len(tensors)
+        self.values = [_Value(one, index, 0) for index, one in enumerate(tensors)]
+        self.places = {id(one): index for index, one in enumerate(tensors)}
+        self.steps: list[_Step] = []
+        self.possible = True
+        self.launching = False
+
+    def run(self, launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        recording.by = self
+        try:
+            with self:
+                return launcher(*arguments)
+        finally:
+            recording.by = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if self.launching:
+            return found
+        given = self._placed((args, kwargs))
+        if not isinstance(found, (Tensor, tuple, list)) and not _places(given):
+            return found  # of two dtypes, say
+        several = isinstance(found, (tuple, list))
+        made = list(found) if several else [found]
+        new = [one for one in made if isinstance(one, Tensor) and id(one) not in self.places]
+        roots = [self._root(one, given) for one in new]
+        indices = [self._add(one, root) for one, root in zip(new, roots)]
+        if any(not isinstance(one, Tensor) or one.device != self.values[0].tensor.device for one in made):
+            self.possible = False  # a value was read
+        elif func in _ALLOCATIONS:
+            like = {"dtype": found.dtype, "device": found.device}
+            self.steps.append(_Allocation(indices[0], found.shape, found.stride(), like))
+        else:
+            view = bool(roots) and all(root is not None for root in roots)
+            outputs = [_Place(self.places[id(one)]) for one in made]
+            self.steps.append(_Op(func, given[0], given[1], several, outputs, view))
+        return found
+
+    def launch(self, kernel: quick, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Launch a kernel and take that down.
+
+        Args:
+            kernel: What to launch.
+            grid: Programs.
+            arguments: Those given by position.
+            options: Those given by name.
+        """
+        self.launching = True  # what Triton itself asks of torch is not the launcher's
+        compiled = kernel.kernel[grid](*arguments, **options)
+        self.launching = False
+        given = self._placed(arguments)
+        if not INTERPRETED:
+            named = kernel.arg_names[len(arguments) :]
+            self.possible &= all(name in options for name in named)  # none has a default
+            given = (*given, *(options.get(name) for name in named))
+        self.steps.append(_Launch(kernel, compiled, grid, given, options))
+        return compiled
+
+    def replay(self, outputs: Any) -> _Replay | None:
+        """What was taken down, None where it cannot be done again."""
+        returned = self._placed(outputs)
+        return _Replay(self.count, self.values, self.steps, returned) if self.possible else None
+
+    def _placed(self, tree: Any) -> Any:
+        """The tree with places instead of tensors."""
+        if isinstance(tree, Tensor):
+            if id(tree) not in self.places:
+                self.possible = False  # it comes from elsewhere
+                return None
+            return _Place(self.places[id(tree)])
+        kind = type(tree)
+        if kind is tuple or kind is list:
+            return kind([self._placed(one) for one in tree])
+        return {name: self._placed(one) for name, one in tree.items()} if kind is dict else tree
+
+    def _root(self, tensor: Tensor, given: Any) -> tuple[int, int] | None:
+        """The root of a view and the bytes between them; None for a tensor with its own memory."""
+        storage = tensor.untyped_storage().data_ptr()
+        for index in _places(given):
+            of = self.values[index]
+            if storage and of.tensor.untyped_storage().data_ptr() == storage:
+                return of.root, tensor.data_ptr() - self.values[of.root].tensor.data_ptr()
+        return None
+
+    def _add(self, tensor: Tensor, root: tuple[int, int] | None) -> int:
+        index = len(self.values)
+        self.places[id(tensor)] = index
+        self.values.append(_Value(tensor, *(root or (index, 0))))
+        return index
+
+
+class _Allocation(NamedTuple):
+    number: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    like: dict[str, Any]
+
+
+class _Op(NamedTuple):
+    function: Any
+    args: Any
+    kwargs: Any
+    several: bool
+    outputs: list[_Place]
+    view: bool
+
+
+class _Launch(NamedTuple):
+    kernel: quick
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_Step = _Allocation | _Op | _Launch
+
+
+class _Replay:
+    """A recorded call: steps that work on a list of values, of which the arguments come first.
+
+    Views that nothing but kernels read are not made: kernels get addresses.
+    """
+
+    def __init__(self, arguments: int, values: list[_Value], steps: list[_Step], returned: Any) -> None:
+        self.returned = returned
+        self.size = len(values) - arguments
+        roots, offsets = [one.root for one in values], [one.offset for one in values]
+        # From the last step to the first: what is made for nobody is left out, and what is read no more is let go.
+        wanted = set(_places(returned))
+        kept = set(wanted)
+        found: list[Callable[[list[Any], int], None]] = []
+        for step in reversed(steps):
+            if isinstance(step, _Op) and step.view and wanted.isdisjoint(_places(step.outputs)):
+                continue
+            if isinstance(step, _Allocation) and step.number not in kept:
+                continue
+            read = set(_places((step.args, step.kwargs))) if isinstance(step, _Op) else set()
+            if isinstance(step, _Launch):
+                places = set(_places(step.arguments))
+                read = places if INTERPRETED else {roots[index] for index in places}
+            made = {step.number} if isinstance(step, _Allocation) else set()
+            if isinstance(step, _Op):
+                made = set(_places(step.outputs)) - read
+            last = [index for index in read | made if index >= arguments and index not in kept]
+            kept |= read | made
+            wanted |= read
+            if last:
+                found.append(_release(last))
+            found.append(self._work(step, roots, offsets))
+        self.steps = found[::-1]
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        values: list[Any] = [*tensors, *[None] * self.size]
+        stream = 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(tensors[0].get_device())
+        for step in self.steps:
+            step(values, stream)
+        return _filled(self.returned, values)
+
+    def _work(self, step: _Step, roots: list[int], offsets: list[int]) -> Callable[[list[Any], int], None]:
+        if isinstance(step, _Allocation):
+            return _allocate(*step)
+        if isinstance(step, _Op):
+            return _operate(step)
+        return _interpret(step) if INTERPRETED else _launch(step, roots, offsets)
+
+
+def _allocate(
+    number: int, shape: tuple[int, ...], stride: tuple[int, ...], like: dict[str, Any]
+) -> Callable[[list[Any], int], None]:
+    empty = torch.empty_strided
+
+    def allocate(values: list[Any], stream: int) -> None:
+        values[number] = empty(shape, stride, **like)
+
+    return allocate
+
+
+def _operate(step: _Op) -> Callable[[list[Any], int], None]:
+    places = [one.number for one in step.outputs]
+
+    def operate(values: list[Any], stream: int) -> None:
+        found = step.function(*_filled(step.args, values), **_filled(step.kwargs, values))
+        for number, one in zip(places, found if step.several else (found,)):
+            values[number] = one
+
+    return operate
+
+
+def _interpret(step: _Launch) -> Callable[[list[Any], int], None]:
+    def launch(values: list[Any], stream: int) -> None:
+        step.kernel.kernel[step.grid](*_filled(step.arguments, values), **step.options)
+
+    return launch
+
+
+def _launch(step: _Launch, roots: list[int], offsets: list[int]) -> Callable[[list[Any], int], None]:
+    compiled = step.compiled
+    run = compiled.run
+    grid = *step.grid, *(1,) * (3 - len(step.grid))
+    before = compiled.function, compiled.packed_metadata, None, None, None
+    arguments = [None if type(one) is _Place else one for one in step.arguments]
+    holes = [
+        (number, roots[one.number], offsets[one.number])
+        for number, one in enumerate(step.arguments)
+        if type(one) is _Place
+    ]
+
+    def launch(values: list[Any], stream: int) -> None:
+        given = arguments.copy()
+        for number, root, offset in holes:
+            given[number] = values[root].data_ptr() + offset
+        run(*grid, stream, *before, *given)
+
+    return launch
+
+
+def _release(indices: list[int]) -> Callable[[list[Any], int], None]:
+    def release(values: list[Any], stream: int) -> None:
+        for index in indices:
+            values[index] = None
+
+    return release
+
+
+def _places(tree: Any) -> list[int]:
+    """The indices of all places in a tree."""
+    if type(tree) is _Place:
+        return [tree.number]
+    if type(tree) is dict:
+        tree = tuple(tree.values())
+    return [number for one in tree for number in _places(one)] if type(tree) in (tuple, list) else []
+
+
+def _filled(tree: Any, values: list[Any]) -> Any:
+    """The tree with tensors at its places."""
+    kind = type(tree)
+    if kind is _Place:
+        return values[tree.number]
+    if kind is tuple or kind is list:
+        return kind([_filled(one, values) for one in tree])
+    return {name: _filled(one, values) for name, one in tree.items()} if kind is dict else tree
