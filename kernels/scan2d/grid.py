@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from .grid_paths import grid_scan_chunked, grid_scan_reference
 from .op import check_choice, check_grid
@@ -68,6 +68,52 @@ def grid_scan(
     reference and chunked paths twice and more.
     Source: Baty, Hernandez Diaz et al. (2024), Mamba2D ("mean"); Zhang et al. (2025), 2DMamba ("separable").
     """
+    axes = flip if type(flip) is tuple else (flip,)
+    kind = call_kind("grid_scan", x, dt1, A1, B1, C, dt2, A2, B2, D, rule, *axes)
+    if not known(kind):
+        _check(x, dt1, A1, B1, C, dt2, A2, B2, D, rule, flip)
+        remember(kind)
+    x, B1, C = cast_for_autocast(x, B1, C)
+    if B2 is not None:
+        (B2,) = cast_for_autocast(B2)
+    dtype, n = torch.promote_types(torch.promote_types(x.dtype, A1.dtype), torch.float32), A1.shape[1]
+    obstacle = None if n <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={n}"
+    name = choose(backend, x, op="grid_scan", obstacle=obstacle)
+    if x.numel() == 0 or n == 0:
+        return torch.zeros_like(x) if D is None else (x * D).to(x.dtype)
+    if name == "triton":
+        from .triton_impl import grid_scan_triton
+
+        rates = A1 if A1.dtype == dtype else A1.to(dtype)
+        return grid_scan_triton(x, dt1, rates, B1, C, dt2, A2, B2, D, rule, tuple(flip))
+    wide = [None if t is None else t.to(dtype) for t in (x, dt1, A1, B1, C, dt2, A2, B2)]
+    dims = [1 + "ij".index(axis) for axis in flip]
+    wide = [t.flip(dims) if t is not None and t.dim() == 4 and dims else t for t in wide]
+    scan: Any = grid_scan_reference if name == "reference" else grid_scan_chunked
+    y = scan(*wide, rule == "mean")
+    y = y.flip(dims) if dims else y
+    return (y if D is None else torch.addcmul(y, D.to(dtype), x.to(dtype))).to(x.dtype)
+
+
+def check_flip(flip: tuple[str, ...]) -> None:
+    """Refuse unknown or repeated axes."""
+    if isinstance(flip, str) or not set(flip) <= {"i", "j"} or len(set(flip)) != len(flip):
+        raise ValueError(f"`flip` must be (), ('i',), ('j',) or ('i', 'j'), got {flip!r}.")
+
+
+def _check(
+    x: Tensor,
+    dt1: Tensor,
+    A1: Tensor,
+    B1: Tensor,
+    C: Tensor,
+    dt2: Tensor | None,
+    A2: Tensor | None,
+    B2: Tensor | None,
+    D: Tensor | None,
+    rule: str,
+    flip: tuple[str, ...],
+) -> None:
     tensors: dict[str, Any] = {
         "x": x, "dt1": dt1, "A1": A1, "B1": B1, "C": C, "dt2": dt2, "A2": A2, "B2": B2, "D": D,
     }  # fmt: skip
@@ -91,28 +137,3 @@ def grid_scan(
             wanted = "needs" if rule == "mean" else "takes no"
             raise ValueError(f"rule={rule!r} {wanted} `{name}`; dt2, A2 and B2 are given with 'mean' and only there.")
     check_grid("grid_scan", sizes, "row", "column")
-    x, B1, C = cast_for_autocast(x, B1, C)
-    if B2 is not None:
-        (B2,) = cast_for_autocast(B2)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, A1.dtype), torch.float32)
-    obstacle = None if sizes["n"] <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={sizes['n']}"
-    name = choose(backend, x, op="grid_scan", obstacle=obstacle)
-    if x.numel() == 0 or sizes["n"] == 0:
-        return torch.zeros_like(x) if D is None else (x * D).to(x.dtype)
-    if name == "triton":
-        from .triton_impl import grid_scan_triton
-
-        return grid_scan_triton(x, dt1, A1.to(dtype), B1, C, dt2, A2, B2, D, rule, tuple(flip))
-    wide = [None if t is None else t.to(dtype) for t in (x, dt1, A1, B1, C, dt2, A2, B2)]
-    dims = [1 + "ij".index(axis) for axis in flip]
-    wide = [t.flip(dims) if t is not None and t.dim() == 4 and dims else t for t in wide]
-    scan: Any = grid_scan_reference if name == "reference" else grid_scan_chunked
-    y = scan(*wide, rule == "mean")
-    y = y.flip(dims) if dims else y
-    return (y if D is None else torch.addcmul(y, D.to(dtype), x.to(dtype))).to(x.dtype)
-
-
-def check_flip(flip: tuple[str, ...]) -> None:
-    """Refuse unknown or repeated axes."""
-    if isinstance(flip, str) or not set(flip) <= {"i", "j"} or len(set(flip)) != len(flip):
-        raise ValueError(f"`flip` must be (), ('i',), ('j',) or ('i', 'j'), got {flip!r}.")

@@ -18,13 +18,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transforms import FirstDerivative, apply, operator
-from ..triton_utils import INTERPRETED, multiprocessors, on_device
-from .triton_kernels import _grid_scan_bwd_kernel, _grid_scan_fwd_kernel
+from ..replay import replayed
+from ..transforms import FirstDerivative, apply, call, operator
+from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
+from .triton_backward import _grid_scan_bwd_kernel, _grid_scan_sums_kernel
+from .triton_kernels import _grid_scan_fwd_kernel
 
 MEAN, SEPARABLE, COUPLED = 0, 1, 2
 _RATES = {MEAN: 2, SEPARABLE: 1, COUPLED: 4}
@@ -49,28 +50,30 @@ class Tile(NamedTuple):
 def tile_of(x: Tensor, n: int, rule: int) -> Tile:
     """Strips are added while warps are few; a lane has as many columns and states as fit its registers."""
     batch, rows, columns, channels = x.shape
-    padded = triton.next_power_of_2(n)
+    n, channels = int(n), int(channels)  # a compiler may be tracing sizes
+    padded = next_power_of_2(n)
     k = min(2 if rule == COUPLED else 4, padded)
     if INTERPRETED:  # it pays per operation
         k = 2 if padded == 4 else 1
     sub = padded // k
     lanes = max(32, sub)  # one warp
-    bd = min(lanes // sub, triton.next_power_of_2(channels))
+    bd = min(lanes // sub, next_power_of_2(channels))
     processors = 1 if INTERPRETED else multiprocessors(x.device)
     # The fewer channels, the more partial sums: programs of coupled states, of up to eight warps, are to take most of
     # the multiprocessors, and others to be so many that none of these is left with few.
     wanted = 0.75 if rule == COUPLED else 2
-    while bd > 2 and batch * triton.cdiv(channels, bd) < wanted * processors:
+    while bd > 2 and batch * cdiv(channels, bd) < wanted * processors:
         bd //= 2
-    warps = batch * triton.cdiv(channels, bd)
+    warps = batch * cdiv(channels, bd)
     s = lanes // (sub * bd)
     while not INTERPRETED and s * _COLUMNS < columns and s * sub * bd < _LANES and warps < _WARPS * processors:
         s, warps = 2 * s, 2 * warps
-    s = min(s, triton.next_power_of_2(triton.cdiv(columns, _COLUMNS)))
-    panels = triton.cdiv(columns, s * _COLUMNS)
-    tj = triton.cdiv(columns, s * panels)
+    while s >= 2 * cdiv(columns, _COLUMNS):
+        s //= 2
+    panels = cdiv(columns, s * _COLUMNS)
+    tj = cdiv(columns, s * panels)
     # Coupled states are two for each cell, so that rows kept for the gradient take as long to write as to walk again.
-    r = triton.cdiv(rows, triton.cdiv(rows, 8 if s * sub * bd <= lanes or rule == COUPLED else 4))
+    r = cdiv(rows, cdiv(rows, 8 if s * sub * bd <= lanes or rule == COUPLED else 4))
     return Tile(k, sub, bd, s, tj, r, panels)
 
 
@@ -88,8 +91,7 @@ def grid_scan_triton(
     flip: tuple[str, ...],
 ) -> Tensor:
     """See `grid_scan`."""
-    A1, A2 = A1[None], None if A2 is None else A2.to(A1.dtype)[None]
-    D = None if D is None else D.to(A1.dtype)[None]
+    A2, D = (None if t is None else t if t.dtype == A1.dtype else t.to(A1.dtype) for t in (A2, D))
     kind = MEAN if rule == "mean" else SEPARABLE
     return scan(x, dt1, dt2, None, B1, B2, C, None, A1, A2, None, None, D, kind, False, flip)
 
@@ -112,7 +114,7 @@ def scan(
     held: bool,
     flip: tuple[str, ...],
 ) -> Tensor:
-    """All rules; A, c (g, d, n) and D (g, d) in the dtype of the states, with b a multiple of g."""
+    """All rules; A, c (g, d, n) and D (g, d), or (d, n) and (d,), in the dtype of the states; b a multiple of g."""
     tensors = (x, dt1, dt2, r1, B1, B2, C1, C2, A1, A2, c2, c3, D)
     arguments = (rule, held, "i" in flip, "j" in flip, torch.is_grad_enabled())
     y, _, _ = apply(_Scan, *tensors, *arguments)
@@ -120,6 +122,7 @@ def scan(
 
 
 @operator("grid_scan_triton_fwd")
+@replayed
 def _forward(
     x: Tensor,
     dt1: Tensor,
@@ -143,7 +146,7 @@ def _forward(
     """Output; the states at the right borders of strips; with `save` those of every R-th row."""
     tensors = _contiguous(x, dt1, dt2, r1, B1, B2, C1, C2, A1, A2, c2, c3, D)
     y, border, kept = _outputs(x, A1, rule, save)
-    tile = tile_of(x, A1.shape[2], rule)
+    tile = tile_of(x, A1.shape[-1], rule)
     with on_device(x):
         _grid_scan_fwd_kernel[_grid(x, tile)](
             *(x if t is None else t for t in tensors), y, border, kept, *_sizes(x, A1, tile, flip_i, flip_j),
@@ -153,6 +156,7 @@ def _forward(
 
 
 @operator("grid_scan_triton_bwd")
+@replayed
 def _backward(
     x: Tensor,
     dt1: Tensor,
@@ -179,34 +183,34 @@ def _backward(
     tensors = _contiguous(x, dt1, dt2, r1, B1, B2, C1, C2, A1, A2, c2, c3, D)
     dy = dy.contiguous()
     batch, rows, columns, channels = x.shape
-    groups, _, n = A1.shape
+    n, groups = A1.shape[-1], _groups(A1)
     tile = tile_of(x, n, rule)
+    options = _options(x, A1, tile, rule, held, r1, c2, c3, D)
+    passes = _passes(x, tile, options)
     wide = A1.new_empty
-    lanes = tile.S * tile.BD * tile.SUB
-    programs = _grid(x, tile)[0]
-    _, saved = _values(tile, rule)
-    dx, ddt1 = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt1))
-    ddt2, dr1 = (None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (dt2, r1))
-    maps = [t for t in (B1, B2, C1, C2) if t is not None]
-    dmaps = wide(programs // batch, len(maps), batch, rows, columns, n)
+    values, saved = _values(tile, rule)
+    lanes = tile.BD * tile.SUB
+    parts = cdiv(cdiv(channels, tile.BD), passes)
+    programs, maps = batch * parts, 4 if rule == COUPLED else 3 if rule == MEAN else 2
+    found = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+    written = [x if t is None else t for t in found]
+    dmaps = wide(parts, maps, batch, rows, columns, n)
     drates = wide(batch * tile.S, channels, _RATES[rule], n)
     dD = wide(batch * tile.S, channels)
-    scratch = wide(programs, tile.R + 1, tile.TJ * saved * lanes)
+    scratch = wide(programs, tile.R + 1, tile.TJ * saved * tile.S * lanes)
+    dborder = wide(programs, tile.S, rows, values * lanes) if border.numel() else border
     with on_device(x):
-        _grid_scan_bwd_kernel[_grid(x, tile)](
-            *(x if t is None else t for t in tensors), dy, border, kept, torch.empty_like(border), scratch,
-            dx, ddt1, x if ddt2 is None else ddt2, x if dr1 is None else dr1, dmaps, drates, dD,
-            *_sizes(x, A1, tile, flip_i, flip_j), **_options(x, A1, tile, rule, held, r1, c2, c3, D),
+        _grid_scan_bwd_kernel[(programs,)](
+            *(x if t is None else t for t in tensors), dy, border, kept, dborder, scratch, *written[:4], dmaps, drates,
+            dD, *_sizes(x, A1, tile, flip_i, flip_j), PASSES=passes, **options,
         )  # fmt: skip
-    dmaps = dmaps.sum(0)
-    drates = drates.unflatten(0, (groups, -1)).sum(1)
-    found: list[Tensor | None] = [dx, ddt1, ddt2, dr1]
-    into = iter(dmaps.unbind(0))
-    found += [None if t is None else next(into).to(t.dtype, copy=True) for t in (B1, B2, C1, C2)]
-    rates = iter(drates.unbind(2))
-    places = {MEAN: (A1, A2), SEPARABLE: (A1,), COUPLED: (A1, A2, c2, c3)}[rule]
-    found += [None if t is None else d.clone() for t, d in zip(places, rates)]
-    found.append(None if D is None else dD.unflatten(0, (groups, -1)).sum(1))
+        many, few = (2**14, 2**12) if INTERPRETED else (512, 32)
+        blocks = cdiv(channels * _RATES[rule] * n, few) + cdiv(channels, few)
+        _grid_scan_sums_kernel[(maps * cdiv(batch * rows * columns * n, many) + groups * blocks,)](
+            dmaps, drates, dD, *written[4:], parts, batch * rows * columns * n, batch // groups * tile.S,
+            MANY=many, PARTS=8, FEW=few, ROWS=64,
+            **{name: options[name] for name in ("RULE", "HAS_C2", "HAS_C3", "HAS_D", "CHANNELS", "N", "ACC")},
+        )  # fmt: skip
     return [t for t in found if t is not None]
 
 
@@ -224,8 +228,26 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+def _groups(A1: Tensor) -> int:
+    return A1.shape[0] if A1.dim() == 3 else 1
+
+
+def _passes(x: Tensor, tile: Tile, options: dict[str, Any]) -> int:
+    """Blocks of channels that a program of the gradient takes, one after the other.
+
+    So many that all programs run at once: then what they leave in memory, partial sums and a scratch buffer each, is as
+    little as can be at the same speed.
+    """
+    if INTERPRETED:
+        return 1
+    warps = options["num_warps"]
+    at_once = max(1, 65536 // (options.get("maxnreg", 255) * 32) // warps) * multiprocessors(x.device)
+    blocks = cdiv(x.shape[3], tile.BD)
+    return min(blocks, cdiv(x.shape[0] * blocks, at_once))
+
+
 def _grid(x: Tensor, tile: Tile) -> tuple[int]:
-    return (x.shape[0] * triton.cdiv(x.shape[3], tile.BD),)
+    return (x.shape[0] * cdiv(x.shape[3], tile.BD),)
 
 
 def _values(tile: Tile, rule: int) -> tuple[int, int]:
@@ -236,12 +258,12 @@ def _values(tile: Tile, rule: int) -> tuple[int, int]:
 
 def _outputs(x: Tensor, A1: Tensor, rule: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[1]
-    tile = tile_of(x, A1.shape[2], rule)
+    tile = tile_of(x, A1.shape[-1], rule)
     (programs,) = _grid(x, tile)
     values, _ = _values(tile, rule)
     lanes = tile.BD * tile.SUB
     borders = tile.S * tile.panels - 1
-    kept = triton.cdiv(rows, tile.R) - 1 if save else 0
+    kept = cdiv(rows, tile.R) - 1 if save else 0
     # One border more than is written: the slot of the last strip is addressed, though never used.
     border = A1.new_empty(programs * (borders + 1 if borders else 0) * rows * values * lanes)
     kept_rows = A1.new_empty(programs * kept * tile.panels * tile.TJ * values * lanes * tile.S)
@@ -249,7 +271,7 @@ def _outputs(x: Tensor, A1: Tensor, rule: int, save: bool) -> tuple[Tensor, Tens
 
 
 def _sizes(x: Tensor, A1: Tensor, tile: Tile, flip_i: bool, flip_j: bool) -> tuple[int, ...]:
-    share = x.shape[0] // A1.shape[0]
+    share = x.shape[0] // _groups(A1)
     strips = tile.S * tile.panels
     return x.shape[1], x.shape[2], share, tile.panels, strips, -1 if flip_i else 1, -1 if flip_j else 1
 
@@ -267,7 +289,7 @@ def _options(
 ) -> dict[str, Any]:
     options: dict[str, Any] = {
         "RULE": rule, "HELD": held, "HAS_R": r1 is not None, "HAS_C2": c2 is not None, "HAS_C3": c3 is not None,
-        "HAS_D": D is not None, "CHANNELS": x.shape[3], "N": A1.shape[2],
+        "HAS_D": D is not None, "CHANNELS": x.shape[3], "N": A1.shape[-1],
         "K": tile.K, "SUB": tile.SUB, "BD": tile.BD, "S": tile.S, "TJ": tile.TJ, "R": tile.R,
         "PRECISE": x.element_size() >= 4, "ACC": tl.float64 if A1.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
@@ -282,7 +304,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(*arguments)
+        return call(_forward, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -306,4 +328,4 @@ class _Gradient(FirstDerivative):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_backward(*arguments))
+        return tuple(call(_backward, *arguments))
