@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..ssmcore.training import EpochDecay, SSMTask, WarmupCosine
 from ..ssmcore.training.callbacks import EMA
+from ..ssmcore.training.trainer_options import check_trainer_options
 from .data import ForecastingData
 from .data.base import PartName
 from .rollout import create_windows, prepare, progress_bar
@@ -105,6 +106,7 @@ def check_trainer(options: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, [*own, "calendar", "fourier", "ids", "threads", *known], n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else "see help(Forecaster)"
             raise TypeError(f"neither Forecaster nor the trainer has an option {name!r}; {hint}")
+    check_trainer_options(options)
 
 
 class BestEpoch(pl.Callback):

@@ -36,9 +36,10 @@ from .checkpoints import check_writable, export_checkpoint, load_weights, networ
 from .data import SSMData
 from .export import best_checkpoint
 from .logs import MetricsFile
-from .messages import dead_worker, explain
+from .messages import dead_worker, explain, unknown_metric
 from .runs import STOPPED, Run
 from .task import NonFiniteError, SSMTask
+from .trainer_options import check_trainer_options
 
 LINKS = (
     "n_variates", "lookback", "horizon", "covariates", "num_classes", "vocab_size", "vocabulary", "schema",
@@ -218,6 +219,7 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run's folder before anything costly."""
         config = self.config[self.verb]
+        check_trainer_options(config.trainer.as_dict(), "trainer.")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.run = Run.create(config.get("run"), [str(path) for path in config.get("config") or []], config.model)
@@ -294,6 +296,8 @@ class CLI(LightningCLI):
                 raise SystemExit(143) from error
             if said:
                 raise ChildProcessError(f"{said} {left}") from error
+            if missing := unknown_metric(error):
+                raise ValueError(f"{missing} {left}") from error
             if isinstance(error, OSError) and error.strerror and self._point.has_begun:
                 place = f": {error.filename!r}" if error.filename else ""
                 raise OSError(f"{error.strerror}{place}. {left}") from error

@@ -36,7 +36,7 @@ def explain(message: str, parser: Any) -> str:
     if found and "Did you mean" not in text:
         names = set(_names(parser, text))
         word = next((part for part in found[1].lstrip("-").split(".") if part not in names), "")
-        hints += _close(word, sorted(names))
+        hints += _close(word, sorted(names)) or ["--help lists all options."]
     missing = re.search(r"the following arguments are required: ((?:\w+\.(?:data|model)(?:, )?)+)", text)
     if missing:
         text = text.replace(missing[0], f"the configuration lacks {re.sub(r'[a-z]+[.]', '', missing[1])}")
@@ -73,13 +73,36 @@ def shorten(text: str) -> str:
         errors, _, value = errors.partition(" Given value type: ")
         first = errors.split(" - Expected a ")[0]
         if first.startswith("Expected a "):
-            kinds = ", ".join(re.findall(r"<class '(?:builtins\.)?([\w.]+)'>", found[1])) or found[1]
             given = value.rpartition("Given value: ")[2]
-            first = f"expected one of {kinds.replace('NoneType', 'null')}; got {given}"
+            first = f"expected one of {_kinds(found[1])}; got {given}"
+        elif restricted := re.match(r"Not of type (\w+): ", first):
+            first = f"expected {_number(restricted[1])}; got {value.rpartition('Given value: ')[2]}"
         text = before + first
+    text = re.sub(r" - Not a valid subclass of .*", "", text)
+    if restricted := re.search(r"Not of type (\w+): (\S+) does not .*", text):
+        text = f"{text[: restricted.start()]}expected {_number(restricted[1])}; got {restricted[2]}"
+    whole = r'^(Parser key "(\w+)"): Unable to load config .*'
+    text = re.sub(whole, r"\1: expected options, such as --\2.NAME VALUE", text)
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"expected the name of a class; got \1", text)
     while (joined := re.sub(r'^(Parser key "[\w.]+)": Parser key "', r"\1.", text)) != text:
         text = joined
     return re.sub(r"(?<=is not accepted) (?=Did you mean)", ". ", text.partition(" Given value type: ")[0])
+
+
+def _number(kind: str) -> str:
+    """A restricted kind of number in words."""
+    known = {"PositiveInt": "a whole number above 0", "NonNegativeFloat": "a number of at least 0"}
+    return known.get(kind, kind)
+
+
+def _kinds(union: str) -> str:
+    """Types of a union as a user writes them: choices one by one, classes by name, null for None."""
+    kinds: list[str] = []
+    for choices, name in re.findall(r"Literal\[(.*?)\]|<class '(?:builtins\.)?([\w.]+)'>", union):
+        kinds += choices.replace("'", "").split(", ") if choices else [name.replace("NoneType", "null")]
+    if "Callable" in union:
+        kinds.insert(0, "the name of a class")
+    return ", ".join(dict.fromkeys(kinds)) or union
 
 
 def _names(parser: Any, text: str) -> Iterator[str]:
@@ -95,6 +118,18 @@ def _names(parser: Any, text: str) -> Iterator[str]:
             continue
         if inspect.isclass(target):
             yield from inspect.signature(target).parameters
+
+
+def unknown_metric(error: Exception) -> str:
+    """What to say where a callback watches a metric that is not logged; empty for other errors."""
+    stopping = r"conditioned on metric `(.+?)` which is not available.*? any of the following: (.*)"
+    keeping = r"ModelCheckpoint\(monitor='(.+?)'\)`? could not find .*? returned metrics: \[(.*?)\]"
+    found = re.search(stopping, str(error)) or re.search(keeping, str(error))
+    if found is None:
+        return ""
+    names = [name for name in re.findall(r"[\w/-]+", found[2]) if "/" in name and not name.startswith("lr-")]
+    hint = _close(found[1], names) or [f"There are {', '.join(names)}."]
+    return f"No metric {found[1]!r} is logged. {hint[0]}"
 
 
 def dead_worker(error: Exception) -> str:

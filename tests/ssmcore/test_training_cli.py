@@ -344,6 +344,18 @@ def test_loss_that_is_not_finite_stops_and_keeps_weights():
         (["--model.init_args.optimizer.init_args.lrr", "4"], r"Did you mean 'lr'"),
         (["--trainer.max_epoch", "4"], r"Did you mean 'max_epochs'"),
         (["--trainer.max_epochs", "few"], r"^trainer.max_epochs: expected one of int, null; got few"),
+        (["--trainer.max_epochs", "-3"], r"^trainer.max_epochs: expected a number of epochs, or -1 .*; got -3\.$"),
+        (["--trainer.check_val_every_n_epoch", "0"], r"^trainer.check_val_every_n_epoch: expected .* at least 1"),
+        (["--trainer.accumulate_grad_batches", "0"], r"^trainer.accumulate_grad_batches: expected .* at least 1"),
+        (["--trainer.precision", "17"], r"^trainer.precision: expected one of 64, 32, 16, .*, bf16, null; got 17$"),
+        (["--trainer", "3"], r"^trainer: expected options, such as --trainer.NAME VALUE$"),
+        (["--trainer.callbacks+=EarlyStopping"], r"^trainer.callbacks: the following .* required: monitor$"),
+        (["--trainer.foo", "3"], r"--trainer.foo 3\. --help lists all options\.$"),
+        (["--threads", "0"], r"^threads: expected a whole number above 0; got 0$"),
+        (["--threads", "x"], r"^threads: expected a whole number above 0; got x$"),
+        (["--state_seconds", "-1"], r"^state_seconds: expected a number of at least 0; got -1$"),
+        (["--model.init_args.optimizer", "Adamm"], r"^model.optimizer: expected the name of a class; got Adamm$"),
+        (["--model.init_args.lr_scheduler", "Foo"], r"^model.lr_scheduler: expected one of the name of a class, null"),
         (["--data.init_args.batch_size", "many"], r"^data.batch_size: expected int; got many$"),
         (["--data", "tiny_training.Pints"], r"no attribute 'Pints'. Did you mean 'Points'"),
         (["--model", "Lin"], r"got Lin. Did you mean 'Line'"),
@@ -358,6 +370,15 @@ def test_bad_words_are_one_line(words, message):
         run("-c", "line.yaml", *words)
     assert "\n" not in str(caught.value)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("words", [["--checkpoint.monitor=val/los"], ["-c", "stopping.yaml"]], ids=lambda word: word[0])
+def test_a_metric_that_nobody_logs_is_named(words):
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/los"}}
+    Path("stopping.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stopping]}}))
+    said = r"^No metric 'val/los' is logged\. Did you mean 'val/loss'\? .*go on with: .* --run line --resume$"
+    with pytest.raises(ValueError, match=said):
+        run("-c", "line.yaml", *words, "--run", "line")
 
 
 def test_fit_that_fails_at_its_data_leaves_nothing():
