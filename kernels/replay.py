@@ -10,6 +10,7 @@ Imported by `triton_impl` modules only, so that Triton stays optional.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -42,7 +43,7 @@ def replayed(launcher: Launcher) -> Launcher:
     A kind is the shapes, strides, dtypes and alignments of all tensors, all other arguments, the device and whether a
     CUDA graph is being recorded. A launcher must depend on nothing else: it reads no value of a tensor on the GPU,
     launches `quick` kernels alone, and takes its arguments by position. Calls with tensors elsewhere, with one tensor
-    twice, while tiles are searched or while a profiler sees every launch are never replayed.
+    twice or while a profiler sees every launch are not replayed, nor are kinds first met while tiles are searched.
     """
 
     @functools.wraps(launcher)
@@ -56,9 +57,8 @@ def replayed(launcher: Launcher) -> Launcher:
         if found is None:
             if len(_known) >= _MOST:
                 _known.clear()
-            _known[kind] = True
-            return launcher(*arguments)
-        if found is False:
+            _known[kind] = INTERPRETED or not autotuning()
+        if not found:
             return launcher(*arguments)
         recorder = _Recorder(tensors)
         outputs = recorder.run(launcher, arguments)
@@ -87,25 +87,33 @@ def in_interpreter() -> Any:
 def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
     """The kind of a call, None where it is not replayed, and its tensors."""
     key: list[Any] = [launcher]
-    tensors: list[Tensor] = []
+    flat: list[Any] = []
     for argument in arguments:
-        each = argument if type(argument) is list else (argument,)
-        for one in each:
-            kind = type(one)
-            if kind is Tensor or kind is torch.nn.Parameter:
-                tensors.append(one)
-                key.append((one.shape, one.stride(), one.dtype, one.data_ptr() & 15, one.device))
-            else:
-                key.append((kind, one))
-        key.append(len(each))
+        if type(argument) is list:
+            key.append(len(argument))
+            flat += argument
+        else:
+            flat.append(argument)
+    tensors: list[Tensor] = []
+    for one in flat:
+        kind = type(one)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            tensors.append(one)
+            key += one.shape, one.stride(), one.dtype, one.data_ptr() & 15
+        else:
+            key += kind, one
     if not tensors or len(set(map(id, tensors))) < len(tensors) or recording.by is not None:
         return None, tensors
     if INTERPRETED:
         return (tuple(key) if _in_interpreter else None), tensors
+    # Triton launches on the current GPU.
     current = torch.cuda.current_device() if tensors[0].is_cuda else -1
-    if any(one.get_device() != current for one in tensors) or not direct() or autotuning():
+    for one in tensors:
+        if one.get_device() != current:
+            return None, tensors
+    if not direct():
         return None, tensors
-    key.append(torch.cuda.is_current_stream_capturing())
+    key += current, torch.cuda.is_current_stream_capturing()
     return tuple(key), tensors
 
 
@@ -260,7 +268,7 @@ class _Replay:
     """
 
     def __init__(self, arguments: int, values: list[_Value], steps: list[_Step], returned: Any) -> None:
-        self.returned = returned
+        self.returned = _filler(returned)
         self.size = len(values) - arguments
         roots, offsets = [one.root for one in values], [one.offset for one in values]
         # From the last step to the first: what is made for nobody is left out, and what is read no more is let go.
@@ -292,7 +300,7 @@ class _Replay:
         stream = 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(tensors[0].get_device())
         for step in self.steps:
             step(values, stream)
-        return _filled(self.returned, values)
+        return self.returned(values)
 
     def _work(self, step: _Step, roots: list[int], offsets: list[int]) -> Callable[[list[Any], int], None]:
         if isinstance(step, _Allocation):
@@ -316,8 +324,10 @@ def _allocate(
 def _operate(step: _Op) -> Callable[[list[Any], int], None]:
     places = [one.number for one in step.outputs]
 
+    function, args, kwargs = step.function, _filler(step.args), _filler(step.kwargs)
+
     def operate(values: list[Any], stream: int) -> None:
-        found = step.function(*_filled(step.args, values), **_filled(step.kwargs, values))
+        found = function(*args(values), **kwargs(values))
         for number, one in zip(places, found if step.several else (found,)):
             values[number] = one
 
@@ -325,8 +335,10 @@ def _operate(step: _Op) -> Callable[[list[Any], int], None]:
 
 
 def _interpret(step: _Launch) -> Callable[[list[Any], int], None]:
+    arguments = _filler(step.arguments)
+
     def launch(values: list[Any], stream: int) -> None:
-        step.kernel.kernel[step.grid](*_filled(step.arguments, values), **step.options)
+        step.kernel.kernel[step.grid](*arguments(values), **step.options)
 
     return launch
 
@@ -369,11 +381,16 @@ def _places(tree: Any) -> list[int]:
     return [number for one in tree for number in _places(one)] if type(tree) in (tuple, list) else []
 
 
-def _filled(tree: Any, values: list[Any]) -> Any:
-    """The tree with tensors at its places."""
-    kind = type(tree)
-    if kind is _Place:
-        return values[tree.number]
-    if kind is tuple or kind is list:
-        return kind([_filled(one, values) for one in tree])
-    return {name: _filled(one, values) for name, one in tree.items()} if kind is dict else tree
+def _filler(tree: Any) -> Callable[[list[Any]], Any]:
+    """What puts tensors at the places of a tree."""
+    if type(tree) is _Place:
+        return operator.itemgetter(tree.number)
+    if not _places(tree):
+        return lambda values: tree
+    if type(tree) is dict:
+        named = {name: _filler(one) for name, one in tree.items()}
+        return lambda values: {name: fill(values) for name, fill in named.items()}
+    if type(tree) is tuple and len(tree) > 1 and all(type(one) is _Place for one in tree):
+        return operator.itemgetter(*(one.number for one in tree))
+    kind, each = type(tree), [_filler(one) for one in tree]
+    return lambda values: kind([fill(values) for fill in each])

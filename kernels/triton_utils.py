@@ -186,5 +186,5 @@ def direct() -> bool:
     """Whether `Repeated` takes addresses: not in the interpreter, on AMD, or while every launch is seen or recorded."""
     if INTERPRETED or torch.version.hip is not None or recording.by is not None:
         return False
-    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    return not any(getattr(hook, "calls", hook) for hook in hooks)
+    before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return not (getattr(before, "calls", before) or getattr(after, "calls", after))
