@@ -88,6 +88,11 @@ def call(op: Callable[..., Any], *arguments: Any) -> Any:
     return op(*arguments) if _seen(arguments) else _FUNCTIONS[op](*arguments)
 
 
+def function_of(op: Callable[..., Any]) -> Callable[..., Any]:
+    """What an op of `operator` calls, for launchers whose steps nobody else sees."""
+    return _FUNCTIONS[op]
+
+
 def _seen(arguments: tuple[Any, ...]) -> bool:
     """Whether gradients, a transform or a tracer may want to see a call."""
     if torch.is_grad_enabled() or traced() or transforming():

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..causal_conv1d import triton_impl as convolution
 from ..gated_norm import triton_impl as gating
 from ..gated_norm.triton_step import layer_norm_triton
-from ..transforms import FirstDerivative, apply, call
+from ..replay import replayed
+from ..transforms import FirstDerivative, apply, function_of
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .blocks import HydraWeights
 from .triton_backward import _layer_norm_bwd_kernel, _steps_bwd_kernel
@@ -22,6 +23,11 @@ from .triton_blocks import narrow
 from .triton_impl import _backward as quasiseparable_gradients
 from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
 from .triton_states import entering
+
+# Parts of one recorded call, no ops of their own.
+_layer_norm, _convolve, _gate, _mix_gradients = map(
+    function_of, (layer_norm_triton, convolution._forward, gating._forward, quasiseparable_gradients)
+)
 
 
 class _Sizes:
@@ -81,22 +87,13 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> Tensor:
-        *weights, scale, W_in, W_D, W_out, headdim, d_state, eps, gate_eps = arguments
-        own, dtype = HydraWeights(*weights), W_in.dtype
         x = x.contiguous()
-        size = _Sizes(x, own, headdim, d_state)
-        n = call(layer_norm_triton, x, own.norm, own.norm_bias, eps, dtype).flatten(0, 1)
-        p = torch.mm(n, W_in)
-        z, mixed, dt_f, dt_b = size.of_projection(p)
-        filters = own.conv.flatten(1)
-        c = call(convolution._forward, mixed, filters, own.conv_bias, None, (size.k - 1) // 2, size.length, True)
-        d = torch.mm(c.flatten(0, 1)[:, : size.d_inner], W_D)
-        steps, y = _mix(size, c, d, dt_f, dt_b, own)
-        g = call(gating._forward, y, z, own.gate, gate_eps, size.d_inner, True)
-        o = torch.mm(g, W_out).view(x.shape)
-        ctx.save_for_backward(x, n, p, c, d, steps, y, g, scale, W_in, W_D, W_out, *weights)
+        *tensors, headdim, d_state, eps, gate_eps = arguments
+        *weights, scale, W_in, W_D, W_out = tensors
+        y, *kept = _forward(x, *arguments)
+        ctx.save_for_backward(x, *kept, scale, W_in, W_D, W_out, *weights)
         ctx.options = headdim, d_state, eps, gate_eps
-        return x + (o if scale is None else scale * o)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -109,42 +106,65 @@ class _BlockGradient(FirstDerivative):
 
     @staticmethod
     def forward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        x, n, p, c, d, steps, y, g, scale, W_in, W_D, W_out, *rest = arguments
-        *weights, headdim, d_state, eps, gate_eps = rest
-        own, dtype = HydraWeights(*weights), n.dtype
-        size = _Sizes(x, own, headdim, d_state)
-        z, mixed, dt_f, dt_b = size.of_projection(p)
-        dp = torch.empty_like(p)
-        dz, dmixed, ddt_f, ddt_b = size.of_projection(dp)
-        if (used := sum(size.used)) < p.shape[1]:
-            dp[:, used:] = 0
-        do = (dy if scale is None else scale * dy).to(dtype).flatten(0, 1)
-        dout_proj = torch.mm(do.t(), g)
-        dm, dgate = gating.write_gradients(y, z, own.gate, torch.mm(do, W_out.t()), gate_eps, size.d_inner, True, dz)
-        u, *maps = size.of_convolution(c)
-        diag = (d[:, : size.nheads] + own.D).unflatten(0, (size.batch, size.length))
-        B_f, C_f, B_b, C_b = maps
-        du, ddecay_f, dweight_f, dB_f, dC_f, ddecay_b, dweight_b, dB_b, dC_b, ddiag, *_ = call(
-            quasiseparable_gradients, u, steps[0], steps[2], B_f, C_f, steps[1], steps[3], B_b, C_b, diag, None, None,
-            dm.view(u.shape), None, True, 0, 0, 0,
-        )  # fmt: skip
-        dd = torch.empty_like(d)
-        sums = _through_steps(
-            size, own, (dt_f, dt_b), (ddecay_f, dweight_f, ddecay_b, dweight_b, ddiag), (ddt_f, ddt_b), dd
-        )
-        dc = torch.cat([one.flatten(2) for one in (du, dB_f, dC_f, dB_b, dC_b)], dim=2)
-        flat, dflat = c.flatten(0, 1)[:, : size.d_inner], dc.flatten(0, 1)[:, : size.d_inner]
-        dflat.addmm_(dd, W_D.t())
-        dfrom_x = torch.mm(dd.t(), flat)[: size.nheads]
-        dconv = convolution.write_gradients(
-            mixed, own.conv.flatten(1), own.conv_bias, None, dc, (size.k - 1) // 2, True, dmixed
-        )
-        din_proj = torch.mm(dp.t(), n)[:used]
-        dx, dnorm = _through_norm(x, own.norm, torch.mm(dp, W_in.t()), dy, eps)
-        return (
-            dx, dnorm[0], dnorm[1], din_proj.to(x.dtype), dconv[:-1].t().unsqueeze(1), dconv[-1], sums[0], sums[1],
-            dfrom_x.to(x.dtype), sums[2], dgate, dout_proj.to(x.dtype),
-        )  # fmt: skip
+        return _gradients(dy, *arguments)
+
+
+@replayed
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The stream after a block, and what the gradient needs: n, p, c, the diagonal, decays and steps, m and g."""
+    *weights, scale, W_in, W_D, W_out, headdim, d_state, eps, gate_eps = arguments
+    own, dtype = HydraWeights(*weights), W_in.dtype
+    size = _Sizes(x, own, headdim, d_state)
+    n = _layer_norm(x, own.norm, own.norm_bias, eps, dtype).flatten(0, 1)
+    p = torch.mm(n, W_in)
+    z, mixed, dt_f, dt_b = size.of_projection(p)
+    filters = own.conv.flatten(1)
+    c = _convolve(mixed, filters, own.conv_bias, None, (size.k - 1) // 2, size.length, True)
+    d = torch.mm(c.flatten(0, 1)[:, : size.d_inner], W_D)
+    steps, m = _mix(size, c, d, dt_f, dt_b, own)
+    g = _gate(m, z, own.gate, gate_eps, size.d_inner, True)
+    o = torch.mm(g, W_out).view(x.shape)
+    return x + (o if scale is None else scale * o), n, p, c, d, steps, m, g
+
+
+@replayed
+def _gradients(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    x, n, p, c, d, steps, y, g, scale, W_in, W_D, W_out, *rest = arguments
+    *weights, headdim, d_state, eps, gate_eps = rest
+    own, dtype = HydraWeights(*weights), n.dtype
+    size = _Sizes(x, own, headdim, d_state)
+    z, mixed, dt_f, dt_b = size.of_projection(p)
+    dp = torch.empty_like(p)
+    dz, dmixed, ddt_f, ddt_b = size.of_projection(dp)
+    if (used := sum(size.used)) < p.shape[1]:
+        dp[:, used:].zero_()
+    do = (dy if scale is None else scale * dy).to(dtype).flatten(0, 1)
+    dout_proj = torch.mm(do.t(), g)
+    dm, dgate = gating.write_gradients(y, z, own.gate, torch.mm(do, W_out.t()), gate_eps, size.d_inner, True, dz)
+    u, *maps = size.of_convolution(c)
+    diag = (d[:, : size.nheads] + own.D).unflatten(0, (size.batch, size.length))
+    B_f, C_f, B_b, C_b = maps
+    du, ddecay_f, dweight_f, dB_f, dC_f, ddecay_b, dweight_b, dB_b, dC_b, ddiag, *_ = _mix_gradients(
+        u, steps[0], steps[2], B_f, C_f, steps[1], steps[3], B_b, C_b, diag, None, None, dm.view(u.shape), None, True,
+        0, 0, 0,
+    )  # fmt: skip
+    dd = torch.empty_like(d)
+    sums = _through_steps(
+        size, own, (dt_f, dt_b), (ddecay_f, dweight_f, ddecay_b, dweight_b, ddiag), (ddt_f, ddt_b), dd
+    )
+    dc = torch.cat([one.flatten(2) for one in (du, dB_f, dC_f, dB_b, dC_b)], dim=2)
+    flat, dflat = c.flatten(0, 1)[:, : size.d_inner], dc.flatten(0, 1)[:, : size.d_inner]
+    dflat.addmm_(dd, W_D.t())
+    dfrom_x = torch.mm(dd.t(), flat)[: size.nheads]
+    dconv = convolution.write_gradients(
+        mixed, own.conv.flatten(1), own.conv_bias, None, dc, (size.k - 1) // 2, True, dmixed
+    )
+    din_proj = torch.mm(dp.t(), n)[:used]
+    dx, dnorm = _through_norm(x, own.norm, torch.mm(dp, W_in.t()), dy, eps)
+    return (
+        dx, dnorm[0], dnorm[1], din_proj.to(x.dtype), dconv[:-1].t().unsqueeze(1), dconv[-1], sums[0], sums[1],
+        dfrom_x.to(x.dtype), sums[2], dgate, dout_proj.to(x.dtype),
+    )  # fmt: skip
 
 
 def _mix(size: _Sizes, c: Tensor, d: Tensor, dt_f: Tensor, dt_b: Tensor, own: HydraWeights) -> tuple[Tensor, Tensor]:

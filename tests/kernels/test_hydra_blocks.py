@@ -201,6 +201,32 @@ def test_gradients(device, l, depth, dtype, options, scaled):  # noqa: E741
             assert relative_error(one.grad, two.grad) < limit, name
 
 
+def test_gradients_of_later_steps(device):
+    """From the third step on a block and its gradient are what was recorded in the second, with other tensors."""
+    replay = importlib.import_module("omnissm.kernels.replay")
+    blocks = build(device, 1, 8, headdim=16, d_state=5, d_conv=3)
+
+    def step(seed):
+        x = torch.randn(2, 5, 8, device=device, generator=torch.Generator(device).manual_seed(seed)).requires_grad_()
+        blocks[0].zero_grad()
+        scale = torch.tensor([0.5, 2.0], device=device)[:, None, None]
+        with torch.autocast(x.device.type, torch.bfloat16):
+            y = hydra_blocks(
+                x, weights_of(blocks), headdim=16, d_state=5, eps=EPS, gate_eps=1e-5, scale=lambda _: scale
+            )
+        y.square().sum().backward()
+        return [y.detach(), x.grad, *(one.grad for one in blocks[0].parameters())]
+
+    expected = step(3)
+    replay.forget()
+    with replay.in_interpreter():
+        found = [step(seed) for seed in (1, 2, 3)][-1]
+        recorded = [one for one in replay._known.values() if type(one) is replay._Replay]
+    replay.forget()
+    assert len(recorded) == 2
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
 def test_rates_learn_from_small_steps(device):
     """Steps near 1e-7, whose sum with one keeps no digit of them."""
     blocks = build(device, 1)
