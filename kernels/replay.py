@@ -40,10 +40,11 @@ _in_interpreter = False
 def replayed(launcher: Launcher) -> Launcher:
     """Decorator of a launcher: from the third call of a kind on, what the second one did is done again.
 
-    A kind is the shapes, strides, dtypes and alignments of all tensors, all other arguments, the device and whether a
-    CUDA graph is being recorded. A launcher must depend on nothing else: it reads no value of a tensor on the GPU,
-    launches `quick` kernels alone, and takes its arguments by position. Calls with tensors elsewhere, with one tensor
-    twice or while a profiler sees every launch are not replayed, nor are kinds first met while tiles are searched.
+    A kind is the shapes, strides, dtypes and alignments of all tensors, all other arguments, the device, torch's
+    settings of float32 products and autocast, and whether a CUDA graph is being recorded. A launcher must depend on
+    nothing else: it reads no value of a tensor on the GPU, launches `quick` kernels alone, and takes its arguments by
+    position. Calls with tensors elsewhere, with one tensor twice or while a profiler sees every launch are not
+    replayed, nor are kinds first met while tiles are searched.
     """
 
     @functools.wraps(launcher)
@@ -100,14 +101,18 @@ def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tup
         if kind is Tensor or kind is torch.nn.Parameter:
             tensors.append(one)
             key += one.shape, one.stride(), one.dtype, one.data_ptr() & 15
+        elif isinstance(one, Tensor):
+            return None, tensors
         else:
             key += kind, one
     if not tensors or len(set(map(id, tensors))) < len(tensors) or recording.by is not None:
         return None, tensors
+    device = tensors[0].device.type
+    key += torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device)
     if INTERPRETED:
         return (tuple(key) if _in_interpreter else None), tensors
     # Triton launches on the current GPU.
-    current = torch.cuda.current_device() if tensors[0].is_cuda else -1
+    current = torch.cuda.current_device() if device == "cuda" else -1
     for one in tensors:
         if one.get_device() != current:
             return None, tensors
@@ -159,14 +164,18 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = func(*args, **kwargs)
         if self.launching:
-            return found
+            return func(*args, **kwargs)
+        recording.by = None  # an op with kernels of its own is one step
+        try:
+            found = func(*args, **kwargs)
+        finally:
+            recording.by = self
         given = self._placed((args, kwargs))
-        if not isinstance(found, (Tensor, tuple, list)) and not _places(given):
+        if not isinstance(found, (Tensor, tuple, list, type(None))) and not _places(given):
             return found  # of two dtypes, say
         several = isinstance(found, (tuple, list))
-        made = list(found) if several else [found]
+        made = [] if found is None else list(found) if several else [found]
         new = [one for one in made if isinstance(one, Tensor) and id(one) not in self.places]
         roots = [self._root(one, given) for one in new]
         indices = [self._add(one, root) for one, root in zip(new, roots)]
@@ -194,6 +203,7 @@ class _Recorder(TorchDispatchMode):
         compiled = kernel.kernel[grid](*arguments, **options)
         self.launching = False
         given = self._placed(arguments)
+        self.possible &= not any(isinstance(one, Tensor) for one in options.values())
         if not INTERPRETED:
             named = kernel.arg_names[len(arguments) :]
             self.possible &= all(name in options for name in named)  # none has a default
@@ -216,7 +226,11 @@ class _Recorder(TorchDispatchMode):
         kind = type(tree)
         if kind is tuple or kind is list:
             return kind([self._placed(one) for one in tree])
-        return {name: self._placed(one) for name, one in tree.items()} if kind is dict else tree
+        if kind is dict:
+            return {name: self._placed(one) for name, one in tree.items()}
+        if isinstance(tree, (tuple, list, dict)) and kind is not torch.Size:
+            self.possible = False  # a class of its own, which may hold tensors
+        return tree
 
     def _root(self, tensor: Tensor, given: Any) -> tuple[int, int] | None:
         """The root of a view and the bytes between them; None for a tensor with its own memory."""
@@ -328,7 +342,7 @@ def _operate(step: _Op) -> Callable[[list[Any], int], None]:
 
     def operate(values: list[Any], stream: int) -> None:
         found = function(*args(values), **kwargs(values))
-        for number, one in zip(places, found if step.several else (found,)):
+        for number, one in zip(places, found if step.several else (found,)):  # no places for an op without outputs
             values[number] = one
 
     return operate

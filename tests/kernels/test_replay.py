@@ -4,6 +4,7 @@ import ast
 import weakref
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -136,6 +137,65 @@ def test_other_kinds_are_not_replayed(change, device):
     assert torch.equal(counted.call(x, 3), x + 3)
     assert torch.equal(counted.call(x, 2.0), x + 2.0)
     assert counted.runs == 5
+
+
+def test_settings_that_launchers_read_make_other_kinds(device):
+    counted = Counted(lambda x: x + len(torch.get_float32_matmul_precision()))
+    x, before = torch.zeros(4, device=device), torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            for _ in range(3):
+                assert torch.equal(counted.call(x), x + len(precision))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert counted.runs == 4
+
+
+def test_an_op_without_outputs_is_done_again(device):
+    def function(x, y):
+        into = [torch.empty_like(x), torch.empty_like(y)]
+        torch._foreach_copy_(into, [x, y])
+        return into[0] + into[1]
+
+    check_replayed(function, lambda: (torch.randn(4, device=device), torch.randn(4, device=device)), device)
+
+
+class Pair(NamedTuple):
+    one: torch.Tensor
+    two: torch.Tensor
+
+
+def test_tensors_in_classes_of_their_own_keep_a_launcher_from_being_replayed(device):
+    counted = Counted(lambda x: Pair(x + 1, x + 2))
+    for _ in range(4):
+        x = torch.randn(4, device=device)
+        assert torch.equal(counted.call(x).two, x + 2)
+    assert counted.runs == 4
+
+
+def test_an_op_with_launches_of_its_own_is_done_once(device):
+    from omnissm.kernels.transforms import operator
+
+    runs = []
+
+    @operator("replay_test_inner", mutates=("x",))
+    @replay.replayed
+    def inner(x: torch.Tensor) -> None:
+        runs.append(1)
+        x.add_(1)
+
+    def function(x):
+        inner(x)
+        return x * 2
+
+    counted = Counted(function)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(4, device=device)
+            assert torch.equal(counted.call(x.clone()), (x + 1) * 2)
+    assert counted.runs == 2
+    assert len(runs) == 2
 
 
 def test_the_same_tensor_twice_is_not_replayed(device):
