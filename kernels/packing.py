@@ -143,12 +143,12 @@ def by_segments(
     groups: dict[int, list[int]] = {}
     for segment, size in enumerate(lengths):
         groups.setdefault(size.bit_length(), []).append(segment)
-    starts, counts = (torch.tensor(values, dtype=torch.long) for values in (bounds[:-1], lengths))
+    starts, counts = (torch.tensor(values, dtype=torch.long, device="cpu") for values in (bounds[:-1], lengths))
     places, outputs, found = [], [], []
     for members in groups.values():
         # Indices are worked out on the host, so that none has to be looked for on the device.
-        chosen = torch.tensor(members)
-        offsets = torch.arange(max(lengths[member] for member in members))
+        chosen = torch.tensor(members, device="cpu")
+        offsets = torch.arange(max(lengths[member] for member in members), device="cpu")
         real = offsets < counts[chosen, None]
         index = torch.where(real, starts[chosen, None] + offsets, 0)
         places.append(index[real])
@@ -163,7 +163,7 @@ def by_segments(
         outputs.append(y.flatten(0, 1).index_select(0, kept))
         found.append(final)
     back = torch.cat(places).argsort().to(device)
-    order = torch.tensor([member for members in groups.values() for member in members]).argsort().to(device)
+    order = starts.new_tensor([member for members in groups.values() for member in members]).argsort().to(device)
     states = tuple(torch.cat(parts).index_select(0, order) for parts in zip(*found, strict=True))
     if final_states == "last":
         states = tuple(part[:1] if reverse else part[-1:] for part in states)

@@ -98,7 +98,7 @@ def conv_gradients(
     """Gradients of x, weight and bias from that of `convolved`."""
     k = weight.shape[1]
     filters, mirrored = filters_of(weight), filters_of(weight.flip(1))
-    dx = torch.zeros(x.shape, dtype=weight.dtype)
+    dx = x.new_zeros(x.shape, dtype=weight.dtype)
     dweight, dbias = torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
     for rows, span, source, wide in _pieces(x, weight, left, length):
         dpre = dy[rows, span].to(weight.dtype)

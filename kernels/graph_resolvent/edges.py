@@ -76,7 +76,7 @@ class GraphEdges:
         """The graphs by size, sorted now if they were not before."""
         if self.buckets is not None:
             return self.buckets
-        index = torch.empty(2, self.num_edges, dtype=torch.long)
+        index = torch.empty(2, self.num_edges, dtype=torch.long, device="cpu")
         index[:, self.edge_perm.cpu()] = torch.stack([self.src, self.dst]).cpu()
         return tuple(_on(bucket, self.src.device) for bucket in _buckets(index, self.ptr))
 
@@ -117,10 +117,10 @@ def graph_edges(edge_index: Tensor, num_nodes: int, *, ptr: Tensor | None = None
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_nodes:
         wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
         raise ValueError(f"`edge_index` names node {wrong}, expected ids from 0 to {num_nodes - 1}.")
-    ptr = torch.tensor([0, num_nodes]) if ptr is None else ptr.detach().cpu().long()
+    ptr = torch.tensor([0, num_nodes], device="cpu") if ptr is None else ptr.detach().cpu().long()
     if ptr.dim() != 1 or len(ptr) < 1 or ptr[0] != 0 or ptr[-1] != num_nodes or bool((ptr.diff() < 0).any()):
         raise ValueError(f"`ptr` must rise from 0 to {num_nodes}, the number of nodes; got {ptr.tolist()}.")
-    graph = torch.repeat_interleave(torch.arange(len(ptr) - 1), ptr.diff())
+    graph = torch.repeat_interleave(torch.arange(len(ptr) - 1, device="cpu"), ptr.diff())
     source, target = index
     between = (graph[source] != graph[target]).nonzero()
     if between.numel():
@@ -135,15 +135,16 @@ def graph_edges(edge_index: Tensor, num_nodes: int, *, ptr: Tensor | None = None
         order = dag_order(index, num_nodes)
     except ValueError:  # ids were checked above: what is left is a self loop or a cycle
         order = None
+    places = torch.arange(num_nodes + 1, device="cpu")
     edges = GraphEdges(
         num_nodes=num_nodes,
         ptr=ptr,
         src=src,
         dst=dst,
         edge_perm=edge_perm,
-        row_ptr=torch.searchsorted(dst, torch.arange(num_nodes + 1)),
+        row_ptr=torch.searchsorted(dst, places),
         out_perm=(out_perm := torch.argsort(src * max(num_nodes, 1) + dst, stable=True)),
-        out_row_ptr=torch.searchsorted(src[out_perm], torch.arange(num_nodes + 1)),
+        out_row_ptr=torch.searchsorted(src[out_perm], places),
         buckets=_buckets(index, ptr) if order is None else None,
         order=order,
     )
@@ -163,7 +164,7 @@ def _buckets(index: Tensor, ptr: Tensor) -> tuple[Bucket, ...]:
     to at most 1.5 times their own, or 32 nodes more.
     """
     sizes = ptr.diff()
-    graph = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    graph = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
     groups: list[list[int]] = []
     for number in torch.argsort(sizes, descending=True, stable=True).tolist():
         size = int(sizes[number])
@@ -177,11 +178,11 @@ def _buckets(index: Tensor, ptr: Tensor) -> tuple[Bucket, ...]:
     buckets = []
     for members in groups:
         size = int(sizes[members[0]])
-        rows = torch.tensor(members)
-        nodes = ptr[rows, None] + torch.arange(size)
-        nodes[torch.arange(size) >= sizes[rows, None]] = int(ptr[-1])
-        place = torch.full((len(sizes),), -1)
-        place[rows] = torch.arange(len(members))
+        rows, offsets = ptr.new_tensor(members), torch.arange(size, device="cpu")
+        nodes = ptr[rows, None] + offsets
+        nodes[offsets >= sizes[rows, None]] = int(ptr[-1])
+        place = torch.full_like(sizes, -1)
+        place[rows] = torch.arange(len(members), device="cpu")
         edges = (place[graph_of_edge] >= 0).nonzero()[:, 0]
         buckets.append(
             Bucket(size, nodes, edges, place[graph_of_edge[edges]], local[0, edges].clone(), local[1, edges].clone())

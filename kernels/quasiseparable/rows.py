@@ -170,7 +170,7 @@ def _steps(projected: Tensor, weights: _Weights, sizes: _Sizes) -> _Steps:
 
 def _strictly(count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Ones below and above the diagonal."""
-    ones = torch.ones(count, count, dtype=like.dtype)
+    ones = like.new_ones(count, count)
     return ones.tril(-1), ones.triu(1)
 
 
@@ -189,7 +189,7 @@ def _factors(steps: _Steps, diag: Tensor, sizes: _Sizes) -> Tensor:
     between_b = (starts[1, ..., None, :] - ends[1, ..., :, None]).to(dtype).exp().triu(1)
     rows = of_row[0, ..., None] * between_f[..., None, :]
     rows.addcmul_(of_row[1, ..., None], between_b[..., None, :])  # (s, h, k, q, k)
-    lower = torch.ones(sizes.chunks, sizes.chunks, dtype=torch.bool).tril(-1)
+    lower = upto.new_ones(sizes.chunks, sizes.chunks, dtype=torch.bool).tril(-1)
     columns = torch.where(lower[..., None], of_column[0, :, :, None], of_column[1, :, :, None])  # (s, h, k, k, q)
     factors = rows[..., None] * columns[:, :, :, None]
 
@@ -197,7 +197,7 @@ def _factors(steps: _Steps, diag: Tensor, sizes: _Sizes) -> Tensor:
     inside_f = before[0, ..., :, None] - upto[0, ..., None, :]
     inside_b = before[1, ..., None, :] - upto[1, ..., :, None]
     inside = torch.minimum(inside_f, inside_b, out=inside_f).to(dtype).exp_()
-    below = torch.ones(sizes.q, sizes.q, dtype=torch.bool).tril()
+    below = upto.new_ones(sizes.q, sizes.q, dtype=torch.bool).tril()
     inside *= torch.where(below, steps.dt[0, ..., None, :], steps.dt[1, ..., None, :])
     inside.diagonal(dim1=-2, dim2=-1).copy_(diag)
     factors.diagonal(dim1=2, dim2=4).copy_(inside.movedim(2, -1))
@@ -211,7 +211,7 @@ def _scores(maps: list[Tensor]) -> Tensor:
     length = forward.shape[-1]
     scores = torch.empty_like(forward)
     scores[..., 0, :], scores[..., -1, :] = backward[..., 1, :], forward[..., -2, :]
-    lower = torch.ones(length, length, dtype=torch.bool).tril()[1:-1]
+    lower = scores.new_ones(length, length, dtype=torch.bool).tril()[1:-1]
     scores[..., 1:-1, :] = torch.where(lower, forward[..., :-2, :], backward[..., 2:, :])
     scores.diagonal(dim1=-2, dim2=-1).fill_(1)
     return scores
