@@ -17,7 +17,7 @@ from .triton_kernels import (
     _over_channels,
     _over_states,
     _rates_of,
-    _states_of,
+    _side_by_side,
     _store_lanes,
     _store_states,
     _unless,
@@ -100,6 +100,16 @@ def _retreat(
     if RULE == 2 and not HAS_R:
         ddt1 += dr1
     return to_left + to_left_2, to_above + to_above_2, (dx, ddt1, ddt2, dr1), (dA1, dA2, dc2, dc3), dB1 + dB2
+
+
+@triton.jit
+def _add_to_states(ptr, values, sub, ok, N: tl.constexpr, K: tl.constexpr):
+    """`_store_states` on top of what one and the same program stored: atomic only to spare it the wait for a load."""
+    if K == 1:
+        tl.atomic_add(ptr + sub, values[0], mask=ok & (sub < N), sem="relaxed")
+    else:
+        n = sub[:, None] * K + tl.arange(0, K)[None, :]
+        tl.atomic_add(ptr[:, None] + n, _side_by_side(values, K), mask=ok[:, None] & (n < N), sem="relaxed")
 
 
 @quick
@@ -269,9 +279,10 @@ def _grid_scan_bwd_kernel(
                             values = values + (_over_channels(value, S, BD, SUB),)
                         wanted = in_grid & (column + c < columns) & (lane // SUB % BD == 0)
                         map_at = dmaps_row + m * map_size + at_c * N
-                        if PASSES > 1:
-                            values = _added(values, _states_of(map_at, sub, wanted & (again > 0), N, K, ACC), K)
-                        _store_states(map_at, values, sub, wanted, N, K)
+                        if again == 0:
+                            _store_states(map_at, values, sub, wanted, N, K)
+                        else:
+                            _add_to_states(map_at, values, sub, wanted, N, K)
                 under, states = next_under, over
                 out = (((program * S + (own_strip + S - 1) % S) * rows + i) * V) * (BD * SUB) + lead
                 _store_lanes(dborder_ptr + out, right, BD * SUB, here & (strip > 0), V)
