@@ -350,8 +350,8 @@ class TokenClassification(SequenceClassification):
             y.flatten(0, -2), labels.flatten(), weight=weights, ignore_index=IGNORE, reduction="sum"
         )
         known = labels[labels != IGNORE]
-        size = known.new_tensor(len(known), dtype=y.dtype) if weights is None else weights[known].sum()
-        return total / size.clamp(min=1e-6)
+        # A number and no tensor in the dtype of `y`: float16 ends at 65,504.
+        return total / (max(len(known), 1) if weights is None else weights[known].sum().clamp(min=1e-6))
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         """Keep outputs and labels of the labelled bases."""

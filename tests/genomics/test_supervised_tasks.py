@@ -139,6 +139,14 @@ def test_batches_without_any_label_teach_nothing():
     torch.testing.assert_close(bases.loss(y[None], labels), expected)
 
 
+def test_more_labelled_bases_than_float16_counts():
+    task = TokenClassification("hydra_dna_tiny", num_classes=3)
+    labels = torch.randint(3, (1, 70_000), generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.float16):
+        loss = task.loss(torch.zeros(1, 70_000, 3, dtype=torch.float16), labels)
+    torch.testing.assert_close(loss.float(), torch.tensor(math.log(3)), rtol=1e-4, atol=0)
+
+
 def test_values_with_gaps():
     task = SequenceRegression("lyra", LYRA, n_outputs=2)
     y = torch.randn(30, 2)
