@@ -37,6 +37,7 @@ from .triton_pieces import (
     prepare_programs,
     sweep_blocks,
     sweep_options,
+    walked,
 )
 from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
 from .triton_states import CARRIED, STATE_TILE, _carry_kernel, _states_kernel, state_options
@@ -132,8 +133,6 @@ def hydra_blocks_triton(
     short, long = tile_of(repeats), heads_tile(repeats)
     parts = nheads // (long if pieces > 1 else short).heads
     width, width_D = products[0].shape[1], products[1].shape[1]
-    # Walking along a row takes a step for each piece, but few walkers leave most of the device idle.
-    walked = 2 * batch * nheads >= multiprocessors(x.device)
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind, device=x.device)
@@ -181,7 +180,7 @@ def hydra_blocks_triton(
     if pieces > 1:
         prepare = Repeated(
             _prepare_kernel, (batch * prepare_programs(nheads, length, PREPARE_TILE),), batch, length, nheads, d_inner,
-            mixed, width, **prepare_options(dtype, nheads, length, PREPARE_TILE),
+            mixed, width, **prepare_options(dtype, nheads, length, PREPARE_TILE), STEPS=False,
         )  # fmt: skip
         sweep = Repeated(
             _sweep_kernel, (2 * batch * nheads * sweep_blocks(d_state, SWEEP_TILE),), batch, length, nheads, repeats,
@@ -232,9 +231,9 @@ def hydra_blocks_triton(
             if pieces > 1:
                 prepare(
                     one.c, address(W_D) if number else W_D, own.D, one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log,
-                    one.vectors, one.ends,
+                    one.vectors, one.ends, None,
                 )  # fmt: skip
-                if walked:
+                if walked(batch, nheads, x.device):
                     sweep(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
                 else:
                     collect(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
@@ -243,7 +242,7 @@ def hydra_blocks_triton(
             else:
                 torch.mm(u, W_D, out=tensors.d)
                 prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, None, None)
-                mix(one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, None, None, *rest)
+                mix(one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, *rest)
             if not gated:
                 gate(one.m, one.p, own.gate, one.g)
             torch.mm(tensors.g, W_out, out=tensors.o)

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..triton_utils import cdiv, next_power_of_2, quick
+from ..triton_utils import cdiv, multiprocessors, next_power_of_2, quick
 from .triton_short import _rows, _write_vectors, dot_type, piece_of, warps_of
+from .triton_states import CARRIED, STATE_TILE, _carry_kernel, _states_kernel, state_options
 
 
 class PrepareTile(NamedTuple):
@@ -64,6 +66,7 @@ def _prepare_kernel(
     A_log_ptr,
     vectors_ptr,
     ends_ptr,
+    steps_ptr,
     batch,
     length,
     heads,
@@ -77,8 +80,9 @@ def _prepare_kernel(
     BLOCK_K: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Vectors of `_vectors_kernel`, (4, b, pieces, h, PIECE), and a fifth, the diagonal u W_D^T + D.
+    """What `_vectors_kernel` makes, and a fifth vector, the diagonal u W_D^T + D.
 
     The first programs make the diagonals of ROWS rows, the last rows first: they were written last. The others, which
     need no memory for tiles, make vectors of BLOCK_H heads of a piece.
@@ -90,9 +94,9 @@ def _prepare_kernel(
         blocks = tl.cdiv(heads, BLOCK_H)
         own_h = (program - products) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         _write_vectors(
-            dt_f_ptr, dt_b_ptr, bias_ptr, A_log_ptr, vectors_ptr, ends_ptr, None,
+            dt_f_ptr, dt_b_ptr, bias_ptr, A_log_ptr, vectors_ptr, ends_ptr, steps_ptr,
             ((program - products) // blocks).to(tl.int64), own_h, batch, length, heads, length * dt_stride, dt_stride,
-            PIECE, True, False,
+            PIECE, True, STEPS,
         )  # fmt: skip
     else:
         number = products - 1 - program
@@ -315,7 +319,7 @@ def _heads_kernel(
 
 @functools.cache
 def prepare_options(dtype: torch.dtype, nheads: int, length: int, tile: PrepareTile) -> dict[str, Any]:
-    """Compile-time arguments of `_prepare_kernel`."""
+    """Compile-time arguments of `_prepare_kernel` but STEPS."""
     return {
         "PIECE": piece_of(length),
         "ROWS": tile.rows,
@@ -377,3 +381,37 @@ def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: H
         "STAGES": tile.stages if block_p * block_n <= 64 * 64 else 1,  # see `sweep_options`
         "num_warps": warps_of(tile.warps, block_p, block_n),
     }
+
+
+def walked(batch: int, nheads: int, device: torch.device) -> bool:
+    """Whether one program carries a state along a row: a step for each piece, but few would leave the device idle."""
+    return 2 * batch * nheads >= multiprocessors(device)
+
+
+def entering(x: Tensor, B_f: Tensor, B_b: Tensor, vectors: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """States that enter each piece from the left and from the right, (b, h, pieces, p, n), in the dtype of x.
+
+    Args:
+        x: Input, (b, l, h, p), dense in its last two dimensions.
+        B_f: Input map forward, (b, l, g, n), dense likewise.
+        B_b: Backward, of the same strides.
+        vectors: See `_prepare_kernel`.
+        ends: See there.
+    """
+    (batch, length, nheads, headdim), n = x.shape, B_f.shape[3]
+    pieces = vectors.shape[2]
+    left, right = x.new_empty(2, batch, nheads, pieces, headdim, n).unbind(0)
+    pointers = x, B_f, B_b, vectors, ends, left, right
+    numbers = batch, length, nheads, nheads // B_f.shape[2], *x.stride()[:2], *B_f.stride()[:2]
+    if walked(batch, nheads, x.device):
+        _sweep_kernel[(2 * batch * nheads * sweep_blocks(n, SWEEP_TILE),)](
+            *pointers, *numbers, **sweep_options(x.dtype, headdim, n, length, SWEEP_TILE)
+        )
+        return left, right
+    _states_kernel[(batch * pieces * nheads,)](
+        *pointers, *numbers, **state_options(x.dtype, headdim, n, length, STATE_TILE)
+    )
+    _carry_kernel[(2 * batch * nheads * cdiv(headdim * n, CARRIED),)](
+        left, right, ends, batch, length, nheads, headdim * n, PIECE=piece_of(length), BLOCK=CARRIED
+    )
+    return left, right

@@ -1,4 +1,4 @@
-"""Hydra's product for 16-bit rows in Triton: four vectors, and a kernel that works like attention.
+"""Hydra's product for short 16-bit rows in Triton: four vectors, and a kernel that works like attention.
 
     y_t = sum_{s<t} (C^f_{t-1}.B^f_s) 2^{r^f_t + c^f_s} x_s + sum_{s>t} (C^b_{t+1}.B^b_s) 2^{r^b_t + c^b_s} x_s
         + diag_t x_t
@@ -6,7 +6,7 @@
     r^b_t = -v_t,     c^b_s = log2(dt_s) + v_{s-1},  v the same sum of the other side's decays
 
 One kernel makes the vectors from raw steps; `_mix_kernel` takes the rows of a block and a few heads that share the
-products of C and B. Long rows are cut into pieces: `triton_states` makes the states that enter a piece from both sides.
+products of C and B. Rows that are longer are cut into pieces: see `triton_pieces`.
 """
 
 from __future__ import annotations
@@ -167,13 +167,6 @@ def _rows(ptr, position, ok, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, D
 
 
 @triton.jit
-def _read_state(ptr, C, P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a state (p, n) adds to the rows that read it."""
-    state = _rows(ptr, tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_P) < P, N, N, BLOCK_N, C.dtype)
-    return tl.dot(C, tl.trans(state))
-
-
-@triton.jit
 def _mix_rows(
     x_ptr,
     B_f_ptr,
@@ -183,15 +176,11 @@ def _mix_rows(
     vectors,
     diag_ptr,
     D_ptr,
-    left_ptr,
-    right_ptr,
     z_ptr,
     weight_ptr,
     y_ptr,
     squares_ptr,
     first,
-    begin,
-    end,
     length,
     one,
     x_stride,
@@ -200,7 +189,6 @@ def _mix_rows(
     z_stride,
     y_stride,
     squares_stride,
-    state_stride,
     P: tl.constexpr,
     N: tl.constexpr,
     PIECE: tl.constexpr,
@@ -212,10 +200,9 @@ def _mix_rows(
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    STATES: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Outputs of ROWS rows from `first` on and HEADS heads, of a piece from `begin` to `end`; pointers are of the row.
+    """Outputs of ROWS rows from `first` on and HEADS heads; pointers are of the row.
 
     DIAGONAL are the columns of a step where both sides meet, a divisor of ROWS as COLUMNS are elsewhere.
     """
@@ -229,7 +216,7 @@ def _mix_rows(
     rows_b = ()
     diagonals = ()
     for i in tl.static_range(HEADS):
-        row = vectors + i * PIECE + (t - begin)
+        row = vectors + i * PIECE + t
         rows_f = rows_f + (tl.load(row),)
         rows_b = rows_b + (tl.load(row + 2 * one),)
         diagonal = tl.load(diag_ptr + t * diag_stride + i, mask=t_ok, other=0.0).to(tl.float32)
@@ -246,7 +233,7 @@ def _mix_rows(
         found = ()
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
-            column = vectors + i * PIECE + (s - begin)
+            column = vectors + i * PIECE + s
             forward = rows_f[i][:, None] + tl.load(column + one)[None, :]
             backward = rows_b[i][:, None] + tl.load(column + 3 * one)[None, :]
             matrix = scores * tl.exp2(tl.where(before, forward, backward))
@@ -256,50 +243,34 @@ def _mix_rows(
     # Where all columns lie on one side, factors of rows and columns are 1 and a step at most.
     edges = ()
     factors = ()
-    found = ()
     for i in tl.static_range(HEADS):
-        edge = tl.load(vectors + i * PIECE + (first - begin))
+        edge = tl.load(vectors + i * PIECE + first)
         edges = edges + (edge,)
         factors = factors + (tl.exp2(rows_f[i] - edge),)
-        total = totals[i]
-        if STATES:
-            entered = _read_state(left_ptr + i * state_stride, C_f, P, N, BLOCK_P, BLOCK_N)
-            total += entered * tl.exp2(rows_f[i])[:, None]
-        found = found + (total,)
-    totals = found
-    for start in tl.range(begin, first, COLUMNS, num_stages=STAGES):
+    for start in tl.range(0, first, COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
         scores = tl.dot(C_f, tl.trans(_rows(B_f_ptr, s, ok, map_stride, N, BLOCK_N, DOT)))
         found = ()
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
-            column = tl.exp2(tl.load(vectors + i * PIECE + one + (s - begin)) + edges[i])
+            column = tl.exp2(tl.load(vectors + i * PIECE + one + s) + edges[i])
             found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, totals[i]),)
         totals = found
     edges = ()
     factors = ()
-    found = ()
     for i in tl.static_range(HEADS):
-        edge = tl.load(vectors + i * PIECE + 2 * one + (first - begin + ROWS - 1))
+        edge = tl.load(vectors + i * PIECE + 2 * one + (first + ROWS - 1))
         edges = edges + (edge,)
         factors = factors + (tl.exp2(rows_b[i] - edge),)
-        total = totals[i]
-        if STATES:
-            entered = _read_state(right_ptr + i * state_stride, C_b, P, N, BLOCK_P, BLOCK_N)
-            # Beyond a row the sums stay what they are at its end.
-            last = tl.load(vectors + i * PIECE + 2 * one + (PIECE - 1))
-            total += entered * tl.exp2(rows_b[i] - last)[:, None]
-        found = found + (total,)
-    totals = found
-    for start in tl.range(first + ROWS, end, COLUMNS, num_stages=STAGES):
+    for start in tl.range(first + ROWS, length, COLUMNS, num_stages=STAGES):
         s = start + tl.arange(0, COLUMNS)
         ok = s < length
         scores = tl.dot(C_b, tl.trans(_rows(B_b_ptr, s, ok, map_stride, N, BLOCK_N, DOT)))
         found = ()
         for i in tl.static_range(HEADS):
             x = _rows(x_ptr + i * P, s, ok, x_stride, P, BLOCK_P, DOT)
-            column = tl.exp2(tl.load(vectors + i * PIECE + 3 * one + (s - begin)) + edges[i])
+            column = tl.exp2(tl.load(vectors + i * PIECE + 3 * one + s) + edges[i])
             found = found + (tl.dot((scores * (factors[i][:, None] * column[None, :])).to(DOT), x, totals[i]),)
         totals = found
     y_ok = t_ok[:, None] & (p < P)[None, :]
@@ -329,8 +300,6 @@ def _mix_kernel(
     vectors_ptr,
     diag_ptr,
     D_ptr,
-    left_ptr,
-    right_ptr,
     z_ptr,
     weight_ptr,
     y_ptr,
@@ -356,12 +325,10 @@ def _mix_kernel(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
-    STATES: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """Outputs of a block of rows; GATED: times weight and silu(z), and the sums of their squares before that.
 
-    With STATES rows are in pieces of PIECE, and states (b, h, pieces, p, n) enter each from the left and the right.
     TAIL, if not 0, are the rows that the last block of a row is computed as.
     """
     head_blocks = heads // HEADS
@@ -370,47 +337,33 @@ def _mix_kernel(
     head = head_block * HEADS
     first = tl.program_id(0) // head_blocks % row_blocks * ROWS
     row = (tl.program_id(0) // head_blocks // row_blocks).to(tl.int64)
-    piece = 0
-    pieces = 1
-    if STATES:
-        piece = first // PIECE
-        pieces = tl.cdiv(length, PIECE)
-    begin = piece * PIECE
-    end = tl.minimum(begin + PIECE, length)
-    one = tl.cast(batch, tl.int64) * pieces * heads * PIECE
+    one = tl.cast(batch, tl.int64) * heads * PIECE
     maps = row * map_stride_b + (head // repeats) * N
-    state = ((row * heads + head) * pieces + piece) * (P * N)
-    state_stride = pieces * (P * N)
     place = row * length
     x_ptr += row * x_stride_b + head * P
     B_f_ptr += maps
     C_f_ptr += maps
     B_b_ptr += maps
     C_b_ptr += maps
-    vectors_ptr += ((row * pieces + piece) * heads + head) * PIECE
+    vectors_ptr += (row * heads + head) * PIECE
     diag_ptr += place * diag_stride + head
     D_ptr += head
     y_ptr += (place * heads + head) * P
-    if STATES:
-        left_ptr += state
-        right_ptr += state
     if GATED:
         z_ptr += place * z_stride + head * P
         weight_ptr += head * P
         squares_ptr += place * head_blocks + head_block
     if TAIL == 0 or length - first > TAIL:
         _mix_rows(
-            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, left_ptr, right_ptr, z_ptr,
-            weight_ptr, y_ptr, squares_ptr, first, begin, end, length, one, x_stride_t, map_stride_t, diag_stride,
-            z_stride, heads * P, head_blocks, state_stride, P, N, PIECE, HEADS, ROWS, COLUMNS, BLOCK_P, BLOCK_N, DOT,
-            STAGES, COLUMNS, STATES, GATED,
+            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, z_ptr, weight_ptr, y_ptr,
+            squares_ptr, first, length, one, x_stride_t, map_stride_t, diag_stride, z_stride, heads * P, head_blocks, P,
+            N, PIECE, HEADS, ROWS, COLUMNS, BLOCK_P, BLOCK_N, DOT, STAGES, COLUMNS, GATED,
         )  # fmt: skip
     else:
         _mix_rows(
-            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, left_ptr, right_ptr, z_ptr,
-            weight_ptr, y_ptr, squares_ptr, first, begin, end, length, one, x_stride_t, map_stride_t, diag_stride,
-            z_stride, heads * P, head_blocks, state_stride, P, N, PIECE, HEADS, TAIL, COLUMNS, BLOCK_P, BLOCK_N, DOT,
-            STAGES, 16, STATES, GATED,
+            x_ptr, B_f_ptr, C_f_ptr, B_b_ptr, C_b_ptr, vectors_ptr, diag_ptr, D_ptr, z_ptr, weight_ptr, y_ptr,
+            squares_ptr, first, length, one, x_stride_t, map_stride_t, diag_stride, z_stride, heads * P, head_blocks, P,
+            N, PIECE, HEADS, TAIL, COLUMNS, BLOCK_P, BLOCK_N, DOT, STAGES, 16, GATED,
         )  # fmt: skip
 
 
@@ -449,7 +402,7 @@ def quasiseparable_short(
             *dt_f.stride()[:2], PIECE=LONGEST, BLOCK_H=BLOCK_H, ENDS=False, STEPS=False,
         )  # fmt: skip
         _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // tile.heads),)](
-            x, *maps, vectors, diag.contiguous(), D.contiguous(), None, None, None, None, y, None, batch, length,
+            x, *maps, vectors, diag.contiguous(), D.contiguous(), None, None, y, None, batch, length,
             nheads, repeats, *x.stride()[:2], *maps[0].stride()[:2], nheads, 0,
             **mix_options(x.dtype, headdim, n, length, tile), GATED=False,
         )  # fmt: skip
@@ -483,7 +436,6 @@ def mix_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: Til
         "BLOCK_N": block_n,
         "DOT": dot_type(dtype),
         "STAGES": tile.stages,
-        "STATES": length > LONGEST,
         "num_warps": warps_of(tile.warps, block_p, block_n),
         "maxnreg": tile.registers,
     }

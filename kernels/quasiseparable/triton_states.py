@@ -1,4 +1,4 @@
-"""States that enter the pieces of rows from both sides, for `triton_short`: what pieces add, then sums over pieces.
+"""States that enter the pieces of rows from both sides, where rows are few: what pieces add, then sums over pieces.
 
 from the left   S_{k+1} = 2^{u_k} S_k + sum_s 2^{u_k + c^f_s} x_s B^f_s^T,  u_k the sum of a piece's log2-decays
 from the right  R_{k-1} = 2^{v_k} R_k + sum_s 2^{c^b_s} x_s B^b_s^T,        v_k the same of the other side
@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..triton_utils import cdiv, next_power_of_2, quick
+from ..triton_utils import next_power_of_2, quick
 from .triton_short import _rows, dot_type, piece_of, warps_of
 
 
@@ -135,26 +134,3 @@ def state_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: S
         "STAGES": tile.stages,
         "num_warps": warps_of(tile.warps, block_p, block_n),
     }
-
-
-def entering(x: Tensor, B_f: Tensor, B_b: Tensor, vectors: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """States that enter each piece from the left and from the right, (b, h, pieces, p, n), in the dtype of x.
-
-    Args:
-        x: Input, (b, l, h, p), dense in its last two dimensions.
-        B_f: Input map forward, (b, l, g, n), dense likewise.
-        B_b: Backward, of the same strides.
-        vectors: See `_vectors_kernel`.
-        ends: See there.
-    """
-    (batch, length, nheads, headdim), n = x.shape, B_f.shape[3]
-    pieces = vectors.shape[2]
-    left, right = x.new_empty(2, batch, nheads, pieces, headdim, n).unbind(0)
-    _states_kernel[(batch * pieces * nheads,)](
-        x, B_f, B_b, vectors, ends, left, right, batch, length, nheads, nheads // B_f.shape[2], *x.stride()[:2],
-        *B_f.stride()[:2], **state_options(x.dtype, headdim, n, length, STATE_TILE),
-    )  # fmt: skip
-    _carry_kernel[(2 * batch * nheads * cdiv(headdim * n, CARRIED),)](
-        left, right, ends, batch, length, nheads, headdim * n, PIECE=piece_of(length), BLOCK=CARRIED
-    )
-    return left, right

@@ -21,8 +21,17 @@ from .blocks import HydraWeights
 from .triton_backward import _layer_norm_bwd_kernel, _steps_bwd_kernel
 from .triton_blocks import narrow
 from .triton_impl import _backward as quasiseparable_gradients
+from .triton_pieces import (
+    PREPARE_TILE,
+    _heads_kernel,
+    _prepare_kernel,
+    entering,
+    heads_options,
+    heads_tile,
+    prepare_options,
+    prepare_programs,
+)
 from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
-from .triton_states import entering
 
 # Parts of one recorded call, no ops of their own.
 _layer_norm, _convolve, _gate, _mix_gradients = map(
@@ -120,16 +129,15 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     z, mixed, dt_f, dt_b = size.of_projection(p)
     filters = own.conv.flatten(1)
     c = _convolve(mixed, filters, own.conv_bias, None, (size.k - 1) // 2, size.length, True)
-    d = torch.mm(c.flatten(0, 1)[:, : size.d_inner], W_D)
-    steps, m = _mix(size, c, d, dt_f, dt_b, own)
+    steps, diag, m = _mix(size, c, W_D, dt_f, dt_b, own)
     g = _gate(m, z, own.gate, gate_eps, size.d_inner, True)
     o = torch.mm(g, W_out).view(x.shape)
-    return x + (o if scale is None else scale * o), n, p, c, d, steps, m, g
+    return x + (o if scale is None else scale * o), n, p, c, diag, steps, m, g
 
 
 @replayed
 def _gradients(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    x, n, p, c, d, steps, y, g, scale, W_in, W_D, W_out, *rest = arguments
+    x, n, p, c, diag, steps, y, g, scale, W_in, W_D, W_out, *rest = arguments
     *weights, headdim, d_state, eps, gate_eps = rest
     own, dtype = HydraWeights(*weights), n.dtype
     size = _Sizes(x, own, headdim, d_state)
@@ -142,13 +150,12 @@ def _gradients(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     dout_proj = torch.mm(do.t(), g)
     dm, dgate = gating.write_gradients(y, z, own.gate, torch.mm(do, W_out.t()), gate_eps, size.d_inner, True, dz)
     u, *maps = size.of_convolution(c)
-    diag = (d[:, : size.nheads] + own.D).unflatten(0, (size.batch, size.length))
     B_f, C_f, B_b, C_b = maps
     du, ddecay_f, dweight_f, dB_f, dC_f, ddecay_b, dweight_b, dB_b, dC_b, ddiag, *_ = _mix_gradients(
         u, steps[0], steps[2], B_f, C_f, steps[1], steps[3], B_b, C_b, diag, None, None, dm.view(u.shape), None, True,
         0, 0, 0,
     )  # fmt: skip
-    dd = torch.empty_like(d)
+    dd = torch.empty(size.rows, W_D.shape[1], dtype=dtype, device=x.device)
     sums = _through_steps(
         size, own, (dt_f, dt_b), (ddecay_f, dweight_f, ddecay_b, dweight_b, ddiag), (ddt_f, ddt_b), dd
     )
@@ -167,29 +174,47 @@ def _gradients(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def _mix(size: _Sizes, c: Tensor, d: Tensor, dt_f: Tensor, dt_b: Tensor, own: HydraWeights) -> tuple[Tensor, Tensor]:
-    """Decays and steps, forward and backward, (4, b, l, h), and the quasiseparable product, (b l, d_inner)."""
+def _mix(
+    size: _Sizes, c: Tensor, W_D: Tensor, dt_f: Tensor, dt_b: Tensor, own: HydraWeights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decays and steps of both sides (4, b, l, h), the diagonal (b, l, h), and the product (b l, d_inner)."""
     batch, length, nheads = size.batch, size.length, size.nheads
     x, B_f, C_f, B_b, C_b = size.of_convolution(c)
-    repeats, piece = nheads // B_f.shape[2], piece_of(length)
-    pieces, tile = cdiv(length, piece), tile_of(repeats)
-    steps = torch.empty(4, batch, length, nheads, dtype=torch.float32, device=c.device)
-    vectors = torch.empty(4, batch, pieces, nheads, piece, dtype=torch.float32, device=c.device)
-    ends = torch.empty(2, batch, pieces, nheads, dtype=torch.float32, device=c.device) if pieces > 1 else None
-    y = torch.empty(size.rows, size.d_inner, dtype=c.dtype, device=c.device)
-    stride = dt_f.stride(0)
+    repeats, piece, stride = nheads // B_f.shape[2], piece_of(length), dt_f.stride(0)
+    pieces = cdiv(length, piece)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=c.device)
+
+    steps, y = empty(4, batch, length, nheads), empty(size.rows, size.d_inner, dtype=c.dtype)
+    vectors = empty(5 if pieces > 1 else 4, batch, pieces, nheads, piece)
+    raw = dt_f, dt_b, own.dt_bias, own.A_log, vectors
     with on_device(c):
-        _vectors_kernel[(batch * pieces * cdiv(nheads, BLOCK_H),)](
-            dt_f, dt_b, own.dt_bias, own.A_log, vectors, ends, steps, batch, length, nheads, length * stride, stride,
-            PIECE=piece, BLOCK_H=BLOCK_H, ENDS=pieces > 1, STEPS=True,
-        )  # fmt: skip
-        left, right = (None, None) if ends is None else entering(x, B_f, B_b, vectors, ends)
-        _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // tile.heads),)](
-            x, B_f, C_f, B_b, C_b, vectors, d, own.D, left, right, None, None, y, None, batch, length, nheads,
-            repeats, *x.stride()[:2], *B_f.stride()[:2], d.shape[1], 0,
-            **mix_options(c.dtype, size.headdim, size.d_state, length, tile), GATED=False,
-        )  # fmt: skip
-    return steps, y
+        if pieces > 1:
+            ends, long = empty(2, batch, pieces, nheads), heads_tile(repeats)
+            _prepare_kernel[(batch * prepare_programs(nheads, length, PREPARE_TILE),)](
+                c, W_D, own.D, *raw, ends, steps, batch, length, nheads, size.d_inner, c.shape[2], stride,
+                **prepare_options(c.dtype, nheads, length, PREPARE_TILE), STEPS=True,
+            )  # fmt: skip
+            left, right = entering(x, B_f, B_b, vectors, ends)
+            _heads_kernel[(batch * cdiv(length, long.rows) * (nheads // long.heads),)](
+                x, B_f, C_f, B_b, C_b, vectors, left, right, None, None, y, None, batch, length, nheads, repeats,
+                c.shape[2], 0, **heads_options(c.dtype, size.headdim, size.d_state, length, long), GATED=False,
+            )  # fmt: skip
+            diag = vectors[4].transpose(2, 3).flatten(1, 2)[:, :length].contiguous()
+        else:
+            d, short = torch.mm(c.flatten(0, 1)[:, : size.d_inner], W_D), tile_of(repeats)
+            _vectors_kernel[(batch * cdiv(nheads, BLOCK_H),)](
+                *raw, None, steps, batch, length, nheads, length * stride, stride, PIECE=piece, BLOCK_H=BLOCK_H,
+                ENDS=False, STEPS=True,
+            )  # fmt: skip
+            _mix_kernel[(batch * cdiv(length, short.rows) * (nheads // short.heads),)](
+                x, B_f, C_f, B_b, C_b, vectors, d, own.D, None, None, y, None, batch, length, nheads, repeats,
+                *x.stride()[:2], *B_f.stride()[:2], d.shape[1], 0,
+                **mix_options(c.dtype, size.headdim, size.d_state, length, short), GATED=False,
+            )  # fmt: skip
+            diag = (d[:, :nheads] + own.D).unflatten(0, (batch, length))
+    return steps, diag, y
 
 
 def _through_steps(

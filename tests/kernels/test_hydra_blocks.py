@@ -92,8 +92,8 @@ def test_blocks_one_by_one(device, b, l, depth, d, dtype, options):  # noqa: E74
 @pytest.mark.parametrize("walkers", ["enough", "few"])
 def test_states_of_long_rows_both_ways(device, walkers, monkeypatch):
     """Carried along a row by one program, or collected by piece and then summed, they are those of the recurrence."""
-    blocks = importlib.import_module("omnissm.kernels.quasiseparable.triton_blocks")
-    monkeypatch.setattr(blocks, "multiprocessors", lambda _: 1 if walkers == "enough" else 1000)
+    pieces = importlib.import_module("omnissm.kernels.quasiseparable.triton_pieces")
+    monkeypatch.setattr(pieces, "multiprocessors", lambda _: 1 if walkers == "enough" else 1000)
     test_blocks_one_by_one(device, 2, 390, 1, 8, torch.float16, {"d_state": 20, "headdim": 16})
 
 
@@ -168,10 +168,15 @@ def test_opcheck_and_compiled(device):
 
 
 @pytest.mark.parametrize(
-    ("l", "depth", "dtype", "options"),
-    [(20, 2, torch.bfloat16, {}), (5, 1, torch.float16, {"headdim": 16, "d_state": 5, "ngroups": 2, "d_conv": 3})],
+    ("l", "depth", "dtype", "options", "scaled"),
+    [
+        (20, 2, torch.bfloat16, {}, False),
+        (20, 2, torch.bfloat16, {}, True),
+        (5, 1, torch.float16, {"headdim": 16, "d_state": 5, "ngroups": 2, "d_conv": 3}, False),
+        (5, 1, torch.float16, {"headdim": 16, "d_state": 5, "ngroups": 2, "d_conv": 3}, True),
+        (258, 1, torch.float16, {"headdim": 32, "d_state": 5}, False),
+    ],
 )
-@pytest.mark.parametrize("scaled", [False, True])
 def test_gradients(device, l, depth, dtype, options, scaled):  # noqa: E741
     blocks = build(device, depth, **options)
     factors = [torch.tensor([0.5, 0.0, 2.0], device=device)[:, None, None], None] if scaled else [None, None]
