@@ -329,7 +329,7 @@ NAMES = ("x", "log_decay", "B", "C", "initial_state", "weight", "D", "seq_idx")
 def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, monkeypatch):
     """Outputs and gradients for other chunks, cuts of the row, blocks of heads, groups of rows and columns, packed.
 
-    Also where the gradient of a row is made in stretches, of one part and of two.
+    Also where the gradient of a row is made in stretches, of one part and of two, and from every second state.
     """
     from omnissm.kernels.ssd import triton_gradients
 
@@ -345,8 +345,18 @@ def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, m
     found = [run(16, 2, 2), run(32, 1, 1)]
     monkeypatch.setattr(triton_gradients, "_BORDER_NUMBERS", 1)
     monkeypatch.setattr(triton_gradients, "_STRETCH_NUMBERS", 1)
-    monkeypatch.setattr(triton_gradients, "map_columns", lambda x, n: 16)
+    monkeypatch.setattr(triton_gradients, "map_columns", lambda *sizes: 16)
     found += [run(32, 2, 1), run(16, 1, 1), run(16, 2, 2)]
+    of_table = triton_gradients.gradient_tiles
+
+    def sparse(x, n, chunk):
+        found = of_table(x, n, chunk)
+        return found._replace(subs=2 * found.subs, every=2)
+
+    monkeypatch.setattr(triton_gradients, "gradient_tiles", sparse)
+    found += [run(16, 1, 1), run(16, 1, 2)]
+    monkeypatch.setattr(triton_gradients, "_FEW_BORDER_NUMBERS", 2**20)
+    found.append(run(16, 2, 1))
     for other in found:
         for value, one in zip(other, expected, strict=True):
             torch.testing.assert_close(value, one, rtol=1e-4, atol=1e-5)
