@@ -59,7 +59,8 @@ class MaskFolder(DenseData):
         """Parts from folders, from the table, or by a share."""
         layout = f"expected images as {self.root}/{self.images}/NAME.jpg and masks as {self.root}/{self.masks}/NAME.png"
         if not self.root.is_dir():
-            raise FileNotFoundError(f"{str(self.root)!r} does not exist; {layout}.")
+            kind = "is no folder" if self.root.exists() else "does not exist"
+            raise FileNotFoundError(f"{str(self.root)!r} {kind}; {layout}.")
         folders = [name for name in ("train", "val", "test") if (self.root / name / self.images).is_dir()]
         if "train" in folders:
             found = {name: self._pairs(self.root / name) for name in folders}

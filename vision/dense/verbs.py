@@ -130,7 +130,8 @@ def evaluate(
         rows = _segmenter_rows(model, (batch for name in parts for batch in folder.eval_loader(name)))
     else:
         if not data.is_file():
-            raise FileNotFoundError(2, "No such annotation file", str(data))
+            kind = "is a folder" if data.is_dir() else "does not exist"
+            raise FileNotFoundError(f"{str(data)!r} {kind}; expected an annotation file of boxes, as FOLDER/val.json.")
         boxes = CocoBoxes(data.parent, images, data.name, data.name, "", **options)
         loader = boxes.eval_loader("val")
         if tuple(boxes.classes) != model.classes:
