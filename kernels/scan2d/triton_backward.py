@@ -332,16 +332,16 @@ def _grid_scan_sums_kernel(
     of_map = tl.cdiv(map_size, MANY)
     if program < MAPS * of_map:
         which = program // of_map
-        at = (program % of_map).to(tl.int64) * MANY + tl.arange(0, MANY)
-        ok = at < map_size
+        number = (program % of_map).to(tl.int64) * MANY + tl.arange(0, MANY)
+        wanted = number < map_size
         size = map_size.to(tl.int64)
-        total = _sum_of_rows(dmaps_ptr + which * size, parts, MAPS * size, at, ok, PARTS, ACC)
-        tl.store(dB1_ptr + at, total, mask=ok & (which == 0))
+        dmap = _sum_of_rows(dmaps_ptr + which * size, parts, MAPS * size, number, wanted, PARTS, ACC)
+        tl.store(dB1_ptr + number, dmap, mask=wanted & (which == 0))
         if RULE != 1:
-            tl.store(dB2_ptr + at, total, mask=ok & (which == 1))
-        tl.store(dC1_ptr + at, total, mask=ok & (which == INTO))
+            tl.store(dB2_ptr + number, dmap, mask=wanted & (which == 1))
+        tl.store(dC1_ptr + number, dmap, mask=wanted & (which == INTO))
         if RULE == 2:
-            tl.store(dC2_ptr + at, total, mask=ok & (which == INTO + 1))
+            tl.store(dC2_ptr + number, dmap, mask=wanted & (which == INTO + 1))
     else:
         blocks: tl.constexpr = (WIDTH + FEW - 1) // FEW
         blocks_of_D: tl.constexpr = (CHANNELS + FEW - 1) // FEW
@@ -350,18 +350,18 @@ def _grid_scan_sums_kernel(
         if block < blocks:
             at = block * FEW + tl.arange(0, FEW)
             ok = at < WIDTH
-            total = _sum_of_rows(drates_ptr + group * rows * WIDTH, rows, WIDTH, at, ok, ROWS, ACC)
+            drate = _sum_of_rows(drates_ptr + group * rows * WIDTH, rows, WIDTH, at, ok, ROWS, ACC)
             out = (group * CHANNELS + at // (RATES * N)) * N + at % N
             rate = at // N % RATES
-            tl.store(dA1_ptr + out, total, mask=ok & (rate == 0))
+            tl.store(dA1_ptr + out, drate, mask=ok & (rate == 0))
             if RULE != 1:
-                tl.store(dA2_ptr + out, total, mask=ok & (rate == 1))
+                tl.store(dA2_ptr + out, drate, mask=ok & (rate == 1))
             if HAS_C2:
-                tl.store(dc2_ptr + out, total, mask=ok & (rate == 2))
+                tl.store(dc2_ptr + out, drate, mask=ok & (rate == 2))
             if HAS_C3:
-                tl.store(dc3_ptr + out, total, mask=ok & (rate == 3))
+                tl.store(dc3_ptr + out, drate, mask=ok & (rate == 3))
         elif HAS_D:
-            at = (block - blocks) * FEW + tl.arange(0, FEW)
-            ok = at < CHANNELS
-            total = _sum_of_rows(dD_ptr + group * rows * CHANNELS, rows, CHANNELS, at, ok, ROWS, ACC)
-            tl.store(sum_D_ptr + group * CHANNELS + at, total, mask=ok)
+            channel = (block - blocks) * FEW + tl.arange(0, FEW)
+            inside = channel < CHANNELS
+            dD = _sum_of_rows(dD_ptr + group * rows * CHANNELS, rows, CHANNELS, channel, inside, ROWS, ACC)
+            tl.store(sum_D_ptr + group * CHANNELS + channel, dD, mask=inside)
