@@ -215,7 +215,7 @@ def run_gradients_in_stretches(
             (some, gradient), index, sweeping, subs, borders, into.dstate, 0 if first else finals, tuple(states),
             parts=here, part_length=part_length,
         )  # fmt: skip
-        found = Gradients(*(one[:, span] for one in into[:-1]), into.dstate)
+        found = Gradients(*(one[:, span] for one in into))._replace(dstate=into.dstate)
         read = None if D is None else D[:, span]
         _run_chunks(some, C[:, span], read, index, borders, dy[:, span], found, False, chosen, blocks)
 

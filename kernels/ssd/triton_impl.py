@@ -114,7 +114,10 @@ def _backward(
     parts: int,
     blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, log_decay, B, C, state, weight and D; those of absent weights and D have no positions."""
+    """Gradients of x, log_decay, B, C, state, weight and D.
+
+    Those of absent weights and D have no positions, that of an absent state no heads.
+    """
     x, B, C, dy = dense_rows(x), dense_rows(B), dense_rows(C), dy.contiguous()
     log_decay, state, weight, seq_idx = (
         log_decay.contiguous(),
@@ -124,7 +127,7 @@ def _backward(
     )
     D = D if D is None or D.stride(2) == 1 else D.contiguous()
     sweep = Sweep(x, B, log_decay, weight, state, 0)
-    found = empty_gradients(sweep, C, D)
+    found = empty_gradients(sweep, C, D, with_state=state is not None)
     with on_device(x):
         run_gradients(
             sweep, C, D, seq_idx, dy, contiguous(dfinal), found, chunk=chunk, parts=parts, blocks=blocks
@@ -151,7 +154,7 @@ def _(
     absent = x.shape[0], 0, x.shape[2]
     return (
         *(tensor.new_empty(tensor.shape) for tensor in (x, log_decay, B, C)),
-        log_decay.new_empty(x.shape[0], x.shape[2], x.shape[3], B.shape[3]),
+        log_decay.new_empty(x.shape[0], 0 if state is None else x.shape[2], x.shape[3], B.shape[3]),
         *(log_decay.new_empty(absent if tensor is None else log_decay.shape) for tensor in (weight, D)),
     )
 
