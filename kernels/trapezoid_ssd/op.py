@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_log_decays, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_log_decays, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
@@ -91,11 +91,16 @@ def trapezoid_ssd(
     Source: Lahoti, Li, Chen et al. (2026), "Mamba-3".
     """
     given = check_state(initial_state)
+    kind = call_kind(
+        "trapezoid_ssd", x, log_decay, gamma, beta, theta, B, C, B_bias, C_bias, D, x_rank, seq_idx, *given.values(),
+        chunk_size, rotation,
+    )  # fmt: skip
     floating = {
         "x": x, "log_decay": log_decay, "gamma": gamma, "beta": beta, "theta": theta, "B": B, "C": C,
         "B_bias": B_bias, "C_bias": C_bias, "D": D, "x_rank": x_rank, **given,
     }  # fmt: skip
-    check_floating(allow_complex=False, **floating)
+    if not known(kind):
+        check_floating(allow_complex=False, **floating)
     initial_rows = None if initial_state is None else initial_state.phi.shape[0]
     seq_idx, each = read_packing(x, seq_idx, cu_seqlens, final_states, initial_rows)
     if each:
@@ -116,67 +121,59 @@ def trapezoid_ssd(
         positions = {"x": x, "log_decay": log_decay, "gamma": gamma, "beta": beta, "theta": theta, "B": B, "C": C}
         y, final = by_segments(scan, positions, initial_state, cu_seqlens, final_states)
         return y, TrapezoidState(*final)
-    sizes = check_shapes(
-        x=(x, "b l h p"),
-        log_decay=(log_decay, "b l h"),
-        gamma=(gamma, "b l h"),
-        beta=(beta, "b l h"),
-        theta=(theta, "b l s"),
-        B=(B, "b l r g n"),
-        C=(C, "b l r g n"),
-        B_bias=(B_bias, "h r n"),
-        C_bias=(C_bias, "h r n"),
-        D=(D, "h"),
-        x_rank=(x_rank, "h r p"),
-        seq_idx=(seq_idx, "b l"),
-        **{name: (part, dims) for (name, part), dims in zip(given.items(), STATE_SHAPES, strict=False)},
-    )
-    check_devices(**floating, seq_idx=seq_idx)
+    if not known(kind):
+        _check(floating, given, seq_idx, rotation, chunk_size)
+        remember(kind)
     check_seq_idx(seq_idx)
     check_log_decays(log_decay=log_decay)
-    half = check_rotation(rotation, sizes)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    half = rotation == "half"
+    (batch, length, nheads, headdim), (ranks, groups, n) = x.shape, B.shape[2:]
+    sizes = {"b": batch, "h": nheads, "p": headdim, "s": theta.shape[2], "r": ranks, "g": groups, "n": n}
 
     x, B, C = cast_for_autocast(x, B, C)
     dtype = state_dtype(*floating.values())
-    state = zero_state(sizes, x, dtype) if initial_state is None else in_dtype(initial_state, dtype)
-    batch, length, nheads, headdim = x.shape
     if x.numel() == 0 or B.numel() == 0:
-        skip = torch.zeros(batch, length, sizes["r"], nheads, headdim, dtype=x.dtype, device=x.device)
-        return skip, TrapezoidState(*(part.clone() for part in state))
-    log_decay, gamma, beta, theta = (part.to(dtype) for part in (log_decay, gamma, beta, theta))
-    parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
+        before = zero_state(sizes, x, dtype) if initial_state is None else in_dtype(initial_state, dtype)
+        skip = torch.zeros(batch, length, ranks, nheads, headdim, dtype=x.dtype, device=x.device)
+        return skip, TrapezoidState(*(part.clone() for part in before))
     chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes))
+    state: TrapezoidState | tuple[None, ...] = (None,) * 4
+    if initial_state is not None:
+        state = in_dtype(initial_state, dtype)
+    elif chosen != "triton":
+        state = zero_state(sizes, x, dtype)
+    log_decay, gamma, beta, theta = (
+        part if part.dtype == dtype else part.to(dtype) for part in (log_decay, gamma, beta, theta)
+    )
+    parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
 
     def run(*parts: Any) -> tuple[Tensor, ...]:
         x, gamma, beta, theta, B, C, log_decay = parts[:7]
-        state, (B_bias, C_bias, D, ranks) = TrapezoidState(*parts[7:11]), parts[11:]
+        (phi, ssm, k, v), (B_bias, C_bias, D, factors) = parts[7:11], parts[11:]
         if chosen == "reference":
+            state = TrapezoidState(phi, ssm, k, v)
             y, final = trapezoid_ssd_reference(
-                x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, ranks, seq_idx, half
+                x, log_decay, gamma, beta, theta, B, C, state, B_bias, C_bias, D, factors, seq_idx, half
             )
             return y, *final
-        entering = state.ssm if initial_state is None else _with_first(state, beta[:, 0], ranks)
+        entering = ssm if initial_state is None else _with_first(TrapezoidState(phi, ssm, k, v), beta[:, 0], factors)
         if chosen == "triton":
             from .triton_impl import trapezoid_ssd_triton
+            from .triton_last import last_key
 
-            before = None if initial_state is None else entering
-            phi_before = None if initial_state is None else state.phi
             y, ssm, phi = trapezoid_ssd_triton(
-                x, log_decay, gamma, beta, theta, B, C, before, phi_before, B_bias, C_bias, D,
-                None if x_rank is None and sizes["r"] == 1 else ranks, seq_idx, half,
+                x, log_decay, gamma, beta, theta, B, C, entering, phi, B_bias, C_bias, D,
+                None if x_rank is None and ranks == 1 else factors, seq_idx, half,
             )  # fmt: skip
-        else:
-            if initial_state is not None:
-                entering = _turned(entering, -state.phi, half)
-            y, ssm, phi = trapezoid_ssd_chunked(
-                x, log_decay, gamma, beta, theta, B, C, entering, state.phi, B_bias, C_bias, D, ranks, seq_idx, half,
-                chunk_size or max(16, 64 // sizes["r"]),
-            )  # fmt: skip
-            ssm = _turned(ssm, phi, half)
-        final = _with_last(TrapezoidState(phi, ssm, ssm, x), x[:, -1], B[:, -1], B_bias.transpose(0, 1), half)
-        return y, *final
+            return y, phi, ssm, last_key(phi, B[:, -1], B_bias, half), x[:, -1].clone()
+        if initial_state is not None:
+            entering = _turned(entering, -phi, half)
+        y, ssm, phi = trapezoid_ssd_chunked(
+            x, log_decay, gamma, beta, theta, B, C, entering, phi, B_bias, C_bias, D, factors, seq_idx, half,
+            chunk_size or max(16, 64 // ranks),
+        )  # fmt: skip
+        ssm = _turned(ssm, phi, half)
+        return y, *_with_last(TrapezoidState(phi, ssm, ssm, x), x[:, -1], B[:, -1], B_bias.transpose(0, 1), half)
 
     per_position = (x, gamma, beta, theta, B, C)
     if seq_idx is None:
@@ -186,6 +183,22 @@ def trapezoid_ssd(
             run, seq_idx, per_position, decays=(log_decay,), first=state, shared=parameters, ends=(-1,) * 4
         )
     return y, TrapezoidState(*after)
+
+
+def _check(
+    floating: dict[str, Any], state: dict[str, Tensor], seq_idx: Tensor | None, rotation: str, chunk_size: int | None
+) -> None:
+    """Check shapes, devices and options; `state` are the parts of one by name."""
+    dims = {
+        "x": "b l h p", "log_decay": "b l h", "gamma": "b l h", "beta": "b l h", "theta": "b l s", "B": "b l r g n",
+        "C": "b l r g n", "B_bias": "h r n", "C_bias": "h r n", "D": "h", "x_rank": "h r p", "seq_idx": "b l",
+    } | dict(zip(state, STATE_SHAPES, strict=False))  # fmt: skip
+    given = {**floating, "seq_idx": seq_idx}
+    sizes = check_shapes(**{name: (given[name], of_name) for name, of_name in dims.items()})
+    check_devices(**given)
+    check_rotation(rotation, sizes)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
 
 
 def _obstacle(sizes: dict[str, int]) -> str | None:

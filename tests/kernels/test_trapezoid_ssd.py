@@ -543,3 +543,24 @@ def test_paged_states(index, device):
     assert torch.equal(trapezoid_step_(**inputs, state=pool, state_index=index), y)
     for part, value in zip(pool, new):
         assert torch.equal(part, value)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("pairs", "n"), [(2, 8), (4, 8), (3, 7), (0, 5)])
+def test_the_last_key_in_one_kernel_is_that_of_the_step(pairs, n, half, device):
+    triton_last = pytest.importorskip("omnissm.kernels.trapezoid_ssd.triton_last")
+    batch, ranks, groups, heads = 3, 2, 2, 4
+    wide = {"dtype": torch.float64, "device": device}
+    phi = (6 * torch.rand(batch, heads, pairs, **wide)).requires_grad_()
+    B = torch.randn(batch, 5, ranks, groups, n, **wide, requires_grad=True)
+    bias = torch.randn(heads, ranks, n, **wide, requires_grad=True)
+
+    def expected(phi, B, bias):
+        keys = B.repeat_interleave(heads // groups, dim=2) + bias.transpose(0, 1)
+        return rotate(keys, phi.cos()[:, None], phi.sin()[:, None], half)
+
+    found, wanted = triton_last.last_key(phi, B[:, -1], bias, half), expected(phi, B[:, -1], bias)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+    given = torch.randn_like(found)
+    gradients = [torch.autograd.grad(one, (phi, B, bias), given) for one in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-13)
