@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from .chunked import cross_scan_chunked
 from .reference import cross_scan_reference
@@ -44,6 +44,25 @@ def cross_scan(
     all tensors; the reference and chunked paths twice and more.
     Source: Liu et al. (2024), VMamba, section 4.
     """
+    kind = call_kind("cross_scan", x, dt, A, B, C, D)
+    if not known(kind):
+        _check(x, dt, A, B, C, D)
+        remember(kind)
+    x, B, C = cast_for_autocast(x, B, C)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, A.dtype), torch.float32)
+    A, n = A if A.dtype == dtype else A.to(dtype), A.shape[2]
+    obstacle = None if n <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={n}"
+    name = choose(backend, x, op="cross_scan", obstacle=obstacle)
+    if name == "reference":
+        return cross_scan_reference(x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), D)
+    if name == "triton" and x.numel() > 0 and n > 0:
+        from .triton_impl import cross_scan_triton
+
+        return cross_scan_triton(x, dt, A, B, C, None if D is None else D.to(dtype))
+    return cross_scan_chunked(x, dt, A, B, C, D)
+
+
+def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
     check_floating(x=x, dt=dt, A=A, B=B, C=C, D=D)
     sizes = check_shapes(
         x=(x, "b i j d"),
@@ -56,15 +75,3 @@ def cross_scan(
     check_devices(x=x, dt=dt, A=A, B=B, C=C, D=D)
     if sizes["k"] != 4:
         raise ValueError(f"`dt` must have 4 orders in dim 1, got {sizes['k']}.")
-    x, B, C = cast_for_autocast(x, B, C)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, A.dtype), torch.float32)
-    A = A.to(dtype)
-    obstacle = None if sizes["n"] <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={sizes['n']}"
-    name = choose(backend, x, op="cross_scan", obstacle=obstacle)
-    if name == "reference":
-        return cross_scan_reference(x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), D)
-    if name == "triton" and x.numel() > 0 and sizes["n"] > 0:
-        from .triton_impl import cross_scan_triton
-
-        return cross_scan_triton(x, dt, A, B, C, None if D is None else D.to(dtype))
-    return cross_scan_chunked(x, dt, A, B, C, D)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay import replayed
-from ..transforms import FirstDerivative, apply, operator
+from ..transforms import FirstDerivative, apply, call, operator
 from ..triton_utils import INTERPRETED, multiprocessors, on_device
 from .triton_kernels import _cross_scan_bwd_kernel, _cross_scan_fwd_kernel
 from .triton_short import _cross_scan_short_bwd_kernel, _cross_scan_short_fwd_kernel
@@ -160,7 +160,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return _forward(*arguments)
+        return call(_forward, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -182,4 +182,4 @@ class _Gradient(FirstDerivative):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(*arguments)
+        return tuple(call(_backward, *arguments))

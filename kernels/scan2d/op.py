@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, choose
 from .chunked import scan2d_chunked
 from .reference import per_batch, scan2d_reference, selective_scan2d_reference
@@ -16,6 +16,12 @@ from .selective import Terms, selective_scan2d_chunked
 Coupling = Literal["full", "none", "time_to_variate", "variate_to_time"]
 InputDiscretization = Literal["euler", "zoh"]
 _LARGEST_STATE = 256
+_SHAPES = (
+    dict.fromkeys(("x", "dt1", "dt2"), "b i j d")
+    | dict.fromkeys(("A1_log", "A4_log", "theta2", "theta3"), "g d n")
+    | dict.fromkeys(("B1", "B2", "C1", "C2"), "b i j n")
+    | {"D": "g d", "time_gap": "gap_rows j"}
+)
 
 
 def scan2d(
@@ -131,37 +137,20 @@ def selective_scan2d(
         "x": x, "dt1": dt1, "dt2": dt2, "A1_log": A1_log, "A4_log": A4_log, "theta2": theta2, "theta3": theta3,
         "B1": B1, "B2": B2, "C1": C1, "C2": C2, "D": D, "time_gap": time_gap,
     }  # fmt: skip
-    check_floating(**tensors)
-    sizes = check_shapes(
-        x=(x, "b i j d"),
-        dt1=(dt1, "b i j d"),
-        dt2=(dt2, "b i j d"),
-        A1_log=(A1_log, "g d n"),
-        A4_log=(A4_log, "g d n"),
-        theta2=(theta2, "g d n"),
-        theta3=(theta3, "g d n"),
-        B1=(B1, "b i j n"),
-        B2=(B2, "b i j n"),
-        C1=(C1, "b i j n"),
-        C2=(C2, "b i j n"),
-        D=(D, "g d"),
-        time_gap=(time_gap, "gap_rows j"),
-    )
-    check_devices(**tensors)
-    check_grid("selective_scan2d", sizes, "variate", "time step")
-    _check_groups(sizes)
-    check_choice("coupling", coupling, get_args(Coupling))
-    check_choice("input_discretization", input_discretization, get_args(InputDiscretization))
-    if not 0 <= kappa <= 1:
-        raise ValueError(f"`kappa` must lie in [0, 1] for bounded states, got {kappa}.")
-    n = sizes["n"]
+    options = coupling, input_discretization, kappa
+    kind = call_kind("selective_scan2d", *tensors.values(), *options)
+    if not known(kind):
+        _check_selective(tensors, *options)
+        remember(kind)
+    n = B1.shape[3]
     obstacle = None if 0 < n <= _LARGEST_STATE else f"Triton takes n from 1 to {_LARGEST_STATE}, got n={n}"
     backend_chosen = choose(backend, x, op="selective_scan2d", obstacle=obstacle)
     dtype, held = _state_dtype(*tensors.values()), input_discretization == "zoh"
     if backend_chosen == "reference":
         given: dict[str, Any] = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
-        options: dict[str, Any] = {"kappa": kappa, "coupling": coupling, "input_discretization": input_discretization}
-        return selective_scan2d_reference(**given, **options).to(x.dtype)
+        return selective_scan2d_reference(
+            **given, kappa=kappa, coupling=coupling, input_discretization=input_discretization
+        ).to(x.dtype)
     fused = backend_chosen == "triton" and x.numel() > 0  # kernels widen what they read
     data = {name: tensors[name] for name in ("x", "dt1", "dt2", "B1", "B2", "C1", "C2")}
     if not fused:
@@ -180,6 +169,18 @@ def selective_scan2d(
         return scan(x, dt1, dt2, r1, B1, B2, C1, C2, -alpha1, -alpha4, c2, c3, D, COUPLED, held, ())
     y = selective_scan2d_chunked(Terms(**data, r1=r1, alpha1=alpha1, alpha4=alpha4, c2=c2, c3=c3), held=held)
     return torch.addcmul(y, per_batch(D, x.shape[0])[:, None, None], data["x"]).to(x.dtype)
+
+
+def _check_selective(tensors: dict[str, Any], coupling: str, input_discretization: str, kappa: float) -> None:
+    check_floating(**tensors)
+    sizes = check_shapes(**{name: (tensor, _SHAPES[name]) for name, tensor in tensors.items()})
+    check_devices(**tensors)
+    check_grid("selective_scan2d", sizes, "variate", "time step")
+    _check_groups(sizes)
+    check_choice("coupling", coupling, get_args(Coupling))
+    check_choice("input_discretization", input_discretization, get_args(InputDiscretization))
+    if not 0 <= kappa <= 1:
+        raise ValueError(f"`kappa` must lie in [0, 1] for bounded states, got {kappa}.")
 
 
 def _state_dtype(*tensors: Tensor | None) -> torch.dtype:
