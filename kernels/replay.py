@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
@@ -131,7 +132,8 @@ class _Place(NamedTuple):
 class _Value(NamedTuple):
     """A tensor while it is recorded."""
 
-    tensor: Tensor  # kept, so that no other one gets its id
+    address: int  # where it begins
+    storage: int  # where the memory begins that it lies in
     root: int  # the value whose memory it lies in: itself if it is no view
     offset: int  # bytes from where the root begins
 
@@ -145,9 +147,14 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        self.count = len(tensors)
-        self.values = [_Value(one, index, 0) for index, one in enumerate(tensors)]
-        self.places = {id(one): index for index, one in enumerate(tensors)}
+        self.count, self.device = len(tensors), tensors[0].device
+        self.values: list[_Value] = []
+        # Tensors are not kept, since those of all groups of rows, say, need not fit the memory at once. The id of one
+        # that is gone may be that of another one.
+        self.places: dict[int, int] = {}
+        self.watched: dict[int, weakref.ref[Tensor]] = {}
+        for one in tensors:
+            self._add(one, None)
         self.steps: list[_Step] = []
         self.possible = True
         self.launching = False
@@ -179,7 +186,7 @@ class _Recorder(TorchDispatchMode):
         new = [one for one in made if isinstance(one, Tensor) and id(one) not in self.places]
         roots = [self._root(one, given) for one in new]
         indices = [self._add(one, root) for one, root in zip(new, roots)]
-        if any(not isinstance(one, Tensor) or one.device != self.values[0].tensor.device for one in made):
+        if any(not isinstance(one, Tensor) or one.device != self.device for one in made):
             self.possible = False  # a value was read
         elif func in _ALLOCATIONS:
             like = {"dtype": found.dtype, "device": found.device}
@@ -200,8 +207,10 @@ class _Recorder(TorchDispatchMode):
             options: Those given by name.
         """
         self.launching = True  # what Triton itself asks of torch is not the launcher's
-        compiled = kernel.kernel[grid](*arguments, **options)
-        self.launching = False
+        try:
+            compiled = kernel.kernel[grid](*arguments, **options)
+        finally:
+            self.launching = False
         given = self._placed(arguments)
         self.possible &= not any(isinstance(one, Tensor) for one in options.values())
         if not INTERPRETED:
@@ -237,14 +246,15 @@ class _Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage().data_ptr()
         for index in _places(given):
             of = self.values[index]
-            if storage and of.tensor.untyped_storage().data_ptr() == storage:
-                return of.root, tensor.data_ptr() - self.values[of.root].tensor.data_ptr()
+            if storage and of.storage == storage:
+                return of.root, tensor.data_ptr() - self.values[of.root].address
         return None
 
     def _add(self, tensor: Tensor, root: tuple[int, int] | None) -> int:
-        index = len(self.values)
-        self.places[id(tensor)] = index
-        self.values.append(_Value(tensor, *(root or (index, 0))))
+        index, name = len(self.values), id(tensor)
+        self.places[name] = index
+        self.watched[name] = weakref.ref(tensor, lambda _: self.places.pop(name, None))
+        self.values.append(_Value(tensor.data_ptr(), tensor.untyped_storage().data_ptr(), *(root or (index, 0))))
         return index
 
 
