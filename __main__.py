@@ -275,7 +275,7 @@ def _plain_error(text: str) -> str:
     text = re.sub(rf"{union}(?: - Expected a .*)? Given value type: .*? Given value: (.*)$", r"\1. Got value: \2", text)
     text = re.sub(r'^Parser key "(\w+)": ', r"--\1: ", text)
     if missing := re.fullmatch(r"the following arguments are required: ([\w, ]+)", text):
-        text = f"the options --{missing[1].replace(', ', ', --')} are required; --help tells what they mean."
+        text = f"missing options: --{missing[1].replace(', ', ', --')}. --help tells what is expected."
     text = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*?)(\. Got value: .*)?$", r"expected \1; got \2.", text)
     found = re.search(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)$", text)
     if not found:
