@@ -112,6 +112,44 @@ def copy_bandwidth(timer: Timer) -> float:
     return 2 * source.nbytes / timer(lambda: target.copy_(source))["median"] * 1e3
 
 
+class _Busy(torch.autograd.Function):
+    """Takes the host a while, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        _spin()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        _spin()
+        return dy
+
+
+def _spin() -> None:
+    end = time.perf_counter() + 2e-4
+    while time.perf_counter() < end:
+        pass
+
+
+def autograd_thread(device: torch.device) -> float:
+    """Milliseconds that a gradient takes longer on autograd's thread for the GPU than on the caller's.
+
+    Autograd hands every gradient to that thread; both sleep while the other one works, here 0.2 ms each.
+    """
+    x = torch.ones(1, device=device, requires_grad=True)
+    medians = []
+    for threads in (True, False):
+        with torch.autograd.set_multithreading_enabled(threads):
+            times = []
+            for _ in range(100):
+                start = time.perf_counter()
+                torch.autograd.grad(_Busy.apply(x), x, x.detach())
+                times.append((time.perf_counter() - start) * 1e3)
+        medians.append(sorted(times)[len(times) // 2])
+    return medians[0] - medians[1]
+
+
 class Case:
     """One op at one size: its inputs, what is timed with them, and the rows of the table.
 

@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 
 from command import leave
-from op_case import COMPILED, Case, Timer, copy_bandwidth, read_specs, smaller
+from op_case import COMPILED, Case, Timer, autograd_thread, copy_bandwidth, read_specs, smaller
 from tables import missed
 
 # Ops in the order in which they are timed; others follow.
@@ -268,6 +268,8 @@ def main(argv: list[str] | None = None) -> int:
         timer = Timer(device, options.seconds)
         bandwidth = copy_bandwidth(timer)
         about["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
+        if device.type == "cuda":
+            about["autograd_thread_ms"] = round(autograd_thread(device), 3)
         print(*(f"{key} {value}" for key, value in about.items() if value is not None), sep=", ", flush=True)
         base = json.loads(options.base.read_text())["rows"] if options.base else []
         table = Table(options.out / folder_of(about["device"]), about, options.resume)

@@ -195,6 +195,11 @@ def operators(results: Path, found: Sequence[Path]) -> str:
             text += (
                 f"\n`benchmarks/results/{folder.relative_to(results)}/`; {machine}. Commits: {', '.join(commits)}.\n"
             )
+        if waits := [each["autograd_thread_ms"] for each in contents if "autograd_thread_ms" in each]:
+            text += (
+                f"\nOf an eager gradient {min(waits):.2f} to {max(waits):.2f} ms there are the way to autograd's thread "
+                "and back.\n"
+            )
         text += "".join(f"\n`{each['op']}`: {each['notes']}\n" for each in contents if "notes" in each)
     return text
 
