@@ -197,8 +197,8 @@ def operators(results: Path, found: Sequence[Path]) -> str:
             )
         if waits := [each["autograd_thread_ms"] for each in contents if "autograd_thread_ms" in each]:
             text += (
-                f"\nOf an eager gradient {min(waits):.2f} to {max(waits):.2f} ms there are the way to autograd's thread "
-                "and back.\n"
+                f"\nOf an eager gradient {min(waits):.2f} to {max(waits):.2f} ms there are the way to autograd's "
+                "thread and back.\n"
             )
         text += "".join(f"\n`{each['op']}`: {each['notes']}\n" for each in contents if "notes" in each)
     return text
