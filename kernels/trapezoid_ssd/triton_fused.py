@@ -67,14 +67,15 @@ def fused_outputs(
     x, B, C = given.x, given.B, given.C
     (batch, _, nheads, _), (length, groups, n) = x.shape, B.shape[1:]
     chosen = tiles("turned fwd", *padded(x, n), x.dtype)
-    # What several ranks load ahead would fill the shared memory.
-    chosen = chosen._replace(chunk=chunk or chosen.chunk, stages=chosen.stages if given.ranks == 1 else 1)
+    chosen = chosen._replace(chunk=chunk or chosen.chunk)
     phases, shared = angles_of_chunks(given, chosen.chunk), _shared(given, half, chosen)
+    # Operands of narrow states leave room for one more chunk that is loaded ahead.
+    stages = 3 if given.ranks == 1 and padded(x, n)[1] <= 64 else chosen.stages
     count, part_length = choose_parts(batch * nheads, length, chosen.chunk, x.device, parts)
     entering = _entering(given, shared, phases, count, part_length)
     _trapezoid_fwd_kernel[(batch * count * nheads,)](
         x, given.log_decay, given.gamma, given.beta, given.rate, phases, B, C, given.B_bias, given.C_bias, given.D,
         given.x_rank, given.seq_idx, entering, y, final, length, nheads, nheads // groups, count, part_length,
-        *strides(x, B, C), HAS_STATE=entering is not None, **shared,
+        *strides(x, B, C), HAS_STATE=entering is not None, **shared | {"STAGES": stages},
     )  # fmt: skip
     torch.mul(phases[:, :, -1], math.pi, out=last)

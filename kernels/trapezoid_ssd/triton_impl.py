@@ -24,9 +24,19 @@ from ..transforms import FirstDerivative, apply, operator
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .state import rotate, spin
 from .triton_fused import fused_outputs, fuses
-from .triton_gradients import Angles, Shared, blocks_of_heads, empty_shared, links, maps, states_at_borders
+from .triton_gradients import (
+    Angles,
+    Shared,
+    blocks_of_heads,
+    empty_shared,
+    links,
+    maps,
+    states_at_borders,
+    turned_width,
+)
 from .triton_inputs import Inputs, angles_of_chunks, readable
 from .triton_kernels import (
+    _trapezoid_turn_fwd_kernel,
     _trapezoid_turn_kernel,
     _trapezoid_weights_kernel,
 )
@@ -102,7 +112,8 @@ class _Turned(NamedTuple):
 
     x: Tensor  # (b, l, h, p)
     log_decay: Tensor  # (b, l, h)
-    k: Tensor  # (b, l, h, n)
+    n: int
+    k: Tensor  # (b, l, h, n), or some of their columns
     q: Tensor
     weight: Tensor  # (b, l, h)
     skip: Tensor  # (b, l, h), for outputs
@@ -111,7 +122,7 @@ class _Turned(NamedTuple):
     decays: tuple[Tensor, Tensor]  # from a chunk's start, and of weights to its end, (b, l, h), for gradients
 
     def sweep(self, state: Tensor | None) -> Sweep:
-        fine = fine_products(self.x, self.k.shape[3])
+        fine = fine_products(self.x, self.n)
         return Sweep(self.x, self.k, self.log_decay, self.weight, state, 0, fine)
 
 
@@ -164,7 +175,9 @@ def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
     return gradient_tiles(x, n, chunk or fine_chunk(x, n), "turned ")
 
 
-def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, keep: bool) -> _Turned:
+def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, width: int = 0) -> _Turned:
+    """For outputs, or for gradients with so many columns of keys and queries (see `turned_width`)."""
+    keep = width > 0
     (batch, _, nheads, _), (length, groups, n) = given.x.shape, given.B.shape[1:]
     ranks, wide = given.ranks, given.log_decay
     chunks, repeats = cdiv(length, chunk), nheads // groups
@@ -177,8 +190,8 @@ def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, keep: bool) -
         log_decay = torch.nn.functional.pad(wide[:, :, None], (0, 0, 0, ranks - 1)).flatten(1, 2)
         seq_idx = None if seq_idx is None else seq_idx.repeat_interleave(ranks, dim=1)
         skip = given.D.expand(weight.shape)
-    k, q = given.x.new_empty(2, batch, length, nheads, n).unbind(0)
-    programs = batch * chunks * groups
+    k, q = given.x.new_empty(2, batch, length, nheads, width or n).unbind(0)
+    programs = batch * chunks * groups * (cdiv(width, _COLUMNS) if keep else 1)
     blocks, block_heads = blocks_of_heads(repeats, programs, 12 * multiprocessors(given.x.device))
     # Keys have no more digits than 16 bits hold; their turns need no more either.
     turns = wide.new_empty(
@@ -186,13 +199,19 @@ def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, keep: bool) -
     )
     of_decays = wide.new_empty(2, *weight.shape if keep else (0,))
     decays = of_decays[0], of_decays[1]
-    _trapezoid_turn_kernel[(programs * blocks,)](
-        log_decay, given.gamma, given.beta, given.rate, before, given.B, given.C, given.B_bias, given.C_bias, given.D,
-        given.seq_idx, k, q, weight, skip, turns, *decays, length, nheads, repeats, blocks, block_heads,
-        *strides(given.B, given.C), KEEP=keep, EXACT=k.dtype == torch.float32, **shared | {"BLOCK_N": _COLUMNS},
-        **launch("turn", chunk * _COLUMNS),
-    )  # fmt: skip
-    return _Turned(x, log_decay, k, q, weight, skip, seq_idx, turns, decays)
+    inputs = given.gamma, given.beta, given.rate, before, given.B, given.C, given.B_bias, given.C_bias
+    sizes = length, nheads, repeats, blocks, block_heads, *strides(given.B, given.C)
+    chosen = shared | {"BLOCK_N": _COLUMNS} | launch("turn", chunk * _COLUMNS)
+    if keep:
+        _trapezoid_turn_kernel[(programs * blocks,)](
+            log_decay, *inputs, given.seq_idx, k, q, weight, turns, *decays, *sizes,
+            EXACT=k.dtype == torch.float32, WIDTH=width, **chosen,
+        )  # fmt: skip
+    else:
+        _trapezoid_turn_fwd_kernel[(programs * blocks,)](
+            *inputs, given.D, given.seq_idx, k, q, weight, skip, *sizes, **chosen
+        )
+    return _Turned(x, log_decay, n, k, q, weight, skip, seq_idx, turns, decays)
 
 
 @operator("trapezoid_ssd_triton_fwd")
@@ -231,7 +250,7 @@ def _forward(
         before = angles_of_chunks(given, of_turns)
         for rows in _groups(given, False):
             some = given.cut(rows)
-            turned = _turned(some, half, of_turns, before[rows], False)
+            turned = _turned(some, half, of_turns, before[rows])
             # What several ranks of a position add comes to unrounded outputs.
             rounded = some.x_rank is not None and y.dtype != log_decay.dtype
             partial = log_decay.new_empty(y[rows].shape) if rounded else y[rows]
@@ -326,12 +345,14 @@ def _gradients(
     """Write gradients of a group of rows; `ends` are those of the last state and angles."""
     dx, dlog_decay, dgamma, dbeta, drate, dB, dC, dstate, dphi = into
     dfinal, dphase, dphi_end = ends
-    turned = _turned(given, half, tiles.links.chunk, before, True)
-    wide, sweep = given.log_decay, turned.sweep(given.state)
     if 20 * given.x.shape[0] * given.x.shape[2] >= 9 * multiprocessors(dy.device):
         parts = parts or 1  # two sweeps over each head fill it
-    borders = states_at_borders(sweep, turned.q, turned.seq_idx, dy, dfinal, dstate, tiles, parts)
-    kernel, dweight = links(given, sweep, turned.q, dy, borders, tiles.links, dx, dlog_decay, dgamma, shared)
+    turned = _turned(given, half, tiles.links.chunk, before, turned_width(given, tiles, parts))
+    wide, sweep = given.log_decay, turned.sweep(given.state)
+    borders = states_at_borders(
+        given, half, sweep, turned.q, turned.seq_idx, dy, turned.decays, dfinal, dstate, tiles, parts
+    )
+    kernel, dweight = links(given, half, sweep, turned.q, dy, borders, tiles.links, dx, dlog_decay, dgamma, shared)
     angles = Angles(turned.turns, half, dphase, dphi_end)
     ddt = maps(
         given, angles, sweep, turned.q, dy, turned.decays, borders, kernel, tiles.maps, drate, dB, dC, dphi, shared,

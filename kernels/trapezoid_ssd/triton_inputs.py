@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ssd.triton_outputs import contiguous, dense_rows
 from ..triton_utils import cdiv, next_power_of_2
-from .triton_kernels import _trapezoid_angle_kernel
+from .triton_kernels import _trapezoid_angle_kernel, _trapezoid_phases_kernel
 
 
 class Inputs(NamedTuple):
@@ -54,12 +54,15 @@ def angles_of_chunks(given: Inputs, chunk: int) -> Tensor:
     """Angles up to each chunk, and after the last one, (b, h, chunks + 1, s), in half turns from 0 to 2."""
     (batch, positions, nheads, _), pairs = given.x.shape, given.rate.shape[2]
     chunks = cdiv(given.B.shape[1], chunk)
-    totals = given.log_decay.new_empty(batch, nheads, pairs, chunks + 1)
-    _trapezoid_angle_kernel[(batch * chunks * nheads,)](
-        given.gamma, given.beta, given.rate, given.phi, totals, positions, nheads, HAS_PHI=given.phi is not None,
-        S=pairs, Q=chunk // given.ranks, BLOCK_S=next_power_of_2(pairs),
-        ACC=tl.float64 if totals.dtype == torch.float64 else tl.float32,
+    phases = given.log_decay.new_empty(batch, nheads, chunks + 1, pairs)
+    block_heads = min(8, nheads)
+    _trapezoid_angle_kernel[(batch * chunks * cdiv(nheads, block_heads),)](
+        given.gamma, given.beta, given.rate, given.phi, phases, positions, nheads, block_heads,
+        HAS_PHI=given.phi is not None, S=pairs, Q=chunk // given.ranks, BLOCK_S=next_power_of_2(pairs),
+        ACC=tl.float64 if phases.dtype == torch.float64 else tl.float32,
     )  # fmt: skip
-    # Whole turns are taken off each term; float64 keeps the digits of the sum over chunks.
-    sums = totals.cumsum(3, dtype=torch.float64).remainder_(2.0)
-    return totals.new_empty(batch, nheads, chunks + 1, pairs).copy_(sums.transpose(2, 3))
+    together = min(4, next_power_of_2(pairs))
+    _trapezoid_phases_kernel[(batch * nheads * cdiv(pairs, together),)](
+        phases, chunks + 1, S=pairs, COUNT=min(1024, next_power_of_2(chunks + 1)), PAIRS=together
+    )
+    return phases

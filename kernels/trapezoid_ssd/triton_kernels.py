@@ -102,13 +102,22 @@ def _spin(gradient, tile, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _of_positions(tile, ROWS: tl.constexpr):
+    """What is [ranks, width] for each position, [positions * ranks, width], or [1, width] with one rank."""
+    if tile.shape[0] > 1:
+        every = tl.broadcast_to(tile[None, :, :], [ROWS // tile.shape[0], tile.shape[0], tile.shape[1]])
+        tile = tl.reshape(every, [ROWS, tile.shape[1]])
+    return tile
+
+
+@triton.jit
 def _bias(
-    ptr, head, ranks, start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
-    RANKS: tl.constexpr,
+    ptr, head, start, ROWS: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
+    ACC: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """What is added to the keys or queries of one head, [1, n], or with several ranks [rows, n]."""
-    rows = tl.arange(0, 1)[:, None] if RANKS == 1 else ranks[:, None]
-    return _get(ptr + head * (RANKS * N), rows * N, rows >= 0, start, N, BLOCK_N, HALF, ACC)
+    ranks = tl.arange(0, RANKS)[:, None]
+    return _of_positions(_get(ptr + head * (RANKS * N), ranks * N, ranks >= 0, start, N, BLOCK_N, HALF, ACC), ROWS)
 
 
 @triton.jit
@@ -185,47 +194,67 @@ def _of_ranks(tile, RANKS: tl.constexpr):
 @quick
 @triton.jit(do_not_specialize=["length", "nheads"])
 def _trapezoid_angle_kernel(
-    gamma_ptr, beta_ptr, rate_ptr, phi_ptr, totals_ptr, length, nheads, HAS_PHI: tl.constexpr,
+    gamma_ptr, beta_ptr, rate_ptr, phi_ptr, totals_ptr, length, nheads, block_heads, HAS_PHI: tl.constexpr,
     S: tl.constexpr, Q: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """By how much one head turns in each chunk of Q positions, after phi, (b, h, s, 1 + chunks), from 0 to 2."""
-    chunks = tl.cdiv(length, Q)
-    head = tl.program_id(0) % nheads
-    chunk = (tl.program_id(0) // nheads) % chunks
-    row = (tl.program_id(0) // nheads // chunks).to(tl.int64)
+    """By how much a block of heads turns in each chunk of Q positions, after phi, (b, h, 1 + chunks, s), below 2."""
+    chunks, blocks = tl.cdiv(length, Q), tl.cdiv(nheads, block_heads)
+    block = tl.program_id(0) % blocks
+    chunk = (tl.program_id(0) // blocks) % chunks
+    row = (tl.program_id(0) // blocks // chunks).to(tl.int64)
     steps = tl.arange(0, Q)
     begin = chunk.to(tl.int64) * Q
     ok = steps < length - begin
-    vectors = row * length * nheads + head
-    dt = _vector(gamma_ptr + vectors, begin, steps, ok, nheads, ACC)
-    dt += _vector(beta_ptr + vectors, begin, steps, ok, nheads, ACC)
     pairs = tl.arange(0, BLOCK_S)
     rate = _rows(rate_ptr + row * length * S, begin, steps, ok, S, pairs, pairs < S, ACC)
-    total = tl.sum(rate * dt[:, None], 0)
-    out = totals_ptr + ((row * nheads + head) * S + pairs) * (chunks + 1)
-    tl.store(out + 1 + chunk, total - 2.0 * tl.floor(0.5 * total), mask=pairs < S)
-    if chunk == 0:
-        start = tl.zeros([BLOCK_S], ACC)
-        if HAS_PHI:
-            phi = tl.load(phi_ptr + (row * nheads + head) * S + pairs, mask=pairs < S, other=0.0).to(ACC)
-            start = phi * 0.3183098861837907
-        tl.store(out, start, mask=pairs < S)
+    for head in range(block * block_heads, tl.minimum((block + 1) * block_heads, nheads)):
+        vectors = row * length * nheads + head
+        dt = _vector(gamma_ptr + vectors, begin, steps, ok, nheads, ACC)
+        dt += _vector(beta_ptr + vectors, begin, steps, ok, nheads, ACC)
+        total = tl.sum(rate * dt[:, None], 0)
+        out = totals_ptr + (row * nheads + head) * (chunks + 1) * S + pairs
+        tl.store(out + (1 + chunk) * S, total - 2.0 * tl.floor(0.5 * total), mask=pairs < S)
+        if chunk == 0:
+            start = tl.zeros([BLOCK_S], ACC)
+            if HAS_PHI:
+                phi = tl.load(phi_ptr + (row * nheads + head) * S + pairs, mask=pairs < S, other=0.0).to(ACC)
+                start = phi * 0.3183098861837907
+            tl.store(out, start, mask=pairs < S)
+
+
+@quick
+@triton.jit(do_not_specialize=["count"])
+def _trapezoid_phases_kernel(totals_ptr, count, S: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
+    """Sums of totals (b, h, count, s) up to each one, in their place, from 0 to 2.
+
+    Whole turns are taken off each term; float64 keeps the digits of the sum.
+    """
+    blocks: tl.constexpr = (S + PAIRS - 1) // PAIRS
+    pairs = tl.program_id(0) % blocks * PAIRS + tl.arange(0, PAIRS)
+    row = totals_ptr + (tl.program_id(0) // blocks).to(tl.int64) * count * S
+    total = tl.zeros([PAIRS], tl.float64)
+    for begin in range(0, count, COUNT):
+        at = begin + tl.arange(0, COUNT)
+        ok = (at < count)[:, None] & (pairs < S)[None, :]
+        place = row + at[:, None] * S + pairs[None, :]
+        terms = tl.load(place, mask=ok, other=0.0).to(tl.float64)
+        sums = tl.cumsum(terms, 0) + total[None, :]
+        tl.store(place, sums - 2.0 * tl.floor(0.5 * sums), mask=ok)
+        total += tl.sum(terms, 0)
+        total -= 2.0 * tl.floor(0.5 * total)
 
 
 @quick
 @keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
-def _trapezoid_turn_kernel(
-    log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr, seq_ptr,
-    k_ptr, q_ptr, weight_ptr, skip_ptr, turns_ptr, in_ptr, out_ptr, length, nheads, repeats, blocks,
-    block_heads, B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+def _trapezoid_turn_fwd_kernel(
+    gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr, seq_ptr,
+    k_ptr, q_ptr, weight_ptr, skip_ptr, length, nheads, repeats, blocks, block_heads,
+    B_stride_b, B_stride_t, C_stride_b, C_stride_t,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
-    EXACT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr, KEEP: tl.constexpr,
+    ACC: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Turned keys and queries of a block of a group's heads in one chunk, (b, l, h, n), weights of inputs, and skips.
-
-    With KEEP, for gradients, no skips, but cos and sin side by side, (b, positions, h, 2 s), what each step still reads
-    of the state before the chunk, and how much of its input is left at the chunk's end, (b, l, h).
 
     In `ssd` an input has the weight gamma + beta of the next position already where it is read for the first time; the
     skip takes off the second part, times the product of key and query, which turning them leaves as it is. Skips of
@@ -241,7 +270,7 @@ def _trapezoid_turn_kernel(
     steps = tl.arange(0, Q)
     begin = chunk.to(tl.int64) * Q
     ok = steps < length - begin
-    positions, first, ranks = length // RANKS, begin // RANKS, steps % RANKS
+    positions, first = length // RANKS, begin // RANKS
     seq_row = seq_ptr
     if PACKED:
         seq_row = seq_ptr + row * positions
@@ -260,9 +289,9 @@ def _trapezoid_turn_kernel(
             start = of_slice * BLOCK_N
             k = _get(B_tile, steps[:, None] * B_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
             q = _get(C_tile, steps[:, None] * C_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
-            k += _bias(B_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
-            q += _bias(C_bias_ptr, head, ranks, start, N, BLOCK_N, HALF, ACC, RANKS)
-            if RANKS == 1 and not KEEP:
+            k += _bias(B_bias_ptr, head, start, Q, N, BLOCK_N, HALF, ACC, RANKS)
+            q += _bias(C_bias_ptr, head, start, Q, N, BLOCK_N, HALF, ACC, RANKS)
+            if RANKS == 1:
                 product += tl.sum(k * q, 1)
             if of_slice * (BLOCK_N // 2) < S:  # else all its pairs stand still
                 pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
@@ -272,20 +301,63 @@ def _trapezoid_turn_kernel(
                 )  # fmt: skip
                 k = _rotated(k, cos, sin, Q, BLOCK_N)
                 q = _rotated(q, cos, sin, Q, BLOCK_N)
-                if KEEP:
-                    turns = tl.reshape(tl.join(cos, sin), [Q, BLOCK_N])
-                    both = of_slice * BLOCK_N + tl.arange(0, BLOCK_N)
-                    turns_tile = turns_ptr + (of_head + first * nheads) * (2 * S) + both[None, :]
-                    turns_ok = (ok & (ranks == 0))[:, None] & (both < 2 * S)[None, :]
-                    tl.store(turns_tile + (steps // RANKS)[:, None] * (nheads * 2 * S), turns, mask=turns_ok)
             tile = (vectors + begin * nheads) * N
             _put(k_ptr + tile, steps[:, None] * (nheads * N), ok[:, None], start, k, N, BLOCK_N, HALF)
             _put(q_ptr + tile, steps[:, None] * (nheads * N), ok[:, None], start, q, N, BLOCK_N, HALF)
         out = vectors + (begin + steps) * nheads
         tl.store(weight_ptr + out, gamma + following, mask=ok)
-        if RANKS == 1 and not KEEP:
+        if RANKS == 1:
             tl.store(skip_ptr + out, tl.load(D_ptr + head).to(ACC) - following * product, mask=ok)
-        if KEEP:
+
+
+@triton.jit
+def _turn_columns(
+    log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_tile, C_tile, B_bias_ptr, C_bias_ptr, seq_row,
+    k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, of_slice, first_head, last_head, chunk, row, begin,
+    length, nheads, B_stride_t, C_stride_t, TURNS: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One slice of columns, of which pairs turn with TURNS; the last one finds what there is once, too."""
+    steps = tl.arange(0, Q)
+    ok = steps < length - begin
+    positions, first = length // RANKS, begin // RANKS
+    start = of_slice * BLOCK_N
+    keys = _get(B_tile, steps[:, None] * B_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
+    queries = _get(C_tile, steps[:, None] * C_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
+    at = tl.arange(0, Q // RANKS)
+    at_ok = at < positions - first
+    pairs = of_slice * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    if TURNS:
+        rate = _rows(rate_ptr + row * positions * S, first, at, at_ok, S, pairs, pairs < S, ACC)
+    for head in tl.range(first_head, last_head, num_stages=1, disable_licm=True):
+        vectors = row * length * nheads + head
+        of_head = row * positions * nheads + head
+        k = keys + _bias(B_bias_ptr, head, start, Q, N, BLOCK_N, HALF, ACC, RANKS)
+        q = queries + _bias(C_bias_ptr, head, start, Q, N, BLOCK_N, HALF, ACC, RANKS)
+        if TURNS:
+            dt = _vector(gamma_ptr + of_head, first, at, at_ok, nheads, ACC)
+            dt += _vector(beta_ptr + of_head, first, at, at_ok, nheads, ACC)
+            phase = phases_ptr + ((row * nheads + head) * (tl.cdiv(length, Q) + 1) + chunk) * S + pairs
+            angle = tl.load(phase, mask=pairs < S, other=0.0).to(ACC)
+            cos, sin = _turn(tl.cumsum(rate * dt[:, None], 0) + angle[None, :])
+            turns = tl.reshape(tl.join(cos, sin), [Q // RANKS, BLOCK_N])
+            both = start + tl.arange(0, BLOCK_N)
+            turns_tile = turns_ptr + (of_head + first * nheads) * (2 * S) + both[None, :]
+            turns_ok = at_ok[:, None] & (both < 2 * S)[None, :]
+            tl.store(turns_tile + at[:, None] * (nheads * 2 * S), turns, mask=turns_ok)
+            cos, sin = _of_ranks(cos, RANKS), _of_ranks(sin, RANKS)
+            k = _rotated(k, cos, sin, Q, BLOCK_N)
+            q = _rotated(q, cos, sin, Q, BLOCK_N)
+        tile = (vectors + begin * nheads) * WIDTH
+        in_halves: tl.constexpr = HALF and WIDTH == N
+        _put(k_ptr + tile, steps[:, None] * (nheads * WIDTH), ok[:, None], start, k, WIDTH, BLOCK_N, in_halves)
+        _put(q_ptr + tile, steps[:, None] * (nheads * WIDTH), ok[:, None], start, q, WIDTH, BLOCK_N, in_halves)
+        if of_slice == (WIDTH + BLOCK_N - 1) // BLOCK_N - 1:
+            out = vectors + (begin + steps) * nheads
+            gamma, _, following = _weights(
+                gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
+            )
             log_decay = _vector(log_decay_ptr + vectors, begin, steps, ok, nheads, ACC)
             high, low, _, _ = _log2_sums(log_decay, ACC, EXACT)
             decay_in = tl.exp2(_whole(high, low, EXACT))
@@ -295,8 +367,56 @@ def _trapezoid_turn_kernel(
                 decay_in = tl.where(index == tl.load(seq_row + tl.maximum(first - 1, 0)), decay_in, 0.0)
                 last = tl.load(seq_row + tl.minimum(begin + Q, length) // RANKS - 1)
                 left = tl.where(index == last, left, 0.0)
+            tl.store(weight_ptr + out, gamma + following, mask=ok)
             tl.store(in_ptr + out, decay_in, mask=ok)
             tl.store(out_ptr + out, left, mask=ok)
+
+
+@quick
+@keep_addresses_in_loops
+@triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
+def _trapezoid_turn_kernel(
+    log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr,
+    k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, length, nheads, repeats, blocks, block_heads,
+    B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+    N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
+    EXACT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """What gradients need of a block of a group's heads in one chunk, one slice of BLOCK_N columns per program.
+
+    Turned keys and queries, (b, l, h, n), or only their first WIDTH columns, the others standing still, and then with
+    the entries of a pair side by side; cos and sin side by side, (b, positions, h, 2 s), weights of inputs, what each
+    step still reads of the state before the chunk, and how much of its input is left at the chunk's end, (b, l, h).
+    """
+    slices: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    turning: tl.constexpr = (2 * S + BLOCK_N - 1) // BLOCK_N
+    of_slice = tl.program_id(0) % slices
+    block = tl.program_id(0) // slices % blocks
+    groups = nheads // repeats
+    group = tl.program_id(0) // slices // blocks % groups
+    chunks = tl.cdiv(length, Q)
+    chunk = tl.program_id(0) // slices // blocks // groups % chunks
+    row = (tl.program_id(0) // slices // blocks // groups // chunks).to(tl.int64)
+    begin = chunk.to(tl.int64) * Q
+    seq_row = seq_ptr
+    if PACKED:
+        seq_row = seq_ptr + row * (length // RANKS)
+    B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
+    C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + group * N
+    first_head = group * repeats + block * block_heads
+    last_head = tl.minimum(first_head + block_heads, (group + 1) * repeats)
+    if of_slice < turning:
+        _turn_columns(
+            log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_tile, C_tile, B_bias_ptr, C_bias_ptr, seq_row,
+            k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, of_slice, first_head, last_head, chunk, row, begin,
+            length, nheads, B_stride_t, C_stride_t, True, N, S, Q, BLOCK_N, HALF, PACKED, EXACT, ACC, RANKS, WIDTH,
+        )  # fmt: skip
+    elif turning < slices:
+        _turn_columns(
+            log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_tile, C_tile, B_bias_ptr, C_bias_ptr, seq_row,
+            k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, of_slice, first_head, last_head, chunk, row, begin,
+            length, nheads, B_stride_t, C_stride_t, False, N, S, Q, BLOCK_N, HALF, PACKED, EXACT, ACC, RANKS, WIDTH,
+        )  # fmt: skip
 
 
 @quick

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..ssd.triton_kernels import _dot_add, _dot_nt, _halves, _last, _less, _load_state, _log2_sums, _tile, _whole
 from ..triton_utils import quick
-from .triton_kernels import _sum_of_positions, _weights
+from .triton_kernels import _bias, _get, _sum_of_positions, _weights
 from .triton_turned import _decays
 
 
@@ -20,12 +20,26 @@ def _sum_of_ranks(x, Q: tl.constexpr, RANKS: tl.constexpr):
     return x if RANKS == 1 else tl.sum(tl.reshape(x, [Q // RANKS, RANKS]), 1)
 
 
+@triton.jit
+def _product(a, a_2, b, b_2, SPLIT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T, whose columns are in two tiles each with SPLIT."""
+    high, low = _halves(a, PRECISION)
+    b_high, b_low = _halves(b, PRECISION)
+    total = _dot_nt(high, low, b_high, b_low, ACC, PRECISION)
+    if SPLIT:
+        high, low = _halves(a_2, PRECISION)
+        b_high, b_low = _halves(b_2, PRECISION)
+        total = _dot_add(high, low, tl.trans(b_high), tl.trans(b_low), total, ACC, PRECISION)
+    return total
+
+
 @quick
-@triton.jit(do_not_specialize=["length", "nheads"])
+@triton.jit(do_not_specialize=["length", "nheads", "repeats"])
 def _trapezoid_links_kernel(
-    x_ptr, v_ptr, log_decay_ptr, gamma_ptr, beta_ptr, k_ptr, q_ptr, D_ptr, x_rank_ptr, seq_ptr, entering_ptr,
-    leaving_ptr, dy_ptr, dx_ptr, dlog_decay_ptr, direct_ptr, dweight_ptr, dD_ptr, dx_rank_ptr, kernel_ptr,
-    length, nheads, x_stride_b, x_stride_t, v_stride_b, v_stride_t, HAS_RANK: tl.constexpr,
+    x_ptr, v_ptr, log_decay_ptr, gamma_ptr, beta_ptr, k_ptr, q_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr,
+    x_rank_ptr, seq_ptr, entering_ptr, leaving_ptr, dy_ptr, dx_ptr, dlog_decay_ptr, direct_ptr, dweight_ptr, dD_ptr,
+    dx_rank_ptr, kernel_ptr, length, nheads, repeats, x_stride_b, x_stride_t, v_stride_b, v_stride_t, B_stride_b,
+    B_stride_t, C_stride_b, C_stride_t, HALF: tl.constexpr, WIDTH: tl.constexpr, HAS_RANK: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     RANKS: tl.constexpr,
@@ -34,7 +48,8 @@ def _trapezoid_links_kernel(
 
     Matrices over a chunk are [s, t], from the row that writes to the one that reads. Rows of one position all read each
     other, with gamma; others with the weight gamma + beta of the next position. Leaves K^T, the gradient of products of
-    keys and queries, and for each position the gradients of its weight, and of gamma without dt.
+    keys and queries, and for each position the gradients of its weight, and of gamma without dt. WIDTH: see
+    `_trapezoid_turn_kernel`.
     """
     head = tl.program_id(0) % nheads
     chunks = tl.cdiv(length, Q)
@@ -53,12 +68,30 @@ def _trapezoid_links_kernel(
     seq_row = seq_ptr
     if PACKED:
         seq_row = seq_ptr + row * positions
-    k = _tile(k_ptr + rows * N, begin, steps, ok, nheads * N, N, BLOCK_N, DOT)
-    q = _tile(q_ptr + rows * N, begin, steps, ok, nheads * N, N, BLOCK_N, DOT)
+    # With few columns that turn, the others are a tile of their own, of what they are made from.
+    columns: tl.constexpr = WIDTH if WIDTH < N else BLOCK_N
+    k = _tile(k_ptr + rows * WIDTH, begin, steps, ok, nheads * WIDTH, WIDTH, columns, DOT)
+    q = _tile(q_ptr + rows * WIDTH, begin, steps, ok, nheads * WIDTH, WIDTH, columns, DOT)
+    k_2, q_2 = k, q
+    if WIDTH < N:
+        B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + head // repeats * N
+        C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + head // repeats * N
+        k_2 = _get(B_tile, steps[:, None] * B_stride_t, ok[:, None], WIDTH, N, columns, HALF, ACC)
+        k_2 = (k_2 + _bias(B_bias_ptr, head, WIDTH, Q, N, columns, HALF, ACC, RANKS)).to(DOT)
+        q_2 = _get(C_tile, steps[:, None] * C_stride_t, ok[:, None], WIDTH, N, columns, HALF, ACC)
+        q_2 = (q_2 + _bias(C_bias_ptr, head, WIDTH, Q, N, columns, HALF, ACC, RANKS)).to(DOT)
     x = _tile(v_ptr + row * v_stride_b + head * P, begin, steps, ok, v_stride_t, P, BLOCK_P, DOT)
     gradient = _tile(dy_ptr + rows * P, begin, steps, ok, nheads * P, P, BLOCK_P, DOT)
-    entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
-    leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+    p_rows = tl.arange(0, BLOCK_P)[:, None]
+    if WIDTH < N:
+        entering = _get(entering_ptr + border, p_rows * N, p_rows < P, 0, N, columns, False, DOT)
+        leaving = _get(leaving_ptr + border, p_rows * N, p_rows < P, 0, N, columns, False, DOT)
+        entering_2 = _get(entering_ptr + border, p_rows * N, p_rows < P, WIDTH, N, columns, False, DOT)
+        leaving_2 = _get(leaving_ptr + border, p_rows * N, p_rows < P, WIDTH, N, columns, False, DOT)
+    else:
+        entering = _load_state(entering_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        entering_2, leaving_2 = entering, leaving
     gamma, _, following = _weights(
         gamma_ptr, beta_ptr, seq_row, of_head, first, positions, nheads, PACKED, Q, ACC, RANKS
     )
@@ -82,13 +115,12 @@ def _trapezoid_links_kernel(
     between = _less(high[None, :], low[None, :], high[:, None], low[:, None], EXACT)
     decays = tl.exp2(tl.where(linked, between, float("-inf")))
     weights = decays * tl.where(same, gamma[:, None], weight[:, None])
-    k, k_low = _halves(k, PRECISION)
-    q, q_low = _halves(q, PRECISION)
     v, v_low = _halves(x, PRECISION)
     dy, dy_low = _halves(gradient, PRECISION)
     products = _dot_nt(v, v_low, dy, dy_low, ACC, PRECISION)
     tl.store(kernel_ptr + place * (Q * Q) + (steps[:, None] * Q + steps[None, :]), products * weights)
-    scores = _dot_nt(k, k_low, q, q_low, ACC, PRECISION)
+    split: tl.constexpr = WIDTH < N
+    scores = _product(k, k_2, q, q_2, split, ACC, PRECISION)
     mixing, mixing_low = _halves((scores * weights).to(DOT), PRECISION)
     linking = products * (scores * decays)
     direct = tl.sum(tl.where(same, linking, 0.0), 1)
@@ -96,18 +128,18 @@ def _trapezoid_links_kernel(
     dweight = tl.sum(linking, 1)
     columns = tl.sum(linking * weight[:, None], 0)
 
-    if BLOCK_P < 64 or BLOCK_N < 64:
-        passed = tl.sum(tl.sum(entering.to(ACC) * leaving.to(ACC), 1), 0)
-    enter, enter_low = _halves(entering, PRECISION)
-    leave, leave_low = _halves(leaving, PRECISION)
     p_columns = tl.arange(0, BLOCK_P)
     if BLOCK_P >= 64 and BLOCK_N >= 64:
         # The trace of this one is their product; tensor cores have the time.
-        both = _dot_nt(enter, enter_low, leave, leave_low, ACC, PRECISION)
+        both = _product(entering, entering_2, leaving, leaving_2, split, ACC, PRECISION)
         passed = tl.sum(tl.sum(tl.where(p_columns[:, None] == p_columns[None, :], both, 0.0), 1), 0)
+    else:
+        passed = tl.sum(tl.sum(entering.to(ACC) * leaving.to(ACC), 1), 0)
+        if split:
+            passed += tl.sum(tl.sum(entering_2.to(ACC) * leaving_2.to(ACC), 1), 0)
     wide = gradient.to(ACC)
-    reads = tl.sum(_dot_nt(q, q_low, enter, enter_low, ACC, PRECISION) * wide, 1) * decay_in
-    dv = _dot_nt(k, k_low, leave, leave_low, ACC, PRECISION)  # [s, p]
+    reads = tl.sum(_product(q, q_2, entering, entering_2, split, ACC, PRECISION) * wide, 1) * decay_in
+    dv = _product(k, k_2, leaving, leaving_2, split, ACC, PRECISION)  # [s, p]
     dweight += tl.sum(dv * x.to(ACC), 1) * decay_out
     dv = dv * (decay_out * weight)[:, None] + wide * tl.load(D_ptr + head).to(ACC)
     dv = _dot_add(mixing, mixing_low, dy, dy_low, dv, ACC, PRECISION)

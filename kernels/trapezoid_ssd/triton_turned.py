@@ -22,7 +22,7 @@ from ..ssd.triton_kernels import (
     keep_addresses_in_loops,
 )
 from ..triton_utils import quick
-from .triton_kernels import _directions, _get, _rotated, _weights
+from .triton_kernels import _bias, _directions, _get, _of_positions, _rotated, _weights
 
 
 @triton.jit
@@ -47,32 +47,31 @@ def _beside(first, second, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _biased(
-    ptr, rows, ok, bias_ptr, head, ranks, start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
+    ptr, rows, ok, bias_ptr, head, start, N: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
     ACC: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Keys or queries of one head, BLOCK_N columns from `start` on, with what is added to them."""
     tile = _get(ptr, rows, ok, start, N, BLOCK_N, HALF, ACC)
-    of_rank = tl.arange(0, 1)[:, None] if RANKS == 1 else ranks[:, None]
-    return tile + _get(bias_ptr + head * (RANKS * N), of_rank * N, of_rank >= 0, start, N, BLOCK_N, HALF, ACC)
+    return tile + _bias(bias_ptr, head, start, tile.shape[0], N, BLOCK_N, HALF, ACC, RANKS)
 
 
 @triton.jit
 def _turned(
-    ptr, rows, ok, bias_ptr, head, ranks, cos, sin, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    ptr, rows, ok, bias_ptr, head, cos, sin, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
     TURNING: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Turned keys or queries of one head, [Q, n], as operands of products."""
-    tile = _biased(ptr, rows, ok, bias_ptr, head, ranks, 0, N, TURNING, HALF, ACC, RANKS)
+    tile = _biased(ptr, rows, ok, bias_ptr, head, 0, N, TURNING, HALF, ACC, RANKS)
     tile = _rotated(tile, cos, sin, Q, TURNING).to(DOT)
     if TURNING < BLOCK_N:
-        rest = _biased(ptr, rows, ok, bias_ptr, head, ranks, TURNING, N, TURNING, HALF, ACC, RANKS)
+        rest = _biased(ptr, rows, ok, bias_ptr, head, TURNING, N, TURNING, HALF, ACC, RANKS)
         tile = _beside(tile, rest.to(DOT), Q, BLOCK_N)
     return tile
 
 
 @triton.jit
 def _inputs(
-    ptr, at, ok, ranks, x_rank_ptr, head, stride, P: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr,
+    ptr, at, ok, x_rank_ptr, head, stride, P: tl.constexpr, BLOCK_P: tl.constexpr, DOT: tl.constexpr,
     ACC: tl.constexpr, RANKS: tl.constexpr, HAS_RANK: tl.constexpr,
 ):  # fmt: skip
     """Inputs of positions `at` and ranks, [Q, p]."""
@@ -82,10 +81,9 @@ def _inputs(
         mask = mask & (columns < P)[None, :]
     x = tl.load(ptr + (at[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
     if HAS_RANK:
-        factors = tl.load(
-            x_rank_ptr + (head * RANKS + ranks[:, None]) * P + columns[None, :], mask=mask, other=0.0
-        )  # fmt: skip
-        x = x.to(ACC) * factors
+        of_rank = (head * RANKS + tl.arange(0, RANKS))[:, None] * P + columns[None, :]
+        factors = tl.load(x_rank_ptr + of_rank, mask=(columns < P)[None, :], other=0.0)
+        x = x.to(ACC) * _of_positions(factors, at.shape[0])
     return x.to(DOT)
 
 
@@ -146,11 +144,11 @@ def _trapezoid_fwd_kernel(
         B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
         C_tile = C_ptr + row * C_stride_b + begin * C_stride_t + group * N
         k = _turned(
-            B_tile, steps[:, None] * B_stride_t, ok[:, None], B_bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N, TURNING,
+            B_tile, steps[:, None] * B_stride_t, ok[:, None], B_bias_ptr, head, cos, sin, N, Q, BLOCK_N, TURNING,
             HALF, DOT, ACC, RANKS,
         )  # fmt: skip
         q = _turned(
-            C_tile, steps[:, None] * C_stride_t, ok[:, None], C_bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N, TURNING,
+            C_tile, steps[:, None] * C_stride_t, ok[:, None], C_bias_ptr, head, cos, sin, N, Q, BLOCK_N, TURNING,
             HALF, DOT, ACC, RANKS,
         )  # fmt: skip
         log_decay = _decays(log_decay_ptr, of_head, first, at, ok, ranks, nheads, ACC, RANKS)
@@ -181,7 +179,7 @@ def _trapezoid_fwd_kernel(
         entered, entered_low = _halves(state.to(DOT), PRECISION)
         y = _dot_add(q, q_low, entered, entered_low, tl.zeros([Q, BLOCK_P], ACC), ACC, PRECISION) * decay_in[:, None]
         x_tile = x_ptr + row * x_stride_b + first * x_stride_t + head * P
-        x = _inputs(x_tile, at, ok, ranks, x_rank_ptr, head, x_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK)
+        x = _inputs(x_tile, at, ok, x_rank_ptr, head, x_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK)
         mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
         v, v_low = _halves(x, PRECISION)
         y = _dot_add(mixing, mixing_low, v, v_low, y, ACC, PRECISION)
@@ -241,7 +239,7 @@ def _trapezoid_parts_kernel(
         )  # fmt: skip
         B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + group * N
         k = _turned(
-            B_tile, steps[:, None] * B_stride_t, ok[:, None], B_bias_ptr, head, ranks, cos, sin, N, Q, BLOCK_N, TURNING,
+            B_tile, steps[:, None] * B_stride_t, ok[:, None], B_bias_ptr, head, cos, sin, N, Q, BLOCK_N, TURNING,
             HALF, DOT, ACC, RANKS,
         )  # fmt: skip
         log_decay = _decays(log_decay_ptr, of_head, first, at, ok, ranks, nheads, ACC, RANKS)
@@ -256,7 +254,7 @@ def _trapezoid_parts_kernel(
             scale = tl.where(index == last, scale, 0.0)
             factor = tl.where(before == last, factor, 0.0)
         x_tile = x_ptr + row * x_stride_b + first * x_stride_t + head * P
-        x = _inputs(x_tile, at, ok, ranks, x_rank_ptr, head, x_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK)
+        x = _inputs(x_tile, at, ok, x_rank_ptr, head, x_stride_t, P, BLOCK_P, DOT, ACC, RANKS, HAS_RANK)
         late, late_low = _halves((x.to(ACC) * scale[:, None]).to(DOT), PRECISION)
         k, k_low = _halves(k, PRECISION)
         state = _dot_add(tl.trans(late), tl.trans(late_low), k, k_low, state * factor, ACC, PRECISION)

@@ -101,3 +101,47 @@ def test_twice_the_same_bits_and_nothing_left_unwritten(device):
     for name, value in expected.items():
         assert torch.isfinite(value.float()).all(), name
         assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"l": 140, "h": 2, "p": 6, "n": 128},
+        {"l": 40, "h": 4, "p": 5, "n": 77, "g": 2, "r": 2, "s": 20, "rotation": "half", "packed": True, "x_rank": True},
+        {"l": 30, "h": 1, "p": 3, "n": 100, "s": 3, "state": False},
+    ],
+    ids=str,
+)
+def test_gradients_where_half_of_the_columns_stand_still(size, device, monkeypatch):
+    """Keys and queries of wide states are written turned only as far as they turn."""
+    from omnissm.kernels.trapezoid_ssd import triton_impl
+
+    widths = []
+
+    def turned_width(*arguments):
+        widths.append(choose(*arguments))
+        return widths[-1]
+
+    choose = triton_impl.turned_width
+    monkeypatch.setattr(triton_impl, "turned_width", turned_width)
+    # On a GPU in 16 bits, with rows enough that they are not cut.
+    wide, few = (torch.float64, {"b": 1}) if device.type == "cpu" else (torch.bfloat16, {"b": 64, "p": 40})
+    check_op(SPEC, size | few, "triton", wide, device)
+    assert set(widths) == {64}
+
+
+def test_angles_of_many_chunks(device):
+    """Sums of angles up to each chunk, over more chunks than one tile holds."""
+    from omnissm.kernels.trapezoid_ssd.triton_inputs import angles_of_chunks, readable
+
+    inputs = inputs_of(device, l=2100, h=1, p=1, n=2, s=1, dtype=torch.float64)
+    names = ("x", "log_decay", "gamma", "beta", "theta", "B", "C", "ssm", "phi", "B_bias", "C_bias", "D")
+    tensors = [inputs[name] for name in names]
+    tensors[5:7] = [part.flatten(1, 2) for part in tensors[5:7]]
+    found = angles_of_chunks(readable(*tensors, None, None), 2)
+    steps = inputs["theta"][:, :, None] * (inputs["gamma"] + inputs["beta"])[..., None]
+    expected = inputs["phi"][:, :, None] / torch.pi + steps.cumsum(1).transpose(1, 2)[:, :, 1::2]
+    apart = (found[:, :, 1:] - expected).remainder(2)
+    assert torch.minimum(apart, 2 - apart).max() < 1e-11
+    assert found.min() >= 0
+    assert found.max() < 2
