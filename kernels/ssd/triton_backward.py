@@ -15,7 +15,6 @@ from .triton_kernels import (
     _load_state,
     _log2_sums,
     _position,
-    _through_chunk,
     _tile,
     _vector,
     _whole,
@@ -57,82 +56,6 @@ def _chunk(
     return position, ahead, ok, dy_position, dy_ok, index, before, last
 
 
-@triton.jit
-def _leaving(
-    leaving,
-    chunk,
-    dy_row,
-    C_row,
-    log_decay_row,
-    seq_row,
-    length,
-    nheads,
-    dy_stride_t,
-    C_stride_t,
-    MODE: tl.constexpr,
-    PACKED: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient of the state that leaves a chunk, from that of the state that leaves the second one of a pair."""
-    if chunk % 2 == 0:
-        begin = (chunk + 1).to(tl.int64) * Q
-        state, _factor = _through_chunk(
-            leaving.to(ACC), dy_row, C_row, log_decay_row, log_decay_row, seq_row, begin, length, nheads, dy_stride_t,
-            C_stride_t, MODE | 3, False, PACKED, P, N, Q, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION,
-        )  # fmt: skip
-        leaving = state.to(DOT)
-    return leaving
-
-
-@triton.jit
-def _entering(
-    entering,
-    chunk,
-    x_row,
-    B_row,
-    log_decay_row,
-    weight_ptr,
-    vectors,
-    seq_row,
-    length,
-    nheads,
-    x_stride_t,
-    B_stride_t,
-    MODE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    PACKED: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The state that enters a chunk, from that which enters the first one of a pair."""
-    if chunk % 2 == 1:
-        weight_row = weight_ptr
-        if HAS_WEIGHT:
-            weight_row = weight_ptr + vectors
-        begin = (chunk - 1).to(tl.int64) * Q
-        state, _factor = _through_chunk(
-            entering.to(ACC), x_row, B_row, log_decay_row, weight_row, seq_row, begin, length, nheads, x_stride_t,
-            B_stride_t, MODE & 4, HAS_WEIGHT, PACKED, P, N, Q, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION,
-        )  # fmt: skip
-        entering = state.to(DOT)
-    return entering
-
-
 @quick
 @keep_addresses_in_loops
 @triton.jit(do_not_specialize=["length", "nheads", "repeats", "blocks", "block_heads"])
@@ -165,7 +88,6 @@ def _ssd_bwd_links_kernel(
     D_stride_b,
     D_stride_t,
     MODE: tl.constexpr,
-    EVERY: tl.constexpr,
     ADD: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -214,18 +136,11 @@ def _ssd_bwd_links_kernel(
     if P < BLOCK_P:
         offset_ok = offset_ok & (p_columns < P)[None, :]
     for head in tl.range(first_head, last_head, num_stages=STAGES, disable_licm=True):
-        vectors = row * length * nheads + head
-        border = ((row * nheads + head) * tl.cdiv(chunks, EVERY) + chunk // EVERY) * (P * N)
-        if EVERY == 2:
-            # Before anything else fills the registers.
-            leaving = _leaving(
-                _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT), chunk, dy_ptr + vectors * P,
-                C_ptr + row * C_stride_b + group * N, log_decay_ptr + vectors, seq_row, length, nheads, width,
-                C_stride_t, MODE, PACKED, P, N, Q, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION,
-            )  # fmt: skip
         # The steps again, but not as constants: masks that are kept over the loop would fill the registers.
         own = steps + tl.minimum(head, 0)
+        vectors = row * length * nheads + head
         out = vectors + position * nheads
+        border = ((row * nheads + head) * chunks + chunk) * (P * N)
         high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
         high_last, low_last = _last(high, Q), _last(low, Q)
         decay_out = tl.exp2(_less(high_last, low_last, high, low, EXACT))
@@ -272,8 +187,7 @@ def _ssd_bwd_links_kernel(
         columns = tl.sum(linking, 0)
         mixing, mixing_low = _halves(scores.to(DOT), PRECISION)
 
-        if EVERY == 1:
-            leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
+        leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, BLOCK_N).to(DOT)
         leaving, leaving_low = _halves(leaving, PRECISION)
         dx = _dot_nt(B, B_low, leaving, leaving_low, ACC, PRECISION)  # [s, p]
         dweight += tl.sum(dx * x.to(ACC), 1) * decay_out
@@ -305,15 +219,14 @@ def _ssd_bwd_links_kernel(
 
 @triton.jit
 def _map_gradients(
-    x_ptr,
-    dy_ptr,
+    value_ptr,
     log_decay_ptr,
-    B_ptr,
-    C_ptr,
+    key_ptr,
     weight_ptr,
     seq_ptr,
-    entering_ptr,
+    borders_ptr,
     leaving_ptr,
+    own_ptr,
     kernel_ptr,
     out_ptr,
     dlog_decay_ptr,
@@ -322,22 +235,20 @@ def _map_gradients(
     group,
     block,
     place,
-    kernels,
     rows,
     groups,
     length,
     nheads,
     first_head,
     last_head,
-    x_stride_b,
-    x_stride_t,
-    B_stride_b,
-    B_stride_t,
-    C_stride_b,
-    C_stride_t,
+    value_stride_b,
+    value_stride_t,
+    key_stride_b,
+    key_stride_t,
+    own_stride_b,
+    own_stride_t,
     OF_B: tl.constexpr,
     MODE: tl.constexpr,
-    EVERY: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     COLUMNS: tl.constexpr,
     P: tl.constexpr,
@@ -352,10 +263,10 @@ def _map_gradients(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R).
+    """dC = K B + sum_h e^u (dy S), or with OF_B dB = K^T C + sum_h e^{u_last - u} (v R); `key` is B, or C, `own` C.
 
-    K^T is the sum of some tiles, of one block of heads each. With the states at hand, dC's programs also add to
-    dlog_decay what passes the whole chunk, e^{u_last} <S, R>, and what the steps from each one on read of S.
+    With the states at hand, dC's programs also add to dlog_decay what passes the whole chunk, e^{u_last} <S, R>, and
+    what the steps from each one on read of S.
     """
     steps = tl.arange(0, Q)
     p = tl.arange(0, BLOCK_P)
@@ -365,32 +276,25 @@ def _map_gradients(
     if PACKED:
         seq_row = seq_ptr + row * length
     position, ahead, ok, dy_position, dy_ok, index, before, last = _chunk(seq_row, begin, length, MODE, PACKED, Q)
-    B_row = B_ptr + row * B_stride_b + group * N
-    C_row = C_ptr + row * C_stride_b + group * N
+    key_ptr += row * key_stride_b + group * N
+    own_ptr += row * own_stride_b + group * N
+    kernel_tile = kernel_ptr + place * (Q * Q)
     if OF_B:
-        entries = steps[:, None] * Q + steps[None, :]
+        kernel = tl.load(kernel_tile + (steps[:, None] * Q + steps[None, :])).to(DOT)
     else:
-        entries = steps[None, :] * Q + steps[:, None]
-    kernel_tile = kernel_ptr + place * kernels * (Q * Q)
-    total = tl.load(kernel_tile + entries).to(ACC)
-    for other in range(1, kernels):
-        total += tl.load(kernel_tile + other * (Q * Q) + entries).to(ACC)
-    kernel, kernel_low = _halves(total.to(DOT), PRECISION)
+        kernel = tl.load(kernel_tile + (steps[None, :] * Q + steps[:, None])).to(DOT)
+    kernel, kernel_low = _halves(kernel, PRECISION)
     columns = tl.arange(0, COLUMNS)
     out_ptr += ((block * rows + row) * length + position) * (groups * N) + group * N
     for start in tl.range(0, N, COLUMNS):
-        if OF_B:
-            key = _tile(C_row + start, position, ahead, ok, C_stride_t, N, COLUMNS, DOT)
-        else:
-            key = _tile(B_row + start, position, ahead, ok, B_stride_t, N, COLUMNS, DOT)
+        key = _tile(key_ptr + start, position, ahead, ok, key_stride_t, N, COLUMNS, DOT)
         key, key_low = _halves(key, PRECISION)
         own = key
         if not OF_B and not EXACT:
-            own = _tile(C_row + start, position, ahead, ok, C_stride_t, N, COLUMNS, DOT)
+            own = _tile(own_ptr + start, position, ahead, ok, own_stride_t, N, COLUMNS, DOT)
         found = _dot_add(kernel, kernel_low, key, key_low, tl.zeros([Q, COLUMNS], ACC), ACC, PRECISION)
         for head in tl.range(first_head, last_head, num_stages=STAGES):
             vectors = row * length * nheads + head
-            x_row = x_ptr + row * x_stride_b + head * P
             high, low, _, _ = _log2_sums(_vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC), ACC, EXACT)
             if OF_B:
                 decay = tl.exp2(_less(_last(high, Q), _last(low, Q), high, low, EXACT))
@@ -398,29 +302,16 @@ def _map_gradients(
                     decay = decay * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
                 if PACKED:
                     decay = tl.where(index == last, decay, 0.0)
-                value = _tile(x_row, position, ahead, ok, x_stride_t, P, BLOCK_P, DOT)
+                value = _tile(
+                    value_ptr + row * value_stride_b + head * P, position, ahead, ok, value_stride_t, P, BLOCK_P, DOT
+                )
             else:
                 decay = tl.exp2(_whole(high, low, EXACT))
                 if PACKED:
                     decay = tl.where(index == before, decay, 0.0)
-                value = _tile(dy_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
-            border = ((row * nheads + head) * tl.cdiv(chunks, EVERY) + chunk // EVERY) * (P * N) + start
-            if OF_B:
-                whole = _load_state(leaving_ptr + border, P, N, BLOCK_P, COLUMNS).to(DOT)
-                if EVERY == 2:
-                    whole = _leaving(
-                        whole, chunk, dy_ptr + vectors * P, C_row + start, log_decay_ptr + vectors, seq_row, length,
-                        nheads, nheads * P, C_stride_t, MODE, PACKED, P, N, Q, BLOCK_P, COLUMNS, EXACT, DOT, ACC,
-                        PRECISION,
-                    )  # fmt: skip
-            else:
-                whole = _load_state(entering_ptr + border, P, N, BLOCK_P, COLUMNS).to(DOT)
-                if EVERY == 2:
-                    whole = _entering(
-                        whole, chunk, x_row, B_row + start, log_decay_ptr + vectors, weight_ptr, vectors, seq_row,
-                        length, nheads, x_stride_t, B_stride_t, MODE, HAS_WEIGHT, PACKED, P, N, Q, BLOCK_P, COLUMNS,
-                        EXACT, DOT, ACC, PRECISION,
-                    )  # fmt: skip
+                value = _tile(value_ptr + vectors * P, dy_position, ahead, dy_ok, nheads * P, P, BLOCK_P, DOT)
+            border = ((row * nheads + head) * chunks + chunk) * (P * N) + start
+            whole = _load_state(borders_ptr + border, P, N, BLOCK_P, COLUMNS).to(DOT)
             scaled, scaled_low = _halves((value.to(ACC) * decay[:, None]).to(DOT), PRECISION)
             state, state_low = _halves(whole, PRECISION)
             if EXACT and not OF_B:
@@ -428,7 +319,7 @@ def _map_gradients(
                 found += read
                 # Once more for each head, since it would fill the registers.
                 again = ahead + tl.minimum(head, 0)
-                once = _tile(C_row + start, position, again, ok, C_stride_t, N, COLUMNS, DOT)
+                once = _tile(own_ptr + start, position, again, ok, own_stride_t, N, COLUMNS, DOT)
                 reads = tl.sum(read * once.to(ACC), 1)
             else:
                 found = _dot_add(scaled, scaled_low, state, state_low, found, ACC, PRECISION)
@@ -439,12 +330,6 @@ def _map_gradients(
                 if PACKED:
                     factor = tl.where(before == last, factor, 0.0)
                 leaving = _load_state(leaving_ptr + border, P, N, BLOCK_P, COLUMNS).to(DOT)
-                if EVERY == 2:
-                    leaving = _leaving(
-                        leaving, chunk, dy_ptr + vectors * P, C_row + start, log_decay_ptr + vectors, seq_row, length,
-                        nheads, nheads * P, C_stride_t, MODE, PACKED, P, N, Q, BLOCK_P, COLUMNS, EXACT, DOT, ACC,
-                        PRECISION,
-                    )  # fmt: skip
                 if not EXACT and BLOCK_P >= 64 and COLUMNS >= 64:
                     # The trace of this one is their product; tensor cores have the time.
                     both = _dot_nt(state, state_low, leaving, leaving, ACC, PRECISION)
@@ -459,7 +344,7 @@ def _map_gradients(
 
 
 @quick
-@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads", "kernels"])
+@triton.jit(do_not_specialize=["rows", "length", "nheads", "repeats", "blocks", "block_heads"])
 def _ssd_bwd_maps_kernel(
     x_ptr,
     log_decay_ptr,
@@ -480,7 +365,6 @@ def _ssd_bwd_maps_kernel(
     repeats,
     blocks,
     block_heads,
-    kernels,
     x_stride_b,
     x_stride_t,
     B_stride_b,
@@ -488,10 +372,8 @@ def _ssd_bwd_maps_kernel(
     C_stride_b,
     C_stride_t,
     MODE: tl.constexpr,
-    EVERY: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     COLUMNS: tl.constexpr,
-    COLUMNS_B: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -504,10 +386,7 @@ def _ssd_bwd_maps_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dC and dB by turns, which share states in the cache, each summed over the heads of a block in registers.
-
-    The kernel before left K of each block in `kernels` parts.
-    """
+    """dC and dB by turns, which share states in the cache, each summed over the heads of a block in registers."""
     of_B = tl.program_id(0) % 2 == 1
     program = tl.program_id(0) // 2
     block = program % blocks
@@ -521,15 +400,15 @@ def _ssd_bwd_maps_kernel(
     place = program.to(tl.int64)
     if of_B:
         _map_gradients(
-            x_ptr, dy_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, seq_ptr, entering_ptr, leaving_ptr, kernel_ptr,
-            dB_ptr, dlog_decay_ptr, row, chunk, group, block, place, kernels, rows, groups, length, nheads, first, last,
-            x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, True, MODE, EVERY, HAS_WEIGHT,
-            COLUMNS_B, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+            x_ptr, log_decay_ptr, C_ptr, weight_ptr, seq_ptr, leaving_ptr, leaving_ptr, C_ptr, kernel_ptr, dB_ptr,
+            dlog_decay_ptr, row, chunk, group, block, place, rows, groups, length, nheads, first, last, x_stride_b,
+            x_stride_t, C_stride_b, C_stride_t, C_stride_b, C_stride_t, True, MODE, HAS_WEIGHT, BLOCK_N, P, N, Q,
+            BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _map_gradients(
-            x_ptr, dy_ptr, log_decay_ptr, B_ptr, C_ptr, weight_ptr, seq_ptr, entering_ptr, leaving_ptr, kernel_ptr,
-            dC_ptr, dlog_decay_ptr, row, chunk, group, block, place, kernels, rows, groups, length, nheads, first, last,
-            x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, False, MODE, EVERY, HAS_WEIGHT,
-            COLUMNS, P, N, Q, BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
+            dy_ptr, log_decay_ptr, B_ptr, weight_ptr, seq_ptr, entering_ptr, leaving_ptr, C_ptr, kernel_ptr, dC_ptr,
+            dlog_decay_ptr, row, chunk, group, block, place, rows, groups, length, nheads, first, last, x_stride_b,
+            x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, False, MODE, HAS_WEIGHT, COLUMNS, P, N, Q,
+            BLOCK_P, BLOCK_N, PACKED, EXACT, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip

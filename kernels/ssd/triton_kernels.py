@@ -289,81 +289,6 @@ def _ssd_fwd_kernel(
 
 
 @triton.jit
-def _through_chunk(
-    state,
-    value_row,
-    key_row,
-    log_decay_row,
-    weight_row,
-    seq_row,
-    begin,
-    length,
-    nheads,
-    value_stride_t,
-    key_stride_t,
-    MODE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    PACKED: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EXACT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A state, or the gradient of one, after a chunk instead of before it, in the direction of MODE; and its decay."""
-    steps = tl.arange(0, Q)
-    ahead = -steps if MODE & 4 else steps
-    position = _position(begin, length, MODE & 4)
-    ok = steps < length - begin
-    log_decay = _vector(log_decay_row, position, ahead, ok, nheads, ACC)
-    high, low, own_high, own_low = _log2_sums(log_decay, ACC, EXACT)
-    high_last, low_last = _last(high, Q), _last(low, Q)
-    factor = tl.exp2(_whole(high_last, low_last, EXACT))
-    if MODE & 2:
-        scale = tl.exp2(_whole(high, low, EXACT))
-    elif MODE & 1:
-        scale = tl.exp2(_less(high, low, own_high, own_low, EXACT))
-    else:
-        scale = tl.exp2(_less(high_last, low_last, high, low, EXACT))
-    value_ok = ok
-    value_position = position
-    if MODE & 8:
-        value_ok = steps + 1 < length - begin
-        value_position = position - 1 if MODE & 4 else position + 1
-    if PACKED:
-        index = tl.load(seq_row + position + ahead, mask=ok, other=-1)
-        if MODE & 2:
-            # The gradient of the state that enters: what reads it is of the sequence of the step before.
-            edge = tl.maximum(tl.minimum(begin, length) - 1, 0)
-            far = tl.minimum(begin + Q, length) - 1
-        elif MODE & 1:
-            edge = tl.minimum(begin, length - 1)
-            far = tl.minimum(begin + Q, length - 1)
-        else:
-            edge = tl.minimum(begin + Q, length) - 1
-            far = tl.maximum(tl.minimum(begin, length) - 1, 0)
-        edge_index = tl.load(seq_row + _position(edge, length, MODE & 4))
-        far_index = tl.load(seq_row + _position(far, length, MODE & 4))
-        scale = tl.where(index == edge_index, scale, 0.0)
-        factor = tl.where(far_index == edge_index, factor, 0.0)
-        if MODE & 8:
-            beside = tl.load(seq_row + value_position + ahead, mask=value_ok, other=-1)
-            value_ok = value_ok & (beside == index)
-    if HAS_WEIGHT:
-        scale = scale * _vector(weight_row, position, ahead, ok, nheads, ACC)
-    value = _tile(value_row, value_position, ahead, value_ok, value_stride_t, P, BLOCK_P, DOT)
-    key = _tile(key_row, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
-    scaled, scaled_low = _halves((value.to(ACC) * scale[:, None]).to(DOT), PRECISION)
-    key, key_low = _halves(key, PRECISION)
-    state = _dot_add(tl.trans(scaled), tl.trans(scaled_low), key, key_low, state * factor, ACC, PRECISION)
-    return state, factor
-
-
-@triton.jit
 def _sweep(
     value_ptr,
     key_ptr,
@@ -416,14 +341,10 @@ def _sweep(
     value_row = value_ptr + row * value_stride_b + head * P
     key_row = key_ptr + row * key_stride_b + group * N
     vectors = row * length * nheads + head
-    weight_row = weight_ptr
-    if HAS_WEIGHT:
-        weight_row = weight_ptr + vectors
-    seq_row = seq_ptr
-    if PACKED:
-        seq_row = seq_ptr + row * length
     border_row = borders_ptr + (row * nheads + head) * borders * (P * N)
     rows, columns = tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    steps = tl.arange(0, Q)
+    ahead = -steps if MODE & 4 else steps
     first_border = part.to(tl.int64) * part_borders
     count = tl.minimum(first_border + part_borders, borders) - first_border
     through = tl.full([], 1.0, ACC)
@@ -438,11 +359,50 @@ def _sweep(
                 _store_state(stored, state, P, N, BLOCK_P, BLOCK_N)
         for sub in tl.static_range(SUBS):
             begin = (border * SUBS + (SUBS - 1 - sub if MODE & 1 else sub)) * Q
-            state, factor = _through_chunk(
-                state, value_row, key_row, log_decay_ptr + vectors, weight_row, seq_row, begin, length, nheads,
-                value_stride_t, key_stride_t, MODE, HAS_WEIGHT, PACKED, P, N, Q, BLOCK_P, BLOCK_N, EXACT, DOT, ACC,
-                PRECISION,
-            )  # fmt: skip
+            position = _position(begin, length, MODE & 4)
+            ok = steps < length - begin
+            log_decay = _vector(log_decay_ptr + vectors, position, ahead, ok, nheads, ACC)
+            high, low, own_high, own_low = _log2_sums(log_decay, ACC, EXACT)
+            high_last, low_last = _last(high, Q), _last(low, Q)
+            factor = tl.exp2(_whole(high_last, low_last, EXACT))
+            if MODE & 2:
+                scale = tl.exp2(_whole(high, low, EXACT))
+            elif MODE & 1:
+                scale = tl.exp2(_less(high, low, own_high, own_low, EXACT))
+            else:
+                scale = tl.exp2(_less(high_last, low_last, high, low, EXACT))
+            value_ok = ok
+            value_position = position
+            if MODE & 8:
+                value_ok = steps + 1 < length - begin
+                value_position = position - 1 if MODE & 4 else position + 1
+            if PACKED:
+                seq_row = seq_ptr + row * length
+                index = tl.load(seq_row + position + ahead, mask=ok, other=-1)
+                if MODE & 2:
+                    # The gradient of the state that enters: what reads it is of the sequence of the step before.
+                    edge = tl.maximum(tl.minimum(begin, length) - 1, 0)
+                    far = tl.minimum(begin + Q, length) - 1
+                elif MODE & 1:
+                    edge = tl.minimum(begin, length - 1)
+                    far = tl.minimum(begin + Q, length - 1)
+                else:
+                    edge = tl.minimum(begin + Q, length) - 1
+                    far = tl.maximum(tl.minimum(begin, length) - 1, 0)
+                edge_index = tl.load(seq_row + _position(edge, length, MODE & 4))
+                far_index = tl.load(seq_row + _position(far, length, MODE & 4))
+                scale = tl.where(index == edge_index, scale, 0.0)
+                factor = tl.where(far_index == edge_index, factor, 0.0)
+                if MODE & 8:
+                    beside = tl.load(seq_row + value_position + ahead, mask=value_ok, other=-1)
+                    value_ok = value_ok & (beside == index)
+            if HAS_WEIGHT:
+                scale = scale * _vector(weight_ptr + vectors, position, ahead, ok, nheads, ACC)
+            value = _tile(value_row, value_position, ahead, value_ok, value_stride_t, P, BLOCK_P, DOT)
+            key = _tile(key_row, position, ahead, ok, key_stride_t, N, BLOCK_N, DOT)
+            scaled, scaled_low = _halves((value.to(ACC) * scale[:, None]).to(DOT), PRECISION)
+            key, key_low = _halves(key, PRECISION)
+            state = _dot_add(tl.trans(scaled), tl.trans(scaled_low), key, key_low, state * factor, ACC, PRECISION)
             through = through * factor
     if STORE:
         if FINAL and part == (0 if MODE & 1 else parts - 1):
@@ -467,7 +427,6 @@ def _ssd_sweep_kernel(
     state_2_ptr,
     seq_ptr,
     borders_ptr,
-    borders_2_ptr,
     ends_ptr,
     factors_ptr,
     final_ptr,
@@ -510,8 +469,8 @@ def _ssd_sweep_kernel(
     """One or two recurrences of states, without outputs: the state at each border, or what a part adds to its state.
 
     A border stands before every SUBS chunks, in the direction of the sweep. The second sweep, if there is one (MODE_2
-    at least 0), takes the second half of the programs and of the results. Of the last FINALS sweeps it is written where
-    they end. With SKIP the zeros that a row without a state begins with are not written.
+    at least 0), takes the second half of the programs and of the results. The last FINALS sweeps write where they end.
+    With SKIP the zeros that a row without a state begins with are not written.
     """
     head = tl.program_id(0) % nheads
     part = (tl.program_id(0) // nheads) % parts
@@ -521,7 +480,7 @@ def _ssd_sweep_kernel(
             value_ptr, key_ptr, log_decay_ptr, weight_ptr, seq_ptr, state_ptr, borders_ptr, ends_ptr, factors_ptr,
             final_ptr, row, head, part, length, nheads, repeats, parts, part_borders, value_stride_b, value_stride_t,
             key_stride_b, key_stride_t, MODE, HAS_WEIGHT, HAS_STATE, PACKED, STORE, SKIP,
-            FINALS == 2 or (FINALS == 1 and MODE_2 < 0), P, N, Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION,
+            FINALS == 2 or (MODE_2 < 0 and FINALS == 1), P, N, Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION,
             STAGES,
         )  # fmt: skip
     elif MODE_2 >= 0:
@@ -529,10 +488,11 @@ def _ssd_sweep_kernel(
         final_2_ptr = final_ptr + states if FINALS == 2 else final_ptr
         _sweep(
             value_2_ptr, key_2_ptr, log_decay_2_ptr, weight_2_ptr, seq_ptr, state_2_ptr,
-            borders_2_ptr, ends_ptr + states * parts, factors_ptr + rows * nheads * parts, final_2_ptr, row - rows,
-            head, part, length, nheads, repeats, parts, part_borders, value_2_stride_b, value_2_stride_t,
-            key_2_stride_b, key_2_stride_t, MODE_2, HAS_WEIGHT_2, HAS_STATE_2, PACKED, STORE, SKIP, FINALS > 0, P, N, Q,
-            SUBS, BLOCK_P, BLOCK_N, EXACT, DOT, ACC, PRECISION, STAGES,
+            borders_ptr + states * tl.cdiv(length, Q * SUBS), ends_ptr + states * parts,
+            factors_ptr + rows * nheads * parts, final_2_ptr, row - rows, head, part, length, nheads,
+            repeats, parts, part_borders, value_2_stride_b, value_2_stride_t, key_2_stride_b, key_2_stride_t, MODE_2,
+            HAS_WEIGHT_2, HAS_STATE_2, PACKED, STORE, SKIP, FINALS > 0, P, N, Q, SUBS, BLOCK_P, BLOCK_N, EXACT, DOT,
+            ACC, PRECISION, STAGES,
         )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def _launch_sweeps(
     subs: int,
     parts: int,
     part_borders: int,
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     store: bool,
     finals: int = 0,
     skip: bool = False,
@@ -99,7 +99,7 @@ def entering_states(
     (batch, _, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
     ends = log_decay.new_empty(len(sweeps), batch, nheads, parts, headdim, n)
     factors = log_decay.new_empty(len(sweeps), batch, nheads, parts)
-    outputs = ends, ends, ends, factors, ends
+    outputs = ends, ends, factors, ends
     part_borders = part_length // (chosen.chunk * subs)
     _launch_sweeps(sweeps, (None,) * len(sweeps), seq_idx, chosen, subs, parts, part_borders, outputs, False)
     block = 1024 if INTERPRETED else 256
@@ -123,45 +123,49 @@ def run_sweeps(
 ) -> tuple[Tensor, Tensor]:
     """States at all borders, (sweeps, b, h, borders, p, n) in the dtype of the values, and at the end of each sweep.
 
-    With `last_final` only the end of the last sweep is written, there. With `skip` borders where a sweep without a
-    state begins are left as they are.
-    """
-    x, log_decay = sweeps[0].values, sweeps[0].log_decay
-    (batch, length, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
-    borders = x.new_empty(len(sweeps), batch, nheads, cdiv(length, chosen.chunk * subs), headdim, n)
-    finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n) if last_final is None else last_final
-    count = len(sweeps) if last_final is None else 1
-    store_borders(sweeps, seq_idx, chosen, subs, borders.unbind(0), finals, count, parts=parts, skip=skip)
-    return borders, finals
-
-
-def store_borders(
-    sweeps: tuple[Sweep, ...],
-    seq_idx: Tensor | None,
-    chosen: Tiles,
-    subs: int,
-    borders: tuple[Tensor, ...],
-    finals: Tensor,
-    count: int,
-    entering: tuple[Tensor | None, ...] | None = None,
-    *,
-    parts: int,
-    part_length: int = 0,
-    skip: bool = False,
-) -> None:
-    """Write states at all borders, each sweep's to its own tensor, and the ends of the last `count` sweeps to `finals`.
-
-    `entering` are the states that enter parts of `part_length`, where they are known.
+    With `last_final` only the end of the last sweep is written, there, unless it has no heads. With `skip` borders
+    where a sweep without a state begins are left as they are.
     """
     batch, length, nheads, _ = sweeps[0].values.shape
     step = chosen.chunk * subs
-    if entering is None:
-        parts, part_length = choose_parts(len(sweeps) * batch * nheads, length, step, sweeps[0].values.device, parts)
-        entering = entering_states(sweeps, seq_idx, chosen, subs, parts, part_length)
-    outputs = borders[0], borders[-1], finals, finals, finals
+    parts, part_length = choose_parts(len(sweeps) * batch * nheads, length, step, sweeps[0].values.device, parts)
+    entering = entering_states(sweeps, seq_idx, chosen, subs, parts, part_length)
+    return sweep_parts(sweeps, entering, seq_idx, chosen, subs, parts, part_length, last_final, skip)
+
+
+def sweep_parts(
+    sweeps: tuple[Sweep, ...],
+    entering: tuple[Tensor | None, ...],
+    seq_idx: Tensor | None,
+    chosen: Tiles,
+    subs: int,
+    parts: int,
+    part_length: int,
+    last_final: Tensor | None = None,
+    skip: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`run_sweeps` from the states that enter the parts."""
+    x, log_decay = sweeps[0].values, sweeps[0].log_decay
+    (batch, length, nheads, headdim), n = x.shape, sweeps[0].keys.shape[3]
+    step = chosen.chunk * subs
+    borders = x.new_empty(len(sweeps), batch, nheads, cdiv(length, step), headdim, n)
+    finals = log_decay.new_empty(len(sweeps), batch, nheads, headdim, n) if last_final is None else last_final
+    outputs = borders, finals, finals, finals
+    count = len(sweeps) if last_final is None else min(1, last_final.shape[1])
     _launch_sweeps(
-        sweeps, entering, seq_idx, chosen, subs, parts, part_length // step, outputs, True, count, skip
-    )  # fmt: skip
+        sweeps,
+        entering,
+        seq_idx,
+        chosen,
+        subs,
+        parts,
+        part_length // step,
+        outputs,
+        True,
+        count,
+        skip,
+    )
+    return borders, finals
 
 
 def run_outputs(

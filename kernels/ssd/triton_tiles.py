@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..triton_utils import INTERPRETED, next_power_of_2
 
-_ALL_WRITTEN = 128 * 256  # numbers in a state of 16 bit up to which the gradient writes it between all chunks
-
 
 class Tiles(NamedTuple):
     """Compile-time choices of one kernel."""
@@ -84,13 +82,12 @@ def alternatives(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> t
 
 
 class GradientTiles(NamedTuple):
-    """Tiles of the kernels of a gradient."""
+    """Tiles of the kernels of a gradient, one border per chunk of theirs."""
 
     links: Tiles
     maps: Tiles
     sweep: Tiles
     subs: int  # chunks of the sweep per border
-    every: int = 1  # chunks of the other kernels per border: 1, or 2 of which the second state is made again
 
 
 def gradient_tiles(x: Tensor, n: int, chunk: int = 0, of: str = "") -> GradientTiles:
@@ -104,19 +101,9 @@ def _gradient_tiles(headdim: int, state: int, dtype: torch.dtype, chunk: int, of
     links, maps, sweep = (tiles(kernel, headdim, state, dtype) for kernel in names)
     chunk = chunk or links.chunk
     of_sweep = min(sweep.chunk, chunk)
-    every = 2 if not of and _writes_every_second(headdim, state, dtype) else 1
     return GradientTiles(
-        links._replace(chunk=chunk),
-        maps._replace(chunk=chunk),
-        sweep._replace(chunk=of_sweep),
-        every * (chunk // of_sweep),
-        every,
+        links._replace(chunk=chunk), maps._replace(chunk=chunk), sweep._replace(chunk=of_sweep), chunk // of_sweep
     )
-
-
-def _writes_every_second(headdim: int, state: int, dtype: torch.dtype) -> bool:
-    """Whether only every second state is written between the kernels of a gradient: where states are large."""
-    return dtype.itemsize == 2 and headdim * state > _ALL_WRITTEN
 
 
 def gradient_alternatives(first: GradientTiles, x: Tensor, n: int) -> tuple[GradientTiles, ...]:
@@ -132,13 +119,7 @@ def _gradient_alternatives(
         return (first,)
     some = _choices(headdim, state)
     others = [
-        GradientTiles(
-            Tiles(chunk, warps, stages),
-            Tiles(chunk, some[0], of_maps),
-            Tiles(chunk, of_sweep, 2),
-            first.every,
-            first.every,
-        )
+        GradientTiles(Tiles(chunk, warps, stages), Tiles(chunk, some[0], of_maps), Tiles(chunk, of_sweep, 2), 1)
         for chunk in (32, 64)
         for warps in some
         for stages in (1, 2)
@@ -148,10 +129,10 @@ def _gradient_alternatives(
     return first, *(one for one in others if one != first)
 
 
-def map_columns(x: Tensor, n: int, every: int) -> int:
+def map_columns(x: Tensor, n: int) -> int:
     """Columns of dC that are made at a time: all, but for float32, which takes twice the registers."""
     columns = padded(x, n)[1]
-    return 64 if (x.dtype == torch.float32 or every == 2) and n % 64 == 0 and not INTERPRETED else columns
+    return 64 if x.dtype == torch.float32 and n % 64 == 0 and not INTERPRETED else columns
 
 
 def fine_products(x: Tensor, n: int) -> bool:
