@@ -178,6 +178,7 @@ def run_gradients_in_stretches(
         found = Gradients(*(one[:, span] for one in into))._replace(dstate=into.dstate)
         read = None if D is None else D[:, span]
         _run_chunks(some, C[:, span], read, index, borders, dy[:, span], found, False, links, maps, blocks)
+        del borders, states  # their memory is the next stretch's
 
 
 def _run_chunks(
