@@ -1,10 +1,10 @@
-"""The inner part of a Vim layer on a CPU: convolution, steps, maps and scan of both directions, their sum and the gate.
+"""A Vim layer on a CPU: projections, convolution, steps, maps and scan of both directions, their sum and the gate.
 
-    u = silu(conv(x));    [low | B | C] = x_proj u;    dt = softplus(dt_proj low + dt_bias)
-    y = scan(u, dt, -exp(A_log), B, C) + D u;    out = (y forward + y backward, read from the end) silu(z)
+    [x | z] = in_proj input;    u = silu(conv(x));    [low | B | C] = x_proj u;    dt = softplus(dt_proj low + dt_bias)
+    y = scan(u, dt, -exp(A_log), B, C) + D u;    out = out_proj((y forward + y from the end) silu(z))
 
-For the gradient what was projected is kept, the sum of the two outputs and every 32nd state; one direction after the
-other is formed again.
+A row, or a few short ones, goes through all of it before the next, so that what is between two steps stays in the
+cache. For the gradient the input is kept and every eighth state; the rest is formed again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..causal_conv1d.chunked import by_onednn, conv_gradients, convolved
 from ..causal_conv1d.op import causal_conv1d
 from ..dispatch import autocast_enabled, choose
-from ..transforms import apply
-from .chunked import _backward as scan_gradients
-from .chunked import _forward as scan_forward
+from ..transforms import apply, traced, transforming
+from .both_ends import NUMBERS, TILE, BothEnds, InputGradients, Inputs
 from .op import selective_scan
 
 
@@ -46,120 +44,233 @@ class VimWeights(NamedTuple):
     D: Tensor
 
 
-def vim_rows(projected: Tensor, forward: VimWeights, backward: VimWeights) -> Tensor | None:
-    """Scan what the first projection of a Vim layer gives from both ends, up to what the last projection takes.
+def vim_rows(x: Tensor, in_proj: Tensor, out_proj: Tensor, forward: VimWeights, backward: VimWeights) -> Tensor | None:
+    """A Vim layer, which scans from both ends, between its norm and its residual branch.
 
     Args:
-        projected: x and z side by side, (b, l, 2 d).
+        x: (b, l, m).
+        in_proj: To what is scanned and the gate, (2 d, m).
+        out_proj: (m, d).
         forward: Parameters of the scan from the start.
         backward: Those of the scan from the end.
 
     Returns:
-        (y_f + y_b) silu(z), (b, l, d); None where the parts are to be called: everywhere but in float32 on a CPU in
-        eager mode.
+        out_proj((y_f + y_b) silu(z)), (b, l, m); None where the parts are to be called: everywhere but in float32 on a
+        CPU in eager mode.
 
     Raises:
         ValueError: if shapes disagree.
 
     Differentiable, also twice.
     """
-    tensors = projected, *forward, *backward
+    tensors = x, in_proj, out_proj, *forward, *backward
     classes = Tensor, torch.nn.Parameter
     if any(type(one) not in classes or one.dtype != torch.float32 for one in tensors):
         return None
-    if projected.numel() == 0 or not by_onednn(projected, forward.conv) or autocast_enabled("cpu"):
+    if x.numel() == 0 or x.device.type != "cpu" or traced() or transforming() or autocast_enabled("cpu"):
         return None
-    if choose("auto", projected, op="vim_rows") != "chunked":
+    if choose("auto", x, op="vim_rows") != "chunked":
         return None
-    _check(projected, forward)
-    _check(projected, backward)
-    return apply(_Rows, *tensors)[0]
+    (channels, states), (_, rank), taps = forward.A_log.shape, forward.dt_proj.shape, forward.conv.shape[-1]
+    _check("x", x, (*x.shape[:2], in_proj.shape[-1]))
+    _check("in_proj", in_proj, (2 * channels, in_proj.shape[-1]))
+    _check("out_proj", out_proj, (out_proj.shape[0], channels))
+    vector, maps = (channels,), (rank + 2 * states, channels)
+    shapes = (channels, taps), vector, maps, (channels, rank), vector, (channels, states), vector
+    for side in (forward, backward):
+        for name, weight, shape in zip(side._fields, side, shapes, strict=True):
+            _check(name, weight, shape)
+    kept = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    return apply(_Rows, kept, *tensors)[0]
 
 
-def _check(projected: Tensor, weights: VimWeights) -> None:
-    channels, states = weights.A_log.shape
-    rank = weights.dt_proj.shape[-1]
-    vector, k = (channels,), weights.conv.shape[-1]
-    shapes = (channels, k), vector, (rank + 2 * states, channels), (channels, rank), vector, (channels, states), vector
-    for name, weight, shape in zip(weights._fields, weights, shapes, strict=True):
-        if weight.shape != shape:
-            raise ValueError(f"`{name}` has shape {tuple(weight.shape)}, expected {shape}.")
-    if projected.dim() != 3 or projected.shape[2] != 2 * channels:
-        raise ValueError(f"`projected` has shape {tuple(projected.shape)}, expected (b, l, {2 * channels}).")
+def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"`{name}` has shape {tuple(x.shape)}, expected {shape}.")
 
 
-class _Side:
-    """One direction up to its scan."""
+class _Layer:
+    """Weights, (2, ...) where both directions have them, and the buffers of blocks of rows."""
 
-    def __init__(self, x: Tensor, weights: VimWeights) -> None:
-        self.x, self.weights = x, weights
-        self.left, self.length = weights.conv.shape[1] - 1, x.shape[1]
-        self.u = convolved(x, weights.conv, weights.conv_bias, self.left, self.length, True)
-        rank, states = weights.dt_proj.shape[1], weights.A_log.shape[1]
-        self.low, B, C = F.linear(self.u, weights.x_proj).split([rank, states, states], dim=-1)
-        self.raw = F.linear(self.low, weights.dt_proj, weights.dt_bias)
-        self.dt = F.softplus(self.raw)
-        self.A, self.B, self.C = -weights.A_log.exp(), B[:, :, None], C[:, :, None]
+    def __init__(self, x: Tensor, weights: tuple[Tensor, ...], backward: bool = False) -> None:
+        self.in_proj, self.out_proj, *sides = weights
+        half = len(sides) // 2
+        self.sides = VimWeights(*sides[:half]), VimWeights(*sides[half:])
+        self.A = torch.stack([-side.A_log.exp().mT for side in self.sides])  # (2, n, d)
+        self.taps = torch.stack([side.conv.mT for side in self.sides], 1)  # (k, 2, d)
+        self.conv_bias = torch.stack([side.conv_bias for side in self.sides])
+        self.D = torch.stack([side.D for side in self.sides])
+        self.length, self.backward = x.shape[1], backward
+        # Filters of the convolution but the last, which stays in place, and the places that each takes to others.
+        reaches = [min(reach, self.length) for reach in range(len(self.taps) - 1, 0, -1)]
+        self.shifts = [(k, slice(0, self.length - r), slice(r, None)) for k, r in enumerate(reaches)]
+        together = max(1, NUMBERS // (TILE * self.A.numel()))
+        self.rows = [slice(row, min(len(x), row + together)) for row in range(0, len(x), together)]
+        self.blocks: dict[int, _Block] = {}
 
-    def scan(self) -> tuple[Tensor, Tensor]:
-        """Output, and the states that its gradient needs."""
-        y, _, saved = scan_forward(self.u, self.dt, self.A, self.B, self.C, None, None)
-        return y.addcmul_(self.weights.D, self.u), saved
+    def block(self, x: Tensor) -> _Block:
+        """Buffers filled from the rows (b, l, m)."""
+        if len(x) not in self.blocks:
+            self.blocks[len(x)] = _Block(self, len(x))
+        self.blocks[len(x)].fill(x)
+        return self.blocks[len(x)]
 
-    def gradients(self, saved: Tensor, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Those of x and of the weights."""
-        own = self.weights
-        du, ddt, dA, dB, dC, _ = scan_gradients(
-            self.u, self.dt, self.A, self.B, self.C, None, saved, dy, torch.zeros_like(saved[0])
-        )
-        dD = (dy * self.u).sum((0, 1))
-        draw = ddt.mul_(self.raw.sigmoid_()).flatten(0, 1)
-        maps = torch.cat([draw @ own.dt_proj, dB[:, :, 0].flatten(0, 1), dC[:, :, 0].flatten(0, 1)], dim=1)
-        du.addcmul_(own.D, dy)
-        du.flatten(0, 1).addmm_(maps, own.x_proj)
-        dx_proj, ddt_proj = maps.mT @ self.u.flatten(0, 1), draw.mT @ self.low.flatten(0, 1)
-        dx, dconv, dconv_bias = conv_gradients(self.x, own.conv, own.conv_bias, self.left, self.length, True, du)
-        return dx, (dconv, dconv_bias, dx_proj, ddt_proj, draw.sum(0), dA * self.A, dD)
+
+class _Block:
+    """So many rows up to their scan; time is in front, as the scans go. Buffers are reused, so that they stay in the
+    cache."""
+
+    def __init__(self, layer: _Layer, batch: int) -> None:
+        self.layer, self.scan = layer, BothEnds(layer.A, batch, layer.backward)
+        channels = layer.A.shape[2]
+        new, wide = layer.A.new_empty, (layer.length, batch, 2, channels)
+        self.projected = new(layer.length, batch, 2 * channels)
+        self.x, self.z = self.projected.chunk(2, dim=-1)
+        self.line, self.before, self.dt, self.weighted = (new(wide) for _ in range(4))
+        # The gradient needs what came before an activation.
+        self.u, self.raw = (new(wide), new(wide)) if layer.backward else (self.before, self.dt)
+        self.maps = new(*wide[:3], len(layer.sides[0].x_proj))
+
+    def fill(self, x: Tensor) -> None:
+        layer = self.layer
+        self.flat = _in_front(x)  # (l b, m)
+        torch.mm(self.flat, layer.in_proj.mT, out=self.projected.flatten(0, 1))
+        _both(self.x, self.line)
+        torch.addcmul(layer.conv_bias, self.line, layer.taps[-1], out=self.before)
+        for k, source, target in layer.shifts:
+            self.before[target].addcmul_(self.line[source], layer.taps[k])
+        torch.ops.aten.silu.out(self.before, out=self.u)
+        rank = layer.sides[0].dt_proj.shape[1]
+        self.low, B, C = self.maps.split([rank, *2 * [layer.A.shape[1]]], dim=-1)
+        for k, side in enumerate(layer.sides):
+            maps, low, raw = (one.flatten(0, 1)[:, k] for one in (self.maps, self.low, self.raw))
+            torch.mm(self.u.flatten(0, 1)[:, k], side.x_proj.mT, out=maps)
+            torch.addmm(side.dt_bias, low, side.dt_proj.mT, out=raw)
+        _softplus(self.raw, self.dt)
+        torch.mul(self.dt, self.u, out=self.weighted)
+        self.inputs = Inputs(self.u, self.dt, self.weighted, B, C.contiguous())
+
+    def total(self, y: Tensor) -> Tensor:
+        """The sum of both directions from what they scanned, which is added to, (l, b, d)."""
+        return _sum(y.addcmul_(self.u, self.layer.D))
+
+
+def _in_front(x: Tensor) -> Tensor:
+    """(b, l, m) with time in front, (l b, m)."""
+    return x.transpose(0, 1).reshape(-1, x.shape[2])
+
+
+def _both(x: Tensor, out: Tensor) -> Tensor:
+    """Each direction's view of (l, b, d), (l, b, 2, d)."""
+    out[:, :, 0], out[:, :, 1] = x, x.flip(0)
+    return out
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Adjoint of `_both`."""
+    return x[:, :, 1].flip(0).add_(x[:, :, 0])
+
+
+def _softplus(x: Tensor, out: Tensor) -> None:
+    """log(1 + e^x); in half the time where nothing can overflow."""
+    if x.max() > 20:
+        torch.ops.aten.softplus.out(x, out=out)
+    else:
+        torch.exp(x, out=out).log1p_()
 
 
 class _Rows(torch.autograd.Function):
-    """Both directions; returns the states and the sum before the gate too."""
+    """The layer; returns the kept states too."""
 
     @staticmethod
-    def forward(projected: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, z = projected.chunk(2, dim=-1)
-        half = len(weights) // 2
-        y, saved_f = _Side(x, VimWeights(*weights[:half])).scan()
-        later, saved_b = _Side(x.flip(1), VimWeights(*weights[half:])).scan()
-        y += later.flip(1)
-        return F.silu(z).mul_(y), y, saved_f, saved_b
+    def forward(kept: bool, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        layer = _Layer(x, weights)
+        out = x.new_empty(*x.shape[:2], len(layer.out_proj))
+        saved = x.new_empty(-(-layer.length // TILE) if kept else 0, len(x), *layer.A.shape)
+        for rows in layer.rows:
+            block = layer.block(x[rows])
+            y = block.weighted
+            block.scan.forward(block.inputs, saved[:, rows] if kept else None, y)
+            gated = F.silu(block.z).mul_(block.total(y))
+            out[rows] = (gated.flatten(0, 1) @ layer.out_proj.mT).unflatten(0, y.shape[:2]).transpose(0, 1)
+        return out, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[1:], output[1])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        projected, *weights, y, saved_f, saved_b = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient
-            found: tuple[Tensor, ...] = torch.func.vjp(_written_out, projected, *weights)[1](dout)
-            return found
-        x, z = projected.chunk(2, dim=-1)
-        half = len(weights) // 2
-        dprojected = torch.empty_like(projected, memory_format=torch.contiguous_format)
-        dx, dz = dprojected.chunk(2, dim=-1)
-        dz.copy_(torch.ops.aten.silu_backward(dout * y, z))
-        dy = F.silu(z).mul_(dout)
-        once, dforward = _Side(x, VimWeights(*weights[:half])).gradients(saved_f, dy)
-        later, dbackward = _Side(x.flip(1), VimWeights(*weights[half:])).gradients(saved_b, dy.flip(1))
-        torch.add(once, later.flip(1), out=dx)
-        return dprojected, *dforward, *dbackward
+            return None, *torch.func.vjp(_written_out, x, *weights)[1](dout)
+        layer = _Layer(x, tuple(weights), backward=True)
+        dx, sums = torch.empty_like(x), _Sums(layer)
+        for rows in layer.rows:
+            dx[rows] = sums.add(layer.block(x[rows]), saved[:, rows], _in_front(dout[rows]))
+        return None, dx, *sums.of_weights()
 
 
-def _written_out(projected: Tensor, *weights: Tensor) -> Tensor:
+class _Sums:
+    """Gradients of the weights, over rows."""
+
+    def __init__(self, layer: _Layer) -> None:
+        self.layer = layer
+        shaped = layer.in_proj, layer.out_proj, layer.A, layer.taps, layer.conv_bias, layer.D
+        self.in_proj, self.out_proj, self.A_log, self.taps, self.conv_bias, self.D = map(torch.zeros_like, shaped)
+        self.dt_bias = torch.zeros_like(layer.D)
+        self.x_proj = [torch.zeros_like(side.x_proj) for side in layer.sides]
+        self.dt_proj = [torch.zeros_like(side.dt_proj) for side in layer.sides]
+        self.buffers: dict[int, list[Tensor]] = {}
+
+    def add(self, block: _Block, saved: Tensor, dout: Tensor) -> Tensor:
+        """Add those of some rows from `dout`, (l b, m); returns that of x, (b, l, m)."""
+        layer, u, z, shape = self.layer, block.u, block.z, block.z.shape
+        if shape[1] not in self.buffers:
+            self.buffers[shape[1]] = [torch.empty_like(u) for _ in range(4)]
+        dy, y, du, ddt = self.buffers[shape[1]]
+        dgated, gate = (dout @ layer.out_proj).view(shape), F.silu(z)
+        _both(gate * dgated, dy)
+        found = InputGradients(du, ddt, *(torch.empty_like(block.inputs.C) for _ in "BC"))
+        block.scan.backward(block.inputs, dy, saved, y, found, self.A_log)
+        total = block.total(y)
+        self.D += torch.mul(dy, u, out=y).sum((0, 1))
+        torch.ops.aten.silu_backward.grad_input(dgated.mul_(total), z, grad_input=z)
+        self.out_proj.addmm_(dout.mT, gate.mul_(total).flatten(0, 1))
+        draw = ddt.addcmul_(u, du).mul_(block.raw.sigmoid_()).flatten(0, 1)
+        self.dt_bias += draw.sum(0)
+        flat_du, flat_u = du.mul_(block.dt).addcmul_(layer.D, dy).flatten(0, 1), u.flatten(0, 1)
+        dmaps, low = torch.cat([found.B, found.C], dim=-1).flatten(0, 1), block.low.flatten(0, 1)
+        for k, side in enumerate(layer.sides):
+            whole = torch.cat([draw[:, k] @ side.dt_proj, dmaps[:, k]], dim=1)
+            flat_du[:, k].addmm_(whole, side.x_proj)
+            self.x_proj[k].addmm_(whole.mT, flat_u[:, k])
+            self.dt_proj[k].addmm_(draw[:, k].mT, low[:, k])
+        dbefore = torch.ops.aten.silu_backward.grad_input(du, block.before, grad_input=du)
+        self.conv_bias += dbefore.sum((0, 1))
+        self.taps[-1] += torch.mul(dbefore, block.line, out=y).sum((0, 1))
+        dline = torch.mul(dbefore, layer.taps[-1], out=ddt)
+        for k, source, target in layer.shifts:
+            self.taps[k] += torch.mul(dbefore[target], block.line[source], out=y[target]).sum((0, 1))
+            dline[source].addcmul_(dbefore[target], layer.taps[k])
+        block.x.copy_(_sum(dline))
+        dprojected = block.projected.flatten(0, 1)
+        self.in_proj.addmm_(dprojected.mT, block.flat)
+        return (dprojected @ layer.in_proj).unflatten(0, shape[:2]).transpose(0, 1)
+
+    def of_weights(self) -> tuple[Tensor, ...]:
+        """In the order of the weights."""
+        found = [self.in_proj, self.out_proj]
+        for k in range(2):
+            found += self.taps[:, k].mT, self.conv_bias[k], self.x_proj[k], self.dt_proj[k], self.dt_bias[k]
+            found += self.A_log[k].mT, self.D[k]
+        return tuple(found)
+
+
+def _written_out(x: Tensor, in_proj: Tensor, out_proj: Tensor, *weights: Tensor) -> Tensor:
     """The same from the parts, differentiable any number of times."""
-    x, z = projected.chunk(2, dim=-1)
+    x, z = (x @ in_proj.mT).chunk(2, dim=-1)
     half = len(weights) // 2
     total: Any = 0
     for number, part in enumerate((weights[:half], weights[half:])):
@@ -170,4 +281,4 @@ def _written_out(projected: Tensor, *weights: Tensor) -> Tensor:
         dt = F.softplus(F.linear(low, own.dt_proj, own.dt_bias))
         y, _ = selective_scan(u, dt, -own.A_log.exp(), B, C, own.D, backend="chunked")
         total = total + (y.flip(1) if number else y)
-    return total * F.silu(z)
+    return (total * F.silu(z)) @ out_proj.mT

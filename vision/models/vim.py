@@ -127,13 +127,12 @@ class VimMixer(nn.Module):
         """Mix (b, l, d_model)."""
         if self.reverse:
             x = x.flip(1)
-        projected = self.in_proj(x)
         if not torch.jit.is_scripting():
-            y = self.joined(projected)
+            y = self.joined(x)
             if y is not None:
-                y = self.out_proj(y) * self.scale
+                y = y * self.scale
                 return y.flip(1) if self.reverse else y
-        u, z = projected.chunk(2, dim=-1)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
         if self.bidirectional:
             y = self._both_ends(u)
         else:
@@ -142,12 +141,14 @@ class VimMixer(nn.Module):
         return y.flip(1) if self.reverse else y
 
     @torch.jit.ignore
-    def joined(self, projected: Tensor) -> Tensor | None:
-        """What the last projection takes, where nobody looks at the parts before and one call has them all."""
-        if not self.bidirectional or not isinstance(projected, Tensor) or scans_are_plain():
+    def joined(self, x: Tensor) -> Tensor | None:
+        """What the last projection gives, where nobody looks at the parts and one call has them all."""
+        if not self.bidirectional or not isinstance(x, Tensor) or scans_are_plain():
             return None
         parts: Any = self._modules
-        if any(type(parts[name]) is not kind or hooked(parts[name]) for name, kind in _INNER.items()):
+        if any(type(parts[name]) is not kind or hooked(parts[name]) for name, kind in _PARTS.items()):
+            return None
+        if any(parts[name].bias is not None for name in ("in_proj", "x_proj", "x_proj_b", "out_proj")):
             return None
         sides = []
         for end in ("", "_b"):
@@ -155,7 +156,7 @@ class VimMixer(nn.Module):
             A_log, D = (self.get_parameter(name) for name in (f"A{end}_log", f"D{end}"))
             weights = conv.weight.flatten(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D
             sides.append(VimWeights(*weights))
-        return vim_rows(projected, *sides)
+        return vim_rows(x, self.in_proj.weight, self.out_proj.weight, *sides)
 
     def _one_end(self, u: Tensor) -> Tensor:
         u = short_conv(u, self.conv1d.weight, self.conv1d.bias, False)
@@ -191,11 +192,11 @@ class VimMixer(nn.Module):
         return left + right.flip(1)
 
 
-_INNER = {
+_PARTS = {
     f"{name}{end}": kind
     for end in ("", "_b")
     for name, kind in (("conv1d", nn.Conv1d), ("x_proj", nn.Linear), ("dt_proj", nn.Linear))
-}
+} | {"in_proj": nn.Linear, "out_proj": nn.Linear}
 
 
 @register_notrace_function
