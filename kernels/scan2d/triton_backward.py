@@ -113,17 +113,17 @@ def _add_to_states(ptr, values, sub, ok, N: tl.constexpr, K: tl.constexpr):
 
 
 @quick
-@triton.jit(do_not_specialize=["rows", "columns", "share", "panels", "strips", "row_sign", "column_sign"])
+@triton.jit(do_not_specialize=["rows", "columns", "share", "panels", "strips", "row_sign", "column_sign", "again"])
 def _grid_scan_bwd_kernel(
     x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, A1_ptr, A2_ptr, c2_ptr, c3_ptr, D_ptr, dy_ptr,
     border_ptr, kept_ptr, dborder_ptr, scratch_ptr, dx_ptr, ddt1_ptr, ddt2_ptr, dr1_ptr, dmaps_ptr, drates_ptr, dD_ptr,
-    rows, columns, share, panels, strips, row_sign, column_sign,
+    rows, columns, share, panels, strips, row_sign, column_sign, again,
     RULE: tl.constexpr, HAS_R: tl.constexpr, HAS_C2: tl.constexpr, HAS_C3: tl.constexpr, HELD: tl.constexpr,
     HAS_D: tl.constexpr, CHANNELS: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, TJ: tl.constexpr, R: tl.constexpr,
     PASSES: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients; a program takes PASSES blocks of channels, one after the other."""
+    """Gradients, of one of PASSES groups of blocks of channels: launch `again` adds to the maps of those before it."""
     V: tl.constexpr = 2 * K if RULE == 2 else K
     SAVED: tl.constexpr = V + (K if RULE == 1 else 0)  # states of a cell in the scratch: for "separable" g as well
     LANES: tl.constexpr = S * BD * SUB
@@ -131,7 +131,7 @@ def _grid_scan_bwd_kernel(
     INTO: tl.constexpr = 1 if RULE == 1 else 2  # input maps
     MAPS: tl.constexpr = INTO + (2 if RULE == 2 else 1)
     blocks: tl.constexpr = (CHANNELS + BD - 1) // BD
-    groups: tl.constexpr = (blocks + PASSES - 1) // PASSES  # of blocks
+    groups: tl.constexpr = (blocks + PASSES - 1) // PASSES  # blocks of one launch
     program = tl.program_id(0).to(tl.int64)
     row = program // groups
     map_size = tl.num_programs(0).to(tl.int64) // groups * rows * columns * N  # of a gradient of one map
@@ -141,163 +141,167 @@ def _grid_scan_bwd_kernel(
     scratch = scratch_ptr + program * ((R + 1) * TJ * SAVED * LANES) + lane
     chunks = tl.cdiv(rows, R)
     period = tl.maximum(chunks, S)
-    for again in range(PASSES):
-        block = program % groups * PASSES + again
-        scanned = row * blocks + block  # the program that scanned it forwards
-        channel = block * BD + lane // SUB % BD
-        ok = channel < CHANNELS
-        rates = _rates_of(
-            A1_ptr, A2_ptr, c2_ptr, c3_ptr, ((row // share) * CHANNELS + channel) * N, sub, ok, RULE, HAS_C2, HAS_C3,
-            HELD, N, K, ACC,
-        )  # fmt: skip
-        skip = tl.zeros([LANES], ACC)
-        if HAS_D:
-            skip = tl.load(D_ptr + (row // share) * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
-        dA1, dA2, dc2, dc3 = _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC)
-        dD = tl.zeros([LANES], ACC)
-        under = _line_of_zeros(lane, TJ, V, ACC)
-        for t in range(panels * period + S - 1):
-            turn = t - (S - 1 - own_strip)
-            done = tl.maximum(turn, 0) // period  # panels
-            back = turn - done * period
-            panel, chunk = panels - 1 - done, chunks - 1 - back
-            going = (turn >= 0) & (done < panels) & (back < chunks)
-            strip = panel * S + own_strip
-            column = strip * TJ
-            first = tl.where(column_sign > 0, column, columns - 1 - column)
-            under = _unless(back == 0, under, TJ, V)
-            live = ok & going
-            # The states of the chunk's rows, from the row above it and the column to its left.
-            keep = kept_ptr + (((scanned * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
-            above = ()
+    block = again * groups + program % groups
+    scanned = row * blocks + block  # the program that scanned it forwards
+    channel = block * BD + lane // SUB % BD
+    ok = channel < CHANNELS
+    rates = _rates_of(
+        A1_ptr, A2_ptr, c2_ptr, c3_ptr, ((row // share) * CHANNELS + channel) * N, sub, ok, RULE, HAS_C2, HAS_C3,
+        HELD, N, K, ACC,
+    )  # fmt: skip
+    skip = tl.zeros([LANES], ACC)
+    if HAS_D:
+        skip = tl.load(D_ptr + (row // share) * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
+    dA1, dA2, dc2, dc3 = _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC)
+    dD = tl.zeros([LANES], ACC)
+    under = _line_of_zeros(lane, TJ, V, ACC)
+    for t in range(panels * period + S - 1):
+        turn = t - (S - 1 - own_strip)
+        done = tl.maximum(turn, 0) // period  # panels
+        back = turn - done * period
+        panel, chunk = panels - 1 - done, chunks - 1 - back
+        going = (turn >= 0) & (done < panels) & (back < chunks)
+        strip = panel * S + own_strip
+        column = strip * TJ
+        first = tl.where(column_sign > 0, column, columns - 1 - column)
+        under = _unless(back == 0, under, TJ, V)
+        live = ok & going
+        # The states of the chunk's rows, from the row above it and the column to its left.
+        keep = kept_ptr + (((scanned * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
+        above = ()
+        for c in tl.static_range(TJ):
+            states = _load_lanes(keep + c * V * LANES, LANES, live & (chunk > 0), V)
+            _store_lanes(scratch + c * SAVED * LANES, states, LANES, lane >= 0, V)
+            above = above + (states,)
+        for r in range(R):
+            i = chunk * R + r
+            here = live & (i < rows)
+            place = tl.where(row_sign > 0, i, rows - 1 - i)
+            cell = (row * rows + place) * columns + first
+            line = _inputs_of_row(
+                x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
+                columns, here, channel, sub, RULE, HAS_R, False, CHANNELS, N, K, TJ, ACC,
+            )  # fmt: skip
+            border = border_ptr + (((scanned * (strips - 1) + strip) * rows + i) * V) * (BD * SUB) + lead
+            left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
+            wl, wt = _weights(i, strip < 0, RULE, ACC)
+            below = ()
+            slot = scratch + (r + 1) * (TJ * SAVED * LANES)
             for c in tl.static_range(TJ):
-                states = _load_lanes(keep + c * V * LANES, LANES, live & (chunk > 0), V)
-                _store_lanes(scratch + c * SAVED * LANES, states, LANES, lane >= 0, V)
-                above = above + (states,)
-            for r in range(R):
-                i = chunk * R + r
-                here = live & (i < rows)
-                place = tl.where(row_sign > 0, i, rows - 1 - i)
-                cell = (row * rows + place) * columns + first
-                line = _inputs_of_row(
-                    x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
-                    columns, here, channel, sub, RULE, HAS_R, False, CHANNELS, N, K, TJ, ACC,
-                )  # fmt: skip
-                border = border_ptr + (((scanned * strips + strip) * rows + i) * V) * (BD * SUB) + lead
-                left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
-                wl, wt = _weights(i, strip < 0, RULE, ACC)
-                below = ()
-                slot = scratch + (r + 1) * (TJ * SAVED * LANES)
-                for c in tl.static_range(TJ):
-                    wl_c, wt_c = wl, wt
-                    if c == 0:
-                        wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
-                    down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
-                    below = below + (down,)
-                    _store_lanes(slot + c * SAVED * LANES, down, LANES, lane >= 0, V)
+                wl_c, wt_c = wl, wt
+                if c == 0:
+                    wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
+                down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
+                below = below + (down,)
+                _store_lanes(slot + c * SAVED * LANES, down, LANES, lane >= 0, V)
+                if RULE == 1:
+                    _store_lanes(slot + (c * SAVED + V) * LANES, left, LANES, lane >= 0, K)
+            above = below
+        tl.debug_barrier()
+        # Back over them.
+        states = above
+        for r_back in range(R):
+            r = R - 1 - r_back
+            i = chunk * R + r
+            in_grid = going & (i < rows)
+            here = ok & in_grid
+            place = tl.where(row_sign > 0, i, rows - 1 - i)
+            cell = (row * rows + place) * columns + first
+            line = _inputs_of_row(
+                x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
+                columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
+            )  # fmt: skip
+            at = (((scanned * (strips - 1) + strip) * rows + i) * V) * (BD * SUB) + lead
+            border = _load_lanes(border_ptr + at - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
+            # [program, strip of a panel, row, value, lane of a strip]: read before it is written for the next panel
+            own = (((program * S + own_strip) * rows + i) * V) * (BD * SUB) + lead
+            right = _load_lanes(dborder_ptr + own, BD * SUB, here & (strip < strips - 1), V)
+            wl, wt = _weights(i, strip < 0, RULE, ACC)
+            slot = scratch + r * (TJ * SAVED * LANES)
+            over, next_under = (), ()
+            own_dx, own_ddt1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+            own_ddt2, own_dr1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
+            uppers, dys = (), ()  # before anything is stored, which later loads would wait for
+            for c in tl.static_range(TJ):
+                uppers = uppers + (_load_lanes(slot + c * SAVED * LANES, LANES, lane >= 0, V),)
+                dy_at = dy_ptr + (cell + c * column_sign) * CHANNELS + channel
+                dys = dys + (tl.load(dy_at, mask=here & (column + c < columns), other=0.0),)
+            for c in tl.static_range(TJ - 1, -1, -1):
+                wl_c, wt_c = wl, wt
+                if c == 0:
+                    wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
+                over = (uppers[c],) + over
+                left = border
+                if c > 0:
                     if RULE == 1:
-                        _store_lanes(slot + (c * SAVED + V) * LANES, left, LANES, lane >= 0, K)
-                above = below
-            tl.debug_barrier()
-            # Back over them.
-            states = above
-            for r_back in range(R):
-                r = R - 1 - r_back
-                i = chunk * R + r
-                in_grid = going & (i < rows)
-                here = ok & in_grid
-                place = tl.where(row_sign > 0, i, rows - 1 - i)
-                cell = (row * rows + place) * columns + first
-                line = _inputs_of_row(
-                    x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
-                    columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
-                )  # fmt: skip
-                at = (((scanned * strips + strip) * rows + i) * V) * (BD * SUB) + lead
-                border = _load_lanes(border_ptr + at - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
-                # [program, strip of a panel, row, value, lane of a strip]: read before it is written for the next panel
-                own = (((program * S + own_strip) * rows + i) * V) * (BD * SUB) + lead
-                right = _load_lanes(dborder_ptr + own, BD * SUB, here & (strip < strips - 1), V)
-                wl, wt = _weights(i, strip < 0, RULE, ACC)
-                slot = scratch + r * (TJ * SAVED * LANES)
-                over, next_under = (), ()
-                own_dx, own_ddt1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
-                own_ddt2, own_dr1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
-                for c in tl.static_range(TJ - 1, -1, -1):
-                    wl_c, wt_c = wl, wt
-                    if c == 0:
-                        wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
-                    upper = _load_lanes(slot + c * SAVED * LANES, LANES, lane >= 0, V)
-                    over = (upper,) + over
-                    left = border
-                    if c > 0:
-                        if RULE == 1:
-                            g_at = slot + ((TJ + c - 1) * SAVED + V) * LANES
-                            left = _load_lanes(g_at, LANES, lane >= 0, K)
-                        else:
-                            left = states[c - 1]
-                    inside_grid = here & (column + c < columns)
-                    at_c = cell + c * column_sign
-                    dy = tl.load(dy_ptr + at_c * CHANNELS + channel, mask=inside_grid, other=0.0).to(ACC)
-                    right, up, outs, drates, dinto = _retreat(
-                        line[c], dy, rates, left, upper, right, under[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE
-                    )
-                    next_under = (up,) + next_under
-                    dA1 = _added(dA1, drates[0], K)
+                        g_at = slot + ((TJ + c - 1) * SAVED + V) * LANES
+                        left = _load_lanes(g_at, LANES, lane >= 0, K)
+                    else:
+                        left = states[c - 1]
+                at_c = cell + c * column_sign
+                dy = dys[c].to(ACC)
+                right, up, outs, drates, dinto = _retreat(
+                    line[c], dy, rates, left, uppers[c], right, under[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE
+                )
+                next_under = (up,) + next_under
+                dA1 = _added(dA1, drates[0], K)
+                if RULE != 1:
+                    dA2 = _added(dA2, drates[1], K)
+                if HAS_C2:
+                    dc2 = _added(dc2, drates[2], K)
+                if HAS_C3:
+                    dc3 = _added(dc3, drates[3], K)
+                dD += dy * line[c][0]
+                mine = sub == c % SUB
+                dx = _over_states(outs[0], SUB)
+                if HAS_D:
+                    dx += skip * dy
+                own_dx = tl.where(mine, dx, own_dx)
+                own_ddt1 = tl.where(mine, _over_states(outs[1], SUB), own_ddt1)
+                if RULE != 1:
+                    own_ddt2 = tl.where(mine, _over_states(outs[2], SUB), own_ddt2)
+                if HAS_R:
+                    own_dr1 = tl.where(mine, _over_states(outs[3], SUB), own_dr1)
+                if c % SUB == 0:
+                    stored = here & (c + sub < min(c + SUB, TJ)) & (column + c + sub < columns)
+                    out = (cell + (c + sub) * column_sign) * CHANNELS + channel
+                    tl.store(dx_ptr + out, own_dx, mask=stored)
+                    tl.store(ddt1_ptr + out, own_ddt1, mask=stored)
                     if RULE != 1:
-                        dA2 = _added(dA2, drates[1], K)
-                    if HAS_C2:
-                        dc2 = _added(dc2, drates[2], K)
-                    if HAS_C3:
-                        dc3 = _added(dc3, drates[3], K)
-                    dD += dy * line[c][0]
-                    mine = sub == c % SUB
-                    dx = _over_states(outs[0], SUB)
-                    if HAS_D:
-                        dx += skip * dy
-                    own_dx = tl.where(mine, dx, own_dx)
-                    own_ddt1 = tl.where(mine, _over_states(outs[1], SUB), own_ddt1)
-                    if RULE != 1:
-                        own_ddt2 = tl.where(mine, _over_states(outs[2], SUB), own_ddt2)
+                        tl.store(ddt2_ptr + out, own_ddt2, mask=stored)
                     if HAS_R:
-                        own_dr1 = tl.where(mine, _over_states(outs[3], SUB), own_dr1)
-                    if c % SUB == 0:
-                        stored = here & (c + sub < min(c + SUB, TJ)) & (column + c + sub < columns)
-                        out = (cell + (c + sub) * column_sign) * CHANNELS + channel
-                        tl.store(dx_ptr + out, own_dx, mask=stored)
-                        tl.store(ddt1_ptr + out, own_ddt1, mask=stored)
-                        if RULE != 1:
-                            tl.store(ddt2_ptr + out, own_ddt2, mask=stored)
-                        if HAS_R:
-                            tl.store(dr1_ptr + out, own_dr1, mask=stored)
-                    of_maps = dinto
-                    for k in tl.static_range(V):
-                        of_maps = of_maps + (dy * states[c][k],)
-                    for m in tl.static_range(MAPS):
-                        values = ()
-                        for k in tl.static_range(K):
-                            value = tl.where(ok, of_maps[m * K + k], 0.0)
-                            values = values + (_over_channels(value, S, BD, SUB),)
-                        wanted = in_grid & (column + c < columns) & (lane // SUB % BD == 0)
-                        map_at = dmaps_row + m * map_size + at_c * N
-                        if again == 0:
-                            _store_states(map_at, values, sub, wanted, N, K)
-                        else:
-                            _add_to_states(map_at, values, sub, wanted, N, K)
-                under, states = next_under, over
-                out = (((program * S + (own_strip + S - 1) % S) * rows + i) * V) * (BD * SUB) + lead
-                _store_lanes(dborder_ptr + out, right, BD * SUB, here & (strip > 0), V)
-            tl.debug_barrier()
-        # [batch, strip, channel, rate, n]
-        out = ((row * S + own_strip) * CHANNELS + channel) * (RATES * N) + sub * K
-        for k in tl.static_range(K):
-            wanted = ok & (sub * K + k < N)
-            tl.store(drates_ptr + out + k, dA1[k], mask=wanted)
-            if RULE != 1:
-                tl.store(drates_ptr + out + N + k, dA2[k], mask=wanted)
-            if RULE == 2:
-                tl.store(drates_ptr + out + 2 * N + k, dc2[k], mask=wanted)
-                tl.store(drates_ptr + out + 3 * N + k, dc3[k], mask=wanted)
-        tl.store(dD_ptr + (row * S + own_strip) * CHANNELS + channel, dD, mask=ok & (sub == 0))
+                        tl.store(dr1_ptr + out, own_dr1, mask=stored)
+                of_maps = dinto
+                for k in tl.static_range(V):
+                    of_maps = of_maps + (dy * states[c][k],)
+                for m in tl.static_range(MAPS):
+                    values = ()
+                    for k in tl.static_range(K):
+                        value = tl.where(ok, of_maps[m * K + k], 0.0)
+                        values = values + (_over_channels(value, S, BD, SUB),)
+                    wanted = in_grid & (column + c < columns) & (lane // SUB % BD == 0)
+                    map_at = dmaps_row + m * map_size + at_c * N
+                    if PASSES == 1:  # noqa: SIM114 - known when it is compiled
+                        _store_states(map_at, values, sub, wanted, N, K)
+                    elif again == 0:
+                        _store_states(map_at, values, sub, wanted, N, K)
+                    else:
+                        _add_to_states(map_at, values, sub, wanted, N, K)
+            under, states = next_under, over
+            out = (((program * S + (own_strip + S - 1) % S) * rows + i) * V) * (BD * SUB) + lead
+            _store_lanes(dborder_ptr + out, right, BD * SUB, here & (strip > 0), V)
+        tl.debug_barrier()
+    # [batch, strip, channel, rate, n]
+    out = ((row * S + own_strip) * CHANNELS + channel) * (RATES * N) + sub * K
+    for k in tl.static_range(K):
+        wanted = ok & (sub * K + k < N)
+        tl.store(drates_ptr + out + k, dA1[k], mask=wanted)
+        if RULE != 1:
+            tl.store(drates_ptr + out + N + k, dA2[k], mask=wanted)
+        if RULE == 2:
+            tl.store(drates_ptr + out + 2 * N + k, dc2[k], mask=wanted)
+            tl.store(drates_ptr + out + 3 * N + k, dc3[k], mask=wanted)
+    tl.store(dD_ptr + (row * S + own_strip) * CHANNELS + channel, dD, mask=ok & (sub == 0))
 
 
 @triton.jit

@@ -200,10 +200,11 @@ def _backward(
     scratch = wide(programs, tile.R + 1, tile.TJ * saved * tile.S * lanes)
     dborder = wide(programs, tile.S, rows, values * lanes) if border.numel() else border
     with on_device(x):
-        _grid_scan_bwd_kernel[(programs,)](
-            *(x if t is None else t for t in tensors), dy, border, kept, dborder, scratch, *written[:4], dmaps, drates,
-            dD, *_sizes(x, A1, tile, flip_i, flip_j), PASSES=passes, **options,
-        )  # fmt: skip
+        for again in range(passes):
+            _grid_scan_bwd_kernel[(programs,)](
+                *(x if t is None else t for t in tensors), dy, border, kept, dborder, scratch, *written[:4], dmaps,
+                drates, dD, *_sizes(x, A1, tile, flip_i, flip_j), again, PASSES=passes, **options,
+            )  # fmt: skip
         many, few = (2**14, 2**12) if INTERPRETED else (512, 32)
         blocks = cdiv(channels * _RATES[rule] * n, few) + cdiv(channels, few)
         _grid_scan_sums_kernel[(maps * cdiv(batch * rows * columns * n, many) + groups * blocks,)](
@@ -233,17 +234,16 @@ def _groups(A1: Tensor) -> int:
 
 
 def _passes(x: Tensor, tile: Tile, options: dict[str, Any]) -> int:
-    """Blocks of channels that a program of the gradient takes, one after the other.
+    """Launches of the gradient, each for a part of the channels.
 
-    So many that all programs run at once: then what they leave in memory, partial sums and a scratch buffer each, is as
-    little as can be at the same speed.
+    Two where one has not enough room for all programs at once anyway: their partial sums and scratch buffers then take
+    half as much memory.
     """
     if INTERPRETED:
         return 1
     warps = options["num_warps"]
     at_once = max(1, 65536 // (options.get("maxnreg", 255) * 32) // warps) * multiprocessors(x.device)
-    blocks = cdiv(x.shape[3], tile.BD)
-    return min(blocks, cdiv(x.shape[0] * blocks, at_once))
+    return 2 if 2 * _grid(x, tile)[0] >= 3 * at_once else 1
 
 
 def _grid(x: Tensor, tile: Tile) -> tuple[int]:
@@ -264,8 +264,7 @@ def _outputs(x: Tensor, A1: Tensor, rule: int, save: bool) -> tuple[Tensor, Tens
     lanes = tile.BD * tile.SUB
     borders = tile.S * tile.panels - 1
     kept = cdiv(rows, tile.R) - 1 if save else 0
-    # One border more than is written: the slot of the last strip is addressed, though never used.
-    border = A1.new_empty(programs * (borders + 1 if borders else 0) * rows * values * lanes)
+    border = A1.new_empty(programs * borders * rows * values * lanes)
     kept_rows = A1.new_empty(programs * kept * tile.panels * tile.TJ * values * lanes * tile.S)
     return torch.empty_like(x, memory_format=torch.contiguous_format), border, kept_rows
 

@@ -305,7 +305,7 @@ def _grid_scan_fwd_kernel(
                 columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
             )  # fmt: skip
             # [program, border, row, value, lane of a strip]
-            border = border_ptr + (((program * strips + strip) * rows + i) * V) * (BD * SUB) + lead
+            border = border_ptr + (((program * (strips - 1) + strip) * rows + i) * V) * (BD * SUB) + lead
             left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
             wl, wt = _weights(i, strip < 0, RULE, ACC)
             below = ()
