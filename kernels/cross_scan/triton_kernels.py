@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..scan2d.triton_kernels import _added, _load_lanes, _store_lanes, _zeros
-from ..selective_scan.triton_backward import _over_channels, _side_by_side
+from ..selective_scan.triton_backward import _side_by_side
 from ..selective_scan.triton_kernels import _LOG2_E, _columns, _gate, _over_states, _times_gate
 from ..triton_utils import quick
 
@@ -145,6 +145,17 @@ def _cross_scan_fwd_kernel(
                 begin = i // SUB * SUB
                 mine = ok & (begin + sub <= i) & (start + begin + sub < length)
                 tl.store(y_row + own_cell * CHANNELS + channel, own, mask=mine)
+
+
+@triton.jit
+def _over_channels(x, SUB: tl.constexpr, SHARE: tl.constexpr):
+    """Sum over each SHARE neighbouring channels, known to all of their lanes."""
+    if SHARE == 1:
+        return x
+    else:
+        parts = tl.reshape(x, [x.shape[0] // (SHARE * SUB), SHARE, SUB])
+        total = tl.sum(parts, axis=1)
+        return tl.reshape(tl.broadcast_to(total[:, None, :], parts.shape), [x.shape[0]])
 
 
 @quick
