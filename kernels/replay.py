@@ -26,7 +26,8 @@ from .triton_utils import INTERPRETED, direct, quick, recording
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
-_MOST = 4096  # kinds of calls that are remembered
+# Kinds of calls that are remembered, and steps of all that is recorded; a step takes about a kilobyte.
+_MOST, _MOST_STEPS = 4096, 50_000
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -64,7 +65,11 @@ def replayed(launcher: Launcher) -> Launcher:
             return launcher(*arguments)
         recorder = _Recorder(tensors)
         outputs = recorder.run(launcher, arguments)
-        _known[kind] = recorder.replay(outputs) or False
+        replay = recorder.replay(outputs)
+        steps = sum(len(one.steps) for one in (replay, *_known.values()) if type(one) is _Replay)
+        if steps > _MOST_STEPS:
+            _known.clear()
+        _known[kind] = replay or False
         return outputs
 
     return cast(Launcher, call)
