@@ -3,7 +3,7 @@
     n = LayerNorm(x);  p = n W_in^T;  c = silu(conv(p));  d = c_x W_D^T
     m the quasiseparable product of c, p and d;  g = m w silu(z);  x = x + (g W_out^T) / rms(m)
 
-A block takes seven launches (one more, if rows in pieces are few) on buffers that all blocks share, and the host looks
+A block takes six launches (one more, if rows in pieces are few) on buffers that all blocks share, and the host looks
 at their arguments once for all blocks. The mean square that rms needs is known when all heads are done: it scales what
 W_out gives, and g is without it. Where dtype is float16, which has no room for that, a kernel of its own makes g.
 """
@@ -18,29 +18,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..causal_conv1d.triton_impl import _causal_conv1d_fwd_kernel
+from ..causal_conv1d.triton_impl import _group, _place, _taps
 from ..causal_conv1d.triton_impl import _tile as conv_tile
 from ..gated_norm import triton_impl as gating
 from ..replay import replayed
 from ..transforms import operator
 from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device, quick
 from .blocks import HydraWeights
-from .triton_pieces import (
-    PREPARE_TILE,
-    SWEEP_TILE,
-    _heads_kernel,
-    _prepare_kernel,
-    _sweep_kernel,
-    heads_options,
-    heads_tile,
-    prepare_options,
-    prepare_programs,
-    sweep_blocks,
-    sweep_options,
-    walked,
+from .triton_pieces import PieceBuffers, PieceLaunches, heads_tile
+from .triton_short import (
+    BLOCK_H,
+    LONGEST,
+    TANH,
+    _mix_kernel,
+    _silu,
+    _write_vectors,
+    mix_options,
+    piece_of,
+    tile_of,
 )
-from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
-from .triton_states import CARRIED, STATE_TILE, _carry_kernel, _states_kernel, state_options
 
 # Numbers that are not divided by their root mean square yet may leave their range.
 _UNGATED = (torch.float16,)
@@ -90,15 +86,77 @@ def _stream_kernel(
         tl.store(y_ptr + row * channels + c, x * scale[:, None] * weight + bias, mask=ok)
 
 
+@quick
+@triton.jit(do_not_specialize=["batch", "length", "part", "heads", "convolving"])
+def _inputs_kernel(
+    p_ptr,
+    filters_ptr,
+    conv_bias_ptr,
+    dt_f_ptr,
+    dt_b_ptr,
+    bias_ptr,
+    A_log_ptr,
+    c_ptr,
+    vectors_ptr,
+    ends_ptr,
+    batch,
+    length,
+    part,
+    heads,
+    convolving,
+    channels: tl.constexpr,
+    width: tl.constexpr,
+    K: tl.constexpr,
+    PIECE: tl.constexpr,
+    ENDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    """The first `convolving` programs: silu of the centred convolution. The others: see `_vectors_kernel`.
+
+    A program walks along a part of a row with the last K inputs of a few channels in registers.
+    """
+    program = tl.program_id(0)
+    if program < convolving:
+        row, start, channel = _place(program, length, channels, part, BLOCK_C)
+        ok = channel < channels
+        p_ptr += row * length * width
+        c_ptr += row * length * channels
+        taps = _taps(filters_ptr, channel, ok, K)
+        bias = tl.load(conv_bias_ptr + channel, mask=ok, other=0.0)
+        newest = start + K // 2  # under the last tap
+        window = (tl.zeros([BLOCK_C], tl.float32),)
+        earlier = _group(p_ptr, newest - (K - 1), length, width, channel, ok, K - 1)
+        for i in tl.static_range(K - 1):
+            window = window + (earlier[i].to(tl.float32),)
+        ahead = _group(p_ptr, newest, length, width, channel, ok, GROUP)
+        stop = tl.minimum(start + part, length)
+        for t in range(start, stop, GROUP):
+            group = ahead
+            ahead = _group(p_ptr, t + K // 2 + GROUP, length, width, channel, ok, GROUP)
+            for i in tl.static_range(GROUP):
+                window = window[1:] + (group[i].to(tl.float32),)
+                y = bias
+                for tap in tl.static_range(K):
+                    y += taps[tap] * window[tap]
+                tl.store(c_ptr + (t + i) * channels + channel, _silu(y, TANH), mask=(t + i < stop) & ok)
+    else:
+        blocks = tl.cdiv(heads, BLOCK_H)
+        place = ((program - convolving) // blocks).to(tl.int64)
+        h = (program - convolving) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+        _write_vectors(
+            dt_f_ptr, dt_b_ptr, bias_ptr, A_log_ptr, vectors_ptr, ends_ptr, None, place, h, batch, length, heads,
+            length * width, width, PIECE, ENDS, False,
+        )  # fmt: skip
+
+
 class _Buffers(NamedTuple):
     """What all blocks write to and read from: tensors, or their addresses."""
 
     total: Any  # (b, l, d), float32
     squares: Any  # (b l, parts), float32
-    vectors: Any  # (4, b, pieces, h, piece), float32
-    ends: Any  # (2, b, pieces, h), float32
-    left: Any  # (b, h, pieces, p, n)
-    right: Any
     n: Any  # (b l, d)
     o: Any  # (b l, d)
     p: Any  # (b l, width), first z
@@ -129,9 +187,8 @@ def hydra_blocks_triton(
     (nheads, d_inner), (mixed, _, k) = blocks[0].from_x.shape, blocks[0].conv.shape
     maps = (mixed - d_inner) // 4
     repeats, piece = nheads * d_state // maps, piece_of(length)
-    pieces, gated = cdiv(length, piece), dtype not in _UNGATED
-    short, long = tile_of(repeats), heads_tile(repeats)
-    parts = nheads // (long if pieces > 1 else short).heads
+    gated, long, short = dtype not in _UNGATED, length > LONGEST, tile_of(repeats)
+    parts = nheads // (heads_tile(repeats) if long else short).heads
     width, width_D = products[0].shape[1], products[1].shape[1]
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -142,10 +199,6 @@ def hydra_blocks_triton(
     tensors = _Buffers(
         total=empty(*x.shape, kind=torch.float32),
         squares=empty(rows, parts, kind=torch.float32) if gated else None,
-        vectors=empty(5 if pieces > 1 else 4, batch, pieces, nheads, piece, kind=torch.float32),
-        ends=empty(2, batch, pieces, nheads, kind=torch.float32) if pieces > 1 else None,
-        left=empty(batch, nheads, pieces, headdim, d_state) if pieces > 1 else None,
-        right=empty(batch, nheads, pieces, headdim, d_state) if pieces > 1 else None,
         n=empty(rows, channels),
         o=empty(rows, channels),
         p=p,
@@ -157,11 +210,11 @@ def hydra_blocks_triton(
         C_f=C_f,
         B_b=B_b,
         C_b=C_b,
-        d=None if pieces > 1 else empty(rows, width_D),
+        d=None if long else empty(rows, width_D),
         m=None if gated else empty(rows, d_inner),
         g=empty(rows, d_inner),
     )
-    stride, c_stride = (length * width, width), (length * mixed, mixed)
+    c_stride = length * mixed, mixed
     columns = next_power_of_2(channels)
     block_r = max(1, min(next_power_of_2(rows), (16384 if INTERPRETED else 2048) // columns))
     begin, join, end = (
@@ -172,41 +225,23 @@ def hydra_blocks_triton(
         )
         for add, norm in ((False, True), (True, True), (True, False))
     )  # fmt: skip
-    options, part = _conv_tile(batch, length, mixed, x.device)
-    convolve = Repeated(
-        _causal_conv1d_fwd_kernel, (batch * cdiv(length, part) * cdiv(mixed, options["BLOCK_C"]),), length, length,
-        mixed, part, *stride, K=k, LEFT=(k - 1) // 2, HAS_BIAS=True, PACKED=False, SILU=True, ACC=tl.float32, **options,
+    tile, part = _conv_tile(batch, length, mixed, x.device)
+    convolving = batch * cdiv(length, part) * cdiv(mixed, tile["BLOCK_C"])
+    inputs = Repeated(
+        _inputs_kernel, (convolving + batch * cdiv(length, piece) * cdiv(nheads, BLOCK_H),), batch, length, part,
+        nheads, convolving, mixed, width, K=k, PIECE=piece, ENDS=long, BLOCK_H=BLOCK_H, TANH=TANH and gated, **tile,
     )  # fmt: skip
-    if pieces > 1:
-        prepare = Repeated(
-            _prepare_kernel, (batch * prepare_programs(nheads, length, PREPARE_TILE),), batch, length, nheads, d_inner,
-            mixed, width, **prepare_options(dtype, nheads, length, PREPARE_TILE), STEPS=False,
-        )  # fmt: skip
-        sweep = Repeated(
-            _sweep_kernel, (2 * batch * nheads * sweep_blocks(d_state, SWEEP_TILE),), batch, length, nheads, repeats,
-            *c_stride, *c_stride, **sweep_options(dtype, headdim, d_state, length, SWEEP_TILE),
-        )  # fmt: skip
-        collect = Repeated(
-            _states_kernel, (batch * pieces * nheads,), batch, length, nheads, repeats, *c_stride, *c_stride,
-            **state_options(dtype, headdim, d_state, length, STATE_TILE),
-        )  # fmt: skip
-        carry = Repeated(
-            _carry_kernel, (2 * batch * nheads * cdiv(headdim * d_state, CARRIED),), batch, length, nheads,
-            headdim * d_state, PIECE=piece, BLOCK=CARRIED,
-        )  # fmt: skip
-        mix = Repeated(
-            _heads_kernel, (batch * cdiv(length, long.rows) * parts,), batch, length, nheads, repeats, mixed, width,
-            **heads_options(dtype, headdim, d_state, length, long), GATED=gated,
-        )  # fmt: skip
+    if long:
+        mix_pieces = PieceLaunches(
+            batch, length, nheads, headdim, d_state, nheads // repeats, width, dtype, x.device, gated=gated
+        )
+        between = mix_pieces.buffers()
     else:
-        prepare = Repeated(
-            _vectors_kernel, (batch * cdiv(nheads, BLOCK_H),), batch, length, nheads, *stride, PIECE=piece,
-            BLOCK_H=BLOCK_H, ENDS=False, STEPS=False,
-        )  # fmt: skip
         mix = Repeated(
             _mix_kernel, (batch * cdiv(length, short.rows) * parts,), batch, length, nheads, repeats, *c_stride,
             *c_stride, width_D, width, **mix_options(dtype, headdim, d_state, length, short), GATED=gated,
         )  # fmt: skip
+        between = PieceBuffers(empty(4, batch, nheads, piece, kind=torch.float32), None, None, None, None)
     norm_tile = gating._tile(rows, d_inner)
     gate = Repeated(
         gating._gated_norm_fwd_kernel, (cdiv(rows, norm_tile["BLOCK_R"]), 1), rows, d_inner, d_inner, d_inner, width,
@@ -220,29 +255,23 @@ def hydra_blocks_triton(
         for number, block in enumerate(blocks):
             if number == 1:
                 join(x, one.o, one.squares, block.norm, block.norm_bias, one.total, one.n)
-                one = _Buffers(*map(address, tensors))
+                one, between = _Buffers(*map(address, tensors)), PieceBuffers(*map(address, between))
             own: Any = HydraWeights(*map(address, block)) if number else block
             if number > 1:
                 join(one.total, one.o, one.squares, own.norm, own.norm_bias, one.total, one.n)
             W_in, W_D, W_out = products[3 * number : 3 * number + 3]
             torch.mm(tensors.n, W_in, out=p)
-            convolve(one.p_mixed, own.conv, own.conv_bias, None, one.c)
+            inputs(
+                one.p_mixed, own.conv, own.conv_bias, one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.c,
+                between.vectors, between.ends,
+            )  # fmt: skip
             rest = (one.p, own.gate, one.g, one.squares) if gated else (None, None, one.m, None)
-            if pieces > 1:
-                prepare(
-                    one.c, address(W_D) if number else W_D, own.D, one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log,
-                    one.vectors, one.ends, None,
-                )  # fmt: skip
-                if walked(batch, nheads, x.device):
-                    sweep(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
-                else:
-                    collect(one.c, one.B_f, one.B_b, one.vectors, one.ends, one.left, one.right)
-                    carry(one.left, one.right, one.ends)
-                mix(one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.left, one.right, *rest)
+            maps_of = one.B_f, one.C_f, one.B_b, one.C_b
+            if long:
+                mix_pieces(one.c, maps_of, address(W_D) if number else W_D, own.D, between, rest)
             else:
                 torch.mm(u, W_D, out=tensors.d)
-                prepare(one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.vectors, None, None)
-                mix(one.c, one.B_f, one.C_f, one.B_b, one.C_b, one.vectors, one.d, own.D, *rest)
+                mix(one.c, *maps_of, between.vectors, one.d, own.D, *rest)
             if not gated:
                 gate(one.m, one.p, own.gate, one.g)
             torch.mm(tensors.g, W_out, out=tensors.o)

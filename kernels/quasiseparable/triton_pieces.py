@@ -1,8 +1,7 @@
-"""Hydra's product of rows in pieces, for many heads: states carried along rows, then a piece's heads in turn.
+"""Hydra's product of rows in pieces, for many heads: states and shares of the diagonal, then a piece's heads in turn.
 
-`_prepare_kernel` makes vectors and the diagonal. `_sweep_kernel` walks along a row with the state of a head, from one
-side, and writes the states that enter each piece. `_heads_kernel` takes a block of rows: the products of C and B, which
-all heads of a group share, are made once; then each head needs its x, two states, vectors and its gate, which are
+`triton_states` makes the states that enter a piece. `_heads_kernel` takes a block of rows: the products of C and B,
+which all heads of a group share, are made once; then each head needs its x, two states, vectors and its gate, which are
 fetched while the head before is computed.
 """
 
@@ -14,29 +13,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..triton_utils import cdiv, multiprocessors, next_power_of_2, quick
-from .triton_short import _rows, _write_vectors, dot_type, piece_of, warps_of
-from .triton_states import CARRIED, STATE_TILE, _carry_kernel, _states_kernel, state_options
-
-
-class PrepareTile(NamedTuple):
-    """Compile-time choices of `_prepare_kernel`."""
-
-    rows: int  # of a program that makes diagonals, a divisor of a piece
-    heads: int  # of a program that makes vectors
-    channels: int  # of a step
-    warps: int
-    stages: int
-
-
-class SweepTile(NamedTuple):
-    """Compile-time choices of `_sweep_kernel`."""
-
-    states: int  # of a head that a program carries, at most
-    warps: int
-    stages: int
+from ..triton_utils import Repeated, cdiv, multiprocessors, next_power_of_2, quick
+from .triton_short import TANH, _rows, _silu, dot_type, piece_of, warps_of
+from .triton_states import (
+    CARRIED,
+    STATE_TILE,
+    SWEEP_TILE,
+    _carry_kernel,
+    _states_kernel,
+    _sweep_kernel,
+    state_options,
+    sweep_blocks,
+    sweep_options,
+)
 
 
 class HeadsTile(NamedTuple):
@@ -49,134 +39,7 @@ class HeadsTile(NamedTuple):
     stages: int
 
 
-PREPARE_TILE = PrepareTile(64, 4, 64, 4, 4)
-SWEEP_TILE = SweepTile(64, 4, 3)
 HEADS_TILE = HeadsTile(64, 64, 6, 4, 2)
-
-
-@quick
-@triton.jit(do_not_specialize=["batch", "length", "heads"])
-def _prepare_kernel(
-    u_ptr,
-    from_x_ptr,
-    D_ptr,
-    dt_f_ptr,
-    dt_b_ptr,
-    bias_ptr,
-    A_log_ptr,
-    vectors_ptr,
-    ends_ptr,
-    steps_ptr,
-    batch,
-    length,
-    heads,
-    channels,
-    u_stride,
-    dt_stride,
-    PIECE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    ALL_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """What `_vectors_kernel` makes, and a fifth vector, the diagonal u W_D^T + D.
-
-    The first programs make the diagonals of ROWS rows, the last rows first: they were written last. The others, which
-    need no memory for tiles, make vectors of BLOCK_H heads of a piece.
-    """
-    program = tl.program_id(0)
-    pieces = tl.cdiv(length, PIECE)
-    products = batch * pieces * (PIECE // ROWS)
-    if program >= products:
-        blocks = tl.cdiv(heads, BLOCK_H)
-        own_h = (program - products) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-        _write_vectors(
-            dt_f_ptr, dt_b_ptr, bias_ptr, A_log_ptr, vectors_ptr, ends_ptr, steps_ptr,
-            ((program - products) // blocks).to(tl.int64), own_h, batch, length, heads, length * dt_stride, dt_stride,
-            PIECE, True, STEPS,
-        )  # fmt: skip
-    else:
-        number = products - 1 - program
-        place = (number // (PIECE // ROWS)).to(tl.int64)
-        first = number % (PIECE // ROWS) * ROWS
-        begin = (place % pieces * PIECE).to(tl.int32) + first
-        r = tl.arange(0, ROWS)
-        h = tl.arange(0, ALL_H)
-        k = tl.arange(0, BLOCK_K)
-        r_ok = r < length - begin
-        u_ptr += (place // pieces * length + begin) * u_stride
-        diagonal = tl.zeros([ROWS, ALL_H], tl.float32)
-        for start in tl.range(0, channels, BLOCK_K, num_stages=STAGES):
-            ok = start + k < channels
-            u_at = u_ptr + r[:, None] * u_stride + (start + k)[None, :]
-            u = tl.load(u_at, mask=r_ok[:, None] & ok[None, :], other=0.0)
-            weight_at = from_x_ptr + h[:, None] * channels + (start + k)[None, :]
-            weight = tl.load(weight_at, mask=(h < heads)[:, None] & ok[None, :], other=0.0)
-            diagonal = tl.dot(u.to(DOT), tl.trans(weight.to(DOT)), diagonal)
-        diagonal += tl.load(D_ptr + h, mask=h < heads, other=0.0)[None, :]
-        out = vectors_ptr + (4 * tl.cast(batch, tl.int64) * pieces + place) * heads * PIECE + first
-        tl.store(out + h[None, :] * PIECE + r[:, None], diagonal, mask=(h < heads)[None, :] & (r >= 0)[:, None])
-
-
-@quick
-@triton.jit(do_not_specialize=["batch", "length", "heads", "repeats"])
-def _sweep_kernel(
-    x_ptr,
-    B_f_ptr,
-    B_b_ptr,
-    vectors_ptr,
-    ends_ptr,
-    left_ptr,
-    right_ptr,
-    batch,
-    length,
-    heads,
-    repeats,
-    x_stride_b,
-    x_stride_t,
-    map_stride_b,
-    map_stride_t,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    PIECE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """States that enter pieces from the left and from the right, (b, h, pieces, p, n)."""
-    blocks = tl.cdiv(N, BLOCK_N)
-    pieces = tl.cdiv(length, PIECE)
-    program = tl.program_id(0)
-    n = program % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = program // blocks % heads
-    backwards = program // blocks // heads % 2 == 1
-    row = (program // blocks // heads // 2).to(tl.int64)
-    one = tl.cast(batch, tl.int64) * pieces * heads
-    x_ptr += row * x_stride_b + head * P
-    maps = tl.where(backwards, B_b_ptr, B_f_ptr) + row * map_stride_b + (head // repeats) * N
-    place = row * pieces * heads + head
-    columns = vectors_ptr + tl.where(backwards, 3 * one, one) * PIECE + place * PIECE
-    ends = ends_ptr + tl.where(backwards, one, 0) + place
-    p = tl.arange(0, BLOCK_P)[:, None]
-    n_ok = n < N
-    ok = (p < P) & n_ok[None, :]
-    states = tl.where(backwards, right_ptr, left_ptr) + (row * heads + head) * pieces * (P * N) + p * N + n[None, :]
-    state = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for k in tl.range(0, pieces, num_stages=STAGES):
-        piece = tl.where(backwards, pieces - 1 - k, k)
-        t = piece * PIECE + tl.arange(0, PIECE)
-        t_ok = t < length
-        x = _rows(x_ptr, t, t_ok, x_stride_t, P, BLOCK_P, DOT)
-        B = tl.load(maps + t[:, None] * map_stride_t + n[None, :], mask=t_ok[:, None] & n_ok[None, :], other=0.0)
-        end = tl.load(ends + piece * heads)
-        column = tl.load(columns + piece * heads * PIECE + tl.arange(0, PIECE))
-        factor = tl.exp2(column + tl.where(backwards, 0.0, end))
-        tl.store(states + piece * (P * N), state, mask=ok)
-        state = tl.dot(tl.trans(x), (B * factor[:, None]).to(DOT), state * tl.exp2(end))
 
 
 @quick
@@ -188,6 +51,7 @@ def _heads_kernel(
     B_b_ptr,
     C_b_ptr,
     vectors_ptr,
+    shares_ptr,
     left_ptr,
     right_ptr,
     z_ptr,
@@ -210,10 +74,15 @@ def _heads_kernel(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    EVEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TANH: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """Outputs of ROWS rows of a piece for HEADS heads; GATED: times weight and silu(z), and the sums of their squares.
 
+    Shares add up to the diagonal, which becomes the fifth vector. EVEN: ROWS divides the length, WHOLE: PIECE does.
     Strides are constants, and offsets are taken from the first row of a tile: the compiler then keeps no address for
     each row of each tile in a register.
     """
@@ -233,7 +102,9 @@ def _heads_kernel(
     C_f_ptr += maps - stride
     B_b_ptr += maps
     C_b_ptr += maps + stride
-    vectors_ptr += ((row * pieces + piece) * heads + head) * PIECE
+    in_piece = (row * pieces + piece) * heads
+    vectors_ptr += (in_piece + head) * PIECE
+    shares_ptr += (in_piece * heads + head) * PIECE
     state = ((row * heads + head) * pieces + piece) * (P * N)
     left_ptr += state
     right_ptr += state
@@ -244,23 +115,32 @@ def _heads_kernel(
         squares_ptr += place * head_blocks + head // HEADS
     r = tl.arange(0, ROWS)
     t = first + r
-    t_ok = t < length
+    t_ok = (t < length) | EVEN
     p = tl.arange(0, BLOCK_P)
+    own = tl.arange(0, BLOCK_HEADS)[:, None]
+    own_ok = (own < HEADS) & (r >= 0)[None, :]
+    entry = own * PIECE + (first - begin) + r[None, :]
+    sums = tl.load(shares_ptr + entry, mask=own_ok, other=0.0)
+    for other in tl.static_range(1, heads):
+        sums += tl.load(shares_ptr + other * (heads * PIECE) + entry, mask=own_ok, other=0.0)
+    tl.store(vectors_ptr + 4 * one + entry, sums, mask=own_ok)
     # All tiles of the maps are asked for before the first of them is waited for.
-    C_f = _rows(C_f_ptr, t, (t > 0) & (t <= length), stride, N, BLOCK_N, DOT)
+    C_f = _rows(C_f_ptr, t, (t > 0) & ((t <= length) | EVEN), stride, N, BLOCK_N, DOT)
     C_b = _rows(C_b_ptr, t, t + 1 < length, stride, N, BLOCK_N, DOT)
     tiles = ()
     for j in tl.static_range(ROWS // COLUMNS):
         s = first + j * COLUMNS + tl.arange(0, COLUMNS)
-        B_f = _rows(B_f_ptr, s, s < length, stride, N, BLOCK_N, DOT)
-        tiles = tiles + ((B_f, _rows(B_b_ptr, s, s < length, stride, N, BLOCK_N, DOT)),)
+        ok = (s < length) | EVEN
+        B_f = _rows(B_f_ptr, s, ok, stride, N, BLOCK_N, DOT)
+        tiles = tiles + ((B_f, _rows(B_b_ptr, s, ok, stride, N, BLOCK_N, DOT)),)
     others = ()
     for j in tl.static_range(PIECE // ROWS - 1):
         start = begin + (first - begin + (j + 1) * ROWS) % PIECE
         before = start < first
-        C_ok = tl.where(before, t <= length, t + 1 < length)
+        C_ok = tl.where(before, (t <= length) | EVEN, t + 1 < length)
         C = _rows(tl.where(before, C_f_ptr, C_b_ptr), t, C_ok, stride, N, BLOCK_N, DOT)
-        B = _rows(tl.where(before, B_f_ptr, B_b_ptr), start + r, start + r < length, stride, N, BLOCK_N, DOT)
+        ok = (start + r < length) | WHOLE
+        B = _rows(tl.where(before, B_f_ptr, B_b_ptr), start + r, ok, stride, N, BLOCK_N, DOT)
         others = others + ((start, C, B),)
     within = ()
     for j in tl.static_range(ROWS // COLUMNS):
@@ -271,6 +151,7 @@ def _heads_kernel(
     beyond = ()
     for j in tl.static_range(PIECE // ROWS - 1):
         beyond = beyond + (tl.dot(others[j][1], tl.trans(others[j][2])),)
+    tl.debug_barrier()  # of the fifth vector each thread has written a part
     squares = tl.zeros([ROWS], tl.float32)
     for i in tl.range(0, HEADS, num_stages=STAGES):
         if GATED:
@@ -289,7 +170,7 @@ def _heads_kernel(
             start = first + j * COLUMNS
             c = tl.arange(0, COLUMNS)
             s = start + c
-            x = _rows(x_ptr + start * stride + i * P, c, s < length, stride, P, BLOCK_P, DOT)
+            x = _rows(x_ptr + start * stride + i * P, c, (s < length) | EVEN, stride, P, BLOCK_P, DOT)
             forward = rows_f[:, None] + tl.load(vectors + one + (start - begin) + c)[None, :]
             backward = rows_b[:, None] + tl.load(vectors + 3 * one + (start - begin) + c)[None, :]
             matrix = within[j] * tl.exp2(tl.where(s[None, :] < t[:, None], forward, backward))
@@ -299,7 +180,7 @@ def _heads_kernel(
         for j in tl.static_range(PIECE // ROWS - 1):
             start = others[j][0]
             before = start < first
-            x = _rows(x_ptr + start * stride + i * P, r, start + r < length, stride, P, BLOCK_P, DOT)
+            x = _rows(x_ptr + start * stride + i * P, r, (start + r < length) | WHOLE, stride, P, BLOCK_P, DOT)
             edge = tl.load(vectors + tl.where(before, first - begin, 2 * one + (first - begin + ROWS - 1)))
             column = tl.exp2(tl.load(vectors + tl.where(before, one, 3 * one) + (start - begin) + r) + edge)
             factor = tl.exp2(tl.where(before, rows_f, rows_b) - edge)
@@ -307,56 +188,11 @@ def _heads_kernel(
         if GATED:
             squares += tl.sum(y * y, axis=1)
             weight = tl.load(weight_ptr + i * P + p, mask=p < P, other=0.0).to(tl.float32)
-            gate = z.to(tl.float32)
-            # The square root of a sigmoid: a root takes a third of the instructions of a division.
-            root = tl.rsqrt(1.0 + tl.exp2(gate * -1.4426950408889634))
-            y = (y * root) * (gate * root) * weight[None, :]
+            y = y * _silu(z.to(tl.float32), TANH) * weight[None, :]
         y_ok = t_ok[:, None] & (p < P)[None, :]
         tl.store(y_ptr + i * P + r[:, None] * (heads * P) + p[None, :], y, mask=y_ok)
     if GATED:
         tl.store(squares_ptr + t * head_blocks, squares, mask=t_ok)
-
-
-@functools.cache
-def prepare_options(dtype: torch.dtype, nheads: int, length: int, tile: PrepareTile) -> dict[str, Any]:
-    """Compile-time arguments of `_prepare_kernel` but STEPS."""
-    return {
-        "PIECE": piece_of(length),
-        "ROWS": tile.rows,
-        "BLOCK_H": tile.heads,
-        "ALL_H": max(16, next_power_of_2(nheads)),
-        "BLOCK_K": tile.channels,
-        "DOT": dot_type(dtype),
-        "STAGES": tile.stages,
-        "num_warps": tile.warps,
-    }
-
-
-def prepare_programs(nheads: int, length: int, tile: PrepareTile) -> int:
-    """Programs of `_prepare_kernel` for a row."""
-    piece = piece_of(length)
-    return cdiv(length, piece) * (piece // tile.rows + cdiv(nheads, tile.heads))
-
-
-def sweep_blocks(n: int, tile: SweepTile) -> int:
-    """Programs that share the states of a head."""
-    return cdiv(n, max(16, min(tile.states, next_power_of_2(n))))
-
-
-@functools.cache
-def sweep_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: SweepTile) -> dict[str, Any]:
-    """Compile-time arguments of `_sweep_kernel`."""
-    block_p, block_n = max(16, next_power_of_2(headdim)), max(16, min(tile.states, next_power_of_2(n)))
-    return {
-        "P": headdim,
-        "N": n,
-        "PIECE": piece_of(length),
-        "BLOCK_P": block_p,
-        "BLOCK_N": block_n,
-        "DOT": dot_type(dtype),
-        "STAGES": tile.stages if block_p <= 64 else 2,  # tiles of all stages are in shared memory
-        "num_warps": warps_of(tile.warps, block_p, max(16, next_power_of_2(n))),
-    }
 
 
 def heads_tile(repeats: int) -> HeadsTile:
@@ -379,39 +215,118 @@ def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: H
         "BLOCK_N": block_n,
         "DOT": dot_type(dtype),
         "STAGES": tile.stages if block_p * block_n <= 64 * 64 else 1,  # see `sweep_options`
+        "BLOCK_HEADS": next_power_of_2(tile.heads),
+        "EVEN": length % tile.rows == 0,
+        "WHOLE": length % piece_of(length) == 0,
+        "TANH": TANH,
         "num_warps": warps_of(tile.warps, block_p, block_n),
     }
 
 
-def walked(batch: int, nheads: int, device: torch.device) -> bool:
-    """Whether one program carries a state along a row: a step for each piece, but few would leave the device idle."""
-    return 2 * batch * nheads >= multiprocessors(device)
+class PieceBuffers(NamedTuple):
+    """What lies between the kernels: tensors, or their addresses."""
+
+    vectors: Any  # (5, b, pieces, h, piece), float32
+    ends: Any  # (2, b, pieces, h), float32
+    shares: Any  # (b, pieces, h, h, piece), float32
+    left: Any  # (b, h, pieces, p, n)
+    right: Any
 
 
-def entering(x: Tensor, B_f: Tensor, B_b: Tensor, vectors: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """States that enter each piece from the left and from the right, (b, h, pieces, p, n), in the dtype of x.
+class PieceLaunches:
+    """From vectors of pieces and what the convolution gives to outputs; repeated like `Repeated`.
+
+    A program that carries a state along a row takes a step for each piece: few of them would leave most of the device
+    idle.
 
     Args:
-        x: Input, (b, l, h, p), dense in its last two dimensions.
-        B_f: Input map forward, (b, l, g, n), dense likewise.
-        B_b: Backward, of the same strides.
-        vectors: See `_prepare_kernel`.
-        ends: See there.
+        batch: Rows.
+        length: Positions.
+        nheads: Heads h.
+        headdim: Channels p of a head.
+        n: States per channel and direction.
+        groups: Groups of heads that share maps.
+        width: Numbers between positions of z.
+        dtype: Of what is mixed.
+        device: Where.
+        gated: Multiply outputs by weight and silu(z), and give the sums of their squares before that.
     """
-    (batch, length, nheads, headdim), n = x.shape, B_f.shape[3]
-    pieces = vectors.shape[2]
-    left, right = x.new_empty(2, batch, nheads, pieces, headdim, n).unbind(0)
-    pointers = x, B_f, B_b, vectors, ends, left, right
-    numbers = batch, length, nheads, nheads // B_f.shape[2], *x.stride()[:2], *B_f.stride()[:2]
-    if walked(batch, nheads, x.device):
-        _sweep_kernel[(2 * batch * nheads * sweep_blocks(n, SWEEP_TILE),)](
-            *pointers, *numbers, **sweep_options(x.dtype, headdim, n, length, SWEEP_TILE)
+
+    def __init__(
+        self,
+        batch: int,
+        length: int,
+        nheads: int,
+        headdim: int,
+        n: int,
+        groups: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        gated: bool,
+    ) -> None:
+        repeats, stride = nheads // groups, nheads * headdim + 4 * groups * n
+        piece, tile = piece_of(length), heads_tile(repeats)
+        pieces = cdiv(length, piece)
+        numbers = batch, length, nheads, repeats, stride
+        self._many = 2 * batch * nheads >= multiprocessors(device)
+        self._states = Repeated(
+            _states_kernel, (batch * pieces * nheads,), *numbers,
+            **state_options(dtype, nheads, headdim, n, length, STATE_TILE),
+        )  # fmt: skip
+        self._carry = Repeated(
+            _carry_kernel, (2 * batch * nheads * cdiv(headdim * n, CARRIED),), batch, length, nheads, headdim * n,
+            PIECE=piece, BLOCK=CARRIED,
+        )  # fmt: skip
+        self._sweep = Repeated(
+            _sweep_kernel, (2 * batch * nheads * sweep_blocks(n, SWEEP_TILE),), *numbers,
+            **sweep_options(dtype, nheads, headdim, n, length, SWEEP_TILE),
+        )  # fmt: skip
+        self._heads = Repeated(
+            _heads_kernel, (batch * cdiv(length, tile.rows) * (nheads // tile.heads),), *numbers, width,
+            **heads_options(dtype, headdim, n, length, tile), GATED=gated,
+        )  # fmt: skip
+        self._sizes = batch, pieces, nheads, piece, headdim, n
+        self._like: dict[str, Any] = {"dtype": dtype, "device": device}
+
+    def buffers(self) -> PieceBuffers:
+        """Memory for one block; the next one may use it again."""
+        batch, pieces, nheads, piece, headdim, n = self._sizes
+        wide = self._like | {"dtype": torch.float32}
+        return PieceBuffers(
+            vectors=torch.empty(5, batch, pieces, nheads, piece, **wide),
+            ends=torch.empty(2, batch, pieces, nheads, **wide),
+            shares=torch.empty(batch, pieces, nheads, nheads, piece, **wide),
+            left=torch.empty(batch, nheads, pieces, headdim, n, **self._like),
+            right=torch.empty(batch, nheads, pieces, headdim, n, **self._like),
         )
-        return left, right
-    _states_kernel[(batch * pieces * nheads,)](
-        *pointers, *numbers, **state_options(x.dtype, headdim, n, length, STATE_TILE)
-    )
-    _carry_kernel[(2 * batch * nheads * cdiv(headdim * n, CARRIED),)](
-        left, right, ends, batch, length, nheads, headdim * n, PIECE=piece_of(length), BLOCK=CARRIED
-    )
-    return left, right
+
+    def __call__(
+        self,
+        x: Any,
+        maps: tuple[Any, Any, Any, Any],
+        from_x: Any,
+        D: Any,
+        between: PieceBuffers,
+        outputs: tuple[Any, Any, Any, Any],
+    ) -> None:
+        """Launch with tensors, or from the second call on with addresses.
+
+        Args:
+            x: What the convolution gives, its first channels, (b, l, h p).
+            maps: B and C forward, B and C backward, (b, l, g n), channels of the same tensor.
+            from_x: To what positions add to the diagonal, (h, h p), rounded.
+            D: Diagonal of all positions, (h,).
+            between: See `buffers`, with vectors and ends of pieces in it.
+            outputs: z and the weight of the gate or None, the outputs (b, l, h p), and the sums of squares or None.
+        """
+        B_f, C_f, B_b, C_b = maps
+        vectors, ends, shares, left, right = between
+        sources = x, B_f, B_b, from_x, D, vectors, ends, shares, left, right
+        if self._many:
+            self._sweep(*sources)
+        else:
+            self._states(*sources)
+            self._carry(left, right, ends)
+        self._heads(x, B_f, C_f, B_b, C_b, vectors, shares, left, right, *outputs)

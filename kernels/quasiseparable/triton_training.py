@@ -21,17 +21,8 @@ from .blocks import HydraWeights
 from .triton_backward import _layer_norm_bwd_kernel, _steps_bwd_kernel
 from .triton_blocks import narrow
 from .triton_impl import _backward as quasiseparable_gradients
-from .triton_pieces import (
-    PREPARE_TILE,
-    _heads_kernel,
-    _prepare_kernel,
-    entering,
-    heads_options,
-    heads_tile,
-    prepare_options,
-    prepare_programs,
-)
-from .triton_short import BLOCK_H, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
+from .triton_pieces import PieceLaunches
+from .triton_short import BLOCK_H, LONGEST, _mix_kernel, _vectors_kernel, mix_options, piece_of, tile_of
 
 # Parts of one recorded call, no ops of their own.
 _layer_norm, _convolve, _gate, _mix_gradients = map(
@@ -180,38 +171,33 @@ def _mix(
     """Decays and steps of both sides (4, b, l, h), the diagonal (b, l, h), and the product (b l, d_inner)."""
     batch, length, nheads = size.batch, size.length, size.nheads
     x, B_f, C_f, B_b, C_b = size.of_convolution(c)
-    repeats, piece, stride = nheads // B_f.shape[2], piece_of(length), dt_f.stride(0)
-    pieces = cdiv(length, piece)
+    groups, piece, stride = B_f.shape[2], piece_of(length), dt_f.stride(0)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=c.device)
 
     steps, y = empty(4, batch, length, nheads), empty(size.rows, size.d_inner, dtype=c.dtype)
-    vectors = empty(5 if pieces > 1 else 4, batch, pieces, nheads, piece)
-    raw = dt_f, dt_b, own.dt_bias, own.A_log, vectors
+    launches, between = None, None
+    if length > LONGEST:
+        launches = PieceLaunches(
+            batch, length, nheads, size.headdim, size.d_state, groups, stride, c.dtype, c.device, gated=False
+        )
+        between = launches.buffers()
+    vectors, ends = (empty(4, batch, nheads, piece), None) if between is None else between[:2]
     with on_device(c):
-        if pieces > 1:
-            ends, long = empty(2, batch, pieces, nheads), heads_tile(repeats)
-            _prepare_kernel[(batch * prepare_programs(nheads, length, PREPARE_TILE),)](
-                c, W_D, own.D, *raw, ends, steps, batch, length, nheads, size.d_inner, c.shape[2], stride,
-                **prepare_options(c.dtype, nheads, length, PREPARE_TILE), STEPS=True,
-            )  # fmt: skip
-            left, right = entering(x, B_f, B_b, vectors, ends)
-            _heads_kernel[(batch * cdiv(length, long.rows) * (nheads // long.heads),)](
-                x, B_f, C_f, B_b, C_b, vectors, left, right, None, None, y, None, batch, length, nheads, repeats,
-                c.shape[2], 0, **heads_options(c.dtype, size.headdim, size.d_state, length, long), GATED=False,
-            )  # fmt: skip
+        _vectors_kernel[(batch * cdiv(length, piece) * cdiv(nheads, BLOCK_H),)](
+            dt_f, dt_b, own.dt_bias, own.A_log, vectors, ends, steps, batch, length, nheads, length * stride, stride,
+            PIECE=piece, BLOCK_H=BLOCK_H, ENDS=ends is not None, STEPS=True,
+        )  # fmt: skip
+        if launches is not None and between is not None:
+            launches(c, (B_f, C_f, B_b, C_b), W_D, own.D, between, (None, None, y, None))
             diag = vectors[4].transpose(2, 3).flatten(1, 2)[:, :length].contiguous()
         else:
-            d, short = torch.mm(c.flatten(0, 1)[:, : size.d_inner], W_D), tile_of(repeats)
-            _vectors_kernel[(batch * cdiv(nheads, BLOCK_H),)](
-                *raw, None, steps, batch, length, nheads, length * stride, stride, PIECE=piece, BLOCK_H=BLOCK_H,
-                ENDS=False, STEPS=True,
-            )  # fmt: skip
-            _mix_kernel[(batch * cdiv(length, short.rows) * (nheads // short.heads),)](
-                x, B_f, C_f, B_b, C_b, vectors, d, own.D, None, None, y, None, batch, length, nheads, repeats,
-                *x.stride()[:2], *B_f.stride()[:2], d.shape[1], 0,
-                **mix_options(c.dtype, size.headdim, size.d_state, length, short), GATED=False,
+            tile, d = tile_of(nheads // groups), torch.mm(c.flatten(0, 1)[:, : size.d_inner], W_D)
+            _mix_kernel[(batch * cdiv(length, tile.rows) * (nheads // tile.heads),)](
+                x, B_f, C_f, B_b, C_b, vectors, d, own.D, None, None, y, None, batch, length, nheads,
+                nheads // groups, *x.stride()[:2], *B_f.stride()[:2], d.shape[1], 0,
+                **mix_options(c.dtype, size.headdim, size.d_state, length, tile), GATED=False,
             )  # fmt: skip
             diag = (d[:, :nheads] + own.D).unflatten(0, (batch, length))
     return steps, diag, y

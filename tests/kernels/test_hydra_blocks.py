@@ -70,6 +70,8 @@ def run(x, weights, dtype=torch.bfloat16, headdim=8, d_state=8):
         (1, 70, 1, 16, torch.float16, {"headdim": 4, "d_state": 5, "ngroups": 2, "d_conv": 3}),
         (1, 257, 1, 8, torch.float16, {"headdim": 16, "d_state": 4}),
         (1, 290, 1, 8, torch.bfloat16, {"headdim": 4}),
+        (1, 320, 1, 8, torch.bfloat16, {"headdim": 16}),  # whole tiles of rows
+        (1, 384, 1, 8, torch.bfloat16, {"headdim": 16}),  # whole pieces
         pytest.param(
             *(1, 300, 1, 8, torch.float16, {"d_state": 16, "expand": 3, "ngroups": 3}), marks=pytest.mark.slow
         ),
