@@ -33,8 +33,8 @@ def load_model(path: str | Path) -> nn.Module:
         return from_pretrained(name)
     if not path.exists():
         known = ", ".join(pretrained_models())
-        expected = f"a model folder, a run's folder, a .ckpt file, {HUB}OWNER/NAME or of the package {known}"
-        raise FileNotFoundError(2, f"No model (expected {expected})", str(path))
+        expected = f"a model folder, a run's folder, a .ckpt file, {HUB}OWNER/NAME, or a model of the package: {known}"
+        raise FileNotFoundError(f"No model at {str(path)!r}; expected {expected}.")
     config = path / "model" / CONFIG
     if path.is_dir() and (path / CONFIG).is_file():
         return from_pretrained(path)

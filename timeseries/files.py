@@ -76,7 +76,7 @@ def read_series(
     if suffix in (".nc", ".zarr"):
         return _read_dataset(path, suffix, lazy if lazy is not None else suffix == ".zarr")
     if time is None:
-        raise ValueError(f"{path.name} is a table; name its column of times with time=...")
+        raise ValueError(f"{path.name} is a table; name its column of times: time=COLUMN, or --time COLUMN.")
     frame = _read_table(path, suffix, id_column if ids is not None else None)
     require_columns(frame, [time])
     frame = frame.assign(**{time: _times(frame[time], time_format)})

@@ -20,5 +20,6 @@ def find_device(name: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; expected auto, cpu or cuda:0.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(name)!r} is not there; this machine has {torch.cuda.device_count()} GPUs.")
+        there = torch.cuda.device_count()
+        raise ValueError(f"device {str(name)!r} is not there; this machine has {there} GPUs. Device cpu always is.")
     return device
