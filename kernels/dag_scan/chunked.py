@@ -35,7 +35,7 @@ class _Levels:
 
     def __init__(self, topology: list[Tensor]) -> None:
         (self.perm, self.inverse, level_ptr, self.edge_perm, self.src, self.dst, self.row_ptr, edge_ptr, self.out_perm,
-         self.out_row_ptr, out_ptr, *_) = topology  # fmt: skip
+         self.out_row_ptr, self.out_dst, self.out_edge, out_ptr, *_) = topology  # fmt: skip
         self.level_ptr: list[int] = level_ptr.tolist()
         self.edge_ptr: list[int] = edge_ptr.tolist()
         self.out_ptr: list[int] = out_ptr.tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_devices, check_floating, check_shapes
+from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from .chains import dag_scan_of_chains
 from .chunked import dag_scan_chunked
@@ -63,35 +63,25 @@ def dag_scan(
     batch.
     Source: Lahoti, Marwah, Puduppully & Gu (2025), "Chimera: State Space Models Beyond Sequences", section 3.
     """
-    check_floating(x=x, edge_decay=edge_decay, B=B, C=C)
-    sizes = check_shapes(
-        x=(x, "v h p"), edge_decay=(edge_decay, "e h"), B=(B, "v g n"), C=(C, "v g n"), edge_index=(edge_index, "2 e")
-    )
-    if edge_index.is_floating_point():
-        raise TypeError(f"`edge_index` must be an integer tensor, got {edge_index.dtype}.")
     if not isinstance(order, DagOrder):
         raise TypeError(f"`order` must be a DagOrder from dag_order(edge_index, v), got {type(order).__name__}.")
-    check_devices(x=x, edge_decay=edge_decay, B=B, C=C, edge_index=edge_index, order=order.perm)
-    nodes, heads, groups = sizes["v"], sizes["h"], sizes["g"]
-    if (order.num_nodes, order.num_edges) != (nodes, sizes["e"]):
-        raise ValueError(
-            f"`order` has {order.num_nodes} nodes and {order.num_edges} edges, expected {nodes} and {sizes['e']}; "
-            "make it with dag_order(edge_index, v) from the same graph."
-        )
-    if groups == 0 or heads % groups:
-        raise ValueError(f"`B` has g={groups}, expected a divisor of h={heads} (from `x`).")
+    kind = call_kind("dag_scan", x, edge_decay, B, C, edge_index, order.perm, order.num_nodes, order.num_edges)
+    if not known(kind):
+        _check(x, edge_decay, B, C, edge_index, order)
+        remember(kind)
     x, B, C = cast_for_autocast(x, B, C)
     dtype = torch.float32
     for tensor in (x, edge_decay, B, C):
         dtype = torch.promote_types(dtype, tensor.dtype)
-    weight = edge_decay.to(dtype)
+    weight = edge_decay if edge_decay.dtype == dtype else edge_decay.to(dtype)
     if not signed:
         weight = weight.exp()
-    if x.numel() == 0 or sizes["n"] == 0:
+    n = B.shape[2]
+    if x.numel() == 0 or n == 0:
         return torch.zeros_like(x)
     if max_state_bytes is None:
         max_state_bytes = 2**26 if x.device.type == "cpu" else 2**30
-    obstacle = None if sizes["n"] <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={sizes['n']}"
+    obstacle = None if n <= _LARGEST_STATE else f"Triton takes n up to {_LARGEST_STATE}, got n={n}"
     match choose(backend, x, op="dag_scan", obstacle=obstacle):
         case "reference":
             return dag_scan_reference(x, weight, B, C, edge_index, order, reverse)
@@ -103,6 +93,24 @@ def dag_scan(
             if not signed and _is_long_line(edge_decay, order):
                 return dag_scan_of_chains(x, edge_decay.to(dtype), B, C, edge_index, order, reverse)
             return dag_scan_chunked(x, weight, B, C, order, reverse, max_state_bytes)
+
+
+def _check(x: Tensor, edge_decay: Tensor, B: Tensor, C: Tensor, edge_index: Tensor, order: DagOrder) -> None:
+    check_floating(x=x, edge_decay=edge_decay, B=B, C=C)
+    sizes = check_shapes(
+        x=(x, "v h p"), edge_decay=(edge_decay, "e h"), B=(B, "v g n"), C=(C, "v g n"), edge_index=(edge_index, "2 e")
+    )
+    if edge_index.is_floating_point():
+        raise TypeError(f"`edge_index` must be an integer tensor, got {edge_index.dtype}.")
+    check_devices(x=x, edge_decay=edge_decay, B=B, C=C, edge_index=edge_index, order=order.perm)
+    nodes, heads, groups = sizes["v"], sizes["h"], sizes["g"]
+    if (order.num_nodes, order.num_edges) != (nodes, sizes["e"]):
+        raise ValueError(
+            f"`order` has {order.num_nodes} nodes and {order.num_edges} edges, expected {nodes} and {sizes['e']}; "
+            "make it with dag_order(edge_index, v) from the same graph."
+        )
+    if groups == 0 or heads % groups:
+        raise ValueError(f"`B` has g={groups}, expected a divisor of h={heads} (from `x`).")
 
 
 def _is_long_line(edge_decay: Tensor, order: DagOrder) -> bool:

@@ -33,6 +33,8 @@ class DagOrder:
         edge_ptr: First scan edge into each level and e, (levels + 1,), on the CPU.
         out_perm: Scan edges sorted by (source, target), (e,).
         out_row_ptr: First of these that leaves each position and e, (v + 1,).
+        out_dst: Position of the target of each of these, (e,).
+        out_edge: The edge that each of these is, (e,).
         out_ptr: First of these that leaves each level and e, (levels + 1,), on the CPU.
         graph_ptr: Where the nodes of each graph of the batch begin in `places`, and v, (graphs + 1,).
         places: Positions sorted by (graph, position), (v,).
@@ -53,6 +55,8 @@ class DagOrder:
     edge_ptr: Tensor
     out_perm: Tensor
     out_row_ptr: Tensor
+    out_dst: Tensor
+    out_edge: Tensor
     out_ptr: Tensor
     graph_ptr: Tensor
     places: Tensor
@@ -81,7 +85,10 @@ class DagOrder:
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order in which the operators take them; the fields above give their shapes."""
-        return [getattr(self, field.name) for field in fields(self) if field.name not in ("num_nodes", "kind")]
+        return [getattr(self, name) for name in _TENSORS]
+
+
+_TENSORS = tuple(field.name for field in fields(DagOrder) if field.name not in ("num_nodes", "kind"))
 
 
 def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None) -> DagOrder:
@@ -117,7 +124,7 @@ def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None
     level = _levels(source, target, num_nodes, batch)
     perm = torch.argsort(level, stable=True)
     inverse = torch.empty_like(perm)
-    inverse[perm] = torch.arange(num_nodes, device="cpu")
+    inverse[perm] = torch.arange(num_nodes)
     level_ptr = _pointer(level, int(level.max()) + 1 if num_nodes else 0)
 
     src, dst = inverse[source], inverse[target]
@@ -142,6 +149,8 @@ def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None
         edge_ptr=row_ptr[level_ptr],
         out_perm=out_perm,
         out_row_ptr=out_row_ptr,
+        out_dst=dst[out_perm],
+        out_edge=edge_perm[out_perm],
         out_ptr=out_row_ptr[level_ptr],
         graph_ptr=graph_ptr,
         places=places,
@@ -193,7 +202,7 @@ def _levels(source: Tensor, target: Tensor, num_nodes: int, batch: Tensor | None
     followers = target[by_source]
     pointer = _pointer(source, num_nodes)
     waiting = torch.bincount(target, minlength=num_nodes)
-    level = torch.full((num_nodes,), -1, device="cpu")
+    level = torch.full((num_nodes,), -1)
     frontier = (waiting == 0).nonzero()[:, 0]
     depth = 0
     while frontier.numel():
@@ -203,7 +212,7 @@ def _levels(source: Tensor, target: Tensor, num_nodes: int, batch: Tensor | None
         level[frontier] = depth
         counts = pointer[frontier + 1] - pointer[frontier]
         first = torch.repeat_interleave(pointer[frontier] - counts.cumsum(0) + counts, counts)
-        reached = followers[first + torch.arange(first.numel(), device="cpu")]
+        reached = followers[first + torch.arange(first.numel())]
         waiting.index_add_(0, reached, waiting.new_full((reached.numel(),), -1))
         frontier = reached[waiting[reached] == 0].unique()
         depth += 1
@@ -228,7 +237,7 @@ def _levels_one_by_one(
                     reached.append(follower)
         nodes = reached
         depth += 1
-    return torch.tensor(found, device="cpu")
+    return torch.tensor(found)
 
 
 def _describe_cycle(source: Tensor, target: Tensor, level: Tensor, batch: Tensor | None) -> str:

@@ -23,7 +23,7 @@ def _nodes(
     position, last, tile, x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr,
     y_ptr, first_n, N, HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
     SIZE: tl.constexpr, PADDED: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr,
-    NODES: tl.constexpr, AT_ONCE: tl.constexpr, CACHE: tl.constexpr,
+    NODES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """States and outputs of NODES nodes whose parents are done, and of a tile of columns.
 
@@ -55,7 +55,7 @@ def _nodes(
                 edge = tl.load(edge_ptr + at, mask=here, other=0)
                 weights = weights + (tl.load(weight_ptr + edge * HEADS + head, mask=ok & here, other=0.0),)
                 row = states_ptr + parent * (COLUMNS * SIZE) + offset
-                rows = rows + (tl.load(row, mask=ok & here, other=0.0, cache_modifier=CACHE),)
+                rows = rows + (tl.load(row, mask=ok & here, other=0.0),)
         new = ()
         for v in tl.static_range(NODES):
             state = states[v]
@@ -90,42 +90,8 @@ def _dag_level_kernel(
     _nodes(
         position, last, tl.program_id(1), x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr,
         states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE, PADDED, ADD, ACC, BLOCK_R, NODES,
-        AT_ONCE, "",
+        AT_ONCE,
     )  # fmt: skip
-
-
-@triton.jit
-def _wait_for_all(arrived_ptr):
-    """Where all programs, which run at once, wait for each other; each then sees what the others stored before."""
-    tl.debug_barrier()
-    tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
-    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < tl.num_programs(0):
-        pass
-    tl.debug_barrier()
-
-
-@quick
-@triton.jit(do_not_specialize=["first_level", "last_level", "tiles", "first_n", "N"])
-def _dag_sweep_kernel(
-    x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr,
-    level_ptr, arrived_ptr, first_level, last_level, tiles, first_n, N,
-    HEADS: tl.constexpr, HEADDIM: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    PADDED: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BACKWARDS: tl.constexpr,
-    NODES: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Levels [first_level, last_level), each shared out among all programs; `arrived_ptr`: a 0 for each."""
-    for step in range(last_level - first_level):
-        level = last_level - 1 - step if BACKWARDS else first_level + step
-        first, last = tl.load(level_ptr + level), tl.load(level_ptr + level + 1)
-        for item in range(tl.program_id(0), tl.cdiv(last - first, NODES) * tiles, tl.num_programs(0)):
-            # States come past the cache of the multiprocessor, which may hold what was there before.
-            _nodes(
-                first + item // tiles * NODES, last, item % tiles, x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr,
-                row_ptr, nbr_ptr, edge_ptr, states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE,
-                PADDED, ADD, ACC, BLOCK_R, NODES, AT_ONCE, ".cg",
-            )  # fmt: skip
-        if level != (first_level if BACKWARDS else last_level - 1):
-            _wait_for_all(arrived_ptr + step)
 
 
 @quick
@@ -146,7 +112,7 @@ def _dag_walk_kernel(
         _nodes(
             position, position + 1, tl.program_id(1), x_ptr, key_ptr, reader_ptr, weight_ptr, perm_ptr, row_ptr,
             nbr_ptr, edge_ptr, states_ptr, y_ptr, first_n, N, HEADS, HEADDIM, COLUMNS, GROUPS, SIZE, PADDED, ADD, ACC,
-            BLOCK_R, 1, 4, "",
+            BLOCK_R, 1, 4,
         )  # fmt: skip
         tl.debug_barrier()
 

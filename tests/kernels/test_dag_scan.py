@@ -42,14 +42,14 @@ def test_equals_the_dense_mask(v, e, reverse):
 
 @pytest.mark.parametrize("budget", [2**26, 2048])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("schedule", ["levels", "launches", "graphs"])
+@pytest.mark.parametrize("schedule", ["nodes", "levels", "graphs"])
 def test_all_schedules_equal_the_dense_mask(schedule, reverse, budget, device, monkeypatch):
     if reason := available_backends(device)["triton"]:
         pytest.skip(reason)
     from omnissm.kernels.dag_scan import triton_impl
 
     monkeypatch.setattr(triton_impl, "_STEPS_OF_A_LAUNCH", 10**6 if schedule == "graphs" else 0)
-    monkeypatch.setattr(triton_impl, "_NARROW", 4 if schedule == "levels" else 0)
+    monkeypatch.setattr(triton_impl, "_LARGE", 0 if schedule == "levels" else 2**23)
     inputs = inputs_of(13, 20, reverse=reverse, g=2, max_state_bytes=budget)
     order = inputs["order"]
     both = torch.cat([inputs["edge_index"], inputs["edge_index"] + 13], dim=1)

@@ -16,12 +16,11 @@ from omnissm.kernels.testing import OpSpec, run_with_gradients
 replay = pytest.importorskip("omnissm.kernels.replay")
 
 FOLDER = Path(omnissm.kernels.__file__).parent
-# dag_scan reads the bounds of its levels on the host.
 SPECS = [
     spec
     for path in sorted(FOLDER.glob("*/spec.py"))
     for spec in vars(import_module(f"omnissm.kernels.{path.parent.name}.spec")).values()
-    if isinstance(spec, OpSpec) and "triton" in spec.implementations and spec.name != "dag_scan"
+    if isinstance(spec, OpSpec) and "triton" in spec.implementations
 ]
 
 
@@ -279,6 +278,17 @@ def test_recording_holds_no_temporaries(device):
 
     check_replayed(function, lambda: (torch.randn(4, device=device),), device)
     assert max(most) <= 2
+
+
+def test_what_is_recorded_is_bounded(device, monkeypatch):
+    monkeypatch.setattr(replay, "_MOST_STEPS", 10)
+    counted = Counted(lambda x: (x + 1) * 2 - 3)  # three steps, and two that let go
+    for size in range(1, 9):
+        for _ in range(3):
+            x = torch.randn(size, device=device)
+            assert torch.equal(counted.call(x), (x + 1) * 2 - 3)
+    assert counted.runs == 16
+    assert sum(len(one.steps) for one in replays()) <= 10
 
 
 def test_every_kernel_launch_can_be_recorded():
