@@ -27,15 +27,26 @@ _COLUMNS = 64
 def _sweeps_columns(given: Inputs, tiles: GradientTiles, parts: int) -> bool:
     """Whether states at borders are found some columns at a time, which takes rows that are not cut."""
     headdim, n = padded(given.x, given.B.shape[3])
-    several = given.x.element_size() == 2 and headdim == 64 and n > _COLUMNS
+    several = given.x.element_size() == 2 and headdim == 64 and n >= _COLUMNS
     return parts == 1 and tiles.subs == 1 and (several or INTERPRETED)
 
 
-def turned_width(given: Inputs, tiles: GradientTiles, parts: int) -> int:
-    """Columns of keys and queries to write turned: all, or of two slices the first one if the second stands still."""
-    n, pairs = given.B.shape[3], given.rate.shape[2]
-    some = _COLUMNS < n <= 2 * _COLUMNS and 2 * pairs <= _COLUMNS
-    return _COLUMNS if some and _sweeps_columns(given, tiles, parts) else n
+def turned_columns(given: Inputs) -> int:
+    """Of two slices of columns the first one if the second stands still, else all."""
+    n = given.B.shape[3]
+    return _COLUMNS if _COLUMNS < n <= 2 * _COLUMNS and 2 * given.rate.shape[2] <= _COLUMNS else n
+
+
+def empty_keys(given: Inputs, tiles: GradientTiles, parts: int) -> Tensor:
+    """Where to write turned keys and queries, (2, b, l, h, n), l counting positions and ranks.
+
+    Where states are found some columns at a time, the positions of a head lie side by side in memory, and columns are
+    `turned_columns`.
+    """
+    (batch, _, nheads, _), (length, _, n) = given.x.shape, given.B.shape[1:]
+    if not _sweeps_columns(given, tiles, parts):
+        return given.x.new_empty(2, batch, length, nheads, n)
+    return given.x.new_empty(2, batch, nheads, length, turned_columns(given)).transpose(2, 3)
 
 
 def states_at_borders(
@@ -57,7 +68,7 @@ def states_at_borders(
         given: The inputs.
         half: Which entries are pairs.
         sweep: The recurrence of `ssd`, with as many groups as heads.
-        q: Turned queries, (b, l, h, `turned_width`), l counting positions and ranks, like the keys of `sweep`.
+        q: Turned queries, see `empty_keys`, like the keys of `sweep`.
         seq_idx: (b, l).
         dy: Gradient of the outputs, contiguous.
         decays: See `maps`.
@@ -75,8 +86,8 @@ def states_at_borders(
         _trapezoid_sweep_kernel[(2 * batch * nheads * cdiv(n, columns),)](
             x, dy, k, q, given.B, given.C, given.B_bias, given.C_bias, decays[1], decays[0], sweep.state, dfinal,
             borders, dstate, batch, length, nheads, nheads // given.B.shape[2], *strides(x, given.B, given.C),
-            HAS_STATE=sweep.state is not None, HAS_DFINAL=dfinal is not None, HALF=half and width < n,
-            RANKS=given.ranks, WIDTH=width,
+            *k.stride()[2:0:-1], HAS_STATE=sweep.state is not None, HAS_DFINAL=dfinal is not None,
+            HALF=half and width < n, RANKS=given.ranks, WIDTH=width,
             **{name: value for name, value in chosen.items() if name not in ("PACKED", "EXACT")} | {"BLOCK_N": columns},
         )  # fmt: skip
         return borders
@@ -125,7 +136,7 @@ def links(
         x, values, wide, given.gamma, given.beta, k, q, given.B, given.C, given.B_bias, given.C_bias, given.D,
         given.x_rank, given.seq_idx, borders[0], borders[1], dy, dx, dlog_decay, dgamma, dweight, shared.D,
         shared.x_rank, kernel, length, nheads, nheads // given.B.shape[2], *strides(x, values, given.B, given.C),
-        HALF=half, WIDTH=k.shape[3],
+        *k.stride()[2:0:-1],         HALF=half, WIDTH=k.shape[3],
         HAS_RANK=given.x_rank is not None, RANKS=given.ranks,
         **{name: value for name, value in chosen.items() if name != "STAGES"},
     )  # fmt: skip
@@ -156,7 +167,7 @@ def empty_shared(given: Inputs, chunk: int) -> Shared:
 class Angles(NamedTuple):
     """What turns keys and queries, and what is known of the gradient of the last angles."""
 
-    turns: Tensor  # cos and sin side by side, (b, positions, h, 2 s)
+    turns: Tensor  # cos and sin side by side, (b, h, positions, 2 s)
     half: bool  # which entries are pairs
     dphase: Tensor | None  # gradient of the last angles, (b, h, s)
     dphi_end: Tensor | None  # the same with what they do to the last state
@@ -224,7 +235,7 @@ def maps(
         sweep.values, dy, given.gamma, given.beta, given.rate, angles.turns, *decays, sweep.keys, q, given.B,
         given.C, given.B_bias, given.C_bias, borders[0], borders[1], kernel, angles.dphase, angles.dphi_end, dB_parts,
         dC_parts, shared.B_bias, shared.C_bias, ddt, drate_parts, dphi_parts, batch, length, nheads, repeats, blocks,
-        block_heads, *strides(sweep.values, given.B, given.C), WIDTH=sweep.keys.shape[3],
+        block_heads, *strides(sweep.values, given.B, given.C), *sweep.keys.stride()[2:0:-1], WIDTH=sweep.keys.shape[3],
         HAS_DPHASE=angles.dphase is not None, HAS_DPHI=angles.dphi_end is not None, S=pairs, HALF=angles.half,
         TERMS=0 if few else 3 if given.x.dtype == torch.float32 else 2, RANKS=given.ranks,
         **{name: value for name, value in chosen.items() if name not in ("PACKED", "EXACT")} | {"BLOCK_N": columns},

@@ -28,11 +28,12 @@ from .triton_gradients import (
     Angles,
     Shared,
     blocks_of_heads,
+    empty_keys,
     empty_shared,
     links,
     maps,
     states_at_borders,
-    turned_width,
+    turned_columns,
 )
 from .triton_inputs import Inputs, angles_of_chunks, readable
 from .triton_kernels import (
@@ -101,10 +102,11 @@ def _of_last_sequence(rate: Tensor, dt: Tensor, phi: Tensor | None, seq_idx: Ten
 
 
 # Turned keys and queries of a group of rows, with inputs and outputs of several ranks, take about this many bytes; in
-# the gradient, where states, turns and matrices over chunks need more than as much again, 5 / 16 of it.
+# the gradient they do together with states, turns and matrices over chunks.
 _TURNED_BYTES = 2**29
+_GRADIENT_BYTES = 430 * 2**20
 # Rows that together fill the multiprocessors, so that sweeps over them are not cut, may take this many in the gradient.
-_FILLING_BYTES = 2**30
+_FILLING_BYTES = 5 * 2**28
 
 
 class _Turned(NamedTuple):
@@ -118,7 +120,7 @@ class _Turned(NamedTuple):
     weight: Tensor  # (b, l, h)
     skip: Tensor  # (b, l, h), for outputs
     seq_idx: Tensor | None  # (b, l)
-    turns: Tensor  # cos and sin side by side, (b, positions, h, 2 s), for gradients
+    turns: Tensor  # cos and sin side by side, (b, h, positions, 2 s), for gradients
     decays: tuple[Tensor, Tensor]  # from a chunk's start, and of weights to its end, (b, l, h), for gradients
 
     def sweep(self, state: Tensor | None) -> Sweep:
@@ -126,14 +128,19 @@ class _Turned(NamedTuple):
         return Sweep(self.x, self.k, self.log_decay, self.weight, state, 0, fine)
 
 
-def _groups(given: Inputs, gradient: bool) -> list[slice]:
-    """Groups of rows such that what exists for each takes about `_TURNED_BYTES`."""
+def _groups(given: Inputs, chunk: int = 0) -> list[slice]:
+    """Groups of rows such that what exists for each takes few bytes; for gradients with the length of their chunks."""
     (batch, _, nheads, headdim), n, size = given.x.shape, given.B.shape[3], given.x.element_size()
-    of_ranks = headdim * (size if gradient else size + 4) if given.ranks > 1 else 0
-    row = given.B.shape[1] * nheads * (2 * n * size + of_ranks)
-    rows = max(1, (5 * _TURNED_BYTES // 16 if gradient else _TURNED_BYTES) // row)
+    of_ranks = headdim if given.ranks > 1 else 0
+    if chunk:
+        wide = turned_columns(given) + headdim * n // chunk + given.rate.shape[2] // given.ranks
+        row, most = (2 * wide + chunk + of_ranks) * size, _GRADIENT_BYTES
+    else:
+        row, most = 2 * n * size + of_ranks * (size + 4), _TURNED_BYTES
+    row *= given.B.shape[1] * nheads
+    rows = max(1, most // row)
     filling = multiprocessors(given.x.device) // (2 * nheads)
-    if gradient and filling * row <= _FILLING_BYTES:
+    if chunk and filling * row <= _FILLING_BYTES:
         rows = max(rows, filling)
     rows = cdiv(batch, cdiv(batch, rows))
     return [slice(start, start + rows) for start in range(0, batch, rows)]
@@ -175,11 +182,10 @@ def _tiles(x: Tensor, n: int, chunk: int) -> GradientTiles:
     return gradient_tiles(x, n, chunk or fine_chunk(x, n), "turned ")
 
 
-def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, width: int = 0) -> _Turned:
-    """For outputs, or for gradients with so many columns of keys and queries (see `turned_width`)."""
-    keep = width > 0
+def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, into: Tensor | None = None) -> _Turned:
+    """For outputs, or for gradients, where `into` takes turned keys and queries (see `empty_keys`)."""
     (batch, _, nheads, _), (length, groups, n) = given.x.shape, given.B.shape[1:]
-    ranks, wide = given.ranks, given.log_decay
+    ranks, wide, keep = given.ranks, given.log_decay, into is not None
     chunks, repeats = cdiv(length, chunk), nheads // groups
     shared = _shared(given, half, chunk)
     x, log_decay, seq_idx = given.x, wide, given.seq_idx
@@ -190,8 +196,8 @@ def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, width: int = 
         log_decay = torch.nn.functional.pad(wide[:, :, None], (0, 0, 0, ranks - 1)).flatten(1, 2)
         seq_idx = None if seq_idx is None else seq_idx.repeat_interleave(ranks, dim=1)
         skip = given.D.expand(weight.shape)
-    k, q = given.x.new_empty(2, batch, length, nheads, width or n).unbind(0)
-    programs = batch * chunks * groups * (cdiv(width, _COLUMNS) if keep else 1)
+    k, q = (given.x.new_empty(2, batch, length, nheads, n) if into is None else into).unbind(0)
+    programs = batch * chunks * groups * (cdiv(k.shape[3], _COLUMNS) if keep else 1)
     blocks, block_heads = blocks_of_heads(repeats, programs, 12 * multiprocessors(given.x.device))
     # Keys have no more digits than 16 bits hold; their turns need no more either.
     turns = wide.new_empty(
@@ -205,7 +211,7 @@ def _turned(given: Inputs, half: bool, chunk: int, before: Tensor, width: int = 
     if keep:
         _trapezoid_turn_kernel[(programs * blocks,)](
             log_decay, *inputs, given.seq_idx, k, q, weight, turns, *decays, *sizes,
-            EXACT=k.dtype == torch.float32, WIDTH=width, **chosen,
+            *k.stride()[2:0:-1], EXACT=k.dtype == torch.float32, WIDTH=k.shape[3], **chosen,
         )  # fmt: skip
     else:
         _trapezoid_turn_fwd_kernel[(programs * blocks,)](
@@ -248,7 +254,7 @@ def _forward(
     with on_device(x):
         of_turns = _tiles(x, n, chunk).links.chunk
         before = angles_of_chunks(given, of_turns)
-        for rows in _groups(given, False):
+        for rows in _groups(given):
             some = given.cut(rows)
             turned = _turned(some, half, of_turns, before[rows])
             # What several ranks of a position add comes to unrounded outputs.
@@ -320,7 +326,7 @@ def _backward(
     with on_device(x):
         chunk, chunks = tiles.links.chunk, cdiv(B.shape[1], tiles.links.chunk)
         before, shared = angles_of_chunks(given, chunk), empty_shared(given, chunk)
-        for rows in _groups(given, True):
+        for rows in _groups(given, chunk):
             _gradients(
                 given.cut(rows), half, tiles, before[rows], dy[rows],
                 [None if one is None else one[rows] for one in ends], [one[rows] for one in into],
@@ -347,7 +353,7 @@ def _gradients(
     dfinal, dphase, dphi_end = ends
     if 20 * given.x.shape[0] * given.x.shape[2] >= 9 * multiprocessors(dy.device):
         parts = parts or 1  # two sweeps over each head fill it
-    turned = _turned(given, half, tiles.links.chunk, before, turned_width(given, tiles, parts))
+    turned = _turned(given, half, tiles.links.chunk, before, empty_keys(given, tiles, parts))
     wide, sweep = given.log_decay, turned.sweep(given.state)
     borders = states_at_borders(
         given, half, sweep, turned.q, turned.seq_idx, dy, turned.decays, dfinal, dstate, tiles, parts

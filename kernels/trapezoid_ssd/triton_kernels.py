@@ -314,7 +314,7 @@ def _trapezoid_turn_fwd_kernel(
 def _turn_columns(
     log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_tile, C_tile, B_bias_ptr, C_bias_ptr, seq_row,
     k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, of_slice, first_head, last_head, chunk, row, begin,
-    length, nheads, B_stride_t, C_stride_t, TURNS: tl.constexpr,
+    length, nheads, B_stride_t, C_stride_t, k_stride_h, k_stride_t, TURNS: tl.constexpr,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -343,16 +343,16 @@ def _turn_columns(
             cos, sin = _turn(tl.cumsum(rate * dt[:, None], 0) + angle[None, :])
             turns = tl.reshape(tl.join(cos, sin), [Q // RANKS, BLOCK_N])
             both = start + tl.arange(0, BLOCK_N)
-            turns_tile = turns_ptr + (of_head + first * nheads) * (2 * S) + both[None, :]
+            turns_tile = turns_ptr + ((row * nheads + head) * positions + first) * (2 * S) + both[None, :]
             turns_ok = at_ok[:, None] & (both < 2 * S)[None, :]
-            tl.store(turns_tile + at[:, None] * (nheads * 2 * S), turns, mask=turns_ok)
+            tl.store(turns_tile + at[:, None] * (2 * S), turns, mask=turns_ok)
             cos, sin = _of_ranks(cos, RANKS), _of_ranks(sin, RANKS)
             k = _rotated(k, cos, sin, Q, BLOCK_N)
             q = _rotated(q, cos, sin, Q, BLOCK_N)
-        tile = (vectors + begin * nheads) * WIDTH
+        tile = row * length * nheads * WIDTH + tl.cast(head, tl.int64) * k_stride_h + begin * k_stride_t
         in_halves: tl.constexpr = HALF and WIDTH == N
-        _put(k_ptr + tile, steps[:, None] * (nheads * WIDTH), ok[:, None], start, k, WIDTH, BLOCK_N, in_halves)
-        _put(q_ptr + tile, steps[:, None] * (nheads * WIDTH), ok[:, None], start, q, WIDTH, BLOCK_N, in_halves)
+        _put(k_ptr + tile, steps[:, None] * k_stride_t, ok[:, None], start, k, WIDTH, BLOCK_N, in_halves)
+        _put(q_ptr + tile, steps[:, None] * k_stride_t, ok[:, None], start, q, WIDTH, BLOCK_N, in_halves)
         if of_slice == (WIDTH + BLOCK_N - 1) // BLOCK_N - 1:
             out = vectors + (begin + steps) * nheads
             gamma, _, following = _weights(
@@ -378,14 +378,14 @@ def _turn_columns(
 def _trapezoid_turn_kernel(
     log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, seq_ptr,
     k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, length, nheads, repeats, blocks, block_heads,
-    B_stride_b, B_stride_t, C_stride_b, C_stride_t,
+    B_stride_b, B_stride_t, C_stride_b, C_stride_t, k_stride_h, k_stride_t,
     N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, PACKED: tl.constexpr,
     EXACT: tl.constexpr, ACC: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """What gradients need of a block of a group's heads in one chunk, one slice of BLOCK_N columns per program.
 
     Turned keys and queries, (b, l, h, n), or only their first WIDTH columns, the others standing still, and then with
-    the entries of a pair side by side; cos and sin side by side, (b, positions, h, 2 s), weights of inputs, what each
+    the entries of a pair side by side; cos and sin side by side, (b, h, positions, 2 s), weights of inputs, what each
     step still reads of the state before the chunk, and how much of its input is left at the chunk's end, (b, l, h).
     """
     slices: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
@@ -409,13 +409,15 @@ def _trapezoid_turn_kernel(
         _turn_columns(
             log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_tile, C_tile, B_bias_ptr, C_bias_ptr, seq_row,
             k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, of_slice, first_head, last_head, chunk, row, begin,
-            length, nheads, B_stride_t, C_stride_t, True, N, S, Q, BLOCK_N, HALF, PACKED, EXACT, ACC, RANKS, WIDTH,
+            length, nheads, B_stride_t, C_stride_t, k_stride_h, k_stride_t, True, N, S, Q, BLOCK_N, HALF, PACKED, EXACT,
+            ACC, RANKS, WIDTH,
         )  # fmt: skip
     elif turning < slices:
         _turn_columns(
             log_decay_ptr, gamma_ptr, beta_ptr, rate_ptr, phases_ptr, B_tile, C_tile, B_bias_ptr, C_bias_ptr, seq_row,
             k_ptr, q_ptr, weight_ptr, turns_ptr, in_ptr, out_ptr, of_slice, first_head, last_head, chunk, row, begin,
-            length, nheads, B_stride_t, C_stride_t, False, N, S, Q, BLOCK_N, HALF, PACKED, EXACT, ACC, RANKS, WIDTH,
+            length, nheads, B_stride_t, C_stride_t, k_stride_h, k_stride_t, False, N, S, Q, BLOCK_N, HALF, PACKED,
+            EXACT, ACC, RANKS, WIDTH,
         )  # fmt: skip
 
 

@@ -39,10 +39,10 @@ def _trapezoid_links_kernel(
     x_ptr, v_ptr, log_decay_ptr, gamma_ptr, beta_ptr, k_ptr, q_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, D_ptr,
     x_rank_ptr, seq_ptr, entering_ptr, leaving_ptr, dy_ptr, dx_ptr, dlog_decay_ptr, direct_ptr, dweight_ptr, dD_ptr,
     dx_rank_ptr, kernel_ptr, length, nheads, repeats, x_stride_b, x_stride_t, v_stride_b, v_stride_t, B_stride_b,
-    B_stride_t, C_stride_b, C_stride_t, HALF: tl.constexpr, WIDTH: tl.constexpr, HAS_RANK: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    RANKS: tl.constexpr,
+    B_stride_t, C_stride_b, C_stride_t, k_stride_h, k_stride_t, HALF: tl.constexpr, WIDTH: tl.constexpr,
+    HAS_RANK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """From the state that enters and the gradient of the one that leaves.
 
@@ -70,8 +70,9 @@ def _trapezoid_links_kernel(
         seq_row = seq_ptr + row * positions
     # With few columns that turn, the others are a tile of their own, of what they are made from.
     columns: tl.constexpr = WIDTH if WIDTH < N else BLOCK_N
-    k = _tile(k_ptr + rows * WIDTH, begin, steps, ok, nheads * WIDTH, WIDTH, columns, DOT)
-    q = _tile(q_ptr + rows * WIDTH, begin, steps, ok, nheads * WIDTH, WIDTH, columns, DOT)
+    of_keys = row * length * nheads * WIDTH + tl.cast(head, tl.int64) * k_stride_h
+    k = _tile(k_ptr + of_keys, begin, steps, ok, k_stride_t, WIDTH, columns, DOT)
+    q = _tile(q_ptr + of_keys, begin, steps, ok, k_stride_t, WIDTH, columns, DOT)
     k_2, q_2 = k, q
     if WIDTH < N:
         B_tile = B_ptr + row * B_stride_b + begin * B_stride_t + head // repeats * N

@@ -22,10 +22,10 @@ def _gradients_of_maps(
     value_ptr, decay_ptr, gamma_ptr, beta_ptr, rate_ptr, turns_ptr, key_ptr, own_ptr, raw_ptr, raw_bias_ptr, state_ptr,
     after_ptr, kernel_ptr, dphase_ptr, dphi_end_ptr, out_ptr, bias_ptr, ddt_ptr, drate_ptr, dphi_ptr, of_slice, block,
     group, chunk, row, rows, length, nheads, repeats, block_heads, value_stride_b, value_stride_t, raw_stride_b,
-    raw_stride_t, OF_B: tl.constexpr, TURNS: tl.constexpr, HAS_DPHASE: tl.constexpr, HAS_DPHI: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr,
-    STAGES: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+    raw_stride_t, k_stride_h, k_stride_t, OF_B: tl.constexpr, TURNS: tl.constexpr, HAS_DPHASE: tl.constexpr,
+    HAS_DPHI: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, STAGES: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Of queries, or with OF_B of keys, in one slice of columns; TURNS unless all its pairs stand still.
 
@@ -59,9 +59,10 @@ def _gradients_of_maps(
         heads = row * nheads + head
         of_chunk = (row * chunks + chunk) * nheads + head
         border = (heads * chunks + chunk) * (P * N)
-        rows_of_head = steps[:, None] * (nheads * WIDTH)
+        of_keys = row * length * nheads * WIDTH + tl.cast(head, tl.int64) * k_stride_h + begin * k_stride_t
+        rows_of_head = steps[:, None] * k_stride_t
         if TURNS or WIDTH == N:
-            key = _get(key_ptr + vectors * WIDTH, rows_of_head, rows_ok, start, WIDTH, BLOCK_N, in_halves, DOT)
+            key = _get(key_ptr + of_keys, rows_of_head, rows_ok, start, WIDTH, BLOCK_N, in_halves, DOT)
         else:
             key = (raw + _bias(raw_bias_ptr, head, start, Q, N, BLOCK_N, HALF, ACC, RANKS)).to(DOT)
         state = _get(state_ptr + border, p_rows * N, p_rows < P, start, N, BLOCK_N, in_halves, DOT)
@@ -81,12 +82,12 @@ def _gradients_of_maps(
         key, key_low = _halves(key, PRECISION)
         found = _dot_add(kernel, kernel_low, key, key_low, found, ACC, PRECISION)
         if TURNS:
-            turned = _get(own_ptr + vectors * WIDTH, rows_of_head, rows_ok, start, WIDTH, BLOCK_N, in_halves, ACC)
+            turned = _get(own_ptr + of_keys, rows_of_head, rows_ok, start, WIDTH, BLOCK_N, in_halves, ACC)
             dangle = _spin(found, turned, Q, BLOCK_N)
             of_position = (row * positions + first) * nheads + head
             both = start + tl.arange(0, BLOCK_N)
             turns = tl.load(
-                turns_ptr + of_position * (2 * S) + (at[:, None] * (nheads * 2 * S) + both[None, :]),
+                turns_ptr + (heads * positions + first) * (2 * S) + (at[:, None] * (2 * S) + both[None, :]),
                 mask=rows_ok & (both < 2 * S)[None, :], other=0.0,
             )  # fmt: skip
             cos, sin = tl.split(tl.reshape(turns.to(ACC), [Q, BLOCK_N // 2, 2]))
@@ -135,10 +136,10 @@ def _gradients_of_slice(
     value_ptr, decay_ptr, gamma_ptr, beta_ptr, rate_ptr, turns_ptr, key_ptr, own_ptr, raw_ptr, raw_bias_ptr, state_ptr,
     after_ptr, kernel_ptr, dphase_ptr, dphi_end_ptr, out_ptr, bias_ptr, ddt_ptr, drate_ptr, dphi_ptr, of_slice, block,
     group, chunk, row, rows, length, nheads, repeats, block_heads, value_stride_b, value_stride_t, raw_stride_b,
-    raw_stride_t, OF_B: tl.constexpr, TURNING: tl.constexpr, HAS_DPHASE: tl.constexpr, HAS_DPHI: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr,
-    STAGES: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+    raw_stride_t, k_stride_h, k_stride_t, OF_B: tl.constexpr, TURNING: tl.constexpr, HAS_DPHASE: tl.constexpr,
+    HAS_DPHI: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, STAGES: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`_gradients_of_maps` of a slice, of which the first TURNING ones turn."""
     if of_slice < TURNING:
@@ -146,16 +147,16 @@ def _gradients_of_slice(
             value_ptr, decay_ptr, gamma_ptr, beta_ptr, rate_ptr, turns_ptr, key_ptr, own_ptr, raw_ptr, raw_bias_ptr,
             state_ptr, after_ptr, kernel_ptr, dphase_ptr, dphi_end_ptr, out_ptr, bias_ptr, ddt_ptr, drate_ptr, dphi_ptr,
             of_slice, block, group, chunk, row, rows, length, nheads, repeats, block_heads, value_stride_b,
-            value_stride_t, raw_stride_b, raw_stride_t, OF_B, True, HAS_DPHASE, HAS_DPHI, P, N, S, Q, BLOCK_P, BLOCK_N,
-            HALF, DOT, ACC, PRECISION, TERMS, STAGES, RANKS, WIDTH,
+            value_stride_t, raw_stride_b, raw_stride_t, k_stride_h, k_stride_t, OF_B, True, HAS_DPHASE, HAS_DPHI, P, N,
+            S, Q, BLOCK_P, BLOCK_N, HALF, DOT, ACC, PRECISION, TERMS, STAGES, RANKS, WIDTH,
         )  # fmt: skip
     elif TURNING * BLOCK_N < N:
         _gradients_of_maps(
             value_ptr, decay_ptr, gamma_ptr, beta_ptr, rate_ptr, turns_ptr, key_ptr, own_ptr, raw_ptr, raw_bias_ptr,
             state_ptr, after_ptr, kernel_ptr, dphase_ptr, dphi_end_ptr, out_ptr, bias_ptr, ddt_ptr, drate_ptr, dphi_ptr,
             of_slice, block, group, chunk, row, rows, length, nheads, repeats, block_heads, value_stride_b,
-            value_stride_t, raw_stride_b, raw_stride_t, OF_B, False, HAS_DPHASE, HAS_DPHI, P, N, S, Q, BLOCK_P, BLOCK_N,
-            HALF, DOT, ACC, PRECISION, TERMS, STAGES, RANKS, WIDTH,
+            value_stride_t, raw_stride_b, raw_stride_t, k_stride_h, k_stride_t, OF_B, False, HAS_DPHASE, HAS_DPHI, P, N,
+            S, Q, BLOCK_P, BLOCK_N, HALF, DOT, ACC, PRECISION, TERMS, STAGES, RANKS, WIDTH,
         )  # fmt: skip
 
 
@@ -165,10 +166,10 @@ def _trapezoid_maps_kernel(
     x_ptr, dy_ptr, gamma_ptr, beta_ptr, rate_ptr, turns_ptr, in_ptr, left_ptr, k_ptr, q_ptr, B_ptr, C_ptr, B_bias_ptr,
     C_bias_ptr, entering_ptr, leaving_ptr, kernel_ptr, dphase_ptr, dphi_end_ptr, dB_ptr, dC_ptr, dB_bias_ptr,
     dC_bias_ptr, ddt_ptr, drate_ptr, dphi_ptr, rows, length, nheads, repeats, blocks, block_heads, x_stride_b,
-    x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, HAS_DPHASE: tl.constexpr, HAS_DPHI: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, TERMS: tl.constexpr,
-    STAGES: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
+    x_stride_t, B_stride_b, B_stride_t, C_stride_b, C_stride_t, k_stride_h, k_stride_t, HAS_DPHASE: tl.constexpr,
+    HAS_DPHI: tl.constexpr, P: tl.constexpr, N: tl.constexpr, S: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr, STAGES: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dC in even programs, dB in odd ones, those of biases for each chunk and head, and of the angles both halves.
 
@@ -189,8 +190,8 @@ def _trapezoid_maps_kernel(
             x_ptr, left_ptr, gamma_ptr, beta_ptr, rate_ptr, turns_ptr, q_ptr, k_ptr, C_ptr, C_bias_ptr, leaving_ptr,
             entering_ptr, kernel_ptr, dphase_ptr, dphi_end_ptr, dB_ptr, dB_bias_ptr, ddt_ptr, drate_ptr, dphi_ptr,
             of_slice, block, group, chunk, row, rows, length, nheads, repeats, block_heads, x_stride_b, x_stride_t,
-            C_stride_b, C_stride_t, True, turning, HAS_DPHASE, HAS_DPHI, P, N, S, Q, BLOCK_P, BLOCK_N, HALF, DOT, ACC,
-            PRECISION, TERMS, STAGES, RANKS, WIDTH,
+            C_stride_b, C_stride_t, k_stride_h, k_stride_t, True, turning, HAS_DPHASE, HAS_DPHI, P, N, S, Q, BLOCK_P,
+            BLOCK_N, HALF, DOT, ACC, PRECISION, TERMS, STAGES, RANKS, WIDTH,
         )  # fmt: skip
     else:
         positions = rows.to(tl.int64) * (length // RANKS)
@@ -199,8 +200,9 @@ def _trapezoid_maps_kernel(
             entering_ptr, kernel_ptr, dphase_ptr, dphi_end_ptr, dC_ptr, dC_bias_ptr,
             ddt_ptr + positions * nheads * turning, drate_ptr + positions * S * blocks * groups,
             dphi_ptr + rows * nheads * S, of_slice, block, group, chunk, row, rows, length, nheads, repeats,
-            block_heads, length.to(tl.int64) * nheads * P, nheads * P, B_stride_b, B_stride_t, False, turning,
-            HAS_DPHASE, HAS_DPHI, P, N, S, Q, BLOCK_P, BLOCK_N, HALF, DOT, ACC, PRECISION, TERMS, STAGES, RANKS, WIDTH,
+            block_heads, length.to(tl.int64) * nheads * P, nheads * P, B_stride_b, B_stride_t, k_stride_h, k_stride_t,
+            False, turning, HAS_DPHASE, HAS_DPHI, P, N, S, Q, BLOCK_P, BLOCK_N, HALF, DOT, ACC, PRECISION, TERMS,
+            STAGES, RANKS, WIDTH,
         )  # fmt: skip
 
 

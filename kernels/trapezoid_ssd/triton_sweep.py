@@ -17,10 +17,11 @@ from .triton_kernels import _bias, _get, _put
 @triton.jit
 def _columns(
     value_ptr, key_ptr, raw_ptr, bias_ptr, scale_ptr, factor_ptr, state_ptr, borders_ptr, final_ptr, row, head, start,
-    length, nheads, repeats, value_stride_b, value_stride_t, raw_stride_b, raw_stride_t, RAW: tl.constexpr,
-    HALF: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, DESCENDS: tl.constexpr, HAS_STATE: tl.constexpr,
-    FINAL: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    length, nheads, repeats, value_stride_b, value_stride_t, raw_stride_b, raw_stride_t, k_stride_h, k_stride_t,
+    RAW: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, DESCENDS: tl.constexpr,
+    HAS_STATE: tl.constexpr, FINAL: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Columns of the states before all chunks, or with DESCENDS of the gradients of those after them.
 
@@ -55,8 +56,8 @@ def _columns(
             key = _get(raw_tile, steps[:, None] * raw_stride_t, ok[:, None], start, N, BLOCK_N, HALF, ACC)
             key = (key + _bias(bias_ptr, head, start, Q, N, BLOCK_N, HALF, ACC, RANKS)).to(DOT)
         else:
-            key_tile = key_ptr + (vectors + begin * nheads) * WIDTH
-            key = _get(key_tile, steps[:, None] * (nheads * WIDTH), ok[:, None], start, WIDTH, BLOCK_N, False, DOT)
+            of_keys = row * length * nheads * WIDTH + tl.cast(head, tl.int64) * k_stride_h + begin * k_stride_t
+            key = _get(key_ptr + of_keys, steps[:, None] * k_stride_t, ok[:, None], start, WIDTH, BLOCK_N, False, DOT)
         scaled, scaled_low = _halves((value.to(ACC) * scale[:, None]).to(DOT), PRECISION)
         key, key_low = _halves(key, PRECISION)
         state = _dot_add(tl.trans(scaled), tl.trans(scaled_low), key, key_low, state * factor, ACC, PRECISION)
@@ -68,7 +69,7 @@ def _columns(
 def _both(
     x_ptr, dy_ptr, k_ptr, q_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, left_ptr, in_ptr, state_ptr, dfinal_ptr,
     borders_ptr, dstate_ptr, row, head, start, second, rows, length, nheads, repeats, x_stride_b, x_stride_t,
-    B_stride_b, B_stride_t, C_stride_b, C_stride_t, RAW: tl.constexpr, HAS_STATE: tl.constexpr,
+    B_stride_b, B_stride_t, C_stride_b, C_stride_t, k_stride_h, k_stride_t, RAW: tl.constexpr, HAS_STATE: tl.constexpr,
     HAS_DFINAL: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -79,13 +80,14 @@ def _both(
         _columns(
             dy_ptr, q_ptr, C_ptr, C_bias_ptr, in_ptr, in_ptr, dfinal_ptr, borders_ptr + of_second, dstate_ptr, row,
             head, start, length, nheads, repeats, length.to(tl.int64) * nheads * P, nheads * P, C_stride_b, C_stride_t,
-            RAW, HALF, RANKS, WIDTH, True, HAS_DFINAL, True, P, N, Q, BLOCK_P, BLOCK_N, DOT, ACC, PRECISION, STAGES,
+            k_stride_h, k_stride_t, RAW, HALF, RANKS, WIDTH, True, HAS_DFINAL, True, P, N, Q, BLOCK_P, BLOCK_N, DOT,
+            ACC, PRECISION, STAGES,
         )  # fmt: skip
     else:
         _columns(
             x_ptr, k_ptr, B_ptr, B_bias_ptr, left_ptr, in_ptr, state_ptr, borders_ptr, dstate_ptr, row, head, start,
-            length, nheads, repeats, x_stride_b, x_stride_t, B_stride_b, B_stride_t, RAW, HALF, RANKS, WIDTH, False,
-            HAS_STATE, False, P, N, Q, BLOCK_P, BLOCK_N, DOT, ACC, PRECISION, STAGES,
+            length, nheads, repeats, x_stride_b, x_stride_t, B_stride_b, B_stride_t, k_stride_h, k_stride_t, RAW, HALF,
+            RANKS, WIDTH, False, HAS_STATE, False, P, N, Q, BLOCK_P, BLOCK_N, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -95,10 +97,9 @@ def _both(
 def _trapezoid_sweep_kernel(
     x_ptr, dy_ptr, k_ptr, q_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, left_ptr, in_ptr, state_ptr, dfinal_ptr,
     borders_ptr, dstate_ptr, rows, length, nheads, repeats, x_stride_b, x_stride_t, B_stride_b, B_stride_t, C_stride_b,
-    C_stride_t, HAS_STATE: tl.constexpr, HAS_DFINAL: tl.constexpr, HALF: tl.constexpr, RANKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C_stride_t, k_stride_h, k_stride_t, HAS_STATE: tl.constexpr, HAS_DFINAL: tl.constexpr, HALF: tl.constexpr,
+    RANKS: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """States that enter all chunks, gradients of those that leave them, (2, b, h, chunks, p, n), and of the first one.
 
@@ -115,13 +116,13 @@ def _trapezoid_sweep_kernel(
         _both(
             x_ptr, dy_ptr, k_ptr, q_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, left_ptr, in_ptr, state_ptr, dfinal_ptr,
             borders_ptr, dstate_ptr, row, head, start, second, rows, length, nheads, repeats, x_stride_b, x_stride_t,
-            B_stride_b, B_stride_t, C_stride_b, C_stride_t, False, HAS_STATE, HAS_DFINAL, HALF, RANKS, WIDTH, P, N, Q,
-            BLOCK_P, BLOCK_N, DOT, ACC, PRECISION, STAGES,
+            B_stride_b, B_stride_t, C_stride_b, C_stride_t, k_stride_h, k_stride_t, False, HAS_STATE, HAS_DFINAL, HALF,
+            RANKS, WIDTH, P, N, Q, BLOCK_P, BLOCK_N, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip
     elif WIDTH < N:
         _both(
             x_ptr, dy_ptr, k_ptr, q_ptr, B_ptr, C_ptr, B_bias_ptr, C_bias_ptr, left_ptr, in_ptr, state_ptr, dfinal_ptr,
             borders_ptr, dstate_ptr, row, head, start, second, rows, length, nheads, repeats, x_stride_b, x_stride_t,
-            B_stride_b, B_stride_t, C_stride_b, C_stride_t, True, HAS_STATE, HAS_DFINAL, HALF, RANKS, WIDTH, P, N, Q,
-            BLOCK_P, BLOCK_N, DOT, ACC, PRECISION, STAGES,
+            B_stride_b, B_stride_t, C_stride_b, C_stride_t, k_stride_h, k_stride_t, True, HAS_STATE, HAS_DFINAL, HALF,
+            RANKS, WIDTH, P, N, Q, BLOCK_P, BLOCK_N, DOT, ACC, PRECISION, STAGES,
         )  # fmt: skip

@@ -89,6 +89,7 @@ def test_rows_in_groups_and_twice_the_same_bits(device, monkeypatch):
 
     expected, again = run(), run()
     monkeypatch.setattr(triton_impl, "_TURNED_BYTES", 1)
+    monkeypatch.setattr(triton_impl, "_GRADIENT_BYTES", 1)
     monkeypatch.setattr(triton_impl, "_FILLING_BYTES", 0)
     alone = run()
     for name, value in expected.items():
