@@ -129,14 +129,33 @@ def _store_lanes(scratch, stretch, h, LANES: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _over_channels(x, SUB: tl.constexpr, SHARE: tl.constexpr):
-    """Sum over each SHARE neighbouring channels, known to all of their lanes."""
-    if SHARE == 1:
-        return x
+def _from_other_lane(x, MASK: tl.constexpr, WIDTH: tl.constexpr):
+    """For each lane what the one has whose place among WIDTH lanes of a warp differs in the bits of MASK."""
+    rows: tl.constexpr = x.shape[0] // WIDTH
+    place = tl.broadcast_to((tl.arange(0, WIDTH) ^ MASK)[None, :], [rows, WIDTH])
+    return tl.reshape(tl.gather(tl.reshape(x, [rows, WIDTH]), place, 1), [rows * WIDTH])
+
+
+@triton.jit
+def _shared_sums(vectors, turn, DISTANCE: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums of 2^k vectors over the channels of WIDTH lanes: channel c, whose lanes have `turn` c, gets number c % 2^k.
+
+    Neighbours, DISTANCE lanes apart, each give away half of the vectors, then those twice as far apart half of what is
+    left, and so on: half as many numbers change lanes as if every channel got every sum, or fewer.
+    """
+    if len(vectors) > 1:
+        odd = turn % 2 == 1
+        half = ()
+        for j in tl.static_range(len(vectors) // 2):
+            kept = tl.where(odd, vectors[2 * j + 1], vectors[2 * j])
+            given = tl.where(odd, vectors[2 * j], vectors[2 * j + 1])
+            half = half + (kept + _from_other_lane(given, DISTANCE, WIDTH),)
+        return _shared_sums(half, turn // 2, 2 * DISTANCE, WIDTH)
+    elif DISTANCE < WIDTH:
+        both = vectors[0] + _from_other_lane(vectors[0], DISTANCE, WIDTH)
+        return _shared_sums((both,), turn, 2 * DISTANCE, WIDTH)
     else:
-        parts = tl.reshape(x, [x.shape[0] // (SHARE * SUB), SHARE, SUB])
-        total = tl.sum(parts, axis=1)
-        return tl.reshape(tl.broadcast_to(total[:, None, :], parts.shape), [x.shape[0]])
+        return vectors[0]
 
 
 @triton.jit
@@ -168,7 +187,7 @@ def _selective_scan_bwd_kernel(
     LANES: tl.constexpr = BLOCK_D * SUB
     STEPS: tl.constexpr = min(SUB, TIME)
     SLOTS: tl.constexpr = SAVED // TIME
-    # Sums over channels: first over the SHARE channels of a warp; of 2 K sums a channel then keeps one of every SHARE.
+    # Sums over channels: first over the SHARE channels of a warp; of 2 K sums a channel gets one of every SHARE.
     SHARE: tl.constexpr = min(BLOCK_D, max(1, 32 // SUB))
     KEPT: tl.constexpr = (2 * K + SHARE - 1) // SHARE
     row, group, block, channel, sub, ok, begin, end = _place(length, part_length, CHANNELS, GROUPS, BLOCK_D, SUB)
@@ -279,11 +298,10 @@ def _selective_scan_bwd_kernel(
                 sums = dBs + dCs
                 at_i = ()
                 for v in tl.static_range(KEPT):
-                    mixed = tl.zeros([LANES], ACC)
+                    vectors = ()
                     for j in tl.static_range(min(SHARE, 2 * K - v * SHARE)):
-                        total = _over_channels(tl.where(ok, sums[v * SHARE + j], 0.0), SUB, SHARE)
-                        mixed = tl.where(turn == j, total, mixed)
-                    at_i = at_i + (mixed,)
+                        vectors = vectors + (tl.where(ok, sums[v * SHARE + j], 0.0),)
+                    at_i = at_i + (_shared_sums(vectors, turn, SUB, SHARE * SUB),)
                 kept = (at_i,) + kept
                 if i % STEPS == 0:
                     t = start + i + sub
