@@ -124,7 +124,7 @@ def dag_order(edge_index: Tensor, num_nodes: int, *, batch: Tensor | None = None
     level = _levels(source, target, num_nodes, batch)
     perm = torch.argsort(level, stable=True)
     inverse = torch.empty_like(perm)
-    inverse[perm] = torch.arange(num_nodes)
+    inverse[perm] = torch.arange(num_nodes, device="cpu")
     level_ptr = _pointer(level, int(level.max()) + 1 if num_nodes else 0)
 
     src, dst = inverse[source], inverse[target]
@@ -202,7 +202,7 @@ def _levels(source: Tensor, target: Tensor, num_nodes: int, batch: Tensor | None
     followers = target[by_source]
     pointer = _pointer(source, num_nodes)
     waiting = torch.bincount(target, minlength=num_nodes)
-    level = torch.full((num_nodes,), -1)
+    level = torch.full((num_nodes,), -1, device="cpu")
     frontier = (waiting == 0).nonzero()[:, 0]
     depth = 0
     while frontier.numel():
@@ -212,7 +212,7 @@ def _levels(source: Tensor, target: Tensor, num_nodes: int, batch: Tensor | None
         level[frontier] = depth
         counts = pointer[frontier + 1] - pointer[frontier]
         first = torch.repeat_interleave(pointer[frontier] - counts.cumsum(0) + counts, counts)
-        reached = followers[first + torch.arange(first.numel())]
+        reached = followers[first + torch.arange(first.numel(), device="cpu")]
         waiting.index_add_(0, reached, waiting.new_full((reached.numel(),), -1))
         frontier = reached[waiting[reached] == 0].unique()
         depth += 1
@@ -237,7 +237,7 @@ def _levels_one_by_one(
                     reached.append(follower)
         nodes = reached
         depth += 1
-    return torch.tensor(found)
+    return torch.tensor(found, device="cpu")
 
 
 def _describe_cycle(source: Tensor, target: Tensor, level: Tensor, batch: Tensor | None) -> str:
