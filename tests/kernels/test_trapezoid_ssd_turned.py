@@ -109,11 +109,12 @@ def test_twice_the_same_bits_and_nothing_left_unwritten(device):
         {"l": 140, "h": 2, "p": 6, "n": 128},
         {"l": 40, "h": 4, "p": 5, "n": 77, "g": 2, "r": 2, "s": 20, "rotation": "half", "packed": True, "x_rank": True},
         {"l": 30, "h": 1, "p": 3, "n": 100, "s": 3, "state": False},
+        {"l": 130, "h": 1, "p": 3, "n": 64, "packed": True},
     ],
     ids=str,
 )
-def test_gradients_where_half_of_the_columns_stand_still(size, device, monkeypatch):
-    """Keys and queries of wide states are written turned only as far as they turn."""
+def test_gradients_of_rows_that_are_not_cut(size, device, monkeypatch):
+    """Keys and queries of wide states are written turned only as far as they turn, 64 columns."""
     from omnissm.kernels.trapezoid_ssd import triton_impl
 
     widths = []
