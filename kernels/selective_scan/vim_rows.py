@@ -173,7 +173,7 @@ def _sum(x: Tensor) -> Tensor:
 
 def _softplus(x: Tensor, out: Tensor) -> None:
     """log(1 + e^x); in half the time where nothing can overflow."""
-    if x.max() > 20:
+    if not x.max() <= 20:  # a NaN, too: beside it another row may have large ones
         torch.ops.aten.softplus.out(x, out=out)
     else:
         torch.exp(x, out=out).log1p_()

@@ -76,6 +76,18 @@ def test_wide_steps():
     assert relative_error(y, expected) < 3e-6
 
 
+def test_a_nan_stays_in_its_row():
+    """Also where the other row's steps are too long for their exponentials."""
+    inputs = [one.float() for one in arguments(2, 9, 6)]
+    inputs[0][1] *= 1000
+    expected = call(*inputs)[1]
+    assert expected.isfinite().all()
+    inputs[0][0, 4] = torch.nan
+    found = call(*inputs)
+    assert found[0, 4].isnan().all()
+    torch.testing.assert_close(found[1], expected)
+
+
 def test_second_derivatives():
     wide = [one.requires_grad_() for one in arguments(1, 9, 4)]
     narrow = [one.detach().float().requires_grad_() for one in wide]
