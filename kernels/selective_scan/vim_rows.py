@@ -4,7 +4,7 @@
     y = scan(u, dt, -exp(A_log), B, C) + D u;    out = out_proj((y forward + y from the end) silu(z))
 
 A row, or a few short ones, goes through all of it before the next, so that what is between two steps stays in the
-cache. For the gradient the input is kept and every eighth state; the rest is formed again.
+cache. For the gradient the input is kept, y forward + y backward and every eighth state; the rest is formed again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..causal_conv1d.op import causal_conv1d
 from ..dispatch import autocast_enabled, choose
 from ..transforms import apply, traced, transforming
-from .both_ends import NUMBERS, TILE, BothEnds, InputGradients, Inputs
+from .both_ends import NUMBERS, TILE, BothEnds, BothGradients, InputGradients, Inputs
 from .op import selective_scan
 
 
@@ -121,15 +121,24 @@ class _Block:
     cache."""
 
     def __init__(self, layer: _Layer, batch: int) -> None:
-        self.layer, self.scan = layer, BothEnds(layer.A, batch, layer.backward)
-        channels = layer.A.shape[2]
+        self.layer = layer
+        _, states, channels = layer.A.shape
+        rank = layer.sides[0].dt_proj.shape[1]
         new, wide = layer.A.new_empty, (layer.length, batch, 2, channels)
         self.projected = new(layer.length, batch, 2 * channels)
         self.x, self.z = self.projected.chunk(2, dim=-1)
-        self.line, self.before, self.dt, self.weighted = (new(wide) for _ in range(4))
+        self.line, self.before, self.dt, weighted = (new(wide) for _ in range(4))
         # The gradient needs what came before an activation.
         self.u, self.raw = (new(wide), new(wide)) if layer.backward else (self.before, self.dt)
-        self.maps = new(*wide[:3], len(layer.sides[0].x_proj))
+        self.maps = new(*wide[:3], rank + 2 * states)
+        self.low, B, C = self.maps.split([rank, states, states], dim=-1)
+        self.inputs = Inputs(self.dt, weighted, B, C)
+        if layer.backward:
+            self.dy, du, ddt = (new(wide) for _ in range(3))
+            self.found = InputGradients(du, ddt, *(new(*wide[:3], states) for _ in "BC"))
+            self.gradients = BothGradients(layer.A, self.inputs, self.dy, self.found)
+        else:
+            self.scan = BothEnds(layer.A, self.inputs, weighted)
 
     def fill(self, x: Tensor) -> None:
         layer = self.layer
@@ -140,19 +149,17 @@ class _Block:
         for k, source, target in layer.shifts:
             self.before[target].addcmul_(self.line[source], layer.taps[k])
         torch.ops.aten.silu.out(self.before, out=self.u)
-        rank = layer.sides[0].dt_proj.shape[1]
-        self.low, B, C = self.maps.split([rank, *2 * [layer.A.shape[1]]], dim=-1)
         for k, side in enumerate(layer.sides):
-            maps, low, raw = (one.flatten(0, 1)[:, k] for one in (self.maps, self.low, self.raw))
-            torch.mm(self.u.flatten(0, 1)[:, k], side.x_proj.mT, out=maps)
+            u, maps, low, raw = (one.flatten(0, 1)[:, k] for one in (self.u, self.maps, self.low, self.raw))
+            torch.mm(u, side.x_proj.mT, out=maps)
             torch.addmm(side.dt_bias, low, side.dt_proj.mT, out=raw)
         _softplus(self.raw, self.dt)
-        torch.mul(self.dt, self.u, out=self.weighted)
-        self.inputs = Inputs(self.u, self.dt, self.weighted, B, C.contiguous())
+        torch.mul(self.dt, self.u, out=self.inputs.weighted)
 
-    def total(self, y: Tensor) -> Tensor:
-        """The sum of both directions from what they scanned, which is added to, (l, b, d)."""
-        return _sum(y.addcmul_(self.u, self.layer.D))
+    def total(self, saved: Tensor | None) -> Tensor:
+        """Scan; the sum of both directions, (l, b, d)."""
+        self.scan.forward(saved)
+        return _sum(self.inputs.weighted.addcmul_(self.u, self.layer.D))
 
 
 def _in_front(x: Tensor) -> Tensor:
@@ -180,35 +187,38 @@ def _softplus(x: Tensor, out: Tensor) -> None:
 
 
 class _Rows(torch.autograd.Function):
-    """The layer; returns the kept states too."""
+    """The layer; returns what else is kept too: the sum of both directions, and states."""
 
     @staticmethod
-    def forward(kept: bool, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(kept: bool, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         layer = _Layer(x, weights)
         out = x.new_empty(*x.shape[:2], len(layer.out_proj))
+        totals = x.new_empty(*x.shape[:2] if kept else (0, 0), layer.A.shape[2])
         saved = x.new_empty(-(-layer.length // TILE) if kept else 0, len(x), *layer.A.shape)
         for rows in layer.rows:
             block = layer.block(x[rows])
-            y = block.weighted
-            block.scan.forward(block.inputs, saved[:, rows] if kept else None, y)
-            gated = F.silu(block.z).mul_(block.total(y))
-            out[rows] = (gated.flatten(0, 1) @ layer.out_proj.mT).unflatten(0, y.shape[:2]).transpose(0, 1)
-        return out, saved
+            total = block.total(saved[:, rows] if kept else None)
+            if kept:
+                totals[rows] = total.transpose(0, 1)
+            gated = F.silu(block.z).mul_(total)
+            out[rows] = (gated.flatten(0, 1) @ layer.out_proj.mT).unflatten(0, gated.shape[:2]).transpose(0, 1)
+        return out, totals, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[1:], output[1])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1:], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights, saved = ctx.saved_tensors
+        x, *weights, totals, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient
             return None, *torch.func.vjp(_written_out, x, *weights)[1](dout)
         layer = _Layer(x, tuple(weights), backward=True)
         dx, sums = torch.empty_like(x), _Sums(layer)
         for rows in layer.rows:
-            dx[rows] = sums.add(layer.block(x[rows]), saved[:, rows], _in_front(dout[rows]))
+            dx[rows] = sums.add(layer.block(x[rows]), totals[rows].transpose(0, 1), saved[:, rows], dout[rows])
         return None, dx, *sums.of_weights()
 
 
@@ -222,20 +232,16 @@ class _Sums:
         self.dt_bias = torch.zeros_like(layer.D)
         self.x_proj = [torch.zeros_like(side.x_proj) for side in layer.sides]
         self.dt_proj = [torch.zeros_like(side.dt_proj) for side in layer.sides]
-        self.buffers: dict[int, list[Tensor]] = {}
 
-    def add(self, block: _Block, saved: Tensor, dout: Tensor) -> Tensor:
-        """Add those of some rows from `dout`, (l b, m); returns that of x, (b, l, m)."""
+    def add(self, block: _Block, total: Tensor, saved: Tensor, dout: Tensor) -> Tensor:
+        """Add those of some rows, with their sums of both directions, (l, b, d), and states; returns that of x."""
         layer, u, z, shape = self.layer, block.u, block.z, block.z.shape
-        if shape[1] not in self.buffers:
-            self.buffers[shape[1]] = [torch.empty_like(u) for _ in range(4)]
-        dy, y, du, ddt = self.buffers[shape[1]]
+        dout, dy, found, scratch = _in_front(dout), block.dy, block.found, block.inputs.weighted
         dgated, gate = (dout @ layer.out_proj).view(shape), F.silu(z)
         _both(gate * dgated, dy)
-        found = InputGradients(du, ddt, *(torch.empty_like(block.inputs.C) for _ in "BC"))
-        block.scan.backward(block.inputs, dy, saved, y, found, self.A_log)
-        total = block.total(y)
-        self.D += torch.mul(dy, u, out=y).sum((0, 1))
+        block.gradients.backward(saved, self.A_log)
+        du, ddt = found.weighted, found.through
+        self.D += torch.mul(dy, u, out=scratch).sum((0, 1))
         torch.ops.aten.silu_backward.grad_input(dgated.mul_(total), z, grad_input=z)
         self.out_proj.addmm_(dout.mT, gate.mul_(total).flatten(0, 1))
         draw = ddt.addcmul_(u, du).mul_(block.raw.sigmoid_()).flatten(0, 1)
@@ -249,10 +255,10 @@ class _Sums:
             self.dt_proj[k].addmm_(draw[:, k].mT, low[:, k])
         dbefore = torch.ops.aten.silu_backward.grad_input(du, block.before, grad_input=du)
         self.conv_bias += dbefore.sum((0, 1))
-        self.taps[-1] += torch.mul(dbefore, block.line, out=y).sum((0, 1))
+        self.taps[-1] += torch.mul(dbefore, block.line, out=scratch).sum((0, 1))
         dline = torch.mul(dbefore, layer.taps[-1], out=ddt)
         for k, source, target in layer.shifts:
-            self.taps[k] += torch.mul(dbefore[target], block.line[source], out=y[target]).sum((0, 1))
+            self.taps[k] += torch.mul(dbefore[target], block.line[source], out=scratch[target]).sum((0, 1))
             dline[source].addcmul_(dbefore[target], layer.taps[k])
         block.x.copy_(_sum(dline))
         dprojected = block.projected.flatten(0, 1)

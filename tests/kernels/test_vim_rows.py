@@ -107,7 +107,7 @@ def test_what_is_kept_and_what_is_left_to_the_parts():
         call(*inputs)
     given = {one.data_ptr() for one in inputs}
     beside = sum(one.numel() for one in kept if one.data_ptr() not in given)
-    assert beside == 64 // 8 * 2 * 2 * 6 * 4  # every eighth state of both sides
+    assert beside == 2 * 64 * 6 + 64 // 8 * 2 * 2 * 6 * 4  # the outputs' sum, and every eighth state of both sides
     assert call(*(one.double() for one in inputs)) is None
     assert call(inputs[0][:, :0], *inputs[1:]) is None
     with use_backend("reference"):
