@@ -99,6 +99,8 @@ def gradient_tiles(x: Tensor, n: int, chunk: int = 0, of: str = "") -> GradientT
 def _gradient_tiles(headdim: int, state: int, dtype: torch.dtype, chunk: int, of: str) -> GradientTiles:
     names = f"{of}short links" if chunk else f"{of}links", f"{of}maps", "sweep"
     links, maps, sweep = (tiles(kernel, headdim, state, dtype) for kernel in names)
+    if not (of or chunk or INTERPRETED) and dtype == torch.float32 and (headdim, state) == (64, 128):
+        sweep = Tiles(32, 4, 2)  # shared memory has room for short chunks, with the next ones loaded ahead
     chunk = chunk or links.chunk
     of_sweep = min(sweep.chunk, chunk)
     return GradientTiles(
