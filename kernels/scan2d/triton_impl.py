@@ -10,7 +10,8 @@ waiting for the others.
 Of the states only those borders and every R-th row are written. The backward pass walks the strips from the right and
 their chunks from the bottom: it forms the R rows of a chunk again from the row above it and the border to its left,
 leaves them in a scratch buffer, and goes back over them with the adjoints of the row below in registers. Sums over
-channels leave a program as partial sums that are added in a fixed order: no atomics. Directions are signs of steps.
+channels leave a program as partial sums, which a kernel of their own adds in a fixed order; a second launch for the
+other half of the channels adds to those of the first, each number in one program. Directions are signs of steps.
 """
 
 from __future__ import annotations
