@@ -19,7 +19,8 @@ def _whole(least: int) -> Callable[[Any], bool]:
 
 
 def _is_part(value: Any) -> bool:
-    return value >= 0 if isinstance(value, int) else isinstance(value, float) and 0 <= value <= 1
+    """Whole numbers may come as floats, as a parser of options may make them."""
+    return isinstance(value, (int, float)) and value >= 0 and (value <= 1 or value % 1 == 0)
 
 
 def _is_bound(value: Any) -> bool:
@@ -28,7 +29,7 @@ def _is_bound(value: Any) -> bool:
 
 def _is_interval(value: Any) -> bool:
     """A text or a span of time is left to Lightning."""
-    return not isinstance(value, (int, float)) or (value >= 1 if isinstance(value, int) else 0 < value <= 1)
+    return not isinstance(value, (int, float)) or (0 < value <= 1 if value % 1 else value >= 1)
 
 
 _PART: Rule = (_is_part, "a number of batches, or a share between 0.0 and 1.0")

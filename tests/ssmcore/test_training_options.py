@@ -25,6 +25,7 @@ def gpus(monkeypatch):
         {"max_epochs": None, "gradient_clip_val": None, "val_check_interval": None},
         {"max_epochs": -1, "max_steps": -1, "min_epochs": 0, "num_sanity_val_steps": -1, "log_every_n_steps": 0},
         {"limit_train_batches": 0.5, "limit_val_batches": 0, "limit_test_batches": 1.0, "overfit_batches": 3},
+        {"limit_train_batches": 40.0, "val_check_interval": 10.0},
         {"val_check_interval": 0.25},
         {"val_check_interval": 10, "check_val_every_n_epoch": None},
         {"val_check_interval": "00:01:00:00"},
