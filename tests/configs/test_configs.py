@@ -117,7 +117,8 @@ def run(words: list[str], domain: str) -> CLI:
 
 
 @pytest.mark.parametrize("path", TRAINERS, ids=name)
-def test_trainer_fragments_parse_beside_a_run(path):
+def test_trainer_fragments_parse_beside_a_run(path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # one of them asks for a GPU
     own = yaml.safe_load(path.read_text())
     assert set(own) == {"trainer"}
     found = yaml.safe_load(parse(["-c", str(RUNS[0]), "-c", str(path)], RUNS[0].parent.name).text)["trainer"]
