@@ -13,7 +13,7 @@ from ..replay import replayed
 from ..transforms import apply, call, one_by_one, operator
 from ..triton_utils import next_power_of_2, on_device, quick
 from .state import rotate, spin
-from .triton_step import _turned
+from .triton_step import _pairs, _turned
 
 
 def last_key(phi: Tensor, B: Tensor, bias: Tensor, half: bool) -> Tensor:
@@ -39,16 +39,7 @@ def _last_key_kernel(
     groups, group = heads // heads_per_group, head // heads_per_group
     n = tl.arange(0, BLOCK_N)
     ok = n < N
-    if HALF:
-        first = n < N // 2
-        pair = tl.where(first, n, n - N // 2)
-        partner = tl.where(first, n + N // 2, n - N // 2)
-    else:
-        first = n % 2 == 0
-        pair = n // 2
-        partner = tl.where(first, n + 1, n - 1)
-    turns = pair < S
-    partner = tl.where(turns, partner, n)
+    first, pair, partner, turns = _pairs(n, N, S, HALF)
     phi = tl.load(phi_ptr + (row * heads + head) * S + pair, mask=turns & ok, other=0.0).to(ACC)
     cos = tl.where(turns, tl.cos(phi), 1.0)
     sin = tl.where(turns, tl.sin(phi), 0.0)

@@ -15,6 +15,21 @@ from ..triton_utils import INTERPRETED, next_power_of_2, on_device, quick
 
 
 @triton.jit
+def _pairs(n, N: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr):
+    """Of the entries [n] of a key: whether they come first in their pair, which pair, its other entry, if it turns."""
+    if HALF:
+        first = n < N // 2
+        pair = tl.where(first, n, n - N // 2)
+        partner = tl.where(first, n + N // 2, n - N // 2)
+    else:
+        first = n % 2 == 0
+        pair = n // 2
+        partner = tl.where(first, n + 1, n - 1)
+    turns = pair < S
+    return first, pair, tl.where(turns, partner, n), turns
+
+
+@triton.jit
 def _turned(ptr, bias_ptr, of_rank, n, partner, ok, cos, sin, HAS_BIAS: tl.constexpr):
     """A key or query [n] with its bias, turned: `partner` is the other entry of a pair, `sin` has the sign of n's."""
     own = tl.load(ptr + n, mask=ok, other=0.0).to(cos.dtype)
@@ -45,16 +60,7 @@ def _trapezoid_step_kernel(
     of_head, of_state = row * heads + head, slot * heads + head
     n = tl.arange(0, BLOCK_N)
     n_ok = n < N
-    if HALF:
-        first = n < N // 2
-        pair = tl.where(first, n, n - N // 2)
-        partner = tl.where(first, n + N // 2, n - N // 2)
-    else:
-        first = n % 2 == 0
-        pair = n // 2
-        partner = tl.where(first, n + 1, n - 1)
-    turns = pair < S
-    partner = tl.where(turns, partner, n)
+    first, pair, partner, turns = _pairs(n, N, S, HALF)
 
     # The angles of this position; all that is read of the old state is read before any of it is written.
     gamma = tl.load(gamma_ptr + of_head).to(ACC)
