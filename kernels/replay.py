@@ -46,7 +46,7 @@ def replayed(launcher: Launcher) -> Launcher:
     settings of float32 products and autocast, and whether a CUDA graph is being recorded. A launcher must depend on
     nothing else: it reads no value of a tensor on the GPU, launches `quick` kernels alone, and takes its arguments by
     position. Calls with tensors elsewhere, with one tensor twice or while a profiler sees every launch are not
-    replayed, nor are kinds first met while tiles are searched.
+    replayed, and nothing is recorded while tiles are searched.
     """
 
     @functools.wraps(launcher)
@@ -60,8 +60,8 @@ def replayed(launcher: Launcher) -> Launcher:
         if found is None:
             if len(_known) >= _MOST:
                 _known.clear()
-            _known[kind] = INTERPRETED or not autotuning()
-        if not found:
+            _known[kind] = True
+        if not found or autotuning():
             return launcher(*arguments)
         recorder = _Recorder(tensors)
         outputs = recorder.run(launcher, arguments)
@@ -114,7 +114,7 @@ def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tup
     if not tensors or len(set(map(id, tensors))) < len(tensors) or recording.by is not None:
         return None, tensors
     device = tensors[0].device.type
-    key += torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device)
+    key += torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     if INTERPRETED:
         return (tuple(key) if _in_interpreter else None), tensors
     # Triton launches on the current GPU.
