@@ -12,12 +12,19 @@ from torch.nn import functional as F
 from .edges import Bucket, GraphEdges
 
 
-def dense(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, edges: GraphEdges) -> Tensor:
-    """Exact; by the mask (I - A)^{-1} for small graphs, by the states for those with more nodes than state numbers."""
+def dense(
+    x: Tensor, weight: Tensor, B: Tensor, C: Tensor, edges: GraphEdges, largest: int | None = None
+) -> Tensor:
+    """Exact; by the mask (I - A)^{-1} for small graphs, by the states for those with more nodes than state numbers.
+
+    Graphs of more than `largest` nodes are left out: zeros.
+    """
     groups, size = B.shape[1:]
     results: list[Tensor] = []
     nodes: list[Tensor] = []
     for bucket in edges.in_buckets():
+        if largest is not None and bucket.size > largest:
+            continue
         A = adjacency(weight, bucket)
         identity = torch.eye(bucket.size, dtype=A.dtype, device=A.device)
         values, keys, readers = (_gather(tensor, bucket) for tensor in (x, B, C))
@@ -104,8 +111,8 @@ def _collect(y: Tensor, bucket: Bucket, results: list[Tensor], nodes: list[Tenso
 
 
 def _without_padding(results: list[Tensor], nodes: list[Tensor], count: int) -> Tensor:
-    """Rows in the order of the nodes."""
+    """Rows in the order of the nodes; zeros for nodes that are in no bucket."""
     every = torch.cat(nodes)
-    place = torch.empty(count + 1, dtype=torch.long, device=every.device)
+    place = torch.full((count + 1,), len(every), dtype=torch.long, device=every.device)
     place[every] = torch.arange(len(every), device=every.device)
-    return torch.cat(results)[place[:count]]
+    return torch.cat([*results, torch.zeros_like(results[0][:1])])[place[:count]]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dag_scan.order import DagOrder, dag_order
 
+LARGEST_DENSE = 512
 _SMALL = 16
 
 
@@ -161,7 +162,7 @@ def _buckets(index: Tensor, ptr: Tensor) -> tuple[Bucket, ...]:
     """Graphs of similar size together.
 
     All up to 16 nodes share one size: to solve them one by one takes longer than their padding. Larger ones are padded
-    to at most 1.5 times their own, or 32 nodes more.
+    to at most 1.5 times their own, or 32 nodes more; none to more than 512 nodes that has fewer.
     """
     sizes = ptr.diff()
     graph = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes)
@@ -170,7 +171,8 @@ def _buckets(index: Tensor, ptr: Tensor) -> tuple[Bucket, ...]:
         size = int(sizes[number])
         if size == 0:
             break
-        if groups and int(sizes[groups[-1][0]]) <= max(_SMALL, min(1.5 * size, size + 32)):
+        first = int(sizes[groups[-1][0]]) if groups else 0
+        if groups and first <= max(_SMALL, min(1.5 * size, size + 32)) and not size <= LARGEST_DENSE < first:
             groups[-1].append(number)
         else:
             groups.append([number])

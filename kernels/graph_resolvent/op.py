@@ -13,12 +13,11 @@ from ..checks import check_devices, check_floating, check_shapes
 from ..dag_scan.op import dag_scan
 from ..dispatch import Backend, choose
 from .dense import dense, series
-from .edges import GraphEdges
+from .edges import LARGEST_DENSE, GraphEdges
 from .iterative import iterative
 from .reference import graph_resolvent_reference
 
 Method = Literal["auto", "dag", "dense", "series", "iterative"]
-_LARGEST_DENSE = 512
 
 
 def graph_resolvent(
@@ -32,7 +31,8 @@ def graph_resolvent(
     method: Method = "auto",
     signed: bool = False,
     tol: float = 1e-5,
-    max_iter: int = 500,
+    max_iter: int | None = None,
+    spectral_bound: float | None = None,
     terms: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -49,10 +49,13 @@ def graph_resolvent(
         edges: `graph_edges(edge_index, v, ptr=...)`, on the same device.
         method: "auto" (see `choose_method`); "dag": `dag_scan`, for graphs without cycles; "dense": exact, by
             dense matrices of the graphs' sizes; "series": the first terms of sum A^k; "iterative": fixed-point
-            iteration, whose error is at most `tol` times the norm of x B^T.
+            iteration, whose error is at most `tol` times the norm of the graph's x B^T.
         signed: `edge_decay` is the weight, of any sign.
         tol: Tolerance of the iteration.
-        max_iter: Most iterations.
+        max_iter: Most iterations; None: as many as weights that sum to this much can need, at most 2,000.
+        spectral_bound: For the iteration, where the spectral norm of the weights is known to be at most this, below 1,
+            and their sums may be larger: norms are Euclidean, and symmetric weights (a_uv = a_vu) are solved by
+            conjugate gradients. None: the sums bound the weights.
         terms: Terms of the series, rounded up to a power of two; None: as many as each graph's diameter (its longest
             path if it has no cycle) asks for.
         backend: "auto", "reference" or "chunked"; see `omnissm.kernels.use_backend`. The reference is the dense
@@ -64,7 +67,8 @@ def graph_resolvent(
     Raises:
         TypeError: if an argument is of the wrong type.
         ValueError: if shapes or devices disagree, an option is unknown, `edges` are those of another graph, the method
-            is "dag" and there is a cycle, or the weights of an iteration do not sum to less than 1.
+            is "dag" and there is a cycle, or the weights of an iteration do not sum to less than 1 (do not keep
+            `spectral_bound`).
         ConvergenceError: if the iteration does not reach `tol`.
         BackendError: if `backend` is named explicitly and cannot run here, or a second derivative of an iteration is
             asked for.
@@ -92,11 +96,14 @@ def graph_resolvent(
         raise ValueError(f"`B` has g={groups}, expected a divisor of h={heads} (from `x`).")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
-    if tol <= 0 or max_iter < 1 or (terms is not None and terms < 1):
+    if tol <= 0 or (max_iter is not None and max_iter < 1) or (terms is not None and terms < 1):
         raise ValueError(f"tol, max_iter and terms must be positive, got {tol}, {max_iter} and {terms}.")
+    if spectral_bound is not None and not 0 < spectral_bound < 1:
+        raise ValueError(f"spectral_bound must lie between 0 and 1, got {spectral_bound}.")
     if x.numel() == 0 or sizes["n"] == 0:
         return torch.zeros_like(x)
-    method = choose_method(edges)[0] if method == "auto" else method
+    by_size = method == "auto"
+    method = choose_method(edges)[0] if by_size else method
     if method == "dag" and edges.order is None:
         raise ValueError("method='dag' needs graphs without cycles; use 'dense' or 'iterative'.")
     implementation = choose(backend, x, op="graph_resolvent", implementations=("reference", "chunked"))
@@ -118,17 +125,22 @@ def graph_resolvent(
             case "series":
                 y = series(values, weight, B, C, edges, terms)
             case _:
-                y = iterative(values, weight, B, C, edges, tol, max_iter)
+                large = edges.ptr.diff() > LARGEST_DENSE
+                mixed = by_size and not bool(large.all())
+                y = iterative(values, weight, B, C, edges, tol, max_iter, spectral_bound, large if mixed else None)
+                if mixed:  # a small graph is solved as it would be alone
+                    y = y + dense(values, weight, B, C, edges, LARGEST_DENSE)
         return y.to(x.dtype)
 
 
 def choose_method(edges: GraphEdges) -> tuple[Method, str]:
-    """The method that "auto" takes for a batch of graphs, and why."""
+    """The method that "auto" takes for a batch of graphs, and why; with "iterative", small graphs are still solved
+    densely."""
     if edges.order is not None:
         return "dag", "no graph has a cycle"
-    if edges.largest <= _LARGEST_DENSE:
-        return "dense", f"the largest graph has {edges.largest} nodes, at most {_LARGEST_DENSE}"
-    return "iterative", f"the largest graph has {edges.largest} nodes, more than {_LARGEST_DENSE}"
+    if edges.largest <= LARGEST_DENSE:
+        return "dense", f"the largest graph has {edges.largest} nodes, at most {LARGEST_DENSE}"
+    return "iterative", f"the largest graph has {edges.largest} nodes, more than {LARGEST_DENSE}"
 
 
 @contextlib.contextmanager

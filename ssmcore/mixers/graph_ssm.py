@@ -10,6 +10,7 @@ Source: Lahoti, Marwah, Puduppully & Gu (2025), "Chimera: State Space Models Bey
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -112,8 +113,9 @@ class GraphSSM(nn.Module):
             both ends and the edge, divided by their number or its root; "symmetric": equal in both directions.
             None: "target" if acyclic, else "mean".
         edge_norm: What weights are divided by: "none"; "sqrt_in", "sqrt_both", "in": functions of the number of edges
-            into the target (and source); "out", "in_sum": sums of weights that leave the source (enter the target),
-            times `gamma`; "sym": both, needs symmetric steps. None: "in" if acyclic, else "out".
+            into the target (and source), the first of which lets states of deep graphs grow where steps are short;
+            "out", "in_sum": sums of weights that leave the source (enter the target), times `gamma`; "sym": both, needs
+            symmetric steps. None: "in" if acyclic, else "out".
         input_gain: "target_step": the target's step, as in Mamba-2; "own": a step of its own. None: "target_step" with
             edge_step "target", else "own".
         learn_a: Learn the decay rate of each head, else 1.
@@ -188,6 +190,7 @@ class GraphSSM(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         wide: dict[str, Any] = {"device": device}
         wide["dtype"] = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.growth_seen = self.edge_norm != "sqrt_in"
         self.step_names = self._needed_steps()
         directions, width = 1 + bidirectional, self.d_inner + 2 * ngroups * d_state
         self.n_steps = directions * len(self.step_names) * self.nheads
@@ -310,12 +313,32 @@ class GraphSSM(nn.Module):
                 edge = None if edge_raw is None else F.softplus(edge_raw[:, direction] + self.dt_bias[direction])
                 ends = graph.edge_index if direction == 0 else graph.edge_index.flip(0)
                 gain = steps["gain" if self.input_gain == "own" else "target"]
+                if not self.growth_seen and not torch.compiler.is_compiling():
+                    self._warn_of_growth(steps, edge, graph, direction)
                 decay = self._edge_decay(steps, edge, ends, direction)
                 scans.append(_Scan(wide * gain[..., None], decay, B, C, gain, wide))
         return z, wide, scans
 
     def _bias(self, name: str) -> Tensor:
         return self.leak_bias if name == "leak" else self.dt_bias
+
+    def _warn_of_growth(
+        self, steps: dict[str, Tensor], edge: Tensor | None, graph: GraphTopology, direction: int
+    ) -> None:
+        """Say once that paths of a deep DAG multiply: two that meet with weights over sqrt(2) need steps of ln(2)/2."""
+        order = graph.edges.order
+        if order is None or order.kind != "dag" or order.num_levels <= 33:
+            return
+        self.growth_seen = True
+        ends = graph.edge_index if direction == 0 else graph.edge_index.flip(0)
+        step = self._edge_steps(steps, edge, *ends).detach()
+        rate = 1.0 if self.A_log is None else self.A_log[direction].detach().exp()
+        if float((rate * step).mean()) < 0.35:
+            warnings.warn(
+                f"edge_norm='sqrt_in' on a graph of {order.num_levels} levels with short steps: states may grow with "
+                "every level. edge_norm='in' keeps them bounded.",
+                stacklevel=4,
+            )
 
     def _edge_decay(self, steps: dict[str, Tensor], edge: Tensor | None, ends: Tensor, direction: int) -> Tensor:
         """Logarithms of the weights, (e, h)."""
@@ -382,7 +405,8 @@ class GraphSSM(nn.Module):
             return self._scan_grid(scan, graph.grid, direction)
         if edges.order is not None:
             return dag_scan(*arguments, edges.order)
-        return graph_resolvent(*arguments, edges, method=self.method)
+        bound = self.gamma if self.edge_norm == "sym" else None  # sums of such weights may be above 1
+        return graph_resolvent(*arguments, edges, method=self.method, spectral_bound=bound)
 
     def _by_grid(self, x: Tensor) -> bool:
         """Whether a grid is for the 2-D scan: a cell takes the mean of its two sides, each with the cell's own step.

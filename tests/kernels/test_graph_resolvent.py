@@ -62,6 +62,90 @@ def test_a_batch_is_its_graphs_one_by_one(method):
     assert relative_error(found, separate) < (1e-9 if method == "iterative" else 1e-13)
 
 
+@pytest.mark.parametrize("method", ["auto", "iterative"])
+def test_a_small_graph_beside_a_large_one_with_large_values(method):
+    """To the last digit: neither the method nor when it stops hangs on the neighbours."""
+    graphs = [inputs_of(v=v, e=2 * v, seed=v, dtype=torch.float32) for v in (7, 540, 520, 12)]
+    for k, graph in enumerate(graphs):
+        graph["x"] *= 1e4 if k == 1 else 1
+        graph["method"] = method
+    graphs[2]["edge_decay"] -= 3  # contracts more than the others
+    starts = torch.tensor([0, 7, 547, 1067, 1079])
+    edge_index = torch.cat([graph["edge_index"] + start for graph, start in zip(graphs, starts)], dim=1)
+    names = ("x", "edge_decay", "B", "C")
+    joined = {name: torch.cat([graph[name] for graph in graphs]) for name in names}
+    joined |= {"edge_index": edge_index, "edges": graph_edges(edge_index, 1079, ptr=starts), "method": method}
+    cotangents = [{"y": torch.randn_like(graph["x"])} for graph in graphs]
+    alone = [
+        run_with_gradients(graph_resolvent, graph | {"tol": 1e-5}, ("y",), one)
+        for graph, one in zip(graphs, cotangents, strict=True)
+    ]
+    every = {"y": torch.cat([one["y"] for one in cotangents])}
+    together = run_with_gradients(graph_resolvent, joined | {"tol": 1e-5}, ("y",), every)
+    sizes = [len(graph["x"]) for graph in graphs]
+    for name, value in together.items():
+        counts = [graph["edge_index"].shape[1] for graph in graphs] if "edge_decay" in name else sizes
+        for found, one in zip(value.split(counts), alone, strict=True):
+            assert relative_error(found, one[name]) < 1e-6, name
+
+
+def symmetric(v, edges, gamma):
+    """Weights gamma w / sqrt(d_u d_v) on undirected edges, parallel ones among them: their spectral norm is gamma."""
+    edge_index = torch.cat([edges, edges.flip(0)], dim=1)
+    weight = torch.rand(edges.shape[1], 2, dtype=torch.float64).repeat(2, 1) + 0.1
+    sums = torch.zeros(v, 2, dtype=torch.float64).index_add(0, edge_index[0], weight)
+    weight = gamma * weight / (sums[edge_index[0]] * sums[edge_index[1]]).sqrt()
+    inputs = inputs_of(v=v, e=0) | {"edge_index": edge_index, "edge_decay": weight.log()}
+    return inputs | {"edges": graph_edges(edge_index, v), "method": "iterative", "tol": 1e-10}
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.99])
+def test_conjugate_gradients(gamma):
+    """A star, whose sums are far above 1, and random edges."""
+    star = torch.stack([torch.zeros(59, dtype=torch.long), torch.arange(1, 60)])
+    for edges in (star, torch.randint(0, 60, (2, 150))):
+        inputs = symmetric(60, edges, gamma)
+        if edges is star:
+            with pytest.raises(ValueError, match="sum to less than 1"):
+                graph_resolvent(**inputs)
+        inputs |= {"spectral_bound": gamma, "max_iter": 100}
+        cotangents = {"y": torch.randn_like(inputs["x"])}
+        dense = {"method": "dense", "backend": "reference"}
+        expected = run_with_gradients(graph_resolvent, inputs | dense, ("y",), cotangents)
+        for name, value in run_with_gradients(graph_resolvent, inputs, ("y",), cotangents).items():
+            assert relative_error(value, expected[name]) < 1e-8, name
+
+
+def test_a_spectral_bound_without_symmetry():
+    """One way only: the same norm, by the plain iteration. Bounds that do not hold are found out."""
+    inputs = symmetric(60, torch.randint(0, 60, (2, 150)), 0.9)
+    ends, decay = inputs["edge_index"][:, :250], inputs["edge_decay"][:250]
+    inputs |= {"edge_index": ends, "edge_decay": decay, "edges": graph_edges(ends, 60), "spectral_bound": 0.9}
+    expected = graph_resolvent(**inputs, backend="reference")
+    assert relative_error(graph_resolvent(**inputs), expected) < 1e-8
+    with pytest.raises(ConvergenceError, match="allowed"):
+        graph_resolvent(**inputs | {"edge_decay": decay + 1})
+    inputs = symmetric(60, torch.randint(0, 60, (2, 150)), 0.9) | {"spectral_bound": 0.9}
+    with pytest.raises(ValueError, match=r"not below spectral_bound=0\.9"):
+        graph_resolvent(**inputs | {"edge_decay": inputs["edge_decay"] + 1})
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        graph_resolvent(**inputs | {"spectral_bound": 1.0})
+
+
+def test_iterations_suffice_for_slow_contractions():
+    """A ring of 600 nodes whose weights sum to 0.99, in float32: hundreds of steps, and no end at their rounding."""
+    places = torch.arange(600)
+    ring = torch.stack([torch.cat([places, places]), torch.cat([places.roll(1), places.roll(-1)])])
+    inputs = inputs_of(v=600, e=0, dtype=torch.float32) | {"edge_index": ring, "edges": graph_edges(ring, 600)}
+    inputs |= {"edge_decay": torch.full((1200, 2), 0.495).log(), "method": "auto", "tol": 1e-5}
+    floating = {name: x.double() for name, x in inputs.items() if torch.is_tensor(x) and x.is_floating_point()}
+    cotangents = {"y": torch.ones_like(inputs["x"])}
+    dense = inputs | floating | {"method": "dense"}
+    expected = run_with_gradients(graph_resolvent, dense, ("y",), {"y": cotangents["y"].double()})
+    for name, value in run_with_gradients(graph_resolvent, inputs, ("y",), cotangents).items():
+        assert relative_error(value, expected[name]) < 1e-5, name
+
+
 def test_truncation_is_bounded_by_the_geometric_series():
     inputs = inputs_of(gamma=0.8)
     exact = graph_resolvent(**inputs, backend="reference")

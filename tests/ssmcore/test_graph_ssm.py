@@ -1,6 +1,7 @@
 """graph_ssm: chains are Mamba-2's scan, every kind of graph takes its cheapest operator, norms keep their bounds."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -129,6 +130,16 @@ def test_norms_of_general_graphs_contract(norm, step, gamma):
         torch.testing.assert_close(A, A.mT)
 
 
+def test_symmetric_norm_of_a_large_graph():
+    """More nodes than dense forms are for, and a hub: sums of weights far above 1, their spectral norm below it."""
+    mixer = mixer_of(acyclic=False, edge_norm="sym", edge_step="symmetric")
+    star = torch.stack([torch.zeros(599, dtype=torch.long), torch.arange(1, 600)])
+    graph, x = graph_topology(torch.cat([star, star.flip(0)], dim=1), 600), nodes_of(600)
+    found = mixer(x, graph)
+    mixer.method = "dense"
+    assert relative_error(found, mixer(x, graph)) < 1e-5
+
+
 def test_norm_in_keeps_answers_bounded_by_the_levels():
     """A hundred levels of three parents each: paths multiply, an average of parents does not."""
     levels, width = 100, 3
@@ -142,6 +153,26 @@ def test_norm_in_keeps_answers_bounded_by_the_levels():
     assert mixer._scan(unit, graph, 0).max() <= levels + 1e-6
     doubled = replace(unit, decay=scan.decay + math.log(3))
     assert mixer._scan(doubled, graph, 0).max() > 1e30
+
+
+def test_growing_states_are_warned_of_once():
+    """Deep graphs with short steps and the norm that lets them grow; not chains of 33, long steps or other norms."""
+
+    def caught(levels, norm="sqrt_in", dt=1e-2):
+        mixer = mixer_of(edge_norm=norm, dt_min=dt, dt_max=dt)
+        chain = torch.arange(levels)
+        ends = torch.cat([torch.stack([chain[:-1], chain[1:]]), torch.stack([chain[:-2], chain[2:]])], dim=1)
+        graph = graph_topology(ends, levels)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                mixer(nodes_of(levels), graph)
+        return [str(one.message) for one in seen]
+
+    (message,) = caught(40)
+    assert "on a graph of 40 levels" in message
+    assert "edge_norm='in'" in message
+    assert caught(33) == caught(40, "in") == caught(40, dt=2.0) == []
 
 
 def test_autocast_keeps_steps_wide():
