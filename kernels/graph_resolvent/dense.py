@@ -12,9 +12,7 @@ from torch.nn import functional as F
 from .edges import Bucket, GraphEdges
 
 
-def dense(
-    x: Tensor, weight: Tensor, B: Tensor, C: Tensor, edges: GraphEdges, largest: int | None = None
-) -> Tensor:
+def dense(x: Tensor, weight: Tensor, B: Tensor, C: Tensor, edges: GraphEdges, largest: int | None = None) -> Tensor:
     """Exact; by the mask (I - A)^{-1} for small graphs, by the states for those with more nodes than state numbers.
 
     Graphs of more than `largest` nodes are left out: zeros.
