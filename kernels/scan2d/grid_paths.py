@@ -1,8 +1,8 @@
 """`grid_scan` as a loop over cells, and row by row in plain PyTorch.
 
 With the row above known, a row is a linear recurrence along j: h[j] = a[j] h[j-1] + b[j], where b has what comes from
-above. It is solved by doubling (log2 of the row's length whole-tensor steps). Rows are taken in blocks whose states are
-formed again in the backward pass, so that memory is one row in every eight.
+above, and a call of `linear_scan`. Rows are taken in blocks whose states are formed again in the backward pass, so that
+memory is one row in every eight; under `torch.func`, which knows no such blocks, all states are kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from ..linear_scan.op import linear_scan
+from ..transforms import transforming
 
 _ROWS = 8
 
@@ -67,7 +70,7 @@ def grid_scan_chunked(
     rows, columns = x.shape[1:3]
     above = x.new_zeros(x.shape[0], columns, *A1.shape)
     found = []
-    training = torch.is_grad_enabled()
+    training = torch.is_grad_enabled() and (torch.compiler.is_compiling() or not transforming())
     for start in range(0, rows, _ROWS):
         part = slice(start, min(start + _ROWS, rows))
         cut = [None if t is None else t[:, part] for t in (x, dt1, B1, C, dt2, B2)]
@@ -113,11 +116,5 @@ def _rows(
 
 
 def _along_row(a: Tensor, b: Tensor) -> Tensor:
-    """h[j] = a[j] h[j-1] + b[j] along dim 1, by doubling; the first a has no effect."""
-    reach, length = 1, b.shape[1]
-    while reach < length:
-        joined = b[:, reach:] + a[:, reach:] * b[:, :-reach]
-        b = torch.cat([b[:, :reach], joined], dim=1)
-        a = torch.cat([a[:, :reach], a[:, reach:] * a[:, :-reach]], dim=1)
-        reach *= 2
-    return b
+    """h[j] = a[j] h[j-1] + b[j] along dim 1, from zero."""
+    return linear_scan(a.flatten(2), b.flatten(2), backend="chunked")[0].view(b.shape)

@@ -44,6 +44,8 @@ def test_kinds_of_images():
     assert np.array_equal(np.asarray(read_image(encoded(Image.fromarray(grey))))[..., 1], grey)
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     assert np.array_equal(np.asarray(read_image(encoded(deep)))[..., 0], grey)
+    dark = Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))
+    assert np.asarray(read_image(encoded(dark))).max() == 0  # 200 of 65,535
     assert read_image(encoded(picture().convert("CMYK"), "JPEG")).mode == "RGB"
     palette = picture().quantize(16)
     assert np.array_equal(np.asarray(read_image(encoded(palette))), np.asarray(palette.convert("RGB")))
@@ -177,7 +179,22 @@ def test_faults_of_shards(tmp_path, names, content, message):
     with pytest.raises(ValueError, match=message):
         read_shards([path])
     path.write_bytes(b"x" * 600)
-    with pytest.raises(ValueError, match="no whole tar file"):
+    with pytest.raises(ValueError, match="no whole, uncompressed tar file"):
+        read_shards([path])
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_shards_cut_off_or_compressed(tmp_path, mode):
+    path = tmp_path / "train-0.tar"
+    with tarfile.open(path, mode) as archive:
+        for name, content in (("1.cls", b"0"), ("1.png", encoded(picture(size=(40, 40))))):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    if mode == "w":
+        assert read_shards([path]).labels == [0]
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"'.*train-0\.tar' is no whole, uncompressed tar file"):
         read_shards([path])
 
 

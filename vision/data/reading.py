@@ -47,7 +47,7 @@ def read_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I") and values.max(initial=0) > 255:
+        if image.mode.startswith("I;16") or (image.mode == "I" and values.max(initial=0) > 255):
             values = values / 257  # 65535 becomes 255
         elif image.mode == "F" and values.max(initial=0) <= 1:
             values = values * 255

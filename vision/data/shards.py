@@ -92,7 +92,7 @@ def read_shards(shards: Sequence[Path]) -> Part:
         images: dict[str, _Place] = {}
         found: dict[str, int] = {}
         try:
-            with tarfile.open(shard) as archive:
+            with tarfile.open(shard, "r:") as archive:  # images are read at their place, so not out of a compressed file
                 for member in archive:
                     key, _, suffix = member.name.rpartition(".")
                     if not member.isfile():
@@ -103,7 +103,7 @@ def read_shards(shards: Sequence[Path]) -> Part:
                         content = archive.extractfile(member)
                         found[key] = _label(content.read() if content else b"", suffix, f"{shard}:{member.name}")
         except tarfile.TarError as error:
-            raise ValueError(f"{str(shard)!r} is no whole tar file: {error}.") from error
+            raise ValueError(f"{str(shard)!r} is no whole, uncompressed tar file: {error}.") from error
         missing = [place.name for key, place in images.items() if key not in found]
         if missing:
             raise ValueError(

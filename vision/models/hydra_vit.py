@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from ...kernels import HydraWeights, hydra_blocks, hydra_rows
@@ -29,6 +29,7 @@ from .settings import token_cfg
 from .token_model import Block, Mlp, TokenModel, fitted, unwrapped
 
 
+@register_notrace_module  # a trace would call the parts of what eager code makes in one call, and round otherwise
 class TokenHydra(Hydra):
     """Hydra for whole images: the same function of (b, l, d), in a form that torch.fx and TorchScript read.
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model, register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from ...kernels import VimWeights, vim_rows
@@ -35,6 +35,7 @@ from .settings import create_tokens, token_cfg
 from .token_model import Block, TokenModel, fitted, unwrapped
 
 
+@register_notrace_module  # a trace would call the parts of what eager code makes in one call, and round otherwise
 class VimMixer(nn.Module):
     """Selective scan over a sequence from one or both ends, with one input and one output projection.
 
