@@ -68,6 +68,24 @@ GOLDEN = {
     "vmamba_v0_tiny": [0.02308195, 0.22109707, 0.28976318, 0.1911935, -0.01427492],
 }
 
+VARIANTS = [
+    ("chimera_vit_tiny_patch16_224", {"gate": "add"}, [-0.02382537, -0.18199593, -0.06680939, 0.21364624, 0.26020256]),
+    ("hydra_vit_tiny_patch16_224", {"mlp_ratio": 2.0}, [0.1973347, -0.15475009, -0.27612084, -0.04121712, 0.14706386]),
+    (
+        "hydra_vit_tiny_patch16_224",
+        {"pos_embed": "none"},
+        [0.01417031, -0.19551192, -0.16669704, 0.01693411, 0.07708172],
+    ),
+    ("lbvim_tiny_patch16_224", {"segment": 8}, [0.02664138, 0.00820835, 0.08469358, 0.08880215, -0.06084626]),
+    ("vim_tiny_patch16_224", {"class_token": "head"}, [-0.52583488, 0.93289586, 0.80238274, -0.71536652, -1.15619356]),
+    (
+        "vim_tiny_patch16_224",
+        {"class_token": "double"},
+        [-0.56718351, 0.20446608, 0.54798179, -0.09022599, -0.64797947],
+    ),
+    ("vim_tiny_patch16_224", {"class_token": "none"}, [0.00295047, -0.08646724, -0.0540131, -0.01932207, -0.06615427]),
+]
+
 
 def formula(model):
     """Weights by a formula, so that golden numbers do not hang on a random generator."""
@@ -91,18 +109,19 @@ def images(size=32):
     return torch.sin(grid * 0.37) + torch.cos(grid * 0.011)
 
 
-@pytest.mark.parametrize("name", sorted(SIZES))
-def test_golden_outputs(name):
-    model = build(name)
+@pytest.mark.parametrize(
+    ("name", "options", "golden"), [*((name, {}, GOLDEN[name]) for name in sorted(SIZES)), *VARIANTS]
+)
+def test_golden_outputs(name, options, golden):
+    model = build(name, **options)
     # initial steps are drawn; the formula needs fixed ones
     with torch.no_grad():
         for key, p in model.named_parameters():
             if re.search(r"(dt_bias|dt_proj(_b)?\.bias|dt_projs_bias)$", key):
                 p.fill_(-3.0)
         y = formula(model.double())(images().double())[0]
-        torch.testing.assert_close(y, torch.tensor(GOLDEN[name], dtype=y.dtype), rtol=1e-6, atol=1e-6)
-        narrow = model.float()(images())[0].double()
-    torch.testing.assert_close(narrow, y, rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(y, torch.tensor(golden, dtype=y.dtype), rtol=1e-6, atol=1e-6)
+        assert relative_error(model.float()(images())[0], y) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -241,6 +260,28 @@ def test_chimera_turned_by_half_a_turn():
         torch.testing.assert_close(turned(images().flip(2, 3)), model(images()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("turn", "orders"), [("half", [2, 3, 0, 1]), ("transposed", [1, 0, 3, 2])])
+def test_four_ways_turned(turn, orders):
+    """A grid turned by 180 degrees, or its transpose, with the orders exchanged and the filters turned alike."""
+    torch.manual_seed(0)
+    mixer, turned = (SS2D(8, d_state=3, gated=True, conv_bias=True).double() for _ in range(2))
+    state = dict(mixer.state_dict())
+    swap = [(1, 2), (2, 3)]
+
+    def moved(x, dims):
+        return x.flip(dims) if turn == "half" else x.transpose(*dims)
+
+    state["conv2d.weight"] = moved(state["conv2d.weight"], swap[1])
+    for name in ("x_proj_weight", "dt_projs_weight", "dt_projs_bias"):
+        state[name] = state[name][orders]
+    for name in ("A_logs", "Ds"):
+        state[name] = state[name].unflatten(0, (4, -1))[orders].flatten(0, 1)
+    turned.load_state_dict(state)
+    x = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(moved(turned(moved(x, swap[0])), swap[0]), mixer(x))
+
+
 def test_vim_flags():
     x = images()
     assert build("vim_tiny_patch16_224", class_token="none").global_pool == "avg"
@@ -306,6 +347,23 @@ def test_published_names_of_vmamba():
         other = build(name)
         other.load_state_dict(found)
         torch.testing.assert_close(other(images()), model(images()))
+
+
+def test_older_names_of_vmamba():
+    """`ln_1`, `self_attention`, `patch_embed.proj`, and norm and head without `classifier`."""
+    model = build("vmamba_v0_tiny")
+    published = {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key)
+        key = re.sub(r"^stages(.*blocks\.\d+)\.norm\.", r"layers\1.ln_1.", key)
+        key = re.sub(r"^stages", "layers", key).replace(".mixer.", ".self_attention.").replace("head.fc.", "head.")
+        key = key.replace("stem.conv1", "patch_embed.proj").replace("stem.norm1", "patch_embed.norm")
+        published[key] = value
+    assert {"head.weight", "norm.weight", "patch_embed.norm.bias"} < set(published)
+    assert sum("ln_1" in key for key in published) == 8
+    other = build("vmamba_v0_tiny")
+    other.load_state_dict(vmamba.checkpoint_filter_fn(published, other))
+    torch.testing.assert_close(other(images()), model(images()))
 
 
 def test_published_names_of_mambavision():

@@ -257,7 +257,7 @@ def test_other_channels(name, channels):
     assert small(name, in_chans=channels)(images(channels=channels)).shape == (2, 1000)
 
 
-@pytest.mark.parametrize("size", [(96, 96), (100, 132), (128, 64)], ids=str)
+@pytest.mark.parametrize("size", [(96, 96), (100, 132), (128, 64), (224, 224)], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_image_sizes(name, size):
     model = small(name) if name in PYRAMIDS else small(name, dynamic_img_size=True)

@@ -92,7 +92,9 @@ def read_shards(shards: Sequence[Path]) -> Part:
         images: dict[str, _Place] = {}
         found: dict[str, int] = {}
         try:
-            with tarfile.open(shard, "r:") as archive:  # images are read at their place, so not out of a compressed file
+            with tarfile.open(
+                shard, "r:"
+            ) as archive:  # images are read at their place, so not out of a compressed file
                 for member in archive:
                     key, _, suffix = member.name.rpartition(".")
                     if not member.isfile():
