@@ -28,6 +28,22 @@ def test_methods_agree(graphs, gamma):
             assert relative_error(value, expected[name]) < 1e-7, (options, name)
 
 
+def test_methods_agree_on_complete_and_disconnected_graphs():
+    """Twenty nodes each joined to each with sums of 0.99, a ring beside them and nodes without edges."""
+    pairs = torch.cartesian_prod(torch.arange(20), torch.arange(20)).T
+    ring = torch.stack([torch.arange(20, 30), torch.arange(20, 30).roll(-1)])
+    edge_index = torch.cat([pairs[:, pairs[0] != pairs[1]], ring], dim=1)
+    weight = torch.cat([torch.full((380, 2), 0.99 / 19), torch.full((10, 2), 0.99)]).double()
+    inputs = inputs_of(v=33, e=0) | {"edge_index": edge_index, "edge_decay": weight.log()}
+    inputs |= {"edges": graph_edges(edge_index, 33)}
+    cotangents = {"y": torch.randn_like(inputs["x"])}
+    expected = run_with_gradients(lambda **kw: graph_resolvent(**kw, backend="reference"), inputs, ("y",), cotangents)
+    iterative = {"method": "iterative", "tol": 1e-9, "max_iter": 4000}
+    for options in ({"method": "dense"}, {"method": "series", "terms": 4096}, iterative):
+        for name, value in run_with_gradients(graph_resolvent, inputs | options, ("y",), cotangents).items():
+            assert relative_error(value, expected[name]) < 1e-7, (options, name)
+
+
 def test_dense_by_states_equals_dense_by_masks():
     """Graphs with more nodes than p * n are solved for their states."""
     small, large = inputs_of(v=40, p=30, n=2), inputs_of(v=40, p=3, n=2)
