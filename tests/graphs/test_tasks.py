@@ -160,6 +160,15 @@ def test_one_layer_reaches_across_a_ring():
 
 
 @pytest.mark.slow
+def test_one_layer_with_its_defaults_reaches_sixteen_edges():
+    data = SyntheticGraphs("ring", {"k": 16}, train_samples=2048, val_samples=128)
+    options = {"d_model": 32, "n_layer": 1, "local": "none", "mlp": 0}
+    torch.manual_seed(0)
+    task = learn(GraphPrediction("chimera_graph_tiny", options, data.schema), data.graphs("train"), 28, 3e-3)
+    assert score(task, data.graphs("val"))["accuracy"] == 1
+
+
+@pytest.mark.slow
 def test_one_layer_carries_a_class_along_a_chain():
     data = SyntheticGraphs("chain", {"k": 64}, train_samples=2048, val_samples=128)
     options = {"d_model": 32, "n_layer": 1, "bidirectional": False, "mlp": 0}
