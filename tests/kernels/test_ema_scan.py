@@ -236,16 +236,3 @@ def test_compile_once_for_all_lengths(backend, device):
         for name, value in run_with_gradients(compiled, inputs, ("means",), cotangents).items():
             torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
     assert counter.frame_count == 1
-
-
-@pytest.mark.gpu
-def test_cuda_graph(device):
-    inputs = inputs_of(device, l=300, state=True)
-    ema_scan(**inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        means, _ = ema_scan(**inputs)
-    inputs["x"].normal_()
-    graph.replay()
-    assert torch.equal(means, ema_scan(**inputs)[0])

@@ -160,33 +160,3 @@ def test_compile_once_for_all_lengths(device):
         for name, value in run_with_gradients(compiled, inputs, OUTPUTS, cotangents).items():
             torch.testing.assert_close(value, expected[name], msg=lambda m, n=name: f"{n}: {m}")
     assert counter.frame_count == 1
-
-
-@pytest.mark.gpu
-def test_cuda_graph(device):
-    inputs = inputs_of(device, l=300, state=True)
-    on_triton(**inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, _ = on_triton(**inputs)
-    inputs["u"].normal_()
-    graph.replay()
-    assert torch.equal(y, on_triton(**inputs)[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_offsets_beyond_32_bit(device):
-    """2.7e9 elements, against the last rows run alone."""
-    d = 2560
-    u = torch.zeros(1, 1_048_576, d, dtype=torch.bfloat16, device=device)
-    u[:, -5:] = torch.randn(1, 5, d, device=device).bfloat16()
-    dt = torch.full((1, 1_048_576, d), 0.1, dtype=torch.bfloat16, device=device)
-    A, B = -torch.ones(d, 1, device=device), torch.ones(1, 1_048_576, 1, dtype=torch.bfloat16, device=device)
-    with torch.no_grad():
-        y, final = selective_scan(u, dt, A, B, B, backend="triton")
-        alone, last = selective_scan(u[:, -5:], dt[:, -5:], A, B[:, -5:], B[:, -5:], backend="triton")
-    assert torch.equal(y[:, -5:], alone)
-    assert torch.equal(final, last)
-    assert not y[:, :-5].any()

@@ -413,62 +413,6 @@ def test_every_tile_table_with_every_gradient(size, dtype, triton, device):
         check_op(SPEC, case, "triton", dtype, device)
 
 
-@pytest.mark.gpu
-def test_triton_digits(triton, device):
-    """bfloat16 as good as its rounding allows, float32 to 1e-5, over many chunks and parts."""
-    size = {"b": 1, "l": 5000, "h": 4, "p": 64, "n": 128}
-    errors = check_op(SPEC, size, "triton", torch.bfloat16, device)
-    assert errors["y"] < 2.3e-3
-    assert max(errors[name] for name in ("dx", "dB", "dC", "dweight")) < 3e-3
-    assert errors["dlog_decay"] < 4e-3
-
-
-@pytest.mark.gpu
-def test_twenty_runs_agree_to_the_bit(triton, device):
-    inputs = inputs_of(device, b=2, l=1000, h=8, p=64, n=64, dtype=torch.bfloat16)
-    cotangents = {"y": torch.randn_like(inputs["x"])}
-    runs = [run_with_gradients(ssd, inputs, SPEC.outputs, cotangents) for _ in range(20)]
-    for run in runs[1:]:
-        for name, value in run.items():
-            assert torch.equal(value, runs[0][name]), name
-
-
-@pytest.mark.gpu
-def test_cuda_graph(triton, device):
-    inputs = inputs_of(device, l=3000, h=4, p=64, n=64)
-    ssd(**inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, _ = ssd(**inputs)
-    inputs["x"].normal_()
-    graph.replay()
-    torch.testing.assert_close(y, ssd(**inputs)[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_offsets_beyond_32_bit(triton, device):
-    """2.7e9 elements forward and backward; what a full decay cuts off equals the same positions run alone."""
-    length, nheads, tail = 1_048_576, 40, 1000
-    like = {"dtype": torch.bfloat16, "device": device}
-    x = torch.randn(1, length, nheads, 64, **like).requires_grad_()
-    B, C = torch.randn(2, 1, length, 1, 16, **like).unbind(0)
-    log_decay = torch.full((1, length, nheads), -0.1, device=device)
-    log_decay[:, -tail] = -1e4
-    y, final = ssd(x, log_decay, B, C)
-    part = x.detach()[:, -tail:].clone().requires_grad_()
-    alone, last = ssd(part, log_decay[:, -tail:], B[:, -tail:], C[:, -tail:])
-    assert relative_error(y[:, -tail:], alone.double()) < 1e-2  # chunks begin elsewhere, and products round to 16 bits
-    assert relative_error(final, last.double()) < 1e-2
-    dy = torch.zeros_like(y)
-    dy[:, -tail:] = torch.randn(1, tail, nheads, 64, **like)
-    (dx,) = torch.autograd.grad(y, x, dy)
-    (dpart,) = torch.autograd.grad(alone, part, dy[:, -tail:])
-    assert relative_error(dx[:, -tail:], dpart.double()) < 1e-2
-    assert not dx[:, :-tail].any()
-
-
 def step_inputs(inputs, t):
     return {name: inputs[name][:, t] for name in ("x", "log_decay", "B", "C", "weight")} | {"D": inputs["D"]}
 
