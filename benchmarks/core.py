@@ -8,8 +8,9 @@ The file is written after each row. A run of the same commit on the same device 
 Training: forward, loss and backward under bfloat16 autocast (float32 on a CPU), both with the same sizes; transformers
 runs its plain PyTorch path, as it does without its optional CUDA packages. What does not fit the memory says so.
 Decoding: one symbol for each of a batch of sequences, on a GPU as the replay of a CUDA graph, beside the time to read
-all parameters once and to read and write all states once. Mixers, on a CPU only: one layer forward, and forward and
-backward, beside the same layer of transformers with the same weights.
+all parameters once and to read and write all states once. Steps, on a GPU only: one position of `ssd` in place, a tenth
+of a CUDA graph of ten calls, each with a state of its own, beside what it has to reach. Mixers, on a CPU only: one
+layer forward, and forward and backward, beside the same layer of transformers with the same weights.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ sys.path.insert(0, str(HERE))  # not there under PYTHONSAFEPATH
 from command import leave
 from run import Timer, copy_bandwidth, describe, folder_of, installed, write_json
 
+from omnissm.kernels import ssd_step_
 from omnissm.ssmcore import SequenceModel
 from omnissm.ssmcore.checkpoints import from_checkpoint
 from omnissm.ssmcore.generate import RecordedStep
 
 Row = dict[str, Any]
 Case = tuple[Row, Callable[[], Row]]
-JOBS = ("training", "decoding", "mixers")
+JOBS = ("training", "decoding", "steps", "mixers")
 LONG = 5e3  # milliseconds from which a run is repeated twice only
 VOCABULARY = 512
+STEPS = 10  # calls in one recorded graph
+STEP_LIMITS = {1: 0.004, 64: 0.055, 256: 0.20}  # milliseconds of one call, by batch
 SIZES = {
     "cuda": {"d_model": 768, "n_layer": 12, "length": 2048, "batches": (8, 1)},
     "cpu": {"d_model": 256, "n_layer": 2, "length": 512, "batches": (1,)},
@@ -199,12 +203,44 @@ def decoding(batch: int, device: torch.device, timer: Timer, bandwidth: float) -
     return row | {"dtype": str(dtype).removeprefix("torch.")}
 
 
+def step_cases(device: torch.device, timer: Timer, bandwidth: float) -> Iterator[Case]:
+    if device.type == "cuda":
+        for batch, limit in STEP_LIMITS.items():
+            key = {"job": "step", "op": "ssd_step", "batch": batch, "h": 32, "p": 64, "n": 128, "required_ms": limit}
+            yield key, partial(step, key, device, timer, bandwidth)
+
+
+@torch.no_grad()
+def step(key: Row, device: torch.device, timer: Timer, bandwidth: float) -> Row:
+    batch, h, p, n = (key[name] for name in ("batch", "h", "p", "n"))
+    like: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    x, B, C = (torch.randn(*size, **like) for size in ((batch, h, p), (batch, 1, n), (batch, 1, n)))
+    weight, D = torch.rand(batch, h, device=device), torch.ones(h, device=device)
+    log_decay, states = -weight, torch.randn(STEPS, batch, h, p, n, device=device)
+
+    def run() -> None:
+        for state in states:
+            ssd_step_(x, log_decay, B, C, state, weight=weight, D=D)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    of_all = timer(graph.replay)
+    of_one = {name: round(of_all[name] / STEPS, 5) for name in ("median", "p20", "p80")}
+    floor = 2 * states[0].nbytes / bandwidth * 1e3
+    return {"step_ms": of_one | {"runs": of_all["runs"]}, "floor_ms": round(floor, 5)}
+
+
 def cases(jobs: Sequence[str], device: torch.device, timer: Timer, bandwidth: float) -> Iterator[Case]:
     """What to time: what a row is about, and the function that measures it."""
     if "training" in jobs:
         yield from training_cases(device, timer)
     if "decoding" in jobs:
         yield from decoding_cases(device, timer, bandwidth)
+    if "steps" in jobs:
+        yield from step_cases(device, timer, bandwidth)
     if "mixers" in jobs:
         yield from mixer_cases(device, timer)
 

@@ -42,6 +42,7 @@ HEADS = {
 }
 CODE = ("model", "config", "command")  # columns with names of this library
 ERRORS = ("mse", "mae", "rmse")  # columns with four decimals
+FIRST_CALL = 20.0  # seconds that the first call of an op may take, forward and backward
 Row = Mapping[str, Any]
 
 
@@ -215,6 +216,8 @@ def missed(row: Row) -> list[str]:
             found.append(name)
     if row.get("peak_mib") is not None and row["peak_mib"] > row.get("required_mib", math.inf):
         found.append("extra MiB")
+    if row.get("cold_s", 0) > FIRST_CALL:
+        found.append("first call")
     return found
 
 

@@ -45,8 +45,10 @@ def make_inputs(
     return inputs | {"shift": shift, "chunk_size": chunk_size}
 
 
-def _bench(required_ms: tuple[float, float], stretch_ms: tuple[float, float], **size: int) -> BenchSize:
-    return BenchSize(size | {"state": False}, torch.bfloat16, required_ms, stretch_ms)
+def _bench(
+    required_ms: tuple[float, float], stretch_ms: tuple[float, float], required_mib: float | None = None, **size: int
+) -> BenchSize:
+    return BenchSize(size | {"state": False}, torch.bfloat16, required_ms, stretch_ms, required_mib)
 
 
 SPEC = OpSpec(
@@ -65,9 +67,9 @@ SPEC = OpSpec(
     bench_sizes=(
         _bench((0.10, 0.6), (0.05, 0.30), b=64, l=196, h=12, p=64, n=64),
         _bench((0.40, 1.8), (0.22, 1.0), b=64, l=784, h=12, p=64, n=64),
-        _bench((0.9, 3.7), (0.5, 2.2), b=8, l=4096, h=32, p=64, n=128),
-        _bench((1.8, 7.0), (1.0, 4.0), b=1, l=131072, h=16, p=64, n=64),
-        _bench((8.0, 32.0), (5.0, 20.0), b=1, l=1048576, h=8, p=64, n=64),
+        _bench((0.9, 3.7), (0.5, 2.2), 747, b=8, l=4096, h=32, p=64, n=128),
+        _bench((1.8, 7.0), (1.0, 4.0), 1498, b=1, l=131072, h=16, p=64, n=64),
+        _bench((8.0, 32.0), (5.0, 20.0), 7629, b=1, l=1048576, h=8, p=64, n=64),
     ),
     cpu_bench_sizes=(
         BenchSize({"b": 2, "l": 1024, "h": 4, "p": 64, "n": 64, "state": False}),

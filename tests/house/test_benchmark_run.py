@@ -119,5 +119,7 @@ def test_missed_limits(run):
         row |= {f"forward{kind}": {"median": forward}, f"forward_backward{kind}": {"median": both}}
     assert missed(row) == ["eager", "extra MiB"]
     assert missed(row | {"peak_mib": None, "forward_backward_graph_ms": {"median": 3.1}}) == ["graph", "eager"]
+    assert missed(row | {"cold_s": 20.1}) == ["eager", "extra MiB", "first call"]
+    assert missed(row | {"cold_s": 19.9}) == ["eager", "extra MiB"]
     assert missed(row | {"path": "chunked"}) == []
     assert missed({"path": "triton", "skipped": "no GPU"}) == []

@@ -52,7 +52,7 @@ def test_goes_on_after_a_stop(script, tmp_path, monkeypatch, capsys):
     assert script.main([*words, "--jobs", "training", "decoding"]) == 0
     assert rows() == measured == [(job, batch) for job in ("training", "decoding") for batch in (1, 2)]
     assert script.main(words) == 1  # a wrong result
-    assert len(measured) == len(set(measured)) == 7
+    assert len(measured) == len(set(measured)) == 9
     assert script.main([*words[:-1], "def", "--jobs", "training"]) == 0  # rows of other code are not kept
     assert rows() == [("training", 1), ("training", 2)]
     assert "'step_ms': {'median': 1.5}" in capsys.readouterr().out
