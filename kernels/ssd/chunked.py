@@ -20,6 +20,7 @@ derivative.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -78,11 +79,25 @@ class _Block(NamedTuple):
     decay_out: Tensor  # e^{u_last - u_s}, to its end, (b, k, g, r, q)
 
 
+class _Buffers:
+    """Memory that the blocks of a forward call write over: new memory takes longer to get than to fill."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.numbers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        count = math.prod(shape)
+        if name not in self.numbers or self.numbers[name].numel() < count:
+            self.numbers[name] = self.like.new_empty(count)
+        return self.numbers[name][:count].view(shape)
+
+
 def _blocks(x: Tensor, state: Tensor, chunk_size: int) -> list[tuple[int, int, int]]:
     """(start, k, q) of every block; the last chunk of a row is a block of its own if it is shorter."""
     batch, length, nheads, headdim = x.shape
     q = min(chunk_size, length)
-    largest = batch * nheads * max(q * q, q * headdim, headdim * state.shape[-1])
+    largest = batch * nheads * max(q, headdim) * max(q, headdim, state.shape[-1])
     k = max(1, _BLOCK_NUMBERS.get(x.device.type, _BLOCK_NUMBERS_ELSEWHERE) // largest)
     whole = length // q
     blocks = [(first * q, min(k, whole - first), q) for first in range(0, whole, k)]
@@ -99,6 +114,7 @@ def _block(
     weight: Tensor | None,
     D: Tensor | None,
     seq_idx: Tensor | None,
+    buffers: _Buffers | None = None,
 ) -> _Block:
     start, k, q = span
     groups = B.shape[2]
@@ -123,7 +139,11 @@ def _block(
         decay_in = decay_in * (index == before[..., None])[:, :, None, None]
         decay_out = decay_out * (index == index[..., -1:])[:, :, None, None]
     weights, heads = per_head(weight), cut(x).to(dtype).unflatten(3, (groups, -1)).movedim(2, 4)
-    v = heads if weights is None else heads * weights[..., None]
+    v = None if buffers is None else buffers("v", *heads.shape)
+    if weights is not None:
+        v = torch.mul(weights[..., None], heads, out=v)
+    else:
+        v = heads if v is None else v.copy_(heads)
     return _Block(
         x=heads,
         v=v,
@@ -138,10 +158,11 @@ def _block(
     )
 
 
-def _decay_matrix(block: _Block) -> Tensor:
+def _decay_matrix(block: _Block, buffer: Tensor | None = None) -> Tensor:
     """E transposed, (b, k, g, r, s, t): e to the sum of the log-decays after s up to t; 1 for t < s, see `_linked`."""
     q = block.log_decay.shape[-1]
-    steps = block.log_decay[..., None, :].expand(*block.log_decay.shape, q).triu(1)
+    steps = block.log_decay[..., None, :].expand(*block.log_decay.shape, q)
+    steps = steps.triu(1) if buffer is None else buffer.copy_(steps).triu_(1)
     return steps.cumsum_(-1).exp_()
 
 
@@ -172,7 +193,7 @@ def _carry(total: Tensor, added: Tensor, state: Tensor, order: Sequence[int]) ->
     found: list[Tensor] = [state] * len(order)
     for c in order:
         found[c] = state
-        state = total[:, c, :, :, None, None] * state + added[:, c]
+        state = torch.addcmul(added[:, c], total[:, c, :, :, None, None], state)
     return torch.stack(found, dim=1).flatten(3, 4), state
 
 
@@ -194,19 +215,38 @@ def _outputs(
     seq_idx: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    groups = B.shape[2]
+    groups, headdim, n = B.shape[2], *state.shape[2:]
     r = x.shape[2] // groups
     carried = state.unflatten(1, (groups, r))
     outputs = torch.empty_like(x, memory_format=torch.contiguous_format)
+    buffers = _Buffers(state)
     for span in _blocks(x, state, chunk_size):
         start, k, q = span
-        block = _block(span, state.dtype, x, log_decay, B, C, weight, D, seq_idx)
-        entering, carried = _states(block, carried)
-        mixing = _decay_matrix(block).mul_(_linked(block.B @ block.C.mT, block)[:, :, :, None])
-        y = _narrow(block.C @ entering.mT, r).mul_(block.decay_in[..., None]).add_(mixing.mT @ block.v)
-        if block.D is not None:
-            y.addcmul_(block.D[..., None], block.x)
-        outputs[:, start : start + k * q].unflatten(1, (k, q)).unflatten(3, (groups, r)).copy_(y.movedim(4, 2))
+        block = _block(span, state.dtype, x, log_decay, B, C, weight, D, seq_idx, buffers)
+        heads = block.log_decay.shape[:-1]  # (b, k, g, r)
+        count = math.prod(heads)
+
+        # What chunks add to the state, and the states between them.
+        maps = torch.mul(block.B[:, :, :, None], block.decay_out[..., None], out=buffers("maps", *heads, q, n))
+        v = block.v.view(count, q, headdim)
+        added = torch.bmm(v.mT, maps.view(count, q, n), out=buffers("added", count, headdim, n))
+        added = added.view(*heads, headdim, n)
+        entering = buffers("states", *added.shape)
+        for c in range(k):
+            entering[:, c] = carried
+            carried = torch.addcmul(added[:, c], block.decay_in[:, c, :, :, -1, None, None], carried)
+
+        mixing = buffers("mixing", *heads, q, q)
+        _decay_matrix(block, mixing).mul_(_linked(block.B @ block.C.mT, block)[:, :, :, None])
+        y = torch.bmm(mixing.view(count, q, q).mT, v, out=buffers("y", count, q, headdim))
+        maps = torch.mul(block.C[:, :, :, None], block.decay_in[..., None], out=maps)
+        y.baddbmm_(maps.view(count, q, n), entering.view(count, headdim, n).mT)
+        y = y.view(*heads, q, headdim)
+        target = outputs[:, start : start + k * q].unflatten(1, (k, q)).unflatten(3, (groups, r)).movedim(2, 4)
+        if block.D is None:
+            target.copy_(y)
+        else:
+            torch.addcmul(y, block.D[..., None], block.x, out=target)
     return outputs, carried.flatten(1, 2)
 
 
