@@ -108,6 +108,35 @@ def test_any_strides(spec, backend, device):
 
 
 @EVERY
+def test_rows_that_share_their_memory(spec, backend, device):
+    """Tensors that repeat their first row (stride 0) count as copies of it, and each row gets its own gradient."""
+    skip_unless_offered(spec, backend)
+    size = size_of(spec, backend)
+    if backend == "triton" and INTERPRETED and "l" not in size:
+        pytest.skip("grids and graphs take long in the interpreter; a GPU runs them")
+    inputs = inputs_of(spec, device, size)
+
+    def repeated(x):
+        several = torch.is_tensor(x) and x.is_floating_point() and x.dim() > 1 and x.shape[0] > 1
+        return x[:1].expand_as(x) if several else x
+
+    def gradients(inputs):
+        leaves = {
+            name: x.detach().requires_grad_()
+            for name, x in inputs.items()
+            if torch.is_tensor(x) and x.is_floating_point()
+        }
+        found = spec.op(**inputs | leaves, backend=backend)
+        outputs = [value for value in (found if isinstance(found, tuple) else (found,)) if value.requires_grad]
+        loss = sum(value.float().square().sum() for value in outputs)
+        return [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]
+
+    shared = {name: repeated(value) for name, value in inputs.items()}
+    copied = {name: value.contiguous() if torch.is_tensor(value) else value for name, value in shared.items()}
+    torch.testing.assert_close(gradients(shared), gradients(copied), rtol=1e-5, atol=1e-5)
+
+
+@EVERY
 def test_two_runs_agree_to_the_bit_and_inputs_stay(spec, backend, device):
     skip_unless_offered(spec, backend)
     inputs = inputs_of(spec, device, size_of(spec, backend))

@@ -204,6 +204,41 @@ def test_chunks_change_nothing(length, device):
             torch.testing.assert_close(value, one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [63, 64, 65, 127, 128, 129, 197, 300, 1000])
+def test_lengths(length, device):
+    check_op(SPEC, {"b": 1, "l": length, "h": 2, "p": 3, "n": 2}, "chunked", torch.float32, device)
+
+
+@pytest.mark.parametrize("sizes", [(96, 3, 1, 1), (1, 64, 3, 3), (8, 128, 12, 1), (48, 16, 12, 4)], ids=str)
+def test_widths(sizes, device):
+    p, n, h, g = sizes
+    check_op(SPEC, {"b": 1, "l": 20, "h": h, "p": p, "n": n, "g": g}, "chunked", torch.float32, device)
+
+
+def test_extremes_stay_finite(backend, device):
+    """Decay to exactly zero, weights of 1e-7, inputs of 1e4, maps of zeros."""
+    inputs = inputs_of(device, l=70)
+    for side in "fb":
+        inputs[f"log_decay_{side}"][:, ::3] = -1e4
+        inputs[f"weight_{side}"] = torch.full_like(inputs[f"weight_{side}"], 1e-7)
+        inputs[f"B_{side}"][:, 20:40] = 0
+    inputs["x"] = inputs["x"] * 1e4
+    cotangents = {"y": torch.ones_like(inputs["x"])}
+    found = run_with_gradients(lambda **kw: quasiseparable(**kw, backend=backend), inputs, OUTPUTS, cotangents)
+    for name, value in found.items():
+        assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_every_position_sees_every_other(shift, backend, device):
+    inputs = inputs_of(device, b=1, l=12, shift=shift)
+    x = inputs["x"].requires_grad_()
+    y, _ = quasiseparable(**inputs, backend=backend)
+    for t in (0, 5, 11):
+        (dx,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+        assert dx.ne(0).all()
+
+
 def test_one_weight_may_be_left_out(backend, device):
     inputs = inputs_of(device)
     ones = torch.ones_like(inputs["weight_b"])
@@ -332,6 +367,14 @@ def test_triton_under_vmap(triton, device):
     for name, value in each.items():
         got = value[:, :, 0].movedim(0, 1) if name == "initial_state" else value[:, 0]
         torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_triton_opcheck(triton, device):
+    inputs = inputs_of(device, b=1, l=5, h=1, g=1)
+    arguments = [inputs.get(name) for name in NAMES]
+    dy, dfinal = torch.randn_like(inputs["x"]), torch.randn_like(inputs["initial_state"])
+    torch.library.opcheck(triton._forward, (*arguments, True, 0, 0))
+    torch.library.opcheck(triton._backward, (*arguments, dy, dfinal, True, 0, 0, 0))
 
 
 @pytest.mark.gpu

@@ -194,7 +194,7 @@ def test_causal_to_the_bit(path, device):
     assert not torch.equal(y[:, 60:], changed[:, 60:])
 
 
-@pytest.mark.parametrize("length", [2, 7, 16, 64, 65, 127, 128, 197, 300, 1000])
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 63, 64, 65, 127, 128, 129, 197, 300, 1000])
 def test_lengths(length, device):
     check_op(SPEC, {"b": 1, "l": length, "d": 3, "n": 2, "g": 1, "state": True}, "chunked", torch.float32, device)
 

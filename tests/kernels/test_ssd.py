@@ -51,7 +51,7 @@ def test_with_one_state_entry_is_the_linear_scan(path, device):
     torch.testing.assert_close(final[..., 0, 0], last, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 16, 63, 64, 65, 127, 128, 129, 197, 300])
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 63, 64, 65, 127, 128, 129, 197, 300, 1000])
 def test_lengths(length, device):
     check_op(SPEC, {"b": 1, "l": length, "h": 2, "p": 3, "n": 2}, "chunked", torch.float32, device)
 
