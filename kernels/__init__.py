@@ -53,6 +53,8 @@ else:
     from .scan2d.grid import grid_scan as grid_scan
     from .scan2d.op import scan2d as scan2d
     from .scan2d.op import selective_scan2d as selective_scan2d
+    from .scan2d.step import scan2d_step as scan2d_step
+    from .scan2d.step import scan2d_step_ as scan2d_step_
     from .selective_scan.op import selective_scan as selective_scan
     from .selective_scan.step import selective_step as selective_step
     from .selective_scan.step import selective_step_ as selective_step_
@@ -111,6 +113,8 @@ else:
         "rotate_heads",
         "rounded_layer_norm",
         "scan2d",
+        "scan2d_step",
+        "scan2d_step_",
         "selective_scan",
         "selective_scan2d",
         "selective_step",

@@ -11,7 +11,7 @@ _overwriting: bool = False
 
 @contextmanager
 def overwrite_states() -> Iterator[None]:
-    """In this block `ssd_step`, `selective_step`, `conv_step` and `trapezoid_step` change the state they are given.
+    """In this block steps (`ssd_step`, `selective_step`, `conv_step`, ...) change the state they are given.
 
     They return that state, without a gradient, as their in-place forms do. A model's `step` made of them then reads and
     writes each state once, which is what a recorded CUDA graph wants. Nobody else may hold on to the states.
