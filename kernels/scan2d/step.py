@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -125,7 +127,7 @@ def _advance(
 ) -> Column:
     """Both states of each entry of the batch, (b, i, d, n)."""
     before1, before2 = state
-    tensors = {"b1": b1, "b2": b2, "a1": a1, "a2": a2, "a3": a3, "a4": a4}
+    tensors: dict[str, Any] = {"b1": b1, "b2": b2, "a1": a1, "a2": a2, "a3": a3, "a4": a4}
     tensors |= {"state[0]": before1, "state[1]": before2}
     check_floating(**tensors)
     full, broadcast = "b i d n", "b i d? n?"
