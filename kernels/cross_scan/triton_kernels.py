@@ -5,10 +5,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..scan2d.triton_kernels import _added, _load_lanes, _store_lanes, _zeros
 from ..selective_scan.triton_backward import _side_by_side
 from ..selective_scan.triton_kernels import _LOG2_E, _columns, _gate, _over_states, _times_gate
 from ..triton_utils import quick
+
+
+@triton.jit
+def _load_lanes(ptr, stride, ok, COUNT: tl.constexpr):
+    """COUNT vectors, `stride` apart."""
+    found = ()
+    for v in tl.static_range(COUNT):
+        found = found + (tl.load(ptr + v * stride, mask=ok, other=0.0),)
+    return found
+
+
+@triton.jit
+def _store_lanes(ptr, values, stride, ok, COUNT: tl.constexpr):
+    for v in tl.static_range(COUNT):
+        tl.store(ptr + v * stride, values[v], mask=ok)
+
+
+@triton.jit
+def _zeros(like, COUNT: tl.constexpr, ACC: tl.constexpr):
+    found = ()
+    for _ in tl.static_range(COUNT):
+        found = found + (tl.zeros(like.shape, ACC),)
+    return found
+
+
+@triton.jit
+def _added(total, values, COUNT: tl.constexpr):
+    found = ()
+    for v in tl.static_range(COUNT):
+        found = found + (total[v] + values[v],)
+    return found
 
 
 @triton.jit

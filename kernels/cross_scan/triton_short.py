@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..scan2d.triton_kernels import _zeros
 from ..selective_scan.triton_kernels import _LOG2_E, _gate, _times_gate
 from ..triton_utils import quick
+from .triton_kernels import _zeros
 
 
 @triton.jit

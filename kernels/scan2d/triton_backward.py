@@ -8,108 +8,82 @@ import triton.language as tl
 from ..triton_utils import quick
 from .triton_kernels import (
     _LOG2_E,
-    _added,
     _advance,
     _inputs_of_row,
     _less_one,
     _line_of_zeros,
-    _load_lanes,
+    _load_planes,
     _over_channels,
     _over_states,
     _rates_of,
-    _side_by_side,
-    _store_lanes,
-    _store_states,
+    _states_at,
+    _store_planes,
     _unless,
     _weights,
-    _zeros,
 )
 
 
 @triton.jit
 def _retreat(
     cell, dy, rates, left, above, right, under, wl, wt,
-    RULE: tl.constexpr, HAS_R: tl.constexpr, HELD: tl.constexpr, K: tl.constexpr, PRECISE: tl.constexpr,
+    RULE: tl.constexpr, HAS_R: tl.constexpr, HELD: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Adjoint of `_advance`: gradients to the left and up; of x, dt1, dt2, r1 before their sum over n; of the rates;
-    and of the input maps before their sum over channels."""
+    """Adjoint of `_advance`: gradients to the left and up; of x, dt1, dt2, r1, summed over a lane's states; of the
+    rates; and of the input maps before their sum over channels."""
     x, dt1, dt2, r1, B1, B2, C1, C2 = cell
     A1, A2, c2, c3 = rates
-    s1, s2, sr = dt1 * _LOG2_E, dt2 * _LOG2_E, r1 * _LOG2_E
-    u1, u2 = dt1 * x, dt2 * x
-    to_left, to_above, to_left_2, to_above_2 = (), (), (), ()
-    dA1, dA2, dc2, dc3, dB1, dB2 = (), (), (), (), (), ()
-    dx, ddt1, ddt2, dr1 = x * 0.0, x * 0.0, x * 0.0, x * 0.0
-    for k in tl.static_range(K):
-        if RULE == 0:
-            G = C1[k] * dy + right[k] + under[k]
-            G1, G2 = wl * G, wt * G
-            X1 = G1 + _less_one(dt1, s1, A1[k], PRECISE) * G1
-            X2 = G2 + _less_one(dt2, s2, A2[k], PRECISE) * G2
-            e1, e2 = X1 * left[k], X2 * above[k]
-            p1, p2 = B1[k] * G1, B2[k] * G2
-            dx += dt1 * p1 + dt2 * p2
-            ddt1 += A1[k] * e1 + x * p1
-            ddt2 += A2[k] * e2 + x * p2
-            dA1, dA2 = dA1 + (dt1 * e1,), dA2 + (dt2 * e2,)
-            dB1, dB2 = dB1 + (u1 * G1,), dB2 + (u2 * G2,)
-            to_left, to_above = to_left + (X1,), to_above + (X2,)
-        elif RULE == 1:
-            H = C1[k] * dy + under[k]
-            G = H + right[k]
-            gate = _less_one(dt1, s1, A1[k], PRECISE)
-            X1, X2 = G + gate * G, H + gate * H
-            e = X1 * left[k] + X2 * above[k]
-            p = B1[k] * G
-            dx += dt1 * p
-            ddt1 += A1[k] * e + x * p
-            dA1, dB1 = dA1 + (dt1 * e,), dB1 + (u1 * G,)
-            to_left, to_above = to_left + (X1,), to_above + (X2,)
-        else:
-            L1 = C1[k] * dy + right[k] + under[k]
-            L2 = C2[k] * dy + right[K + k] + under[K + k]
-            gate1 = _less_one(r1, sr, A1[k], PRECISE)
-            gate2 = _less_one(dt2, s2, A2[k], PRECISE)
-            X1, X2 = L1 + gate1 * L1, L2 + gate2 * L2
-            e1 = X1 * (left[k] - c2[k] * left[K + k])
-            e2 = X2 * (above[K + k] - c3[k] * above[k])
-            dc2, dc3 = dc2 + (-gate1 * left[K + k] * L1,), dc3 + (-gate2 * above[k] * L2,)
-            p1, p2 = B1[k] * L1, B2[k] * L2
-            in_A1, in_A2 = r1 * e1, dt2 * e2
-            dr1 += A1[k] * e1
-            ddt2 += A2[k] * e2
-            if HELD:
-                held1 = gate1
-                if HAS_R:
-                    held1 = _less_one(dt1, s1, A1[k], PRECISE)
-                w1, w2 = held1 / A1[k], gate2 / A2[k]
-                dx += w1 * p1 + w2 * p2
-                ddt1 += x * p1 * (1.0 + held1)
-                ddt2 += x * p2 * (1.0 + gate2)
-                in_A1 += x * p1 * (dt1 * (1.0 + held1) - w1) / A1[k]
-                in_A2 += x * p2 * (dt2 * (1.0 + gate2) - w2) / A2[k]
-                dB1, dB2 = dB1 + (w1 * x * L1,), dB2 + (w2 * x * L2,)
-            else:
-                dx += dt1 * p1 + dt2 * p2
-                ddt1 += x * p1
-                ddt2 += x * p2
-                dB1, dB2 = dB1 + (u1 * L1,), dB2 + (u2 * L2,)
-            dA1, dA2 = dA1 + (in_A1,), dA2 + (in_A2,)
-            to_left, to_left_2 = to_left + (X1,), to_left_2 + (-c2[k] * gate1 * L1,)
-            to_above, to_above_2 = to_above + (-c3[k] * gate2 * L2,), to_above_2 + (X2,)
-    if RULE == 2 and not HAS_R:
-        ddt1 += dr1
-    return to_left + to_left_2, to_above + to_above_2, (dx, ddt1, ddt2, dr1), (dA1, dA2, dc2, dc3), dB1 + dB2
-
-
-@triton.jit
-def _add_to_states(ptr, values, sub, ok, N: tl.constexpr, K: tl.constexpr):
-    """`_store_states` on top of what one and the same program stored: atomic only to spare it the wait for a load."""
-    if K == 1:
-        tl.atomic_add(ptr + sub, values[0], mask=ok & (sub < N), sem="relaxed")
+    d1, d2, s1, s2 = dt1[:, None], dt2[:, None], (dt1 * _LOG2_E)[:, None], (dt2 * _LOG2_E)[:, None]
+    u1, u2, x2, dy2 = (dt1 * x)[:, None], (dt2 * x)[:, None], x[:, None], dy[:, None]
+    if RULE == 0:
+        G = C1 * dy2 + right[0] + under[0]
+        G1, G2 = wl[:, None] * G, wt[:, None] * G
+        X1 = G1 + _less_one(d1, s1, A1, PRECISE) * G1
+        X2 = G2 + _less_one(d2, s2, A2, PRECISE) * G2
+        e1, e2 = X1 * left[0], X2 * above[0]
+        p1, p2 = B1 * G1, B2 * G2
+        steps = (tl.sum(d1 * p1 + d2 * p2, axis=1), tl.sum(A1 * e1 + x2 * p1, axis=1))
+        steps = steps + (tl.sum(A2 * e2 + x2 * p2, axis=1),)
+        return (X1,), (X2,), steps, (d1 * e1, d2 * e2), (u1 * G1, u2 * G2)
+    elif RULE == 1:
+        H = C1 * dy2 + under[0]
+        G = H + right[0]
+        gate = _less_one(d1, s1, A1, PRECISE)
+        X1, X2 = G + gate * G, H + gate * H
+        e = X1 * left[0] + X2 * above[0]
+        p = B1 * G
+        steps = (tl.sum(d1 * p, axis=1), tl.sum(A1 * e + x2 * p, axis=1))
+        return (X1,), (X2,), steps, (d1 * e,), (u1 * G,)
     else:
-        n = sub[:, None] * K + tl.arange(0, K)[None, :]
-        tl.atomic_add(ptr[:, None] + n, _side_by_side(values, K), mask=ok[:, None] & (n < N), sem="relaxed")
+        R1 = r1[:, None]
+        L1 = C1 * dy2 + right[0] + under[0]
+        L2 = C2 * dy2 + right[1] + under[1]
+        gate1 = _less_one(R1, (r1 * _LOG2_E)[:, None], A1, PRECISE)
+        gate2 = _less_one(d2, s2, A2, PRECISE)
+        X1, X2 = L1 + gate1 * L1, L2 + gate2 * L2
+        e1 = X1 * (left[0] - c2 * left[1])
+        e2 = X2 * (above[1] - c3 * above[0])
+        p1, p2 = B1 * L1, B2 * L2
+        in_A1, in_A2 = R1 * e1, d2 * e2
+        dr1, ddt2 = A1 * e1, A2 * e2
+        w1, w2 = d1, d2
+        g1, g2 = x2 * p1, x2 * p2
+        if HELD:
+            held1 = gate1
+            if HAS_R:
+                held1 = _less_one(d1, s1, A1, PRECISE)
+            w1, w2 = held1 / A1, gate2 / A2
+            in_A1 += g1 * (d1 * (1.0 + held1) - w1) / A1
+            in_A2 += g2 * (d2 * (1.0 + gate2) - w2) / A2
+            g1, g2 = g1 * (1.0 + held1), g2 * (1.0 + gate2)
+        ddt1, ddt2 = g1, ddt2 + g2
+        if not HAS_R:
+            ddt1 += dr1
+        steps = (tl.sum(w1 * p1 + w2 * p2, axis=1), tl.sum(ddt1, axis=1), tl.sum(ddt2, axis=1))
+        if HAS_R:
+            steps = steps + (tl.sum(dr1, axis=1),)
+        in_rates = (in_A1, in_A2, -gate1 * left[1] * L1, -gate2 * above[0] * L2)
+        to_left, to_above = (X1, -c2 * gate1 * L1), (-c3 * gate2 * L2, X2)
+        return to_left, to_above, steps, in_rates, (w1 * x2 * L1, w2 * x2 * L2)
 
 
 @quick
@@ -124,7 +98,8 @@ def _grid_scan_bwd_kernel(
     PASSES: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients, of one of PASSES groups of blocks of channels: launch `again` adds to the maps of those before it."""
-    V: tl.constexpr = 2 * K if RULE == 2 else K
+    PLANES: tl.constexpr = 2 if RULE == 2 else 1
+    V: tl.constexpr = PLANES * K
     SAVED: tl.constexpr = V + (K if RULE == 1 else 0)  # states of a cell in the scratch: for "separable" g as well
     LANES: tl.constexpr = S * BD * SUB
     RATES: tl.constexpr = 1 if RULE == 1 else 2 if RULE == 0 else 4
@@ -137,8 +112,11 @@ def _grid_scan_bwd_kernel(
     map_size = tl.num_programs(0).to(tl.int64) // groups * rows * columns * N  # of a gradient of one map
     dmaps_row = dmaps_ptr + program % groups * MAPS * map_size
     lane = tl.arange(0, S * BD * SUB)
-    own_strip, sub, lead = lane // (BD * SUB), lane % SUB, lane % (BD * SUB)
-    scratch = scratch_ptr + program * ((R + 1) * TJ * SAVED * LANES) + lane
+    own_strip, sub = lane // (BD * SUB), lane % SUB
+    # Of the numbers that cells hand on, those of a lane of a program, and of a strip.
+    own_place = (lane * V)[:, None] + tl.arange(0, K)[None, :]
+    lead = (lane % (BD * SUB) * V)[:, None] + tl.arange(0, K)[None, :]
+    scratch = scratch_ptr + program * ((R + 1) * TJ * SAVED * LANES) + own_place
     chunks = tl.cdiv(rows, R)
     period = tl.maximum(chunks, S)
     block = again * groups + program % groups
@@ -152,9 +130,10 @@ def _grid_scan_bwd_kernel(
     skip = tl.zeros([LANES], ACC)
     if HAS_D:
         skip = tl.load(D_ptr + (row // share) * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
-    dA1, dA2, dc2, dc3 = _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC), _zeros(lane, K, ACC)
+    dA1, dA2 = tl.zeros([LANES, K], ACC), tl.zeros([LANES, K], ACC)
+    dc2, dc3 = tl.zeros([LANES, K], ACC), tl.zeros([LANES, K], ACC)
     dD = tl.zeros([LANES], ACC)
-    under = _line_of_zeros(lane, TJ, V, ACC)
+    under = _line_of_zeros(LANES, TJ, PLANES, K, ACC)
     for t in range(panels * period + S - 1):
         turn = t - (S - 1 - own_strip)
         done = tl.maximum(turn, 0) // period  # panels
@@ -164,14 +143,14 @@ def _grid_scan_bwd_kernel(
         strip = panel * S + own_strip
         column = strip * TJ
         first = tl.where(column_sign > 0, column, columns - 1 - column)
-        under = _unless(back == 0, under, TJ, V)
+        under = _unless(back == 0, under, TJ, PLANES)
         live = ok & going
         # The states of the chunk's rows, from the row above it and the column to its left.
-        keep = kept_ptr + (((scanned * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
+        keep = (((scanned * (chunks - 1) + chunk - 1) * panels + panel) * (TJ * V * LANES))[:, None] + own_place
         above = ()
         for c in tl.static_range(TJ):
-            states = _load_lanes(keep + c * V * LANES, LANES, live & (chunk > 0), V)
-            _store_lanes(scratch + c * SAVED * LANES, states, LANES, lane >= 0, V)
+            states = _load_planes(kept_ptr + keep + c * V * LANES, live & (chunk > 0), PLANES, K)
+            _store_planes(scratch + c * SAVED * LANES, states, lane >= 0, PLANES, K)
             above = above + (states,)
         for r in range(R):
             i = chunk * R + r
@@ -182,8 +161,8 @@ def _grid_scan_bwd_kernel(
                 x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
                 columns, here, channel, sub, RULE, HAS_R, False, CHANNELS, N, K, TJ, ACC,
             )  # fmt: skip
-            border = border_ptr + (((scanned * (strips - 1) + strip) * rows + i) * V) * (BD * SUB) + lead
-            left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
+            border = border_ptr + ((((scanned * (strips - 1) + strip) * rows + i) * (V * BD * SUB))[:, None] + lead)
+            left = _load_planes(border - rows * V * (BD * SUB), here & (strip > 0), PLANES, K)
             wl, wt = _weights(i, strip < 0, RULE, ACC)
             below = ()
             slot = scratch + (r + 1) * (TJ * SAVED * LANES)
@@ -191,11 +170,11 @@ def _grid_scan_bwd_kernel(
                 wl_c, wt_c = wl, wt
                 if c == 0:
                     wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
-                down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
+                down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, PRECISE)
                 below = below + (down,)
-                _store_lanes(slot + c * SAVED * LANES, down, LANES, lane >= 0, V)
+                _store_planes(slot + c * SAVED * LANES, down, lane >= 0, PLANES, K)
                 if RULE == 1:
-                    _store_lanes(slot + (c * SAVED + V) * LANES, left, LANES, lane >= 0, K)
+                    _store_planes(slot + (c * SAVED + V) * LANES, left, lane >= 0, 1, K)
             above = below
         tl.debug_barrier()
         # Back over them.
@@ -211,11 +190,11 @@ def _grid_scan_bwd_kernel(
                 x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
                 columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
             )  # fmt: skip
-            at = (((scanned * (strips - 1) + strip) * rows + i) * V) * (BD * SUB) + lead
-            border = _load_lanes(border_ptr + at - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
-            # [program, strip of a panel, row, value, lane of a strip]: read before it is written for the next panel
-            own = (((program * S + own_strip) * rows + i) * V) * (BD * SUB) + lead
-            right = _load_lanes(dborder_ptr + own, BD * SUB, here & (strip < strips - 1), V)
+            at = (((scanned * (strips - 1) + strip - 1) * rows + i) * (V * BD * SUB))[:, None] + lead
+            border = _load_planes(border_ptr + at, here & (strip > 0), PLANES, K)
+            # [program, strip of a panel, row, lane of a strip, value]: read before it is written for the next panel
+            own = (((program * S + own_strip) * rows + i) * (V * BD * SUB))[:, None] + lead
+            right = _load_planes(dborder_ptr + own, here & (strip < strips - 1), PLANES, K)
             wl, wt = _weights(i, strip < 0, RULE, ACC)
             slot = scratch + r * (TJ * SAVED * LANES)
             over, next_under = (), ()
@@ -223,7 +202,7 @@ def _grid_scan_bwd_kernel(
             own_ddt2, own_dr1 = tl.zeros([LANES], ACC), tl.zeros([LANES], ACC)
             uppers, dys = (), ()  # before anything is stored, which later loads would wait for
             for c in tl.static_range(TJ):
-                uppers = uppers + (_load_lanes(slot + c * SAVED * LANES, LANES, lane >= 0, V),)
+                uppers = uppers + (_load_planes(slot + c * SAVED * LANES, lane >= 0, PLANES, K),)
                 dy_at = dy_ptr + (cell + c * column_sign) * CHANNELS + channel
                 dys = dys + (tl.load(dy_at, mask=here & (column + c < columns), other=0.0),)
             for c in tl.static_range(TJ - 1, -1, -1):
@@ -235,22 +214,22 @@ def _grid_scan_bwd_kernel(
                 if c > 0:
                     if RULE == 1:
                         g_at = slot + ((TJ + c - 1) * SAVED + V) * LANES
-                        left = _load_lanes(g_at, LANES, lane >= 0, K)
+                        left = _load_planes(g_at, lane >= 0, 1, K)
                     else:
                         left = states[c - 1]
                 at_c = cell + c * column_sign
                 dy = dys[c].to(ACC)
                 right, up, outs, drates, dinto = _retreat(
-                    line[c], dy, rates, left, uppers[c], right, under[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE
+                    line[c], dy, rates, left, uppers[c], right, under[c], wl_c, wt_c, RULE, HAS_R, HELD, PRECISE
                 )
                 next_under = (up,) + next_under
-                dA1 = _added(dA1, drates[0], K)
+                dA1 += drates[0]
                 if RULE != 1:
-                    dA2 = _added(dA2, drates[1], K)
+                    dA2 += drates[1]
                 if HAS_C2:
-                    dc2 = _added(dc2, drates[2], K)
+                    dc2 += drates[2]
                 if HAS_C3:
-                    dc3 = _added(dc3, drates[3], K)
+                    dc3 += drates[3]
                 dD += dy * line[c][0]
                 mine = sub == c % SUB
                 dx = _over_states(outs[0], SUB)
@@ -272,35 +251,32 @@ def _grid_scan_bwd_kernel(
                     if HAS_R:
                         tl.store(dr1_ptr + out, own_dr1, mask=stored)
                 of_maps = dinto
-                for k in tl.static_range(V):
-                    of_maps = of_maps + (dy * states[c][k],)
+                for plane in tl.static_range(PLANES):
+                    of_maps = of_maps + (dy[:, None] * states[c][plane],)
                 for m in tl.static_range(MAPS):
-                    values = ()
-                    for k in tl.static_range(K):
-                        value = tl.where(ok, of_maps[m * K + k], 0.0)
-                        values = values + (_over_channels(value, S, BD, SUB),)
+                    values = _over_channels(tl.where(ok[:, None], of_maps[m], 0.0), S, BD, SUB, K)
                     wanted = in_grid & (column + c < columns) & (lane // SUB % BD == 0)
-                    map_at = dmaps_row + m * map_size + at_c * N
+                    place, wanted = _states_at(at_c * N, sub, wanted, N, K)
+                    map_at = dmaps_row + m * map_size + place
                     if PASSES == 1:  # noqa: SIM114 - known when it is compiled
-                        _store_states(map_at, values, sub, wanted, N, K)
+                        tl.store(map_at, values, mask=wanted)
                     elif again == 0:
-                        _store_states(map_at, values, sub, wanted, N, K)
+                        tl.store(map_at, values, mask=wanted)
                     else:
-                        _add_to_states(map_at, values, sub, wanted, N, K)
+                        # what the same program stored, so atomic only to spare it the wait for a load
+                        tl.atomic_add(map_at, values, mask=wanted, sem="relaxed")
             under, states = next_under, over
-            out = (((program * S + (own_strip + S - 1) % S) * rows + i) * V) * (BD * SUB) + lead
-            _store_lanes(dborder_ptr + out, right, BD * SUB, here & (strip > 0), V)
+            out = (((program * S + (own_strip + S - 1) % S) * rows + i) * (V * BD * SUB))[:, None] + lead
+            _store_planes(dborder_ptr + out, right, here & (strip > 0), PLANES, K)
         tl.debug_barrier()
     # [batch, strip, channel, rate, n]
-    out = ((row * S + own_strip) * CHANNELS + channel) * (RATES * N) + sub * K
-    for k in tl.static_range(K):
-        wanted = ok & (sub * K + k < N)
-        tl.store(drates_ptr + out + k, dA1[k], mask=wanted)
-        if RULE != 1:
-            tl.store(drates_ptr + out + N + k, dA2[k], mask=wanted)
-        if RULE == 2:
-            tl.store(drates_ptr + out + 2 * N + k, dc2[k], mask=wanted)
-            tl.store(drates_ptr + out + 3 * N + k, dc3[k], mask=wanted)
+    out, wanted = _states_at(((row * S + own_strip) * CHANNELS + channel) * (RATES * N), sub, ok, N, K)
+    tl.store(drates_ptr + out, dA1, mask=wanted)
+    if RULE != 1:
+        tl.store(drates_ptr + out + N, dA2, mask=wanted)
+    if RULE == 2:
+        tl.store(drates_ptr + out + 2 * N, dc2, mask=wanted)
+        tl.store(drates_ptr + out + 3 * N, dc3, mask=wanted)
     tl.store(dD_ptr + (row * S + own_strip) * CHANNELS + channel, dD, mask=ok & (sub == 0))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..selective_scan.triton_kernels import _columns
 from ..triton_utils import quick
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -27,77 +26,51 @@ def _less_one(dt, scaled, A, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _side_by_side(x, K: tl.constexpr):
-    """Undo `_columns`."""
-    lanes: tl.constexpr = x[0].shape[0]
-    if K == 1:
-        return x[0][:, None]
-    elif K == 2:
-        return tl.join(x[0], x[1])
-    else:
-        return tl.reshape(tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3])), [lanes, 4])
-
-
-@triton.jit
-def _states_of(ptr, sub, ok, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
-    """K neighbouring numbers for each lane, from vectors of pointers to rows of N; 0 beyond N."""
-    if K == 1:
-        return (tl.load(ptr + sub, mask=ok & (sub < N), other=0.0).to(ACC),)
+def _states_at(at, sub, ok, N: tl.constexpr, K: tl.constexpr):
+    """Offsets (lanes, K) of each lane's states in rows of N numbers that begin at `at`, and which of them there are."""
     n = sub[:, None] * K + tl.arange(0, K)[None, :]
-    if N % K == 0 and N & (N - 1) == 0:
-        found = tl.load(ptr[:, None] + n, mask=ok[:, None], other=0.0)
-    else:
-        found = tl.load(ptr[:, None] + n, mask=ok[:, None] & (n < N), other=0.0)
-    return _columns(found.to(ACC), K)
+    mask = ok[:, None]
+    if N % K != 0 or N & (N - 1) != 0:
+        mask = mask & (n < N)
+    return at[:, None] + n, mask
 
 
 @triton.jit
-def _load_lanes(ptr, stride, ok, COUNT: tl.constexpr):
-    """COUNT vectors, `stride` apart."""
+def _load_planes(ptr, ok, PLANES: tl.constexpr, K: tl.constexpr):
+    """What cells hand on, PLANES times (lanes, K), side by side; `ptr` is that of the first plane."""
     found = ()
-    for v in tl.static_range(COUNT):
-        found = found + (tl.load(ptr + v * stride, mask=ok, other=0.0),)
+    for plane in tl.static_range(PLANES):
+        found = found + (tl.load(ptr + plane * K, mask=ok[:, None], other=0.0),)
     return found
 
 
 @triton.jit
-def _store_lanes(ptr, values, stride, ok, COUNT: tl.constexpr):
-    for v in tl.static_range(COUNT):
-        tl.store(ptr + v * stride, values[v], mask=ok)
+def _store_planes(ptr, values, ok, PLANES: tl.constexpr, K: tl.constexpr):
+    """Undo `_load_planes`."""
+    for plane in tl.static_range(PLANES):
+        tl.store(ptr + plane * K, values[plane], mask=ok[:, None])
 
 
 @triton.jit
-def _zeros(like, COUNT: tl.constexpr, ACC: tl.constexpr):
-    found = ()
+def _line_of_zeros(lanes: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """A line of COUNT cells of zeros."""
+    line = ()
     for _ in tl.static_range(COUNT):
-        found = found + (tl.zeros(like.shape, ACC),)
-    return found
+        values = ()
+        for _plane in tl.static_range(PLANES):
+            values = values + (tl.zeros([lanes, K], ACC),)
+        line = line + (values,)
+    return line
 
 
 @triton.jit
-def _added(total, values, COUNT: tl.constexpr):
-    found = ()
-    for v in tl.static_range(COUNT):
-        found = found + (total[v] + values[v],)
-    return found
-
-
-@triton.jit
-def _line_of_zeros(like, TJ: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr):
-    found = ()
-    for _ in tl.static_range(TJ):
-        found = found + (_zeros(like, COUNT, ACC),)
-    return found
-
-
-@triton.jit
-def _unless(fresh, line, TJ: tl.constexpr, COUNT: tl.constexpr):
+def _unless(fresh, line, COUNT: tl.constexpr, PLANES: tl.constexpr):
     """A line, with zeros where `fresh`."""
     found = ()
-    for c in tl.static_range(TJ):
+    for c in tl.static_range(COUNT):
         values = ()
-        for v in tl.static_range(COUNT):
-            values = values + (tl.where(fresh, 0.0, line[c][v]),)
+        for plane in tl.static_range(PLANES):
+            values = values + (tl.where(fresh[:, None], 0.0, line[c][plane]),)
         found = found + (values,)
     return found
 
@@ -114,27 +87,14 @@ def _over_states(x, SUB: tl.constexpr):
 
 
 @triton.jit
-def _over_channels(x, S: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr):
-    """Sum over the channels of a strip, known to the lanes of all of them."""
+def _over_channels(x, S: tl.constexpr, BD: tl.constexpr, SUB: tl.constexpr, K: tl.constexpr):
+    """Sum of (lanes, K) over the channels of a strip, known to the lanes of all of them."""
     if BD == 1:
         return x
     else:
-        cube = tl.reshape(x, [S, BD, SUB])
+        cube = tl.reshape(x, [S, BD, SUB, K])
         total = tl.sum(cube, axis=1)
-        return tl.reshape(tl.broadcast_to(total[:, None, :], cube.shape), [x.shape[0]])
-
-
-@triton.jit
-def _store_states(ptr, values, sub, ok, N: tl.constexpr, K: tl.constexpr):
-    """Undo `_states_of`."""
-    if K == 1:
-        tl.store(ptr + sub, values[0], mask=ok & (sub < N))
-    else:
-        n = sub[:, None] * K + tl.arange(0, K)[None, :]
-        mask = ok[:, None]
-        if N % K != 0 or N & (N - 1) != 0:
-            mask = mask & (n < N)
-        tl.store(ptr[:, None] + n, _side_by_side(values, K), mask=mask)
+        return tl.reshape(tl.broadcast_to(total[:, None, :, :], cube.shape), x.shape)
 
 
 @triton.jit
@@ -169,20 +129,20 @@ def _inputs_of_row(
         here = ok & (column + c < columns)
         at = cell + c * step
         grid = at * CHANNELS + channel
-        maps = at * N
+        maps, wanted = _states_at(at * N, sub, here, N, K)
         x = tl.load(x_ptr + grid, mask=here, other=0.0).to(ACC)
         dt1 = tl.load(dt1_ptr + grid, mask=here, other=0.0).to(ACC)
-        B1 = _states_of(B1_ptr + maps, sub, here, N, K, ACC)
+        B1 = tl.load(B1_ptr + maps, mask=wanted, other=0.0).to(ACC)
         dt2, r1, B2, C1, C2 = dt1, dt1, B1, B1, B1
         if RULE != 1:
             dt2 = tl.load(dt2_ptr + grid, mask=here, other=0.0).to(ACC)
-            B2 = _states_of(B2_ptr + maps, sub, here, N, K, ACC)
+            B2 = tl.load(B2_ptr + maps, mask=wanted, other=0.0).to(ACC)
         if HAS_R:
             r1 = tl.load(r1_ptr + grid, mask=here, other=0.0).to(ACC)
         if MAPS_OUT:
-            C1 = _states_of(C1_ptr + maps, sub, here, N, K, ACC)
+            C1 = tl.load(C1_ptr + maps, mask=wanted, other=0.0).to(ACC)
             if RULE == 2:
-                C2 = _states_of(C2_ptr + maps, sub, here, N, K, ACC)
+                C2 = tl.load(C2_ptr + maps, mask=wanted, other=0.0).to(ACC)
         found = found + ((x, dt1, dt2, r1, B1, B2, C1, C2),)
     return found
 
@@ -190,50 +150,34 @@ def _inputs_of_row(
 @triton.jit
 def _advance(
     cell, rates, left, above, wl, wt,
-    RULE: tl.constexpr, HAS_R: tl.constexpr, HELD: tl.constexpr, K: tl.constexpr, PRECISE: tl.constexpr,
+    RULE: tl.constexpr, HAS_R: tl.constexpr, HELD: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """What a cell passes down and to the right."""
     x, dt1, dt2, r1, B1, B2, _C1, _C2 = cell
     A1, A2, c2, c3 = rates
-    s1, s2, sr = dt1 * _LOG2_E, dt2 * _LOG2_E, r1 * _LOG2_E
-    u1, u2 = dt1 * x, dt2 * x
-    down, right = (), ()
+    d1, d2, s1, s2 = dt1[:, None], dt2[:, None], (dt1 * _LOG2_E)[:, None], (dt2 * _LOG2_E)[:, None]
+    u1, u2 = (dt1 * x)[:, None], (dt2 * x)[:, None]
     if RULE == 0:
-        for k in tl.static_range(K):
-            from_left = left[k] + (_less_one(dt1, s1, A1[k], PRECISE) * left[k] + u1 * B1[k])
-            from_above = above[k] + (_less_one(dt2, s2, A2[k], PRECISE) * above[k] + u2 * B2[k])
-            down = down + (wl * from_left + wt * from_above,)
-        right = down
+        from_left = left[0] + (_less_one(d1, s1, A1, PRECISE) * left[0] + u1 * B1)
+        from_above = above[0] + (_less_one(d2, s2, A2, PRECISE) * above[0] + u2 * B2)
+        down = (wl[:, None] * from_left + wt[:, None] * from_above,)
+        return down, down
     elif RULE == 1:
-        for k in tl.static_range(K):
-            gate = _less_one(dt1, s1, A1[k], PRECISE)
-            g = left[k] + (gate * left[k] + u1 * B1[k])
-            right = right + (g,)
-            down = down + (above[k] + (gate * above[k] + g),)
+        gate = _less_one(d1, s1, A1, PRECISE)
+        g = left[0] + (gate * left[0] + u1 * B1)
+        return (above[0] + (gate * above[0] + g),), (g,)
     else:
-        second = ()
-        for k in tl.static_range(K):
-            gate1 = _less_one(r1, sr, A1[k], PRECISE)
-            gate2 = _less_one(dt2, s2, A2[k], PRECISE)
-            in1, in2 = u1, u2
-            if HELD:
-                held1 = gate1
-                if HAS_R:
-                    held1 = _less_one(dt1, s1, A1[k], PRECISE)
-                in1, in2 = held1 / A1[k] * x, gate2 / A2[k] * x
-            down = down + (left[k] + (gate1 * (left[k] - c2[k] * left[K + k]) + in1 * B1[k]),)
-            second = second + (above[K + k] + (gate2 * (above[K + k] - c3[k] * above[k]) + in2 * B2[k]),)
-        down = down + second
-        right = down
-    return down, right
-
-
-@triton.jit
-def _not_zero(values, K: tl.constexpr):
-    found = ()
-    for k in tl.static_range(K):
-        found = found + (tl.where(values[k] == 0, 1.0, values[k]),)
-    return found
+        gate1 = _less_one(r1[:, None], (r1 * _LOG2_E)[:, None], A1, PRECISE)
+        gate2 = _less_one(d2, s2, A2, PRECISE)
+        in1, in2 = u1, u2
+        if HELD:
+            held1 = gate1
+            if HAS_R:
+                held1 = _less_one(d1, s1, A1, PRECISE)
+            in1, in2 = held1 / A1 * x[:, None], gate2 / A2 * x[:, None]
+        first = left[0] + (gate1 * (left[0] - c2 * left[1]) + in1 * B1)
+        second = above[1] + (gate2 * (above[1] - c3 * above[0]) + in2 * B2)
+        return (first, second), (first, second)
 
 
 @triton.jit
@@ -241,17 +185,18 @@ def _rates_of(
     A1_ptr, A2_ptr, c2_ptr, c3_ptr, at, sub, ok, RULE: tl.constexpr, HAS_C2: tl.constexpr, HAS_C3: tl.constexpr,
     HELD: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A1, A2, c2, c3 of each lane's states; zeros for those that the rule has not."""
-    A1 = _states_of(A1_ptr + at, sub, ok, N, K, ACC)
-    A2, c2, c3 = A1, _zeros(sub, K, ACC), _zeros(sub, K, ACC)
+    """A1, A2, c2, c3 of each lane's states, (lanes, K); zeros for those that the rule has not."""
+    place, wanted = _states_at(at, sub, ok, N, K)
+    A1 = tl.load(A1_ptr + place, mask=wanted, other=0.0).to(ACC)
+    A2, c2, c3 = A1, tl.zeros(A1.shape, ACC), tl.zeros(A1.shape, ACC)
     if RULE != 1:
-        A2 = _states_of(A2_ptr + at, sub, ok, N, K, ACC)
+        A2 = tl.load(A2_ptr + place, mask=wanted, other=0.0).to(ACC)
     if HELD:  # lanes without a state divide by it too
-        A1, A2 = _not_zero(A1, K), _not_zero(A2, K)
+        A1, A2 = tl.where(A1 == 0, 1.0, A1), tl.where(A2 == 0, 1.0, A2)
     if HAS_C2:
-        c2 = _states_of(c2_ptr + at, sub, ok, N, K, ACC)
+        c2 = tl.load(c2_ptr + place, mask=wanted, other=0.0).to(ACC)
     if HAS_C3:
-        c3 = _states_of(c3_ptr + at, sub, ok, N, K, ACC)
+        c3 = tl.load(c3_ptr + place, mask=wanted, other=0.0).to(ACC)
     return A1, A2, c2, c3
 
 
@@ -265,7 +210,8 @@ def _grid_scan_fwd_kernel(
     K: tl.constexpr, SUB: tl.constexpr, BD: tl.constexpr, S: tl.constexpr, TJ: tl.constexpr, R: tl.constexpr,
     PRECISE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    V: tl.constexpr = 2 * K if RULE == 2 else K
+    PLANES: tl.constexpr = 2 if RULE == 2 else 1
+    V: tl.constexpr = PLANES * K
     LANES: tl.constexpr = S * BD * SUB
     row, _block, lane, own_strip, sub, channel, ok = _place(CHANNELS, S, BD, SUB)
     program = tl.program_id(0).to(tl.int64)
@@ -277,9 +223,11 @@ def _grid_scan_fwd_kernel(
     if HAS_D:
         skip = tl.load(D_ptr + (row // share) * CHANNELS + channel, mask=ok, other=0.0).to(ACC)
     chunks = tl.cdiv(rows, R)
-    lead = lane % (BD * SUB)
+    # Of the numbers that cells hand on, those of a lane of a program, and of a strip.
+    own_place = (lane * V)[:, None] + tl.arange(0, K)[None, :]
+    lead = (lane % (BD * SUB) * V)[:, None] + tl.arange(0, K)[None, :]
     period = tl.maximum(chunks, S)
-    above = _line_of_zeros(lane, TJ, V, ACC)
+    above = _line_of_zeros(LANES, TJ, PLANES, K, ACC)
     for t in range(panels * period + S - 1):
         # Strip after strip begins; a strip goes on with the next panel once its last chunk is done.
         turn = t - own_strip
@@ -288,13 +236,13 @@ def _grid_scan_fwd_kernel(
         strip = panel * S + own_strip
         column = strip * TJ
         first = tl.where(column_sign > 0, column, columns - 1 - column)
-        above = _unless(chunk == 0, above, TJ, V)
+        above = _unless(chunk == 0, above, TJ, PLANES)
         if SAVE:
-            # [program, chunk - 1, panel, column, value, lane]
-            keep = kept_ptr + (((program * (chunks - 1) + chunk - 1) * panels + panel) * TJ * V) * LANES + lane
+            # [program, chunk - 1, panel, column, lane, value]
+            keep = (((program * (chunks - 1) + chunk - 1) * panels + panel) * (TJ * V * LANES))[:, None] + own_place
             wanted = (chunk > 0) & (chunk < chunks)
             for c in tl.static_range(TJ):
-                _store_lanes(keep + c * V * LANES, above[c], LANES, wanted, V)
+                _store_planes(kept_ptr + keep + c * V * LANES, above[c], wanted, PLANES, K)
         for r in range(R):
             i = chunk * R + r
             here = ok & (i >= 0) & (i < rows)
@@ -304,9 +252,9 @@ def _grid_scan_fwd_kernel(
                 x_ptr, dt1_ptr, dt2_ptr, r1_ptr, B1_ptr, B2_ptr, C1_ptr, C2_ptr, cell, column, column_sign,
                 columns, here, channel, sub, RULE, HAS_R, True, CHANNELS, N, K, TJ, ACC,
             )  # fmt: skip
-            # [program, border, row, value, lane of a strip]
-            border = border_ptr + (((program * (strips - 1) + strip) * rows + i) * V) * (BD * SUB) + lead
-            left = _load_lanes(border - rows * V * (BD * SUB), BD * SUB, here & (strip > 0), V)
+            # [program, border, row, lane of a strip, value]
+            border = border_ptr + ((((program * (strips - 1) + strip) * rows + i) * (V * BD * SUB))[:, None] + lead)
+            left = _load_planes(border - rows * V * (BD * SUB), here & (strip > 0), PLANES, K)
             wl, wt = _weights(i, strip < 0, RULE, ACC)
             below = ()
             own = tl.zeros([LANES], ACC)
@@ -314,16 +262,12 @@ def _grid_scan_fwd_kernel(
                 wl_c, wt_c = wl, wt
                 if c == 0:
                     wl_c, wt_c = _weights(i, strip == 0, RULE, ACC)
-                down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, K, PRECISE)
+                down, left = _advance(line[c], rates, left, above[c], wl_c, wt_c, RULE, HAS_R, HELD, PRECISE)
                 below = below + (down,)
-                C1, C2 = line[c][6], line[c][7]
-                y = C1[0] * down[0]
-                for k in tl.static_range(1, K):
-                    y += C1[k] * down[k]
+                read = line[c][6] * down[0]
                 if RULE == 2:
-                    for k in tl.static_range(K):
-                        y += C2[k] * down[K + k]
-                y = _over_states(y, SUB)
+                    read += line[c][7] * down[1]
+                y = _over_states(tl.sum(read, axis=1), SUB)
                 if HAS_D:
                     y += skip * line[c][0]
                 own = tl.where(sub == c % SUB, y, own)
@@ -333,6 +277,6 @@ def _grid_scan_fwd_kernel(
                     out = (cell + (begin + sub) * column_sign) * CHANNELS + channel
                     tl.store(y_ptr + out, own, mask=mine)
             above = below
-            _store_lanes(border, left, BD * SUB, here & (strip < strips - 1), V)
+            _store_planes(border, left, here & (strip < strips - 1), PLANES, K)
         if S > 1:
             tl.debug_barrier()
