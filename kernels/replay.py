@@ -10,18 +10,17 @@ Imported by `triton_impl` modules only, so that Triton stays optional.
 from __future__ import annotations
 
 import functools
-import operator
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .autotune import autotuning
+from .replay_source import Allocation, Launch, Op, Place, Source, Step, Value, places
 from .triton_utils import INTERPRETED, direct, quick, recording
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
@@ -35,7 +34,7 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
-_known: dict[tuple[Any, ...], _Replay | bool] = {}
+_known: dict[tuple[Any, ...], Source | bool] = {}
 _in_interpreter = False
 
 
@@ -55,8 +54,8 @@ def replayed(launcher: Launcher) -> Launcher:
         if kind is None:
             return launcher(*arguments)
         found = _known.get(kind)
-        if type(found) is _Replay:
-            return found(tensors)
+        if type(found) is Source:
+            return found.run(tensors)
         if found is None:
             if len(_known) >= _MOST:
                 _known.clear()
@@ -66,7 +65,7 @@ def replayed(launcher: Launcher) -> Launcher:
         recorder = _Recorder(tensors)
         outputs = recorder.run(launcher, arguments)
         replay = recorder.replay(outputs)
-        steps = sum(len(one.steps) for one in (replay, *_known.values()) if type(one) is _Replay)
+        steps = sum(len(one.lines) for one in (replay, *_known.values()) if type(one) is Source)
         if steps > _MOST_STEPS:
             _known.clear()
         _known[kind] = replay or False
@@ -128,21 +127,6 @@ def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tup
     return tuple(key), tensors
 
 
-class _Place(NamedTuple):
-    """A tensor of a call: which of its values."""
-
-    number: int
-
-
-class _Value(NamedTuple):
-    """A tensor while it is recorded."""
-
-    address: int  # where it begins
-    storage: int  # where the memory begins that it lies in
-    root: int  # the value whose memory it lies in: itself if it is no view
-    offset: int  # bytes from where the root begins
-
-
 class _Recorder(TorchDispatchMode):
     """Takes down what a launcher does.
 
@@ -153,14 +137,14 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
         self.count, self.device = len(tensors), tensors[0].device
-        self.values: list[_Value] = []
+        self.values: list[Value] = []
         # Tensors are not kept, since those of all groups of rows, say, need not fit the memory at once. The id of one
         # that is gone may be that of another one.
         self.places: dict[int, int] = {}
         self.watched: dict[int, weakref.ref[Tensor]] = {}
         for one in tensors:
             self._add(one, None)
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.possible = True
         self.launching = False
 
@@ -184,7 +168,7 @@ class _Recorder(TorchDispatchMode):
         finally:
             recording.by = self
         given = self._placed((args, kwargs))
-        if not isinstance(found, (Tensor, tuple, list, type(None))) and not _places(given):
+        if not isinstance(found, (Tensor, tuple, list, type(None))) and not places(given):
             return found  # of two dtypes, say
         several = isinstance(found, (tuple, list))
         made = [] if found is None else list(found) if several else [found]
@@ -194,12 +178,11 @@ class _Recorder(TorchDispatchMode):
         if any(not isinstance(one, Tensor) or one.device != self.device for one in made):
             self.possible = False  # a value was read
         elif func in _ALLOCATIONS:
-            like = {"dtype": found.dtype, "device": found.device}
-            self.steps.append(_Allocation(indices[0], found.shape, found.stride(), like))
+            self.steps.append(Allocation(indices[0], found.shape, found.stride(), found.dtype, found.device))
         else:
             view = bool(roots) and all(root is not None for root in roots)
-            outputs = [_Place(self.places[id(one)]) for one in made]
-            self.steps.append(_Op(func, given[0], given[1], several, outputs, view))
+            outputs = [Place(self.places[id(one)]) for one in made]
+            self.steps.append(Op(func, given[0], given[1], several, outputs, view))
         return found
 
     def launch(self, kernel: quick, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -222,13 +205,13 @@ class _Recorder(TorchDispatchMode):
             named = kernel.arg_names[len(arguments) :]
             self.possible &= all(name in options for name in named)  # none has a default
             given = (*given, *(options.get(name) for name in named))
-        self.steps.append(_Launch(kernel, compiled, grid, given, options))
+        self.steps.append(Launch(kernel, compiled, grid, given, options))
         return compiled
 
-    def replay(self, outputs: Any) -> _Replay | None:
+    def replay(self, outputs: Any) -> Source | None:
         """What was taken down, None where it cannot be done again."""
         returned = self._placed(outputs)
-        return _Replay(self.count, self.values, self.steps, returned) if self.possible else None
+        return Source(self.count, self.values, self.steps, returned) if self.possible else None
 
     def _placed(self, tree: Any) -> Any:
         """The tree with places instead of tensors."""
@@ -236,7 +219,7 @@ class _Recorder(TorchDispatchMode):
             if id(tree) not in self.places:
                 self.possible = False  # it comes from elsewhere
                 return None
-            return _Place(self.places[id(tree)])
+            return Place(self.places[id(tree)])
         kind = type(tree)
         if kind is tuple or kind is list:
             return kind([self._placed(one) for one in tree])
@@ -249,7 +232,7 @@ class _Recorder(TorchDispatchMode):
     def _root(self, tensor: Tensor, given: Any) -> tuple[int, int] | None:
         """The root of a view and the bytes between them; None for a tensor with its own memory."""
         storage = tensor.untyped_storage().data_ptr()
-        for index in _places(given):
+        for index in places(given):
             of = self.values[index]
             if storage and of.storage == storage:
                 return of.root, tensor.data_ptr() - self.values[of.root].address
@@ -259,167 +242,5 @@ class _Recorder(TorchDispatchMode):
         index, name = len(self.values), id(tensor)
         self.places[name] = index
         self.watched[name] = weakref.ref(tensor, lambda _: self.places.pop(name, None))
-        self.values.append(_Value(tensor.data_ptr(), tensor.untyped_storage().data_ptr(), *(root or (index, 0))))
+        self.values.append(Value(tensor.data_ptr(), tensor.untyped_storage().data_ptr(), *(root or (index, 0))))
         return index
-
-
-class _Allocation(NamedTuple):
-    number: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    like: dict[str, Any]
-
-
-class _Op(NamedTuple):
-    function: Any
-    args: Any
-    kwargs: Any
-    several: bool
-    outputs: list[_Place]
-    view: bool
-
-
-class _Launch(NamedTuple):
-    kernel: quick
-    compiled: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-_Step = _Allocation | _Op | _Launch
-
-
-class _Replay:
-    """A recorded call: steps that work on a list of values, of which the arguments come first.
-
-    Views that nothing but kernels read are not made: kernels get addresses.
-    """
-
-    def __init__(self, arguments: int, values: list[_Value], steps: list[_Step], returned: Any) -> None:
-        self.returned = _filler(returned)
-        self.size = len(values) - arguments
-        roots, offsets = [one.root for one in values], [one.offset for one in values]
-        # From the last step to the first: what is made for nobody is left out, and what is read no more is let go.
-        wanted = set(_places(returned))
-        kept = set(wanted)
-        found: list[Callable[[list[Any], int], None]] = []
-        for step in reversed(steps):
-            if isinstance(step, _Op) and step.view and wanted.isdisjoint(_places(step.outputs)):
-                continue
-            if isinstance(step, _Allocation) and step.number not in kept:
-                continue
-            read = set(_places((step.args, step.kwargs))) if isinstance(step, _Op) else set()
-            if isinstance(step, _Launch):
-                places = set(_places(step.arguments))
-                read = places if INTERPRETED else {roots[index] for index in places}
-            made = {step.number} if isinstance(step, _Allocation) else set()
-            if isinstance(step, _Op):
-                made = set(_places(step.outputs)) - read
-            last = [index for index in read | made if index >= arguments and index not in kept]
-            kept |= read | made
-            wanted |= read
-            if last:
-                found.append(_release(last))
-            found.append(self._work(step, roots, offsets))
-        self.steps = found[::-1]
-
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        values: list[Any] = [*tensors, *[None] * self.size]
-        stream = 0 if INTERPRETED else triton.runtime.driver.active.get_current_stream(tensors[0].get_device())
-        for step in self.steps:
-            step(values, stream)
-        return self.returned(values)
-
-    def _work(self, step: _Step, roots: list[int], offsets: list[int]) -> Callable[[list[Any], int], None]:
-        if isinstance(step, _Allocation):
-            return _allocate(*step)
-        if isinstance(step, _Op):
-            return _operate(step)
-        return _interpret(step) if INTERPRETED else _launch(step, roots, offsets)
-
-
-def _allocate(
-    number: int, shape: tuple[int, ...], stride: tuple[int, ...], like: dict[str, Any]
-) -> Callable[[list[Any], int], None]:
-    empty = torch.empty_strided
-
-    def allocate(values: list[Any], stream: int) -> None:
-        values[number] = empty(shape, stride, **like)
-
-    return allocate
-
-
-def _operate(step: _Op) -> Callable[[list[Any], int], None]:
-    places = [one.number for one in step.outputs]
-
-    function, args, kwargs = step.function, _filler(step.args), _filler(step.kwargs)
-
-    def operate(values: list[Any], stream: int) -> None:
-        found = function(*args(values), **kwargs(values))
-        for number, one in zip(places, found if step.several else (found,)):  # no places for an op without outputs
-            values[number] = one
-
-    return operate
-
-
-def _interpret(step: _Launch) -> Callable[[list[Any], int], None]:
-    arguments = _filler(step.arguments)
-
-    def launch(values: list[Any], stream: int) -> None:
-        step.kernel.kernel[step.grid](*arguments(values), **step.options)
-
-    return launch
-
-
-def _launch(step: _Launch, roots: list[int], offsets: list[int]) -> Callable[[list[Any], int], None]:
-    compiled = step.compiled
-    run = compiled.run
-    grid = *step.grid, *(1,) * (3 - len(step.grid))
-    before = compiled.function, compiled.packed_metadata, None, None, None
-    arguments = [None if type(one) is _Place else one for one in step.arguments]
-    holes = [
-        (number, roots[one.number], offsets[one.number])
-        for number, one in enumerate(step.arguments)
-        if type(one) is _Place
-    ]
-
-    def launch(values: list[Any], stream: int) -> None:
-        given = arguments.copy()
-        for number, root, offset in holes:
-            given[number] = values[root].data_ptr() + offset
-        run(*grid, stream, *before, *given)
-
-    return launch
-
-
-def _release(indices: list[int]) -> Callable[[list[Any], int], None]:
-    def release(values: list[Any], stream: int) -> None:
-        for index in indices:
-            values[index] = None
-
-    return release
-
-
-def _places(tree: Any) -> list[int]:
-    """The indices of all places in a tree."""
-    if type(tree) is _Place:
-        return [tree.number]
-    if type(tree) is dict:
-        tree = tuple(tree.values())
-    return [number for one in tree for number in _places(one)] if type(tree) in (tuple, list) else []
-
-
-def _filler(tree: Any) -> Callable[[list[Any]], Any]:
-    """What puts tensors at the places of a tree."""
-    if type(tree) is _Place:
-        return operator.itemgetter(tree.number)
-    if not _places(tree):
-        return lambda values: tree
-    if type(tree) is dict:
-        named = {name: _filler(one) for name, one in tree.items()}
-        return lambda values: {name: fill(values) for name, fill in named.items()}
-    if type(tree) is tuple and len(tree) > 1 and all(type(one) is _Place for one in tree):
-        return operator.itemgetter(*(one.number for one in tree))
-    kind, each = type(tree), [_filler(one) for one in tree]
-    return lambda values: kind([fill(values) for fill in each])

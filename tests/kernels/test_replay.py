@@ -32,7 +32,7 @@ def _in_interpreter():
 
 
 def replays() -> list:
-    return [one for one in replay._known.values() if type(one) is replay._Replay]
+    return [one for one in replay._known.values() if type(one) is replay.Source]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -258,7 +258,7 @@ def test_temporaries_are_let_go_before_the_end(device):
         counted.call(torch.randn(4, device=device))
     (found,) = replays()
     with Watched():
-        found([torch.randn(4, device=device)])
+        found.run([torch.randn(4, device=device)])
     assert max(counts) <= 2
 
 
@@ -288,7 +288,7 @@ def test_what_is_recorded_is_bounded(device, monkeypatch):
             x = torch.randn(size, device=device)
             assert torch.equal(counted.call(x), (x + 1) * 2 - 3)
     assert counted.runs == 16
-    assert sum(len(one.steps) for one in replays()) <= 10
+    assert sum(len(one.lines) for one in replays()) <= 10
 
 
 def test_every_kernel_launch_can_be_recorded():
