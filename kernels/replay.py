@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import shortcut
 from .autotune import autotuning
 from .replay_source import Allocation, Launch, Op, Place, Source, Step, Value, places
-from .triton_utils import INTERPRETED, direct, quick, recording
+from .transforms import watching
+from .triton_utils import INTERPRETED, direct, quick
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
@@ -55,16 +57,14 @@ def replayed(launcher: Launcher) -> Launcher:
             return launcher(*arguments)
         found = _known.get(kind)
         if type(found) is Source:
-            return found.run(tensors)
+            return found.run(*arguments)
         if found is None:
             if len(_known) >= _MOST:
                 _known.clear()
             _known[kind] = True
         if not found or autotuning():
             return launcher(*arguments)
-        recorder = _Recorder(tensors)
-        outputs = recorder.run(launcher, arguments)
-        replay = recorder.replay(outputs)
+        outputs, replay = _recorded(launcher, arguments, tensors)
         steps = sum(len(one.lines) for one in (replay, *_known.values()) if type(one) is Source)
         if steps > _MOST_STEPS:
             _known.clear()
@@ -74,9 +74,31 @@ def replayed(launcher: Launcher) -> Launcher:
     return cast(Launcher, call)
 
 
+def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Callable[..., Any] | None]:
+    """Call a function that calls launchers, and what does the same again: None where there are none, or it cannot be.
+
+    Args:
+        function: As a launcher, it depends on nothing but the kind of its arguments.
+        arguments: They stand for all of their kind.
+    """
+    if autotuning():
+        return function(*arguments), None
+    outputs, source = _recorded(function, arguments, [one for one in arguments if isinstance(one, Tensor)])
+    return outputs, source.run if source and source.launches else None
+
+
+def _recorded(
+    launcher: Callable[..., Any], arguments: tuple[Any, ...], tensors: list[Tensor]
+) -> tuple[Any, Source | None]:
+    recorder = _Recorder(tensors)
+    outputs = recorder.run(launcher, arguments)
+    return outputs, recorder.replay(arguments, outputs)
+
+
 def forget() -> None:
     """Forget all that was recorded; needed where something changes that launchers take as given, such as tiles."""
     _known.clear()
+    shortcut.forget()
 
 
 @contextmanager
@@ -84,10 +106,12 @@ def in_interpreter() -> Any:
     """Replay in Triton's interpreter, too, where it saves nothing; launchers must read no value of any tensor."""
     global _in_interpreter
     before, _in_interpreter = _in_interpreter, True
+    shortcut.in_interpreter(True)
     try:
         yield
     finally:
         _in_interpreter = before
+        shortcut.in_interpreter(before)
 
 
 def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
@@ -110,7 +134,7 @@ def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tup
             return None, tensors
         else:
             key += kind, one
-    if not tensors or len(set(map(id, tensors))) < len(tensors) or recording.by is not None:
+    if not tensors or len(set(map(id, tensors))) < len(tensors) or watching.by is not None:
         return None, tensors
     device = tensors[0].device.type
     key += torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -136,7 +160,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()
-        self.count, self.device = len(tensors), tensors[0].device
+        self.device = tensors[0].device
         self.values: list[Value] = []
         # Tensors are not kept, since those of all groups of rows, say, need not fit the memory at once. The id of one
         # that is gone may be that of another one.
@@ -149,12 +173,12 @@ class _Recorder(TorchDispatchMode):
         self.launching = False
 
     def run(self, launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        recording.by = self
+        watching.by = self
         try:
             with self:
                 return launcher(*arguments)
         finally:
-            recording.by = None
+            watching.by = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -162,11 +186,11 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.launching:
             return func(*args, **kwargs)
-        recording.by = None  # an op with kernels of its own is one step
+        watching.by = None  # an op with kernels of its own is one step
         try:
             found = func(*args, **kwargs)
         finally:
-            recording.by = self
+            watching.by = self
         given = self._placed((args, kwargs))
         if not isinstance(found, (Tensor, tuple, list, type(None))) and not places(given):
             return found  # of two dtypes, say
@@ -208,10 +232,10 @@ class _Recorder(TorchDispatchMode):
         self.steps.append(Launch(kernel, compiled, grid, given, options))
         return compiled
 
-    def replay(self, outputs: Any) -> Source | None:
+    def replay(self, arguments: tuple[Any, ...], outputs: Any) -> Source | None:
         """What was taken down, None where it cannot be done again."""
-        returned = self._placed(outputs)
-        return Source(self.count, self.values, self.steps, returned) if self.possible else None
+        given, returned = self._placed(arguments), self._placed(outputs)
+        return Source(given, self.values, self.steps, returned) if self.possible else None
 
     def _placed(self, tree: Any) -> Any:
         """The tree with places instead of tensors."""

@@ -7,10 +7,11 @@ kernels read are not made, and temporaries that nothing else reads are pieces of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
+from torch import Tensor
 
 from .triton_utils import INTERPRETED, quick
 
@@ -72,37 +73,46 @@ class Source:
     """A recorded call.
 
     Args:
-        arguments: How many of the values are arguments; they come first.
+        arguments: Arguments of the call, with places for tensors.
         values: All tensors of the call.
         steps: What was done.
         returned: Tree of what the call returned, with places for tensors.
 
     Attributes:
+        launches: Whether there are launches.
         lines: Of the function.
-        run: The function, of a list of the arguments that are tensors.
+        run: The function, of the same arguments as the call; what is no tensor is not looked at.
     """
 
-    def __init__(self, arguments: int, values: list[Value], steps: list[Step], returned: Any) -> None:
+    def __init__(self, arguments: tuple[Any, ...], values: list[Value], steps: list[Step], returned: Any) -> None:
         self._names: dict[str, Any] = {}
-        self._values, self._arguments = values, arguments
-        steps, last, made = _needed(arguments, values, steps, returned)
+        self._values, self._arguments = values, places(arguments)
+        steps, last, made = _needed(len(self._arguments), values, steps, returned)
         self._addressed = {number for step in steps for number in self._pointers(step)}
         pieces = {} if INTERPRETED else _pieces(values, steps, last, made)
         self._pieces, self._total = pieces, max((begin + size for begin, size in pieces.values()), default=0)
+        self.launches = any(isinstance(step, Launch) for step in steps)
         self.lines = [
-            "def run(tensors):",
+            f"def run({', '.join(_parameter(*one) for one in enumerate(arguments))}):",
+            *(" " + line for line in self._unpacked(arguments)),
             *(" " + line for line in self._body(steps, last)),
             f" return {self._tree(returned)}",
         ]
         exec("\n".join(self.lines), self._names)
         self.run: Callable[[Any], Any] = self._names["run"]
 
-    def _body(self, steps: list[Step], last: dict[int, int]) -> Iterator[str]:
-        if self._arguments:
-            yield "".join(f"v{number}, " for number in range(self._arguments)) + "= tensors"
-        for number in range(self._arguments):
+    def _unpacked(self, arguments: tuple[Any, ...]) -> Iterator[str]:
+        for at, one in enumerate(arguments):
+            if type(one) is list and one:
+                yield (
+                    ", ".join(_parameter(f"{at}_{k}", each) for k, each in enumerate(one))
+                    + f", = {_parameter(at, one)}"
+                )
+        for number in self._arguments:
             yield from self._address(number)
-        if not INTERPRETED and any(isinstance(step, Launch) for step in steps):
+
+    def _body(self, steps: list[Step], last: dict[int, int]) -> Iterator[str]:
+        if self.launches and not INTERPRETED:
             yield f"stream = {self._constant(_stream_of_current)}()"
         if self._pieces:
             first = min(at for at, step in enumerate(steps) if _made(step) & self._pieces.keys())
@@ -190,6 +200,49 @@ class Source:
         name = f"c{len(self._names)}"
         self._names[name] = one
         return name
+
+
+def _parameter(at: object, argument: Any) -> str:
+    return f"v{argument.number}" if type(argument) is Place else f"unread{at}"
+
+
+def placed(tree: Any, tensors: list[Tensor]) -> Any:
+    """The tree with places instead of these tensors; None if there are others in it, or classes that may hold some."""
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+
+    def walk(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return Place(numbers[id(tree)])
+        if isinstance(tree, tuple) and type(tree) is not torch.Size:
+            parts = [walk(one) for one in tree]
+            return tuple(parts) if type(tree) is tuple else type(tree)(*parts)
+        if type(tree) in (type(None), bool, int, float, str, torch.dtype):
+            return tree
+        raise KeyError(type(tree))
+
+    try:
+        return walk(tree)
+    except KeyError:
+        return None
+
+
+def filler(tree: Any) -> Callable[[Any], Any]:
+    """What puts tensors, the items of its argument, at the places of a tree of tuples."""
+    names: dict[str, Any] = {}
+
+    def written(tree: Any) -> str:
+        if type(tree) is Place:
+            return f"given[{tree.number}]"
+        if isinstance(tree, tuple):
+            parts = "(" + "".join(f"{written(one)}, " for one in tree) + ")"
+            if type(tree) is tuple:
+                return parts
+            names.setdefault(name := type(tree).__name__, type(tree))
+            return f"{name}(*{parts})"
+        names[name := f"c{len(names)}"] = tree
+        return name
+
+    return cast(Callable[[Any], Any], eval(f"lambda given: {written(tree)}", names))
 
 
 def places(tree: Any) -> list[int]:

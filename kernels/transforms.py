@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -83,9 +84,21 @@ _PLAIN_CLASSES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, torc
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
+class _Watching(threading.local):
+    """Who watches what this thread does."""
+
+    by: Any = None  # takes launches down, an object with `launch`: see `replay.py`
+    applied: list[tuple[Any, tuple[Any, ...], Any]] | None = None  # calls of autograd functions: see `shortcut.py`
+
+
+watching = _Watching()
+
+
 def call(op: Callable[..., Any], *arguments: Any) -> Any:
     """Call an op of `operator`; its function at once where nothing else sees the call, which saves a launch's time."""
-    return op(*arguments) if _seen(arguments) else _FUNCTIONS[op](*arguments)
+    if torch.compiler.is_compiling() or (watching.by is None and _seen(arguments)):
+        return op(*arguments)
+    return _FUNCTIONS[op](*arguments)
 
 
 def function_of(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,17 +138,18 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     costs half as much to call and to differentiate, and without gradients the forward alone is enough; but not for
     `torch.func.jvp`, whose derivatives are there without them: those that a function lacks must not be taken for zero.
     """
-    if not torch.is_grad_enabled():
-        # Without a rule of its own a function works under vmap only by what its forward calls.
-        seen = transforming() and function.generate_vmap_rule and not torch.compiler.is_compiling()
-        return function.apply(*arguments) if seen else function.forward(*arguments)
     if torch.compiler.is_compiling():
         # torch.compile cannot trace a function whose context nobody needs.
-        needed = any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+        needed = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
         return function.apply(*arguments) if needed else function.forward(*arguments)
     if transforming():
-        return function.apply(*arguments)
-    return _eager_twin(function).apply(*arguments)
+        # Without a rule of its own a function works under vmap only by what its forward calls.
+        seen = torch.is_grad_enabled() or function.generate_vmap_rule
+        return function.apply(*arguments) if seen else function.forward(*arguments)
+    found = eager_apply(function)(None, *arguments) if torch.is_grad_enabled() else function.forward(*arguments)
+    if watching.applied is not None:
+        watching.applied.append((function, arguments, found))
+    return found
 
 
 def plain_call(*tensors: Tensor | None) -> bool:
@@ -152,14 +166,24 @@ _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambd
 
 
 @functools.cache
-def _eager_twin(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        output = function.forward(*arguments)
+def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`apply` of a function's twin for eager mode, which takes a plan of `shortcut.py` or None first."""
+
+    def forward(ctx: Any, plan: Any, *arguments: Any) -> Any:
+        output = function.forward(*arguments) if plan is None else plan.forward(*arguments)
         function.setup_context(ctx, arguments, output)
+        ctx.plan = plan
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(f"{function.__name__}Eager", (torch.autograd.Function,), members)
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        if ctx.plan is None or torch.is_grad_enabled():
+            return None, *function.backward(ctx, *gradients)
+        return None, *ctx.plan.backward(ctx, gradients)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    twin = type(f"{function.__name__}Eager", (torch.autograd.Function,), members)
+    # Not the method of `Function` itself, which prepares arguments for `torch.func` first.
+    return cast(Callable[..., Any], super(torch.autograd.Function, twin).apply)
 
 
 class FirstDerivative(torch.autograd.Function):
