@@ -92,7 +92,7 @@ def _kind(
             if kind in _TENSORS:
                 tensors.append(one)
                 layout = one.is_contiguous() or one.stride()
-                key += one.shape, layout, one.dtype, one.get_device(), one.data_ptr() & 15, one.requires_grad
+                key += one.shape, layout, one.dtype, one.data_ptr() & 15, one.requires_grad
             elif kind in _PLAIN:
                 key += kind, one
             elif kind is tuple and all(type(part) is str for part in one):
@@ -104,6 +104,9 @@ def _kind(
     settings = _settings(tensors)
     if settings is None or watching.applied is not None or len(set(map(id, tensors))) < len(tensors):
         return None, tensors
+    for one in tensors:  # Triton launches on the current GPU
+        if one.get_device() != settings[0]:
+            return None, tensors
     backend = dispatch.requested()
     if backend == "auto" and options.get("backend", backend) == "auto":
         backend = os.environ.get("SSM_BACKEND", "")

@@ -77,26 +77,26 @@ def ema_scan(
     check_seq_idx(seq_idx)
     (x,) = cast_for_autocast(x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
-    if initial_state is None:
-        state = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype)
-    else:
-        dtype = torch.promote_types(dtype, initial_state.dtype)
-        state = initial_state.to(dtype)
+    state = initial_state
+    if state is not None:
+        dtype = torch.promote_types(dtype, state.dtype)
+        state = state.to(dtype)
     p = p.to(dtype)
-    if x.numel() == 0:
-        return x.clone(), state.clone()
     chosen = choose(backend, x, op="ema_scan")
+    if state is None and (chosen != "triton" or x.numel() == 0):
+        state = x.new_zeros(x.shape[0], x.shape[2], dtype=dtype)
+    if x.numel() == 0:
+        assert state is not None  # made above
+        return x.clone(), state.clone()
 
-    def run(x: Tensor, p: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        match chosen:
-            case "reference":
-                return ema_scan_reference(x, p, state, seq_idx)
-            case "triton":
-                from .triton_impl import ema_scan_triton
+    def run(x: Tensor, p: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        if chosen == "triton":
+            from .triton_impl import ema_scan_triton
 
-                return ema_scan_triton(x, p, state, seq_idx)
-            case _:
-                return ema_scan_chunked(x, p, state, seq_idx)
+            return ema_scan_triton(x, p, state, seq_idx)
+        assert state is not None  # made above
+        scan = ema_scan_reference if chosen == "reference" else ema_scan_chunked
+        return scan(x, p, state, seq_idx)
 
     if seq_idx is None:
         return run(x, p, state)

@@ -130,6 +130,7 @@ def _ema_scan_fwd_kernel(
     part_length,
     x_stride_b,
     x_stride_t,
+    HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -141,7 +142,9 @@ def _ema_scan_fwd_kernel(
     x_row = x_ptr + row * x_stride_b + channel
     means_row = means_ptr + row * length * channels + channel
     parts = tl.num_programs(1)
-    m = tl.load(initial_ptr + row * channels + channel, mask=channel_ok, other=0.0)
+    m = tl.zeros([BLOCK_D], ACC)
+    if HAS_INITIAL:
+        m = tl.load(initial_ptr + row * channels + channel, mask=channel_ok, other=0.0)
     first = row * parts
     m = _fold(products_ptr, ends_ptr, m, first, first + tl.program_id(1), 1, parts, channels, channel, channel_ok)
     for start in range(begin, end, BLOCK_T):
@@ -181,6 +184,8 @@ def _ema_scan_bwd_kernel(
     part_length,
     x_stride_b,
     x_stride_t,
+    HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
     PACKED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -192,8 +197,12 @@ def _ema_scan_bwd_kernel(
     x_row = x_ptr + row * x_stride_b + channel
     at_row = row * length * channels + channel  # means and gradients
     dp_row = dp_ptr + (row * tl.cdiv(channels, BLOCK_D) + block) * length
-    initial = tl.load(initial_ptr + row * channels + channel, mask=channel_ok, other=0.0)
-    carry = tl.load(dfinal_ptr + row * channels + channel, mask=channel_ok, other=0.0).to(ACC)
+    initial = tl.zeros([BLOCK_D], ACC)
+    if HAS_INITIAL:
+        initial = tl.load(initial_ptr + row * channels + channel, mask=channel_ok, other=0.0)
+    carry = tl.zeros([BLOCK_D], ACC)
+    if HAS_FINAL:
+        carry = tl.load(dfinal_ptr + row * channels + channel, mask=channel_ok, other=0.0).to(ACC)
     parts = tl.num_programs(1)
     last = row * parts + parts - 1
     carry = _fold(
@@ -221,36 +230,37 @@ def _ema_scan_bwd_kernel(
             dp = tl.sum(tl.where(channel_ok, g * (xs[i].to(ACC) - m), 0.0), axis=0)
             tl.store(dp_row + t, dp, mask=ok)
             carry = keep * g
-    if tl.program_id(1) == 0:
+    if HAS_INITIAL and tl.program_id(1) == 0:
         tl.store(dinitial_ptr + row * channels + channel, carry, mask=channel_ok)
 
 
-def ema_scan_triton(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+def ema_scan_triton(x: Tensor, p: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `ema_scan`; p and the state have the dtype of the sums."""
     return apply(_Ema, x, p, state, seq_idx)
 
 
 @operator("ema_scan_triton_fwd")
 @replayed
-def _forward(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, p: Tensor, state: Tensor | None, seq_idx: Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
     """`parts` is the number of parts to cut the sequence into, 0 to choose."""
-    x, p, state = last_contiguous(x), p.contiguous(), state.contiguous()
-    seq_idx = None if seq_idx is None else seq_idx.contiguous()
+    x, p = last_contiguous(x), p.contiguous()
+    state, seq_idx = (None if one is None else one.contiguous() for one in (state, seq_idx))
     _, length, channels = x.shape
-    means, final = x.new_empty(x.shape), torch.empty_like(state)
+    means, final = x.new_empty(x.shape), p.new_empty(x.shape[0], channels)
     grid, part_length, tile = _grid(x, parts, False)
     with on_device(x):
         pairs = _part_ends(x, p, seq_idx, False, grid, part_length, tile)
         _ema_scan_fwd_kernel[grid](
-            x, p, _or(seq_idx, p), state, *pairs, means, final, length, channels, part_length, x.stride(0), x.stride(1),
-            PACKED=seq_idx is not None, ACC=_acc(p.dtype), **tile,
+            x, p, _or(seq_idx, p), _or(state, p), *pairs, means, final, length, channels, part_length,
+            x.stride(0), x.stride(1),
+            HAS_INITIAL=state is not None, PACKED=seq_idx is not None, ACC=_acc(p.dtype), **tile,
         )  # fmt: skip
     return means, final
 
 
 @torch.library.register_fake("ssm::ema_scan_triton_fwd")
-def _(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), state.new_empty(state.shape)
+def _(x: Tensor, p: Tensor, state: Tensor | None, seq_idx: Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), p.new_empty(x.shape[0], x.shape[2])
 
 
 @operator("ema_scan_triton_bwd")
@@ -258,26 +268,26 @@ def _(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None, parts: int) -
 def _backward(
     x: Tensor,
     p: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     seq_idx: Tensor | None,
     means: Tensor,
     dmeans: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, p and the state."""
-    x, p, state = last_contiguous(x), p.contiguous(), state.contiguous()
-    means, dmeans, dfinal = means.contiguous(), dmeans.contiguous(), dfinal.contiguous()
-    seq_idx = None if seq_idx is None else seq_idx.contiguous()
+    """Gradients of x, p and the state, which has no rows if it is None."""
+    x, p, means, dmeans = last_contiguous(x), p.contiguous(), means.contiguous(), dmeans.contiguous()
+    state, seq_idx, dfinal = (None if one is None else one.contiguous() for one in (state, seq_idx, dfinal))
     batch, length, channels = x.shape
     grid, part_length, tile = _grid(x, parts, True)
-    dx, dinitial = x.new_empty(x.shape), torch.empty_like(state)
+    dx, dinitial = x.new_empty(x.shape), p.new_empty(0 if state is None else batch, channels)
     dp = p.new_empty(batch, grid[0] // batch, length)
     with on_device(x):
         pairs = _part_ends(dmeans, p, seq_idx, True, grid, part_length, tile)
         _ema_scan_bwd_kernel[grid](
-            x, p, _or(seq_idx, p), state, means, dmeans, dfinal, *pairs, dx, dp, dinitial,
+            x, p, _or(seq_idx, p), _or(state, p), means, dmeans, _or(dfinal, p), *pairs, dx, dp, dinitial,
             length, channels, part_length, x.stride(0), x.stride(1),
+            HAS_INITIAL=state is not None, HAS_FINAL=dfinal is not None,
             PACKED=seq_idx is not None, ACC=_acc(p.dtype), **tile,
         )  # fmt: skip
     return dx, dp.view(batch, length) if dp.shape[1] == 1 else dp.sum(1), dinitial
@@ -287,14 +297,15 @@ def _backward(
 def _(
     x: Tensor,
     p: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     seq_idx: Tensor | None,
     means: Tensor,
     dmeans: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     parts: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), p.new_empty(p.shape), state.new_empty(state.shape)
+    dstate = p.new_empty(0 if state is None else x.shape[0], x.shape[2])
+    return x.new_empty(x.shape), p.new_empty(p.shape), dstate
 
 
 class _Ema(torch.autograd.Function):
@@ -303,16 +314,20 @@ class _Ema(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, p: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
         return call(_forward, x, p, state, seq_idx, 0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs, output[0])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dmeans: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *apply(_EmaGradient, *ctx.saved_tensors, dmeans, dfinal), None
+    def backward(ctx: Any, dmeans: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        dmeans = torch.zeros_like(saved[4]) if dmeans is None else dmeans
+        dx, dp, dstate = apply(_EmaGradient, *saved, dmeans, dfinal)
+        return dx, dp, None if saved[2] is None else dstate, None
 
 
 class _EmaGradient(FirstDerivative):
@@ -320,7 +335,13 @@ class _EmaGradient(FirstDerivative):
 
     @staticmethod
     def forward(
-        x: Tensor, p: Tensor, state: Tensor, seq_idx: Tensor | None, means: Tensor, dmeans: Tensor, dfinal: Tensor
+        x: Tensor,
+        p: Tensor,
+        state: Tensor | None,
+        seq_idx: Tensor | None,
+        means: Tensor,
+        dmeans: Tensor,
+        dfinal: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return call(_backward, x, p, state, seq_idx, means, dmeans, dfinal, 0)
 

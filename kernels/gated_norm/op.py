@@ -65,17 +65,14 @@ def gated_norm(
     if x.numel() == 0:
         return x * z
     obstacle = None if group_size <= _WIDEST_GROUP else f"a group has {group_size} channels, Triton takes 16384 at most"
-    arguments = x.reshape(-1, channels), z.reshape(-1, channels), weight.to(dtype), eps, group_size, norm_before_gate
-    match choose(backend, x, op="gated_norm", obstacle=obstacle, fusible=True):
-        case "reference":
-            y = gated_norm_reference(*arguments)
-        case "triton":
-            from .triton_impl import gated_norm_triton
+    options = weight.to(dtype), eps, group_size, norm_before_gate
+    chosen = choose(backend, x, op="gated_norm", obstacle=obstacle, fusible=True)
+    if chosen == "triton":
+        from .triton_impl import gated_norm_triton
 
-            y = gated_norm_triton(*arguments)
-        case _:
-            y = gated_norm_chunked(*arguments)
-    return y.view(x.shape)
+        return gated_norm_triton(x, z, *options)
+    norm = gated_norm_reference if chosen == "reference" else gated_norm_chunked
+    return norm(x.reshape(-1, channels), z.reshape(-1, channels), *options).view(x.shape)
 
 
 def _check(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int | None) -> None:

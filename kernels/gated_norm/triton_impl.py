@@ -134,7 +134,7 @@ def _gated_norm_bwd_kernel(
 def gated_norm_triton(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
-    """See `gated_norm`; x, z (r, d), weight (d,) in the dtype to compute in."""
+    """See `gated_norm`; x, z (..., d), weight (d,) in the dtype to compute in."""
     return apply(_GatedNorm, x, z, weight, eps, group_size, norm_before_gate)
 
 
@@ -203,7 +203,8 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int, norm_first: bool) -> Tensor:
-        return call(_forward, x, z, weight, eps, group_size, norm_first)
+        y: Tensor = call(_forward, _rows(x), _rows(z), weight, eps, group_size, norm_first)
+        return y.view(x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -213,8 +214,9 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight = ctx.saved_tensors
-        dx, dz, dweight = apply(_GatedNormGradient, x, z, weight, dy, ctx.eps, ctx.group_size, ctx.norm_first)
-        return dx, dz, dweight, None, None, None
+        rows, options = (_rows(x), _rows(z), weight, _rows(dy)), (ctx.eps, ctx.group_size, ctx.norm_first)
+        dx, dz, dweight = apply(_GatedNormGradient, *rows, *options)
+        return dx.view(x.shape), dz.view(x.shape), dweight, None, None, None
 
 
 class _GatedNormGradient(FirstDerivative):
@@ -245,6 +247,11 @@ def _(
     arguments = zip(*(_each(tensor, dim, info.batch_size) for tensor, dim in zip((x, z, weight, dy), in_dims)))
     results = [_backward(*one, *options) for one in arguments]
     return tuple(torch.stack(parts) for parts in zip(*results)), (0, 0, 0)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., d) as (r, d)."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _each(tensor: Tensor, mapped: int | None, count: int) -> list[Tensor]:

@@ -92,9 +92,6 @@ def selective_scan(
         _check(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
         remember(kind)
     check_seq_idx(seq_idx)
-    if B.dim() == 3:
-        B, C = B[:, :, None], C[:, :, None]
-
     (u,) = cast_for_autocast(u)
     if z is not None:
         (z,) = cast_for_autocast(z)
@@ -111,15 +108,17 @@ def selective_scan(
         obstacle = "Triton takes real tensors only, got a complex `A`"
     elif A.shape[1] > 256:
         obstacle = f"Triton takes n up to 256, got n={A.shape[1]}"
-    match choose(backend, u, op="selective_scan", obstacle=obstacle):
-        case "reference":
-            return selective_scan_reference(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
-        case "triton":
-            from .triton_impl import selective_scan_triton
+    chosen = choose(backend, u, op="selective_scan", obstacle=obstacle)
+    if chosen == "triton":
+        from .triton_impl import selective_scan_triton
 
-            return selective_scan_triton(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
-        case _ if seq_idx is None:
-            return selective_scan_chunked(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+        return selective_scan_triton(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+    if B.dim() == 3:
+        B, C = B[:, :, None], C[:, :, None]
+    if chosen == "reference":
+        return selective_scan_reference(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
+    if seq_idx is None:
+        return selective_scan_chunked(u, dt, A, B, C, D, z, initial_state, seq_idx, window)
 
     def run(*parts: Any) -> tuple[Tensor, Tensor]:
         u, dt, B, C, z, initial_state, A, D = parts

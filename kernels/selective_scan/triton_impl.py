@@ -53,11 +53,12 @@ def selective_scan_triton(
     seq_idx: Tensor | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `selective_scan_reference`; real tensors only."""
+    """See `selective_scan_reference`; real tensors only, B and C (b, l, n) or (b, l, g, n)."""
     save = torch.is_grad_enabled()
     if window is None or window <= 1:
         y, final, _ = apply(_Scan, u, dt, A, B, C, D, z, initial_state, seq_idx, save, False)
         return y, final
+    B, C = _grouped(B), _grouped(C)
     y, final, _ = apply(_Scan, u, dt, A, B, C, D, None, initial_state, seq_idx, save, True)
     segments = _segments(u, seq_idx, window).flip(1)
     turned = (x.flip(1) for x in (u, dt, B, C))
@@ -234,7 +235,11 @@ class _Scan(torch.autograd.Function):
         save: bool,
         wide: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return call(_forward, u, dt, A, B, C, D, z, initial_state, seq_idx, save, wide, 0)
+        B, C = _grouped(B), _grouped(C)
+        found: tuple[Tensor, Tensor, Tensor] = call(
+            _forward, u, dt, A, B, C, D, z, initial_state, seq_idx, save, wide, 0
+        )
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -247,10 +252,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *scanned, seq_idx, saved = ctx.saved_tensors
-        u, _, _, _, _, D, z = scanned
+        u, dt, A, B, C, D, z = scanned
         if dy is None:
             dy = u.new_zeros(u.shape)
-        gradients = list(apply(_Gradient, *scanned, seq_idx, saved, dy, dfinal))
+        gradients = list(apply(_Gradient, u, dt, A, _grouped(B), _grouped(C), D, z, seq_idx, saved, dy, dfinal))
+        if B.dim() == 3:
+            gradients[3:5] = gradients[3].view(B.shape), gradients[4].view(C.shape)
         for place, absent in ((5, D is None), (6, z is None), (7, not ctx.has_initial)):
             if absent:
                 gradients[place] = None
@@ -276,6 +283,11 @@ def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tenso
 @torch.library.register_vmap("ssm::selective_scan_triton_bwd")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return one_by_one(_backward, info.batch_size, in_dims, arguments)
+
+
+def _grouped(B: Tensor) -> Tensor:
+    """B or C as (b, l, g, n)."""
+    return B[:, :, None] if B.dim() == 3 else B
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

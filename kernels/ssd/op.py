@@ -106,7 +106,10 @@ def ssd(
         return torch.zeros_like(x), state.clone()
     log_decay = in_dtype(log_decay, dtype)
     weight = None if weight is None else in_dtype(weight, dtype)
-    D = None if D is None else in_dtype(D, dtype).expand(batch, length, nheads)
+    if D is not None:
+        D = in_dtype(D, dtype)
+        if chosen != "triton" or seq_idx is not None:
+            D = D.expand(batch, length, nheads)
 
     def run(
         x: Tensor,

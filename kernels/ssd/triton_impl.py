@@ -33,7 +33,7 @@ def ssd_triton(
     D: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `ssd`; weight and D are (b, l, h), everything but x, B and C has the dtype of the sums."""
+    """See `ssd`; everything but x, B and C has the dtype of the sums."""
     dtype, sums = x.dtype, log_decay.dtype
     narrow = sums if sums == torch.float64 else torch.promote_types(torch.promote_types(dtype, B.dtype), C.dtype)
     x, B, C = (in_dtype(one, narrow) for one in (x, B, C))
@@ -44,7 +44,7 @@ def ssd_triton(
         x = x.reshape(batch, length, nheads * cut, headdim // cut)
         log_decay = log_decay.repeat_interleave(cut, dim=2)
         weight = None if weight is None else weight.repeat_interleave(cut, dim=2)
-        D = None if D is None else D.repeat_interleave(cut, dim=2)
+        D = None if D is None else D.repeat_interleave(cut, dim=-1)
         state = None if state is None else state.reshape(batch, nheads * cut, headdim // cut, -1)
     y, final = apply(_Ssd, x, log_decay, B, C, state, weight, D, seq_idx)
     if cut > 1:
@@ -165,8 +165,19 @@ class _Ssd(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return call(_forward, *arguments, 0, 0)
+    def forward(
+        x: Tensor,
+        log_decay: Tensor,
+        B: Tensor,
+        C: Tensor,
+        state: Tensor | None,
+        weight: Tensor | None,
+        D: Tensor | None,
+        seq_idx: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        D = None if D is None else D.expand(log_decay.shape)
+        found: tuple[Tensor, Tensor] = call(_forward, x, log_decay, B, C, state, weight, D, seq_idx, 0, 0)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -178,8 +189,11 @@ class _Ssd(torch.autograd.Function):
         x, log_decay, B, C, state, weight, D, seq_idx = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
-        found = apply(_SsdGradient, x, log_decay, B, C, state, weight, D, seq_idx, dy, dfinal)
+        wide = None if D is None else D.expand(log_decay.shape)
+        found = apply(_SsdGradient, x, log_decay, B, C, state, weight, wide, seq_idx, dy, dfinal)
         *first, dstate, dweight, dD = found
+        if D is not None and D.dim() == 1:
+            dD = dD.sum((0, 1))
         optional = (None if given is None else one for given, one in ((state, dstate), (weight, dweight), (D, dD)))
         return *first, *optional, None
 
