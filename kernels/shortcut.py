@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .transforms import eager_apply, traced, transforming, watching
+from .transforms import planned_apply, traced, transforming, watching
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -149,7 +149,7 @@ class _Plan:
 
         self._kind, self._function = kind, function
         self._arguments, self._returned = filler(arguments), filler(returned)
-        self._apply = eager_apply(function) if torch.is_grad_enabled() else None
+        self._apply = planned_apply(function) if torch.is_grad_enabled() else None
         self._several = True
         self.forward: Callable[..., Any] = self._record_forward
         self._backwards: dict[tuple[Any, ...], Callable[..., Any] | bool] = {}
@@ -178,11 +178,11 @@ class _Plan:
         saved = ctx.saved_tensors
         key: list[Any] = []
         tensors: list[Tensor] = []
-        plain = _plans.get(self._kind) is self
+        plain = not torch.is_grad_enabled() and _plans.get(self._kind) is self
         for one in (*saved, *gradients):
             if one is None:
                 key.append(None)
-            elif type(one) in _TENSORS:
+            elif plain and type(one) in _TENSORS:
                 tensors.append(one)
                 key += one.is_contiguous() or one.stride(), one.data_ptr() & 15
             else:

@@ -146,7 +146,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         # Without a rule of its own a function works under vmap only by what its forward calls.
         seen = torch.is_grad_enabled() or function.generate_vmap_rule
         return function.apply(*arguments) if seen else function.forward(*arguments)
-    found = eager_apply(function)(None, *arguments) if torch.is_grad_enabled() else function.forward(*arguments)
+    found = _eager_apply(function)(*arguments) if torch.is_grad_enabled() else function.forward(*arguments)
     if watching.applied is not None:
         watching.applied.append((function, arguments, found))
     return found
@@ -166,20 +166,36 @@ _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambd
 
 
 @functools.cache
-def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`apply` of a function's twin for eager mode, which takes a plan of `shortcut.py` or None first."""
+def _eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`apply` of a function's twin for eager mode."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    return _apply_of(function, forward, function.backward)
+
+
+@functools.cache
+def planned_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`apply` of a function's twin whose first argument, a plan of `shortcut.py`, does the work."""
 
     def forward(ctx: Any, plan: Any, *arguments: Any) -> Any:
-        output = function.forward(*arguments) if plan is None else plan.forward(*arguments)
+        output = plan.forward(*arguments)
         function.setup_context(ctx, arguments, output)
         ctx.plan = plan
         return output
 
     def backward(ctx: Any, *gradients: Any) -> Any:
-        if ctx.plan is None or torch.is_grad_enabled():
-            return None, *function.backward(ctx, *gradients)
         return None, *ctx.plan.backward(ctx, gradients)
 
+    return _apply_of(function, forward, backward)
+
+
+def _apply_of(
+    function: type[torch.autograd.Function], forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., Any]:
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     twin = type(f"{function.__name__}Eager", (torch.autograd.Function,), members)
     # Not the method of `Function` itself, which prepares arguments for `torch.func` first.
