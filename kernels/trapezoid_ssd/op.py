@@ -12,7 +12,7 @@ from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
 from ..shortcut import shortcut
-from ..ssd.op import check_groups, state_dtype, widest
+from ..ssd.op import check_groups, in_dtype, state_dtype, widest
 from .chunked import trapezoid_ssd_chunked
 from .reference import trapezoid_ssd_reference
 from .state import Rotation, TrapezoidState, rotate
@@ -135,18 +135,18 @@ def trapezoid_ssd(
     x, B, C = cast_for_autocast(x, B, C)
     dtype = state_dtype(*floating.values())
     if x.numel() == 0 or B.numel() == 0:
-        before = zero_state(sizes, x, dtype) if initial_state is None else in_dtype(initial_state, dtype)
+        before = zero_state(sizes, x, dtype) if initial_state is None else state_in_dtype(initial_state, dtype)
         skip = torch.zeros(batch, length, ranks, nheads, headdim, dtype=x.dtype, device=x.device)
         return skip, TrapezoidState(*(part.clone() for part in before))
     chosen = choose(backend, x, op="trapezoid_ssd", obstacle=_obstacle(sizes))
     state: TrapezoidState | tuple[None, ...] = (None,) * 4
     if initial_state is not None:
-        state = in_dtype(initial_state, dtype)
+        state = state_in_dtype(initial_state, dtype)
     elif chosen != "triton":
         state = zero_state(sizes, x, dtype)
-    log_decay, gamma, beta, theta = (
-        part if part.dtype == dtype else part.to(dtype) for part in (log_decay, gamma, beta, theta)
-    )
+    log_decay, gamma, beta = (in_dtype(part, dtype) for part in (log_decay, gamma, beta))
+    if chosen != "triton":
+        theta = in_dtype(theta, dtype)
     parameters = default_parameters(sizes, B_bias, C_bias, D, x_rank, x, dtype)
 
     def run(*parts: Any) -> tuple[Tensor, ...]:
@@ -161,13 +161,11 @@ def trapezoid_ssd(
         entering = ssm if initial_state is None else _with_first(TrapezoidState(phi, ssm, k, v), beta[:, 0], factors)
         if chosen == "triton":
             from .triton_impl import trapezoid_ssd_triton
-            from .triton_last import last_key
 
-            y, ssm, phi = trapezoid_ssd_triton(
+            return trapezoid_ssd_triton(
                 x, log_decay, gamma, beta, theta, B, C, entering, phi, B_bias, C_bias, D,
                 None if x_rank is None and ranks == 1 else factors, seq_idx, half,
             )  # fmt: skip
-            return y, phi, ssm, last_key(phi, B[:, -1], B_bias, half), x[:, -1].clone()
         if initial_state is not None:
             entering = _turned(entering, -phi, half)
         y, ssm, phi = trapezoid_ssd_chunked(
@@ -253,7 +251,7 @@ def zero_state(sizes: dict[str, int], x: Tensor, dtype: torch.dtype) -> Trapezoi
     return TrapezoidState(phi, ssm, k, v.to(x.dtype))
 
 
-def in_dtype(state: TrapezoidState, dtype: torch.dtype) -> TrapezoidState:
+def state_in_dtype(state: TrapezoidState, dtype: torch.dtype) -> TrapezoidState:
     """The state with all but the last input in `dtype`."""
     return TrapezoidState(state.phi.to(dtype), state.ssm.to(dtype), state.k.to(dtype), state.v)
 

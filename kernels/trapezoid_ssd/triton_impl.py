@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..replay import replayed
+from ..ssd.op import in_dtype
 from ..ssd.triton_outputs import Sweep, contiguous, run_outputs, strides
 from ..ssd.triton_tiles import GradientTiles, fine_chunk, fine_products, gradient_tiles
-from ..transforms import FirstDerivative, apply, operator
+from ..transforms import FirstDerivative, apply, call, operator
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors, next_power_of_2, on_device
 from .state import rotate, spin
 from .triton_fused import fused_outputs, fuses
@@ -41,6 +42,7 @@ from .triton_kernels import (
     _trapezoid_turn_kernel,
     _trapezoid_weights_kernel,
 )
+from .triton_last import key_gradients, key_op, last_key
 from .triton_ranks import inputs_of_ranks, outputs_of_ranks, products_of_ranks
 
 
@@ -60,36 +62,33 @@ def trapezoid_ssd_triton(
     x_rank: Tensor | None,
     seq_idx: Tensor | None,
     half: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, last state and last angles.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, and the state after them: angles, matrix, key and input.
 
     `state` has the first position's share of the last input, and like the last state it is turned by its angles `phi`;
     both are None at the start. `x_rank` may be None with one rank only.
     """
-    ranks = B.shape[2]
-    dtype, sums, pairs = x.dtype, log_decay.dtype, theta.shape[2]
+    given, ranks, dtype, sums = x, B.shape[2], x.dtype, log_decay.dtype
     narrow = sums if sums == torch.float64 else torch.promote_types(torch.promote_types(dtype, B.dtype), C.dtype)
-    x, B, C = x.to(narrow), B.to(narrow), C.to(narrow)
+    x, B, C = in_dtype(x, narrow), in_dtype(B, narrow), in_dtype(C, narrow)
     if ranks == 1 and x_rank is not None:
         x, x_rank = (x * x_rank[:, 0]).to(narrow), None
     if missing := next_power_of_2(ranks) - ranks:  # tiles hold whole positions: ranks of zeros fill them up
         assert x_rank is not None
         B, C = (torch.nn.functional.pad(one, (0, 0, 0, 0, 0, missing)) for one in (B, C))
         B_bias, C_bias, x_rank = (torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (B_bias, C_bias, x_rank))
-    rate = theta.tanh()  # angles are counted in half turns, so that whole turns are taken off exactly
-    if not pairs:  # one that stands still
-        rate = rate.new_zeros(*rate.shape[:2], 1)
-        phi = None if phi is None else phi.new_zeros(*phi.shape[:2], 1)
-    y, final, through = apply(
-        _Trapezoid, x, log_decay, gamma, beta, rate, B.flatten(1, 2), C.flatten(1, 2), state, phi, B_bias, C_bias, D,
-        x_rank, seq_idx, half,
-    )  # fmt: skip
+    y, through, final, k, v = apply(
+        _Trapezoid, x, log_decay, gamma, beta, theta, B, C, state, phi, B_bias, C_bias, D, x_rank, seq_idx, half
+    )
+    if missing:
+        y, k = y[:, :, :ranks], k[:, :ranks]
     if seq_idx is not None:
         # Angles ran through all sequences of a row; those of the last one begin where it begins.
-        angles = _of_last_sequence(rate, gamma + beta, phi, seq_idx)
+        angles = _of_last_sequence(theta.to(sums).tanh(), gamma + beta, phi, seq_idx)
         back = angles - through
         final, through = rotate(final, back.cos()[:, :, None], back.sin()[:, :, None], half), angles
-    return y.unflatten(1, (x.shape[1], -1))[:, :, :ranks].to(dtype), final, through[:, :, :pairs]
+        k = last_key(angles, B[:, -1, :ranks], B_bias[:, :ranks], half)
+    return in_dtype(y, dtype), through, final, k, v if x is given else given[:, -1].clone()
 
 
 def _of_last_sequence(rate: Tensor, dt: Tensor, phi: Tensor | None, seq_idx: Tensor) -> Tensor:
@@ -381,35 +380,74 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 class _Trapezoid(torch.autograd.Function):
-    """The forward op with its gradient."""
+    """The forward op with what stands around it, and its gradient.
+
+    Tensors as `trapezoid_ssd` takes them; outputs are y (b, l, r, h, p), last angles, matrix, key and input.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(*arguments, 0, 0)
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        *tensors, half = arguments
+        x, B, B_bias = tensors[0], tensors[5], tensors[9]
+        y, final, last = call(_forward, *_flat(tensors), half, 0, 0)
+        k = call(key_op, last, B[:, -1], B_bias, half)
+        return y.unflatten(1, (x.shape[1], -1)), last[:, :, : tensors[4].shape[2]], final, k, x[:, -1].clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.half = inputs
-        ctx.save_for_backward(*tensors, output[1])
+        ctx.save_for_backward(*tensors, *output[1:4])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, dphi: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, final = ctx.saved_tensors
-        if dy is None:
-            x, B = tensors[0], tensors[5]
-            dy = x.new_zeros(x.shape[0], B.shape[1], *x.shape[2:])
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, dphi, dfinal, dk, dv = gradients
+        *tensors, last, final, k = ctx.saved_tensors
+        x, theta, B, half = tensors[0], tensors[4], tensors[5], ctx.half
+        flat = _flat(tensors)
+        rate, pairs = flat[4], theta.shape[2]
+        dy = x.new_zeros(x.shape[0], flat[5].shape[1], *x.shape[2:]) if dy is None else dy.flatten(1, 2)
+        if dk is not None:
+            of_angles, of_last, of_bias = key_gradients(dk, last, k, B.shape[3], half)
+            dphi = of_angles if dphi is None else dphi + of_angles
+        if dphi is not None and not pairs:
+            dphi = None
         dphase = dphi
-        if dfinal is not None:
+        if dfinal is not None and pairs:
             # The last state is turned by the last angles.
-            turned = spin(dfinal, final, tensors[4].shape[2], ctx.half).sum(2)
+            turned = spin(dfinal, final, pairs, half).sum(2)
             dphase = turned if dphi is None else dphi + turned
-        found = list(apply(_TrapezoidGradient, *tensors, ctx.half, dy, dfinal, dphase, dphi))
+        found = list(apply(_TrapezoidGradient, *flat, half, dy, dfinal, dphase, dphi))
+        drate = torch.ops.aten.tanh_backward(found[4], rate)
+        found[4] = in_dtype(drate, theta.dtype) if pairs else theta.new_zeros(theta.shape)
+        found[5:7] = found[5].view(B.shape), found[6].view(B.shape)
+        found[8] = found[8][:, :, :pairs]
+        if dk is not None:
+            found[5] = _added_last(found[5], of_last)
+            found[9] = found[9] + of_bias
+        if dv is not None:
+            found[0] = _added_last(found[0], dv)
         for place in (7, 8, 12):
             found[place] = None if tensors[place] is None else found[place]
         return *found, None, None
+
+
+def _flat(tensors: list[Any]) -> list[Any]:
+    """The tensors as the ops take them: rates, in half turns, instead of theta, ranks side by side in B and C."""
+    x, log_decay, gamma, beta, theta, B, C, state, phi, *others = tensors
+    # Angles are counted in half turns, so that whole turns are taken off exactly.
+    rate = in_dtype(theta, log_decay.dtype).tanh()
+    if not theta.shape[2]:  # one that stands still
+        rate = rate.new_zeros(*rate.shape[:2], 1)
+        phi = None if phi is None else phi.new_zeros(*phi.shape[:2], 1)
+    return [x, log_decay, gamma, beta, rate, B.flatten(1, 2), C.flatten(1, 2), state, phi, *others]
+
+
+def _added_last(gradient: Tensor, last: Tensor) -> Tensor:
+    """A gradient (b, l, ...) with something added at the last position, (b, ...)."""
+    return torch.cat([gradient[:, :-1], (gradient[:, -1] + last).to(gradient.dtype)[:, None]], dim=1)
 
 
 class _TrapezoidGradient(FirstDerivative):
@@ -417,7 +455,8 @@ class _TrapezoidGradient(FirstDerivative):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _backward(*arguments, 0, 0, 0)
+        found: tuple[Tensor, ...] = call(_backward, *arguments, 0, 0, 0)
+        return found
 
 
 def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:

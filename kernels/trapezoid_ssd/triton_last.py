@@ -52,7 +52,7 @@ def _last_key_kernel(
 
 @operator("trapezoid_last_key_triton")
 @replayed
-def _forward(phi: Tensor, B: Tensor, bias: Tensor, half: bool) -> Tensor:
+def key_op(phi: Tensor, B: Tensor, bias: Tensor, half: bool) -> Tensor:
     (batch, ranks, groups, n), heads = B.shape, phi.shape[1]
     phi, bias = phi.contiguous(), bias.contiguous()
     B = B if B[0].is_contiguous() else B.contiguous()
@@ -72,7 +72,7 @@ def _(phi: Tensor, B: Tensor, bias: Tensor, half: bool) -> Tensor:
 
 @torch.library.register_vmap("ssm::trapezoid_last_key_triton")
 def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
-    (found,), _ = one_by_one(lambda *one: (_forward(*one),), info.batch_size, in_dims, arguments)
+    (found,), _ = one_by_one(lambda *one: (key_op(*one),), info.batch_size, in_dims, arguments)
     return found, 0
 
 
@@ -83,7 +83,7 @@ class _LastKey(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        return call(_forward, *arguments)
+        return call(key_op, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,8 +93,20 @@ class _LastKey(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dk: Tensor) -> tuple[Tensor | None, ...]:
-        phi, k = ctx.saved_tensors
-        dkeys = rotate(dk, phi.cos()[:, None], -phi.sin()[:, None], ctx.half)
-        dphi = spin(dk, k, phi.shape[2], ctx.half).sum(1)
-        dB = dkeys.unflatten(2, (ctx.groups, -1)).sum(3).to(ctx.dtype)
-        return dphi, dB, dkeys.sum(0).transpose(0, 1), None
+        dphi, dB, dbias = key_gradients(dk, *ctx.saved_tensors, ctx.groups, ctx.half)
+        return dphi, dB.to(ctx.dtype), dbias, None
+
+
+def key_gradients(dk: Tensor, phi: Tensor, k: Tensor, groups: int, half: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of angles, B and bias, in the dtype of the angles.
+
+    Args:
+        dk: Gradient of the keys.
+        phi: Angles.
+        k: The keys.
+        groups: Of B.
+        half: Whether pairs are half a state apart.
+    """
+    dkeys = rotate(dk, phi.cos()[:, None], -phi.sin()[:, None], half)
+    dphi = spin(dk, k, phi.shape[2], half).sum(1)
+    return dphi, dkeys.unflatten(2, (groups, -1)).sum(3), dkeys.sum(0).transpose(0, 1)
