@@ -11,7 +11,7 @@ from ..checks import call_kind, check_devices, check_floating, check_shapes, kno
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..packing import check_seq_idx
 from ..shortcut import shortcut
-from ..transforms import plain_call
+from ..transforms import plain_call, transforming
 from .chunked import causal_conv1d_chunked
 from .reference import causal_conv1d_reference
 from .state import last_inputs, with_inputs_before
@@ -70,7 +70,12 @@ def causal_conv1d(
     (x,) = cast_for_autocast(x)
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    state = last_inputs(x, initial_state, seq_idx, 0 if symmetric else k - 1)
+    chosen = choose(backend, x, op="causal_conv1d") if x.numel() else "chunked"
+    size = 0 if symmetric else k - 1
+    # In eager mode Triton's function takes along a state that is the end of x.
+    along = chosen == "triton" and initial_state is None and seq_idx is None
+    along = along and not torch.compiler.is_compiling() and not transforming() and length >= size
+    state = None if along else last_inputs(x, initial_state, seq_idx, size)
     left = (k - 1) // 2 if symmetric else k - 1
     if initial_state is not None and k > 1 and length > 0:
         if not torch.compiler.is_compiling() and length > _LONG and plain_call(x, weight, bias, initial_state):
@@ -79,21 +84,21 @@ def causal_conv1d(
             y, _ = causal_conv1d(x, weight, bias, seq_idx=seq_idx, **options)
             first = x[:, : k - 1], None if seq_idx is None else seq_idx[:, : k - 1]
             y[:, : k - 1] = causal_conv1d(first[0], weight, bias, initial_state, seq_idx=first[1], **options)[0]
+            assert state is not None  # made above
             return y, state
         x, seq_idx = with_inputs_before(x, initial_state, seq_idx)
         left = 0
+    silu = activation == "silu"
+    if chosen == "triton":
+        from .triton_impl import causal_conv1d_triton
+
+        y, end = causal_conv1d_triton(x, weight, bias, seq_idx, left, length, silu, size if along else 0)
+        return y, end if state is None else state
+    assert state is not None  # made above
     if x.numel() == 0 or length == 0:
         return x[:, x.shape[1] - length :].clone(), state
-    silu = activation == "silu"
-    match choose(backend, x, op="causal_conv1d"):
-        case "reference":
-            return causal_conv1d_reference(x, weight, bias, seq_idx, left, length, silu), state
-        case "triton":
-            from .triton_impl import causal_conv1d_triton
-
-            return causal_conv1d_triton(x, weight, bias, seq_idx, left, length, silu), state
-        case _:
-            return causal_conv1d_chunked(x, weight, bias, seq_idx, left, length, silu), state
+    convolve = causal_conv1d_reference if chosen == "reference" else causal_conv1d_chunked
+    return convolve(x, weight, bias, seq_idx, left, length, silu), state
 
 
 def _check(

@@ -241,10 +241,17 @@ def _causal_conv1d_bwd_kernel(
 
 
 def causal_conv1d_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
-) -> Tensor:
-    """See `causal_conv1d_reference`."""
-    return apply(_Convolution, x, weight, bias, seq_idx, left, length, silu)
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    left: int,
+    length: int,
+    silu: bool,
+    kept: int,
+) -> tuple[Tensor, Tensor]:
+    """See `causal_conv1d_reference`; also the last `kept` inputs, (b, c, kept), in eager mode only."""
+    return apply(_Convolution, x, weight, bias, seq_idx, left, length, silu, kept)
 
 
 @operator("causal_conv1d_triton_fwd")
@@ -320,20 +327,35 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, left: int, length: int, silu: bool
-    ) -> Tensor:
-        return call(_forward, x, weight, bias, seq_idx, left, length, silu)
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        seq_idx: Tensor | None,
+        left: int,
+        length: int,
+        silu: bool,
+        kept: int,
+    ) -> tuple[Tensor, Tensor]:
+        y = call(_forward, x, weight, bias, seq_idx, left, length, silu)
+        return y, x[:, x.shape[1] - kept :].mT.contiguous() if kept else x.new_empty(x.shape[0], x.shape[2], 0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, seq_idx, ctx.left, _, ctx.silu = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, seq_idx, ctx.left, ctx.length, ctx.silu, ctx.kept = inputs
         ctx.save_for_backward(x, weight, bias, seq_idx)
+        ctx.set_materialize_grads(False)
+        if not (ctx.kept and x.requires_grad):
+            ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx = ctx.saved_tensors
+        if dy is None:
+            dy = x.new_zeros(x.shape[0], ctx.length, x.shape[2])
         dx, dparameters = apply(_ConvolutionGradient, x, weight, bias, seq_idx, dy, ctx.left, ctx.silu)
-        return dx, dparameters[:-1].mT, None if bias is None else dparameters[-1], None, None, None, None
+        if dstate is not None:
+            dx[:, x.shape[1] - ctx.kept :] += dstate.mT
+        return dx, dparameters[:-1].mT, None if bias is None else dparameters[-1], None, None, None, None, None
 
 
 class _ConvolutionGradient(FirstDerivative):
