@@ -165,7 +165,8 @@ class Source:
     def _empty(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
         given = f"{tuple(shape)}, {tuple(stride)}, {self._constant(dtype)}"
         if device.type == "cuda":
-            return f"{self._constant(torch._C._dynamo.guards._empty_strided_cuda)}({given})"
+            allocators: Any = torch._C._dynamo.guards  # what torch.compile's code calls
+            return f"{self._constant(allocators._empty_strided_cuda)}({given})"
         place = self._constant(device)
         given = f"{tuple(shape)}, {tuple(stride)}, dtype={self._constant(dtype)}, device={place}"
         return f"{self._constant(torch.empty_strided)}({given})"

@@ -54,7 +54,8 @@ def shortcut(op: Callable[P, R]) -> Callable[P, R]:
             _plans[kind] = True
         if not plan:
             return op(*arguments, **options)
-        watching.applied = applied = []
+        applied: list[tuple[Any, tuple[Any, ...], Any]] = []
+        watching.applied = applied
         try:
             found = op(*arguments, **options)
         finally:
@@ -150,9 +151,8 @@ class _Plan:
         self._kind, self._function = kind, function
         self._arguments, self._returned = filler(arguments), filler(returned)
         self._apply = planned_apply(function) if torch.is_grad_enabled() else None
-        self._several = True
         self.forward: Callable[..., Any] = self._record_forward
-        self._backwards: dict[tuple[Any, ...], Callable[..., Any] | bool] = {}
+        self._backwards: dict[tuple[Any, ...], Callable[..., Any] | bool | None] = {}
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         arguments = self._arguments(tensors)
@@ -189,25 +189,22 @@ class _Plan:
                 plain = False
         settings = _settings(tensors) if plain else None
         # What is saved may come back as a copy, and then with other strides, but not as something else.
-        if settings is None or len(set(map(id, tensors))) < len(tensors):
-            return tuple(self._function.backward(_Context(ctx, saved), *gradients))
-        kind = *key, *settings
-        run = self._backwards.get(kind)
+        run: Callable[..., Any] | bool | None = False
+        if settings is not None and len(set(map(id, tensors))) == len(tensors):
+            run = self._backwards.setdefault((*key, *settings), None)
         if callable(run):
             return cast(tuple[Tensor | None, ...], run(*saved, *gradients))
-        if not run:
-            self._backwards.setdefault(kind, True)
-            return tuple(self._function.backward(_Context(ctx, saved), *gradients))
-        from .replay import record
-
-        count = len(saved)
 
         def backward(*given: Any) -> Any:
-            return tuple(self._function.backward(_Context(ctx, given[:count]), *given[count:]))
+            return tuple(self._function.backward(_Context(ctx, given[: len(saved)]), *given[len(saved) :]))
 
-        found, run = record(backward, (*saved, *gradients))
-        self._backwards[kind] = run or False
-        return cast(tuple[Tensor | None, ...], found)
+        if run is None:
+            from .replay import record
+
+            found, run = record(backward, (*saved, *gradients))
+            self._backwards[*key, *settings] = run or False
+            return cast(tuple[Tensor | None, ...], found)
+        return cast(tuple[Tensor | None, ...], backward(*saved, *gradients))
 
 
 class _Context(SimpleNamespace):

@@ -199,7 +199,8 @@ def _apply_of(
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     twin = type(f"{function.__name__}Eager", (torch.autograd.Function,), members)
     # Not the method of `Function` itself, which prepares arguments for `torch.func` first.
-    return cast(Callable[..., Any], super(torch.autograd.Function, twin).apply)
+    bare: Any = super(torch.autograd.Function, cast(Any, twin))
+    return cast(Callable[..., Any], bare.apply)
 
 
 class FirstDerivative(torch.autograd.Function):

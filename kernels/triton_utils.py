@@ -139,43 +139,24 @@ class quick:  # noqa: N801
         return kernel
 
 
-class Repeated:
-    """Launches of one kernel that differ in nothing but addresses.
-
-    The first one is given tensors and finds the compiled kernel. Where `direct()` the others may be given addresses,
-    of the same alignments, dtypes and device: then nothing is looked at, which costs the host a tenth.
+def launching(kernel: quick, grid: tuple[int, ...], *numbers: int, **options: Any) -> Callable[..., None]:
+    """What launches a kernel with the tensors it is called with.
 
     Args:
         kernel: Whose first arguments are the tensors.
         grid: Programs.
         *numbers: Arguments after the tensors.
-        **options: Compile-time arguments, all that the kernel has.
+        **options: Compile-time arguments.
     """
 
-    def __init__(self, kernel: quick, grid: tuple[int, ...], *numbers: int, **options: Any) -> None:
-        self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
-        self._again: Callable[..., object] | None = None
+    def launch(*tensors: Tensor | None) -> None:
+        kernel[grid](*tensors, *numbers, **options)
 
-    def __call__(self, *pointers: Tensor | int | None) -> None:
-        """Launch with other tensors; all of them, or from the second call on all their addresses."""
-        if self._again is not None and type(pointers[0]) is int:
-            self._again(*pointers)
-            return
-        found: Any = self._kernel[self._grid](*pointers, *self._numbers, **self._options)
-        if not direct():
-            return
-        grid = *self._grid, *(1,) * (3 - len(self._grid))
-        active = triton.runtime.driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        before = *grid, stream, found.function, found.packed_metadata, None, None, None
-        parameters = self._kernel.arg_names[len(pointers) + len(self._numbers) :]
-        after = *self._numbers, *(self._options[name] for name in parameters)
-        run = found.run
-        self._again = lambda *addresses: run(*before, *addresses, *after)
+    return launch
 
 
 def direct() -> bool:
-    """Whether `Repeated` takes addresses: not in the interpreter, on AMD, or while every launch is seen or recorded."""
+    """Whether a compiled kernel is launched at once: not in the interpreter, on AMD, or while launches are seen."""
     if INTERPRETED or torch.version.hip is not None or watching.by is not None:
         return False
     before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook

@@ -23,7 +23,7 @@ from ..causal_conv1d.triton_impl import _tile as conv_tile
 from ..gated_norm import triton_impl as gating
 from ..replay import replayed
 from ..transforms import operator
-from ..triton_utils import INTERPRETED, Repeated, cdiv, direct, multiprocessors, next_power_of_2, on_device, quick
+from ..triton_utils import INTERPRETED, cdiv, launching, multiprocessors, next_power_of_2, on_device, quick
 from .blocks import HydraWeights
 from .triton_pieces import PieceBuffers, PieceLaunches, heads_tile
 from .triton_short import (
@@ -218,7 +218,7 @@ def hydra_blocks_triton(
     columns = next_power_of_2(channels)
     block_r = max(1, min(next_power_of_2(rows), (16384 if INTERPRETED else 2048) // columns))
     begin, join, end = (
-        Repeated(
+        launching(
             _stream_kernel, (cdiv(rows, block_r),), rows, channels, d_inner, parts, ADD=add, SCALED=add and gated,
             NORM=norm, EPS=eps, GATE_EPS=gate_eps, BLOCK_PARTS=next_power_of_2(parts), BLOCK_R=block_r, BLOCK=columns,
             num_warps=4 if columns <= 2048 else 8,
@@ -227,7 +227,7 @@ def hydra_blocks_triton(
     )  # fmt: skip
     tile, part = _conv_tile(batch, length, mixed, x.device)
     convolving = batch * cdiv(length, part) * cdiv(mixed, tile["BLOCK_C"])
-    inputs = Repeated(
+    inputs = launching(
         _inputs_kernel, (convolving + batch * cdiv(length, piece) * cdiv(nheads, BLOCK_H),), batch, length, part,
         nheads, convolving, mixed, width, K=k, PIECE=piece, ENDS=long, BLOCK_H=BLOCK_H, TANH=TANH and gated, **tile,
     )  # fmt: skip
@@ -237,43 +237,38 @@ def hydra_blocks_triton(
         )
         between = mix_pieces.buffers()
     else:
-        mix = Repeated(
+        mix = launching(
             _mix_kernel, (batch * cdiv(length, short.rows) * parts,), batch, length, nheads, repeats, *c_stride,
             *c_stride, width_D, width, **mix_options(dtype, headdim, d_state, length, short), GATED=gated,
         )  # fmt: skip
         between = PieceBuffers(empty(4, batch, nheads, piece, kind=torch.float32), None, None, None, None)
     norm_tile = gating._tile(rows, d_inner)
-    gate = Repeated(
+    gate = launching(
         gating._gated_norm_fwd_kernel, (cdiv(rows, norm_tile["BLOCK_R"]), 1), rows, d_inner, d_inner, d_inner, width,
         EPS=gate_eps, NORM_FIRST=True, ACC=tl.float32, **norm_tile,
     )  # fmt: skip
     u = c[:, :d_inner]
     with on_device(x):
-        address: Any = _address if direct() else _itself
-        one = tensors
-        begin(x, None, None, blocks[0].norm, blocks[0].norm_bias, None, one.n)
+        begin(x, None, None, blocks[0].norm, blocks[0].norm_bias, None, tensors.n)
         for number, block in enumerate(blocks):
-            if number == 1:
-                join(x, one.o, one.squares, block.norm, block.norm_bias, one.total, one.n)
-                one, between = _Buffers(*map(address, tensors)), PieceBuffers(*map(address, between))
-            own: Any = HydraWeights(*map(address, block)) if number else block
-            if number > 1:
-                join(one.total, one.o, one.squares, own.norm, own.norm_bias, one.total, one.n)
+            if number:
+                before = x if number == 1 else tensors.total
+                join(before, tensors.o, tensors.squares, block.norm, block.norm_bias, tensors.total, tensors.n)
             W_in, W_D, W_out = products[3 * number : 3 * number + 3]
             torch.mm(tensors.n, W_in, out=p)
             inputs(
-                one.p_mixed, own.conv, own.conv_bias, one.p_dt_f, one.p_dt_b, own.dt_bias, own.A_log, one.c,
-                between.vectors, between.ends,
+                tensors.p_mixed, block.conv, block.conv_bias, tensors.p_dt_f, tensors.p_dt_b, block.dt_bias,
+                block.A_log, tensors.c, between.vectors, between.ends,
             )  # fmt: skip
-            rest = (one.p, own.gate, one.g, one.squares) if gated else (None, None, one.m, None)
-            maps_of = one.B_f, one.C_f, one.B_b, one.C_b
+            rest = (tensors.p, block.gate, tensors.g, tensors.squares) if gated else (None, None, tensors.m, None)
+            maps_of = tensors.B_f, tensors.C_f, tensors.B_b, tensors.C_b
             if long:
-                mix_pieces(one.c, maps_of, address(W_D) if number else W_D, own.D, between, rest)
+                mix_pieces(tensors.c, maps_of, W_D, block.D, between, rest)
             else:
                 torch.mm(u, W_D, out=tensors.d)
-                mix(one.c, *maps_of, between.vectors, one.d, own.D, *rest)
+                mix(tensors.c, *maps_of, between.vectors, tensors.d, block.D, *rest)
             if not gated:
-                gate(one.m, one.p, own.gate, one.g)
+                gate(tensors.m, tensors.p, block.gate, tensors.g)
             torch.mm(tensors.g, W_out, out=tensors.o)
         end(x if len(blocks) == 1 else tensors.total, tensors.o, tensors.squares, None, None, tensors.total, None)
     return tensors.total
@@ -325,11 +320,3 @@ def _aligned(weight: Tensor) -> Tensor:
     """A contiguous tensor at an address that is a multiple of 16, so that one compiled kernel serves all blocks."""
     weight = weight.contiguous()
     return weight if weight.data_ptr() % 16 == 0 else weight.clone()
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _itself(tensor: Tensor | None) -> Tensor | None:
-    return tensor

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_utils import Repeated, cdiv, multiprocessors, next_power_of_2, quick
+from ..triton_utils import cdiv, launching, multiprocessors, next_power_of_2, quick
 from .triton_short import TANH, _rows, _silu, dot_type, piece_of, warps_of
 from .triton_states import (
     CARRIED,
@@ -224,7 +224,7 @@ def heads_options(dtype: torch.dtype, headdim: int, n: int, length: int, tile: H
 
 
 class PieceBuffers(NamedTuple):
-    """What lies between the kernels: tensors, or their addresses."""
+    """What lies between the kernels."""
 
     vectors: Any  # (5, b, pieces, h, piece), float32
     ends: Any  # (2, b, pieces, h), float32
@@ -234,7 +234,7 @@ class PieceBuffers(NamedTuple):
 
 
 class PieceLaunches:
-    """From vectors of pieces and what the convolution gives to outputs; repeated like `Repeated`.
+    """From vectors of pieces and what the convolution gives to outputs.
 
     A program that carries a state along a row takes a step for each piece: few of them would leave most of the device
     idle.
@@ -271,19 +271,19 @@ class PieceLaunches:
         pieces = cdiv(length, piece)
         numbers = batch, length, nheads, repeats, stride
         self._many = 2 * batch * nheads >= multiprocessors(device)
-        self._states = Repeated(
+        self._states = launching(
             _states_kernel, (batch * pieces * nheads,), *numbers,
             **state_options(dtype, nheads, headdim, n, length, STATE_TILE),
         )  # fmt: skip
-        self._carry = Repeated(
+        self._carry = launching(
             _carry_kernel, (2 * batch * nheads * cdiv(headdim * n, CARRIED),), batch, length, nheads, headdim * n,
             PIECE=piece, BLOCK=CARRIED,
         )  # fmt: skip
-        self._sweep = Repeated(
+        self._sweep = launching(
             _sweep_kernel, (2 * batch * nheads * sweep_blocks(n, SWEEP_TILE),), *numbers,
             **sweep_options(dtype, nheads, headdim, n, length, SWEEP_TILE),
         )  # fmt: skip
-        self._heads = Repeated(
+        self._heads = launching(
             _heads_kernel, (batch * cdiv(length, tile.rows) * (nheads // tile.heads),), *numbers, width,
             **heads_options(dtype, headdim, n, length, tile), GATED=gated,
         )  # fmt: skip
@@ -311,7 +311,7 @@ class PieceLaunches:
         between: PieceBuffers,
         outputs: tuple[Any, Any, Any, Any],
     ) -> None:
-        """Launch with tensors, or from the second call on with addresses.
+        """Launch them for one block.
 
         Args:
             x: What the convolution gives, its first channels, (b, l, h p).

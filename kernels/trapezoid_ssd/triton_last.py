@@ -93,7 +93,8 @@ class _LastKey(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dk: Tensor) -> tuple[Tensor | None, ...]:
-        dphi, dB, dbias = key_gradients(dk, *ctx.saved_tensors, ctx.groups, ctx.half)
+        phi, k = ctx.saved_tensors
+        dphi, dB, dbias = key_gradients(dk, phi, k, ctx.groups, ctx.half)
         return dphi, dB.to(ctx.dtype), dbias, None
 
 

@@ -82,25 +82,3 @@ def test_hooks_of_profilers_see_every_launch(kernel):
     kernel.fake.hooks.launch_enter_hook = SimpleNamespace(calls=[])
     launch[(3,)](x, 5, 8, BLOCK=16)
     assert kernel.looked_up == 2
-
-
-def test_repeated_launches_take_addresses(kernel):
-    kernel.arg_names = ("x_ptr", "y_ptr", "length", "BLOCK")
-    x, y = torch.zeros(2, 64)
-    again = triton_utils.Repeated(triton_utils.quick(kernel), (3, 2), 5, num_warps=4, BLOCK=16)
-    again(x, None)
-    again(y.data_ptr(), None)
-    again(x.data_ptr(), y.data_ptr())
-    assert kernel.looked_up == 1
-    before = (3, 2, 1, "stream", "function", "metadata", None, None, None)
-    assert kernel.launched == [(*before, y.data_ptr(), None, 5, 16), (*before, x.data_ptr(), y.data_ptr(), 5, 16)]
-
-
-def test_repeated_launches_under_a_profiler(kernel):
-    launch = triton_utils.Repeated(triton_utils.quick(kernel), (3,), 5, 8, BLOCK=16)
-    assert triton_utils.direct()
-    kernel.fake.hooks.launch_exit_hook = SimpleNamespace(calls=[print])
-    assert not triton_utils.direct()
-    for _ in range(2):
-        launch(torch.zeros(64))
-    assert kernel.looked_up == 2
