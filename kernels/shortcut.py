@@ -117,18 +117,15 @@ def _kind(
 
 def _settings(tensors: list[Tensor]) -> tuple[Any, ...] | None:
     """What launchers read beside their arguments; None where something else sees the call."""
-    if transforming() or traced() or watching.by is not None:
+    if not tensors or transforming() or traced() or watching.by is not None:
         return None
-    if _in_interpreter:
-        device = "cpu"
-        current, capturing = -1, False
-    else:
+    device, current, capturing = "cpu", -1, False
+    if tensors[0].is_cuda:
         from .triton_utils import direct
 
         if not direct():
             return None
-        device = "cuda"
-        current, capturing = torch.cuda.current_device(), torch.cuda.is_current_stream_capturing()
+        device, current, capturing = "cuda", torch.cuda.current_device(), torch.cuda.is_current_stream_capturing()
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     return current, capturing, autocast, torch.get_float32_matmul_precision()
 
@@ -190,8 +187,9 @@ class _Plan:
         settings = _settings(tensors) if plain else None
         # What is saved may come back as a copy, and then with other strides, but not as something else.
         run: Callable[..., Any] | bool | None = False
+        kind = *key, *(settings or ())
         if settings is not None and len(set(map(id, tensors))) == len(tensors):
-            run = self._backwards.setdefault((*key, *settings), None)
+            run = self._backwards.setdefault(kind, None)
         if callable(run):
             return cast(tuple[Tensor | None, ...], run(*saved, *gradients))
 
@@ -202,7 +200,7 @@ class _Plan:
             from .replay import record
 
             found, run = record(backward, (*saved, *gradients))
-            self._backwards[*key, *settings] = run or False
+            self._backwards[kind] = run or False
             return cast(tuple[Tensor | None, ...], found)
         return cast(tuple[Tensor | None, ...], backward(*saved, *gradients))
 
