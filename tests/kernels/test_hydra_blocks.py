@@ -228,7 +228,7 @@ def test_gradients_of_later_steps(device):
     replay.forget()
     with replay.in_interpreter():
         found = [step(seed) for seed in (1, 2, 3)][-1]
-        recorded = [one for one in replay._known.values() if type(one) is replay._Replay]
+        recorded = [one for one in replay._known.values() if type(one) is replay.Source]
     replay.forget()
     assert len(recorded) == 2
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))

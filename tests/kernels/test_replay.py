@@ -258,7 +258,7 @@ def test_temporaries_are_let_go_before_the_end(device):
         counted.call(torch.randn(4, device=device))
     (found,) = replays()
     with Watched():
-        found.run([torch.randn(4, device=device)])
+        found.run(torch.randn(4, device=device))
     assert max(counts) <= 2
 
 
