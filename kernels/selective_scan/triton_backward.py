@@ -49,6 +49,50 @@ def _fetch_maps(row, start, end, sub, GROUPS: tl.constexpr, N: tl.constexpr, K: 
 
 
 @triton.jit
+def _fetch_own(row, start, end, sub, ok, CHANNELS: tl.constexpr, TIME: tl.constexpr):
+    """Of TIME positions of rows of channels that of number `sub` for each lane; zero behind the end."""
+    mask = ok & (sub < TIME) & (start + sub < end)
+    return tl.load(row + (start + sub) * CHANNELS, mask=mask, other=0.0)
+
+
+@triton.jit
+def _spread(own, SUB: tl.constexpr, TIME: tl.constexpr, ACC: tl.constexpr):
+    """What `_fetch_own` found, of TIME positions, for all lanes of a channel."""
+    width: tl.constexpr = min(own.shape[0], 32)
+    rows: tl.constexpr = own.shape[0] // width
+    own = tl.reshape(own.to(ACC), [rows, width])
+    found = ()
+    for i in tl.static_range(TIME):
+        place = tl.broadcast_to((tl.arange(0, width) // SUB * SUB + i)[None, :], [rows, width])
+        found = found + (tl.reshape(tl.gather(own, place, 1), [rows * width]),)
+    return found
+
+
+@triton.jit
+def _load_lanes(scratch, stretch, LANES: tl.constexpr, K: tl.constexpr):
+    h = ()
+    for k in tl.static_range(K):
+        h = h + (tl.load(scratch + (stretch * K + k) * LANES),)
+    return h
+
+
+@triton.jit
+def _fetch_ahead(
+    u_row, dt_row, dy_row, B_row, C_row, scratch, stretch, first, end, sub, ok,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TIME: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """What a stretch of a chunk needs on the way backwards, in few registers."""
+    start = first + stretch * TIME
+    u = _fetch_own(u_row, start, end, sub, ok, CHANNELS, TIME)
+    dt = _fetch_own(dt_row, start, end, sub, ok, CHANNELS, TIME)
+    dy = _fetch_own(dy_row, start, end, sub, ok, CHANNELS, TIME)
+    Bs = _fetch_maps(B_row, start, end, sub, GROUPS, N, K, TIME)
+    Cs = _fetch_maps(C_row, start, end, sub, GROUPS, N, K, TIME)
+    return u, dt, dy, Bs, Cs, _load_lanes(scratch, stretch, LANES, K)
+
+
+@triton.jit
 def _fetch_links(seq_row, start, end, TIME: tl.constexpr, PACKED: tl.constexpr):
     found = ()
     for i in tl.static_range(TIME):
@@ -187,6 +231,8 @@ def _selective_scan_bwd_kernel(
     LANES: tl.constexpr = BLOCK_D * SUB
     STEPS: tl.constexpr = min(SUB, TIME)
     SLOTS: tl.constexpr = SAVED // TIME
+    # Whether the way backwards fetches each stretch during the one before.
+    AHEAD: tl.constexpr = SUB >= TIME and SUB <= 32
     # Sums over channels: first over the SHARE channels of a warp; of 2 K sums a channel gets one of every SHARE.
     SHARE: tl.constexpr = min(BLOCK_D, max(1, 32 // SUB))
     KEPT: tl.constexpr = (2 * K + SHARE - 1) // SHARE
@@ -238,19 +284,31 @@ def _selective_scan_bwd_kernel(
                 h, _gates = _advance(h, A, us[i], dts[i], Bs[i], links[i], K, PRECISE, PACKED, ACC)
         _store_lanes(scratch, stretches - 1, h, LANES, K)
         tl.debug_barrier()
+        if AHEAD:
+            ahead = _fetch_ahead(
+                u_row, dt_row, dy_row, B_row, C_row, scratch, stretches - 1, first, end, sub, ok,
+                CHANNELS, GROUPS, N, K, TIME, LANES,
+            )  # fmt: skip
         for stretch_back in range(stretches):
             stretch = stretches - 1 - stretch_back
             start = first + stretch * TIME
-            us = _fetch_masked(u_row, start, end, ok, CHANNELS, TIME)
-            dts = _fetch_masked(dt_row, start, end, ok, CHANNELS, TIME)
-            dys = _fetch_masked(dy_row, start, end, ok, CHANNELS, TIME)
-            Bs = _fetch_maps(B_row, start, end, sub, GROUPS, N, K, TIME)
-            Cs = _fetch_maps(C_row, start, end, sub, GROUPS, N, K, TIME)
+            if AHEAD:
+                own_u, own_dt, own_dy, Bs, Cs, h = ahead
+                ahead = _fetch_ahead(
+                    u_row, dt_row, dy_row, B_row, C_row, scratch, tl.maximum(stretch - 1, 0), first, end, sub, ok,
+                    CHANNELS, GROUPS, N, K, TIME, LANES,
+                )  # fmt: skip
+                us, dts = _spread(own_u, SUB, TIME, ACC), _spread(own_dt, SUB, TIME, ACC)
+                dys = _spread(own_dy, SUB, TIME, ACC)
+            else:
+                us = _fetch_masked(u_row, start, end, ok, CHANNELS, TIME)
+                dts = _fetch_masked(dt_row, start, end, ok, CHANNELS, TIME)
+                dys = _fetch_masked(dy_row, start, end, ok, CHANNELS, TIME)
+                Bs = _fetch_maps(B_row, start, end, sub, GROUPS, N, K, TIME)
+                Cs = _fetch_maps(C_row, start, end, sub, GROUPS, N, K, TIME)
+                h = _load_lanes(scratch, stretch, LANES, K)
             zs = _fetch_gates(z_row, start, end, z_stride_t, ok, TIME, HAS_Z)
             links = _fetch_links(seq_row, start, end, TIME, PACKED)
-            h = ()
-            for k in tl.static_range(K):
-                h = h + (tl.load(scratch + (stretch * K + k) * LANES),)
             states, gates = (h,), ()
             for i in tl.static_range(TIME):
                 h, gate = _advance(h, A, us[i], dts[i], Bs[i], links[i], K, PRECISE, PACKED, ACC)
@@ -329,3 +387,39 @@ def _selective_scan_bwd_kernel(
     out = dparameters_ptr + ((row * parts + tl.program_id(1)) * CHANNELS + channel) * (N + 1)
     _store_states(out, dA, sub, ok, N, K)
     tl.store(out + N, dD, mask=ok & (sub == 0))
+
+
+@quick
+@triton.jit(do_not_specialize=["blocks", "rows"])
+def _selective_scan_sums_kernel(
+    dmaps_ptr, dparameters_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, maps_size, blocks, parameters_size, rows,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dB and dC, sums over blocks of channels, and dA and dD, sums over rows and parts, all in order."""
+    tiles = tl.cdiv(maps_size, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, BLOCK).to(tl.int64)
+    if program < 2 * tiles:
+        which = program // tiles
+        entry += program % tiles * BLOCK
+        ok = entry < maps_size
+        terms, apart = dmaps_ptr + which * maps_size + entry, tl.full([], 2, tl.int64) * maps_size
+        total = tl.load(terms, mask=ok, other=0.0)
+        for _block in range(1, blocks):
+            terms += apart
+            total += tl.load(terms, mask=ok, other=0.0)
+        if which == 0:
+            tl.store(dB_ptr + entry, total, mask=ok)
+        else:
+            tl.store(dC_ptr + entry, total, mask=ok)
+    else:
+        entry += (program - 2 * tiles) * BLOCK
+        ok = entry < parameters_size
+        terms = dparameters_ptr + entry
+        total = tl.load(terms, mask=ok, other=0.0)
+        for _row in range(1, rows):
+            terms += parameters_size
+            total += tl.load(terms, mask=ok, other=0.0)
+        channel, n = entry // (N + 1), entry % (N + 1)
+        tl.store(dA_ptr + channel * N + n, total, mask=ok & (n < N))
+        tl.store(dD_ptr + channel, total, mask=ok & (n == N))

@@ -32,6 +32,7 @@ from .chunked import _segments
 from .triton_backward import (
     _selective_scan_bwd_kernel,
     _selective_scan_bwd_part_kernel,
+    _selective_scan_sums_kernel,
 )
 from .triton_kernels import (
     _selective_scan_fwd_kernel,
@@ -192,8 +193,12 @@ def _backward(
             HAS_D=D is not None, HAS_Z=has_z, HAS_FINAL=dfinal is not None, SAVED=_SAVED,
             **options, **_backward_options(options),
         )  # fmt: skip
-    dparameters, (dB, dC) = dparameters.sum(0), dmaps.sum(0).to(B.dtype)
-    return du, ddt, dparameters[:, :n].clone(), dB, dC.clone(), dparameters[:, n].clone(), dz, dinitial
+        dA, dB, dC, dD = (x.new_empty(x.shape) for x in (A, B, C, A[:, 0]))
+        sizes, block = (B.numel(), channels * (n + 1)), 4096 if INTERPRETED else 512
+        _selective_scan_sums_kernel[(2 * cdiv(sizes[0], block) + cdiv(sizes[1], block),)](
+            dmaps, dparameters, dB, dC, dA, dD, sizes[0], blocks, sizes[1], batch * grid[1], N=n, BLOCK=block
+        )
+    return du, ddt, dA, dB, dC, dD, dz, dinitial
 
 
 @torch.library.register_fake("ssm::selective_scan_triton_bwd")
