@@ -14,10 +14,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from ..triton_utils import quick
+
+# Whether kernels may hold instructions of NVIDIA.
+_PAIRS: tl.constexpr = tl.constexpr(torch.version.hip is None)
 
 _KNOWS_DISABLE_LICM = "disable_licm" in inspect.signature(tl.range.__init__).parameters
 
@@ -118,7 +122,26 @@ def _halves(x, PRECISION: tl.constexpr):
 
     With "bf16x6" the second part is still float32, all that the first one lacks.
     """
-    if PRECISION == "bf16x3" or PRECISION == "bf16x6":
+    if PRECISION == "bf16x3" and _PAIRS:
+        # Two numbers at a time: the instruction that converts one alone is slow.
+        first, second = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 high, one, two;
+            cvt.rn.bf16x2.f32 high, $3, $2;
+            shl.b32 one, high, 16;
+            and.b32 two, high, 0xffff0000;
+            sub.f32 one, $2, one;
+            sub.f32 two, $3, two;
+            cvt.rn.bf16x2.f32 $1, two, one;
+            mov.b32 $0, high;
+            }""",
+            "=r,=r,r,r",
+            [x],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    elif PRECISION == "bf16x3" or PRECISION == "bf16x6":
         # Rounded as an integer: the instruction that converts one number at a time is slow.
         high = ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
         first, second = high.to(tl.bfloat16), x - high
