@@ -48,7 +48,7 @@ CHOICES = [
     *grid("ssd", 0, "links", *({"warps": w, "stages": s} for w, s in ((4, 1), (4, 3), (8, 2)))),
     *grid("ssd", 0, "maps", *({"warps": w, "stages": s} for w, s in ((4, 1), (4, 3), (8, 2)))),
     *grid("ssd", 0, "sweep", *({"warps": w, "stages": s} for w, s in ((4, 1), (4, 3), (8, 2)))),
-    *grid("ssd", 1, "fwd", {"stages": 3}, {"chunk": 32}, {"chunk": 64, "warps": 8, "stages": 1}),
+    *grid("ssd", 1, "fwd in halves", {"chunk": 16}, {"chunk": 16, "stages": 1}, {"stages": 1}),
     *grid("ssd", 1, "links", {"warps": 8}),
     *grid("ssd", 1, "maps", {"stages": 1}, {"warps": 8, "stages": 1}),
     *grid("ssd", 3, "fwd", {"stages": 1}, {"stages": 2}),
@@ -61,7 +61,7 @@ CHOICES = [
     *grid("selective_scan", 0, "fwd", {"TIME": 4}, {"TIME": 16}, {"BLOCK_D": 64, "num_warps": 4}),
     *grid("selective_scan", 0, "bwd", {"TIME": 2}, {"TIME": 8}, {"BLOCK_D": 64, "num_warps": 4}),
 ]  # fmt: skip
-OUTPUTS = ("fwd", "two-sided")
+OUTPUTS = ("fwd", "fwd in halves", "two-sided")
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..autotune import fastest
 from ..triton_utils import INTERPRETED, cdiv, multiprocessors
+from .triton_halves import _ssd_fwd_halves_kernel
 from .triton_kernels import DESCENDING, _ssd_carry_kernel, _ssd_fwd_kernel, _ssd_sweep_kernel
-from .triton_tiles import Tiles, alternatives, options, padded, tiles
+from .triton_tiles import Tiles, alternatives, in_halves, options, padded, tiles
 
 
 class Sweep(NamedTuple):
@@ -183,19 +184,20 @@ def run_outputs(
     (batch, length, nheads, _), (groups, n) = x.shape, B.shape[2:]
     sizes = *padded(x, n), x.dtype
     sweeping = tiles("sweep", *sizes)
+    name, kernel = ("fwd in halves", _ssd_fwd_halves_kernel) if in_halves(x, n) else ("fwd", _ssd_fwd_kernel)
 
     def run(chosen: Tiles) -> None:
         of_sweep = sweeping._replace(chunk=chunk or sweeping.chunk)
         step = max(chosen.chunk, of_sweep.chunk)
         count, part_length = choose_parts(batch * nheads, length, step, x.device, parts)
         (entering,) = entering_states((sweep,), seq_idx, of_sweep, 1, count, part_length)
-        _ssd_fwd_kernel[(batch * count * nheads,)](
+        kernel[(batch * count * nheads,)](
             x, log_decay, B, C, weight, D, seq_idx, entering, y, final, length, nheads, nheads // groups, count,
             part_length, *strides(x, B, C, D), HAS_WEIGHT=weight is not None, HAS_D=D is not None,
             HAS_STATE=entering is not None, **options(x, n, log_decay, seq_idx, chosen, sweep.fine),
         )  # fmt: skip
 
     if chunk:
-        run(tiles("fwd", *sizes)._replace(chunk=chunk))
+        run(tiles(name, *sizes)._replace(chunk=chunk))
     else:
-        run(fastest("ssd outputs", alternatives("fwd", *sizes), run, x.device, sizes=sizes))
+        run(fastest("ssd outputs", alternatives(name, *sizes), run, x.device, sizes=sizes))

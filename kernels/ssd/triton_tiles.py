@@ -33,7 +33,7 @@ def narrow(headdim: int, state: int) -> bool:
 
 @functools.cache
 def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
-    """Chunk, warps and stages of a kernel ("fwd", "two-sided", "sweep", "links", "short links", "maps").
+    """Chunk, warps, stages of a kernel: "fwd", "fwd in halves", "two-sided", "sweep", "links", "short links" or "maps".
 
     For padded p and n; "short links" are those of shorter chunks than the table has, and those of `trapezoid_ssd` are
     "turned".
@@ -53,7 +53,7 @@ def tiles(kernel: str, headdim: int, state: int, dtype: torch.dtype) -> Tiles:
     if exact:
         of_kernel = {"sweep": Tiles(64, 4, 1), "maps": Tiles(64, 4, 1), "fwd": Tiles(64, 8, 1)}
         if wide:
-            of_kernel |= {"fwd": Tiles(16, 4, 2), "links": Tiles(64, 4, 1)}
+            of_kernel |= {"fwd": Tiles(16, 4, 2), "fwd in halves": Tiles(32, 4, 2), "links": Tiles(64, 4, 1)}
             if kernel == "maps":
                 return Tiles(64, 4, 2)
         return of_kernel.get(kernel.removeprefix("turned "), Tiles(64, 8, 1))
@@ -135,6 +135,11 @@ def map_columns(x: Tensor, n: int) -> int:
     """Columns of dC that are made at a time: all, but for float32, which takes twice the registers."""
     columns = padded(x, n)[1]
     return 64 if x.dtype == torch.float32 and n % 64 == 0 and not INTERPRETED else columns
+
+
+def in_halves(x: Tensor, n: int) -> bool:
+    """Whether the outputs' kernel holds the state in halves: large ones in float32, where it is the faster one."""
+    return x.dtype == torch.float32 and (x.shape[3], n) == (64, 128) and precision(x.dtype) != "tf32"
 
 
 def fine_products(x: Tensor, n: int) -> bool:

@@ -352,6 +352,18 @@ def test_triton_chunks_parts_and_blocks_change_nothing(regime, triton, device, m
             torch.testing.assert_close(value, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_triton_outputs_with_states_in_halves(packed, triton, device):
+    """The kernel for large float32 states: chunks, parts, a state that enters, sequences."""
+    inputs = inputs_of(device, b=1, l=40, h=2, p=64, n=128, packed=packed)
+    expected = ssd(**inputs, backend="chunked")
+    inputs["D"] = inputs["D"].expand(1, 40, 2)
+    arguments = [inputs.get(name) for name in NAMES]
+    for chunk, parts in ((0, 1), (16, 1), (16, 2)):
+        for found, value in zip(triton._forward(*arguments, chunk, parts), expected, strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+
+
 def test_triton_second_derivative_names_the_way_out(triton, device):
     inputs = inputs_of(device, b=1, l=5, h=1)
     x = inputs["x"].requires_grad_()
