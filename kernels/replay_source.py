@@ -100,8 +100,7 @@ class Source:
             *(" " + line for line in self._body(steps, last)),
             f" return {self._tree(returned)}",
         ]
-        exec("\n".join(self.lines), self._names)
-        self.run: Callable[[Any], Any] = self._names["run"]
+        self.run = _function(self.lines, self._names)
 
     def _unpacked(self, arguments: tuple[Any, ...]) -> Iterator[str]:
         for at, one in enumerate(arguments):
@@ -232,19 +231,25 @@ def filler(tree: Any) -> Callable[[Any], Any]:
     """What puts tensors, the items of its argument, at the places of a tree of tuples."""
     names: dict[str, Any] = {}
 
+    def constant(one: Any) -> str:
+        names[name := f"c{len(names)}"] = one
+        return name
+
     def written(tree: Any) -> str:
         if type(tree) is Place:
             return f"given[{tree.number}]"
         if isinstance(tree, tuple):
             parts = "(" + "".join(f"{written(one)}, " for one in tree) + ")"
-            if type(tree) is tuple:
-                return parts
-            names.setdefault(name := type(tree).__name__, type(tree))
-            return f"{name}(*{parts})"
-        names[name := f"c{len(names)}"] = tree
-        return name
+            return parts if type(tree) is tuple else f"{constant(type(tree))}(*{parts})"
+        return constant(tree)
 
-    return cast(Callable[[Any], Any], eval(f"lambda given: {written(tree)}", names))
+    return _function(["def run(given):", f" return {written(tree)}"], names)
+
+
+def _function(lines: list[str], names: dict[str, Any]) -> Callable[..., Any]:
+    """The function `run` of these lines, which are made of numbers, brackets and the names given."""
+    exec("\n".join(lines), names)
+    return cast(Callable[..., Any], names["run"])
 
 
 def places(tree: Any) -> list[int]:

@@ -82,15 +82,13 @@ def _kind(
 ) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
     """The kind of a call, None where it takes the long way, and its tensors."""
     tensors: list[Tensor] = []
-    given = (*arguments, *options.values())
-    first = given[0] if given else None
-    if not (_in_interpreter or getattr(first, "is_cuda", False)):
-        return None, tensors
     key: list[Any] = [op, *options]
     try:
-        for one in given:
+        for one in (*arguments, *options.values()):
             kind = type(one)
             if kind in _TENSORS:
+                if not (one.is_cuda or _in_interpreter):
+                    return None, tensors
                 tensors.append(one)
                 layout = one.is_contiguous() or one.stride()
                 key += one.shape, layout, one.dtype, one.data_ptr() & 15, one.requires_grad

@@ -55,6 +55,14 @@ def test_the_third_call_goes_straight_and_finds_the_same(device, chosen):
     assert chosen["triton"] == 2 + 6
 
 
+def test_arguments_by_name_in_any_order(device, chosen):
+    for _ in range(5):
+        a, b = inputs(device)
+        states, _ = linear_scan(backend="triton", initial_state=None, b=b, a=a)
+        torch.testing.assert_close(states, linear_scan(a, b, backend="reference")[0])
+    assert chosen["triton"] == 2
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_without_gradients(grad, device, chosen):
     for _ in range(5):
