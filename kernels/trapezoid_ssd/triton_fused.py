@@ -13,7 +13,7 @@ from ..ssd.triton_outputs import choose_parts, strides
 from ..ssd.triton_tiles import Tiles, narrow, options, padded, tiles
 from ..triton_utils import INTERPRETED, cdiv
 from .triton_inputs import Inputs, angles_of_chunks
-from .triton_turned import _trapezoid_fwd_kernel, _trapezoid_parts_kernel
+from .triton_turned import _trapezoid_fwd_kernel, _trapezoid_parts_kernel, _trapezoid_ranks_fwd_kernel
 
 
 def fuses(given: Inputs) -> bool:
@@ -73,7 +73,8 @@ def fused_outputs(
     stages = 3 if given.ranks == 1 and padded(x, n)[1] <= 64 else chosen.stages
     count, part_length = choose_parts(batch * nheads, length, chosen.chunk, x.device, parts)
     entering = _entering(given, shared, phases, count, part_length)
-    _trapezoid_fwd_kernel[(batch * count * nheads,)](
+    kernel = _trapezoid_fwd_kernel if given.ranks == 1 else _trapezoid_ranks_fwd_kernel
+    kernel[(batch * count * nheads,)](
         x, given.log_decay, given.gamma, given.beta, given.rate, phases, B, C, given.B_bias, given.C_bias, given.D,
         given.x_rank, given.seq_idx, entering, y, final, length, nheads, nheads // groups, count, part_length,
         *strides(x, B, C), HAS_STATE=entering is not None, **shared | {"STAGES": stages},
