@@ -92,7 +92,7 @@ class GraphPrediction(SSMTask):
         """Mean loss of the batch."""
         answers = self.net.each(batch) if isinstance(self.net, GraphEnsemble) else [self.net(batch)]
         loss = torch.stack([self.mean_loss(y, _labels(batch)) for y in answers]).mean()
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=batch.num_graphs)
+        self.log_loss(loss, batch.num_graphs)
         return loss
 
     def validation_step(self, batch: GraphBatch, batch_idx: int) -> None:

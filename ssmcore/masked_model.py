@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Layer, NormPosition, Stack
+from .blocks import NormPosition, Stack
+from .patterns import Layer
 
 
 class MaskedModel(nn.Module):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import TokenTree
-from .blocks import Layer, Norm, NormPosition, Stack
+from .blocks import Norm, NormPosition, Stack
 from .drafts import StackDraft
+from .patterns import Layer
 from .states import StackState
 
 

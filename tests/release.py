@@ -119,7 +119,8 @@ def check_version(wheel: Path) -> str:
     citation = (ROOT / "CITATION.cff").read_text()
     if wheel.name.split("-")[1] != version or f"version: {version}" not in citation.replace('"', ""):
         raise CommandError(f"{wheel.name} and CITATION.cff should have the version {version} of pyproject.toml")
-    if "## Unreleased" in (ROOT / "CHANGELOG.md").read_text():
+    unreleased, _, rest = (ROOT / "CHANGELOG.md").read_text().partition("\n## Unreleased\n")[2].partition("\n## ")
+    if "- " in unreleased or not rest.startswith(f"{version} - "):
         say(f"CHANGELOG.md still has entries under Unreleased: date them as {version} before the tag")
     return version
 

@@ -78,7 +78,6 @@ def backtest(
     data: Path | None = None,
     start: int | float | str | None = None,
     stride: int = 1,
-    refit: int = 0,
     horizon: int | None = None,
     out: str = "backtest.nc",
     intervals: bool | None = None,
@@ -97,7 +96,6 @@ def backtest(
         start: First step to forecast: a time, a step number, or a share of the series (with a point). Left out with a
             file, the first step that has a full lookback.
         stride: Steps from one cutoff to the next.
-        refit: Train anew every so many cutoffs; 0 keeps the model.
         horizon: Steps to forecast; default as trained.
         out: Where the forecasts and what came go: .nc, .zarr, .csv or .parquet, or - for CSV on standard output.
         intervals: true demands conformal intervals, false leaves them out.
@@ -125,7 +123,7 @@ def backtest(
     ds, test = read(model, checkpoint, data, time, ids, id_column, values, freq)
     if test is not None:
         ds, start = ds.isel(time=slice(0, test.stop)), test.start if start is None else start
-    result = model.backtest(ds, start, stride, refit or False, horizon, intervals=intervals)
+    result = model.backtest(ds, start, stride, horizon=horizon, intervals=intervals)
     if track is not None:
         result = track_intervals(result, track)
     write(result, out, ids)

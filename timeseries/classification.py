@@ -97,7 +97,7 @@ class SeriesClassification(SSMTask):
     def training_step(self, batch: SeriesBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch."""
         loss = self.loss(self(batch), batch.label, self.label_smoothing)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.x))
+        self.log_loss(loss, len(batch.x))
         return loss
 
     def validation_step(self, batch: SeriesBatch, batch_idx: int) -> None:

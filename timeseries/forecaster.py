@@ -451,7 +451,7 @@ class Forecaster:
     def _refitted(self, ds: xr.Dataset) -> Forecaster:
         """A forecaster of the same options, trained on `ds`."""
         if not self._fit_options:
-            raise ValueError("a loaded forecaster has no training options to refit with; use refit=False or call fit")
+            raise ValueError("a loaded forecaster holds no training options; call fit, or leave refit out")
         settings = {key: getattr(self, key) for key in _SETTINGS}
         return Forecaster(**settings, **self.trainer).fit(ds, **self._fit_options, progress=False)
 

@@ -128,7 +128,7 @@ class Imputation(SSMTask):
         """Mean squared error at the hidden steps of the batch."""
         total, count = self.errors(batch)
         loss = total / count.clamp(min=1)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=max(1, int(count)))
+        self.log_loss(loss, max(1, int(count)))
         return loss
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:

@@ -218,7 +218,7 @@ class Forecasting(SSMTask):
         y, extra = both(batch) if callable(both) else (self.net(batch), 0.0)
         total, count = self.loss_sum(y, batch)
         loss = total / count.clamp(min=1) + extra
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=max(1, int(count)))
+        self.log_loss(loss, max(1, int(count)))
         return loss
 
     def validation_step(self, batch: WindowBatch, batch_idx: int) -> None:

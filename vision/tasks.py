@@ -84,7 +84,7 @@ class ImageClassification(SSMTask):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Mean loss of the batch."""
         loss = self.losses(self(batch.image), batch.label, self.label_smoothing).mean()
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log_loss(loss, len(batch.image))
         return loss
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:

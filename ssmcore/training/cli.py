@@ -37,7 +37,7 @@ from .data import SSMData
 from .export import best_checkpoint
 from .logs import MetricsFile
 from .messages import dead_worker, explain, unknown_metric
-from .runs import STOPPED, Run
+from .runs import STOPPED, Run, check_configs
 from .task import NonFiniteError, SSMTask
 from .trainer_options import check_trainer_options
 
@@ -143,6 +143,8 @@ class CLI(LightningCLI):
         self.started = time.perf_counter()
         example = f"omnissm {domain} {verb} -c {domain}/NAME" + (" --run first" if verb == "fit" else "")
         own = {"description": inspect.getdoc(getattr(type(self), verb)), "epilog": f"example: {example}"}
+        words = Run.add_config(argv, verb)
+        check_configs(words)
         try:
             super().__init__(
                 SSMTask,
@@ -159,7 +161,7 @@ class CLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
-                args=[verb, *Run.add_config(argv, verb)],
+                args=[verb, *words],
             )
         finally:
             if hasattr(self, "run"):
@@ -329,7 +331,7 @@ class CLI(LightningCLI):
             return ""
         if not self._point.has_begun:
             self.run.leave_nothing()
-            return f"Run {self.run.name!r} is as it was." if self.run.state() else "Nothing was written."
+            return f"Run {self.run.name!r} is as it was." if self.run.newest else "Nothing was written."
         command = f"omnissm {self.domain} fit --run {self.run.name}"
         if weights is not None:
             return f"The weights before it are in {weights}."

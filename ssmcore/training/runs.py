@@ -45,10 +45,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not readable YAML: {error}") from error
+        raise ValueError(f"{str(path)!r} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected a mapping of options.")
+        found = "nothing" if content is None else type(content).__name__
+        raise ValueError(f"{str(path)!r} holds {found}, expected a mapping of options.")
     return content
+
+
+def check_configs(words: Sequence[str]) -> None:
+    """Read each file behind `-c`, as the parser's own message about a broken one leaves its name out.
+
+    Raises:
+        ValueError: if one is not YAML, or holds no options.
+    """
+    for word, following in zip(words, [*words[1:], ""]):
+        option, equals, value = word.partition("=")
+        path = Path(value if equals else following)
+        if option in ("-c", "--config") and path.is_file():
+            read_yaml(path)
 
 
 @dataclass(frozen=True)
@@ -176,14 +190,19 @@ class Run:
             first.rename(last)
         self._sweep()
 
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint to resume from, if there is one, as it is on the disk."""
+        found = (self.checkpoints / name for name in (LAST, FIRST))
+        return next((path for path in found if path.exists()), None)
+
     def state(self) -> Path | None:
-        """The checkpoint to resume from, if there is one.
+        """The checkpoint to resume from, if there is one, after reading it.
 
         Raises:
             ValueError: if it is damaged, or holds more than tensors and plain values.
         """
-        found = (self.checkpoints / name for name in (LAST, FIRST))
-        path = next((path for path in found if path.exists()), None)
+        path = self.newest
         if path is not None and path.is_file():  # a folder where parameters are sharded
             read_checkpoint(path)
         return path

@@ -75,12 +75,14 @@ class SSMTask(pl.LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         if hasattr(scheduler, "set_total_steps"):
             steps = self.trainer.estimated_stepping_batches
-            if math.isfinite(steps):
+            if 0 <= steps < math.inf:  # the trainer says -1 where it cannot count batches
                 scheduler.set_total_steps(int(steps))
             elif getattr(scheduler, "total_steps", None) is None:
+                endless = "this run has no end. Set trainer.max_epochs or trainer.max_steps"
+                unknown = endless if steps > 0 else "the data have no length. Set trainer.max_steps"
                 raise ValueError(
-                    f"{type(scheduler).__name__} plans the rate over the whole run, and this run has no end."
-                    " Set trainer.max_epochs or trainer.max_steps, or the schedule's total_steps."
+                    f"{type(scheduler).__name__} plans the rate over the whole run, and {unknown}, or the schedule's"
+                    " total_steps."
                 )
         plan: dict[str, Any] = {"scheduler": scheduler, "interval": getattr(scheduler, "interval", "epoch")}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -108,6 +110,15 @@ class SSMTask(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember the batch for error messages."""
         self._batch_idx = batch_idx
+
+    def log_loss(self, loss: Tensor, count: int) -> None:
+        """Log `train/loss` once an epoch: the mean over the batches of all processes, each weighted by `count`.
+
+        Args:
+            loss: Loss of the batch, scalar.
+            count: Samples or steps that `loss` is a mean of, at least 1.
+        """
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop before a loss that is not finite reaches the weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,22 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, (int, float)) and value >= 0 and (value <= 1 or value % 1 == 0)
 
 
+def _is_some(value: Any) -> bool:
+    return _is_part(value) and value > 0
+
+
+def _is_few(value: Any) -> bool:
+    """Lightning takes a float above 1 here for all batches, without a word."""
+    return _is_part(value) and (isinstance(value, int) or value <= 1)
+
+
 def _is_bound(value: Any) -> bool:
     return isinstance(value, (int, float)) and value >= 0
+
+
+def _is_span(value: Any) -> bool:
+    """A dictionary or a timedelta is left to Lightning."""
+    return not isinstance(value, str) or re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value) is not None
 
 
 def _is_interval(value: Any) -> bool:
@@ -40,16 +55,17 @@ _RULES: dict[str, Rule] = {
     "gradient_clip_val": (_is_bound, "a bound of at least 0, or null for none"),
     "limit_predict_batches": _PART,
     "limit_test_batches": _PART,
-    "limit_train_batches": _PART,
+    "limit_train_batches": (_is_some, "a number of batches of at least 1, or a share above 0.0 and up to 1.0"),
     "limit_val_batches": _PART,
     "log_every_n_steps": (_whole(0), "a number of steps, 0 for never"),
     "max_epochs": (_whole(-1), "a number of epochs, or -1 for no limit"),
     "max_steps": (_whole(-1), "a number of steps, or -1 for no limit"),
+    "max_time": (_is_span, "days, hours, minutes and seconds such as 00:01:30:00"),
     "min_epochs": (_whole(0), "a number of epochs"),
     "min_steps": (_whole(0), "a number of steps"),
     "num_nodes": (_whole(1), "a number of machines of at least 1"),
     "num_sanity_val_steps": (_whole(-1), "a number of batches, or -1 for all"),
-    "overfit_batches": _PART,
+    "overfit_batches": (_is_few, "a number of batches such as 3, or a share between 0.0 and 1.0"),
     "val_check_interval": (_is_interval, "a number of batches of at least 1, or a share of an epoch up to 1.0"),
 }
 

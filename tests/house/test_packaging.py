@@ -1,13 +1,16 @@
 """The wheel holds the package and nothing else, and the checkout hides nobody else's package."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("kernels", "ssmcore", "vision", "genomics", "timeseries", "graphs", "configs")
@@ -73,6 +76,18 @@ def test_changelog_has_no_entry_twice_and_names_its_packages():
     known = {*FOLDERS, "package", "command line", "readers", "docs", "benchmarks", "tests"}
     unknown = [entry for entry in entries if entry[2:].split(":")[0] not in known]
     assert not unknown, unknown
+
+
+def test_changelog_and_citation_date_the_version():
+    """The newest heading below Unreleased has the version of pyproject.toml, and the date of the citation."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    dated = re.findall(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", text, re.MULTILINE)
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## Unreleased", *(f"## {version} - {day}" for version, day in dated)]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert citation["version"] == version
+    assert (version, citation["date-released"]) == dated[0]
 
 
 def test_root_holds_no_other_python_file():

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from omnissm.ssmcore import Chimera2D, GatedMLP, Residual, RMSNorm, Stack, create_mixer
-from omnissm.ssmcore.blocks import parse_pattern
 from omnissm.ssmcore.parallel import DoubleMixer
+from omnissm.ssmcore.patterns import parse_pattern
 from omnissm.ssmcore.testing.sequence import (
     check_compile,
     check_no_future,

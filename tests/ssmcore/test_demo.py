@@ -2,11 +2,14 @@
 
 import re
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from omnissm import __main__ as cli
 from omnissm.ssmcore.demo import Outcome, compose, run_demos
 from omnissm.ssmcore.training.report import markdown_table, render, run_verb, write_summary
+from omnissm.timeseries.files import read_series
 
 TEXT = "# Birds\n\nIt finds **9 of 10** birds.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n![A bird.](bird.png)\n"
 
@@ -86,8 +89,20 @@ def test_all_four_demos_reach_what_they_should(tmp_path, capsys):
     spent = [int(number) for number in re.findall(r"(\d+) s of processor time", capsys.readouterr().out)]
     assert len(spent) == 4
     assert sum(spent) < 420  # 6 minutes of two quiet cores, with room for a busy machine
+    assert max(spent) < 240
     page = (tmp_path / "report.html").read_text()
     pictures = re.findall(r'<img src="([^"]*)"', page)
     assert {picture.split("/")[0] for picture in pictures} == set(cli.DEMOS)
     assert all((tmp_path / picture).stat().st_size > 5000 for picture in pictures)
     assert 'class="failed"' not in page
+    check_forecasts(tmp_path / "timeseries")
+
+
+def check_forecasts(folder):
+    """Whole files, one backtest a day, and lower errors than the mean of the window on most variates."""
+    forecast, backtest = read_series(folder / "forecast.nc"), read_series(folder / "backtest.nc")
+    assert dict(forecast.sizes) == {"series": 3, "cutoff": 1, "horizon": 24, "variate": 7, "quantile": 7}
+    assert np.isfinite(forecast["quantiles"]).all()
+    assert (np.diff(backtest["cutoff"].values) == np.timedelta64(24, "h")).all()
+    errors = pd.read_csv(folder / "metrics.csv").pivot(index="variate", columns="model", values="mse")
+    assert (errors["chimera_tiny"] < errors["window_mean"]).sum() >= 5

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 from torch.optim import AdamW
 
 from omnissm.ssmcore.training import ShardedStrategy
@@ -117,6 +118,19 @@ def test_guide(tmp_path):
     numbers = [[float(n) for n in re.findall(r"\d+\.\d+", text)] for text in (printed[-1], alone)]
     assert len(numbers[0]) == 2
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+
+
+def test_torchrun_hands_on_the_words_of_the_guide():
+    """Its parser takes `--run` for the start of an option of its own, unless `--` stands before."""
+    text = GUIDE.read_text().replace("\\\n", " ")
+    shown = [shlex.split(line)[1:] for line in text.splitlines() if re.match(r"    torchrun .*omnissm", line)]
+    assert len(shown) == 2
+    for words in shown:
+        parsed = get_args_parser().parse_args(words)
+        assert parsed.module
+        assert parsed.training_script == "omnissm"
+        assert parsed.training_script_args == words[words.index("--") + 1 :]
+    assert "--run" in shown[1]
 
 
 def test_a_checkpoint_before_the_first_step_changes_no_optimiser(monkeypatch):

@@ -70,11 +70,11 @@ def assert_same_end(one, other):
     torch.testing.assert_close(*best, rtol=0, atol=0)
 
 
-def rows(name):
-    """Validation losses by step."""
-    table = read_metrics(f"runs/{name}").dropna(subset="val/loss")
+def rows(name, metric="val/loss"):
+    """Validation losses, or another metric, by step."""
+    table = read_metrics(f"runs/{name}").dropna(subset=metric)
     assert table["step"].is_unique
-    return dict(zip(table["step"], table["val/loss"]))
+    return dict(zip(table["step"], table[metric]))
 
 
 def test_fit_writes_a_run_and_its_config_runs_again(capsys):
@@ -246,7 +246,9 @@ def test_two_ranks_equal_one_process():
     one, two = checkpoint("one"), checkpoint("two")
     assert one["global_step"] == two["global_step"] == 6
     torch.testing.assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=1e-6)
-    assert list(rows("one").values()) == pytest.approx(list(rows("two").values()), rel=1e-5)
+    for metric in ("train/loss", "val/loss"):
+        assert rows("one", metric) == pytest.approx(rows("two", metric), rel=1e-5)
+    assert "sync_dist" not in done.stderr
 
 
 def test_init_from_takes_weights_only():
@@ -337,6 +339,14 @@ def test_loss_that_is_not_finite_stops_and_keeps_weights():
     assert all(torch.isfinite(weight).all() for weight in kept["state_dict"].values())
 
 
+def test_what_stopped_a_fit_is_said_whatever_an_old_run_holds():
+    run("-c", "line.yaml")
+    Path("runs/line/checkpoints/last.ckpt").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"loss is nan at epoch 0, batch 0.* Run 'line' is as it was\.$"):
+        run("-c", "line.yaml", "--overwrite", "--model.init_args.poison_step", 0)
+    assert Path("runs/line/checkpoints/last.ckpt").read_bytes() == b"cut off"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -409,6 +419,23 @@ def test_misspelt_section_of_a_file():
         run()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: [1,\n", r"^'broken.yaml' is not readable YAML: .*line 2, column 1"),
+        ("words", "^'broken.yaml' holds str, expected a mapping of options"),
+        ("", "^'broken.yaml' holds nothing, expected"),
+        ("\udcff", "^'broken.yaml' is not readable YAML: .*utf-8"),
+    ],
+)
+def test_broken_configuration_is_named(text, message):
+    Path("broken.yaml").write_text(text, errors="surrogateescape")
+    for words in (["-c", "broken.yaml"], ["--config=broken.yaml"]):
+        with pytest.raises(ValueError, match=message) as caught:
+            run("-c", "line.yaml", *words)
+        assert "\n" not in str(caught.value)
+
+
 def test_full_disk_is_one_line_and_leaves_no_halves(capsys, monkeypatch):
     """Files may not grow over 4 kB, as on a full disk: the first checkpoint fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -424,7 +451,7 @@ def test_full_disk_is_one_line_and_leaves_no_halves(capsys, monkeypatch):
 
 
 def test_metrics_of_all_processes_need_no_advice():
-    """Tasks add up over processes before they log a part's metrics; the loss of training is that of the first."""
+    """Tasks add up over processes before they log a part's metrics; one that logs the first one's is told."""
     advice = "It is recommended to use `self.log('{}', ..., sync_dist=True)` when logging on epoch level"
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

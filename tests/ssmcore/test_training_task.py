@@ -90,6 +90,19 @@ def test_planned_schedule_of_an_endless_run_is_refused(tmp_path):
     assert task.lr_schedulers().total_steps == 7
 
 
+def test_planned_schedule_of_data_without_a_length_takes_max_steps(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(2, 2),)] * 4)
+
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    with pytest.raises(ValueError, match=r"WarmupCosine plans.*data have no length. Set trainer.max_steps, or .*total"):
+        trainer(tmp_path, max_epochs=2).fit(Mean(lr_scheduler=WarmupCosine), loader)
+    task = Mean(lr_scheduler=WarmupCosine)
+    trainer(tmp_path, max_epochs=2, max_steps=8).fit(task, loader)
+    assert task.lr_schedulers().total_steps == 8
+
+
 def test_plateau_schedule_watches_the_monitored_metric(tmp_path):
     task = Mean(optimizer=sgd(), lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
     run = trainer(tmp_path)

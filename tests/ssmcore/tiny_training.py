@@ -39,7 +39,7 @@ class Line(SSMTask):
         if os.environ.get("KILL_AT_STEP") == str(self.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
         loss = self.loss(batch)
-        self.log("train/loss", loss)
+        self.log_loss(loss, len(batch[0]))
         return loss * float("nan") if self.global_step == self.poison_step else loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:

@@ -1,13 +1,9 @@
 """The quick start, whole and in parts."""
 
 import importlib.util
-import time
 
-import numpy as np
-import pandas as pd
 import pytest
 
-from omnissm.__main__ import main
 from omnissm.timeseries.demo import CONFIG, demo, read_settings
 from omnissm.timeseries.files import read_series
 
@@ -34,24 +30,3 @@ def test_small_demo_leaves_its_files(tmp_path, capsys):
         assert f'src="{picture.name}"' in page
     assert len(list(tmp_path.glob("*.png"))) == 7
     assert len(capsys.readouterr().out.splitlines()) <= 10
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in NEEDS), reason="needs omnissm[demo]")
-def test_demo_beats_the_simple_methods(tmp_path, capsys):
-    begin = time.process_time()
-    assert main(["demo", "timeseries", "--out", str(tmp_path / "demo")]) == 0
-    assert time.process_time() - begin < 240
-    assert len(capsys.readouterr().out.splitlines()) <= 10
-    folder = tmp_path / "demo"
-    forecast, backtest = read_series(folder / "forecast.nc"), read_series(folder / "backtest.nc")
-    assert dict(forecast.sizes) == {"series": 3, "cutoff": 1, "horizon": 24, "variate": 7, "quantile": 7}
-    assert np.isfinite(forecast["quantiles"]).all()
-    assert (np.diff(backtest["cutoff"].values) == np.timedelta64(24, "h")).all()
-    errors = pd.read_csv(folder / "metrics.csv").pivot(index="variate", columns="model", values="mse")
-    assert (errors["chimera_tiny"] < errors["window_mean"]).sum() >= 5
-    text = (folder / "summary.md").read_text()
-    for picture in folder.glob("*.png"):
-        assert f"({picture.name})" in text
-        assert picture.stat().st_size > 10_000

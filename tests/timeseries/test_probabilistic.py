@@ -142,6 +142,12 @@ def test_refits_and_long_frames(normal):
     ]
 
 
+def test_a_loaded_forecaster_is_not_refitted(normal, tmp_path):
+    loaded = Forecaster.load(normal.save(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds no training options; call fit, or leave refit out"):
+        loaded.backtest(series(), start=470, refit=13, progress=False)
+
+
 @pytest.mark.parametrize("distribution", sorted(DISTRIBUTIONS))
 @pytest.mark.parametrize("name", ABLE)
 def test_every_model(name, distribution):

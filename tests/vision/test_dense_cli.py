@@ -250,7 +250,8 @@ def _same_graph(model, out):
             found = program.module()(images)
         else:
             session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
-            arrays = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+            names = ["boxes", "scores"] if model.kind == "detection" else ["logits"]
+            arrays = session.run(names, {"image": images.numpy()})
             found = tuple(torch.from_numpy(array) for array in arrays)
             found = found if isinstance(expected, tuple) else found[0]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

@@ -85,8 +85,8 @@ class Detection(SSMTask):
         parts = self.net.losses(normalized(batch.image, self.net), batch.boxes, batch.labels)  # type: ignore[operator]
         loss = torch.stack([part.float() for part in parts.values()]).sum()
         logged = {f"train/{name}": value.detach() for name, value in parts.items()}
-        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.image))
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=len(batch.image), sync_dist=True)
+        self.log_loss(loss, len(batch.image))
         return loss
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:

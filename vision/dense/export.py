@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ssmcore.training.checkpoints import write_atomic
+from ...ssmcore.training.checkpoints import check_writable, write_atomic
 from ..scans import plain_scans
 from ..tasks import normalized
 from .detectors import YoloDetector
@@ -51,6 +51,8 @@ def exported(model: DenseModel, batch: int | None = None) -> torch.export.Export
 def write_graph(model: DenseModel, out: Path, batch: int | None = None) -> None:
     """Write a graph: .pt2 for `torch.export.load`, .onnx for other runtimes.
 
+    In ONNX the input is `image`, the output `logits`, or `boxes` and `scores`; see `Graph`.
+
     Args:
         model: What to export.
         out: The file.
@@ -59,7 +61,9 @@ def write_graph(model: DenseModel, out: Path, batch: int | None = None) -> None:
     Raises:
         ImportError: if ONNX is asked for and onnxscript is missing.
         ValueError: for another ending or a model without a graph.
+        OSError: if the file cannot be written, before the work.
     """
+    check_writable(out.parent)
     buffer = io.BytesIO()
     if out.suffix == ".pt2":
         torch.export.save(exported(model, batch), buffer)
@@ -68,7 +72,9 @@ def write_graph(model: DenseModel, out: Path, batch: int | None = None) -> None:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise ImportError('ONNX files need onnxscript: pip install "omnissm[onnx]"') from error
-        program = torch.onnx.export(exported(model, 1 if batch is None else batch), dynamo=True, verbose=False)
+        names = ["boxes", "scores"] if model.kind == "detection" else ["logits"]
+        graph = exported(model, 1 if batch is None else batch)
+        program = torch.onnx.export(graph, dynamo=True, verbose=False, input_names=["image"], output_names=names)
         buffer.write(program.model_proto.SerializeToString())  # type: ignore[union-attr]
     else:
         raise ValueError(f"got the name {str(out)!r}, expected one ending in .pt2 or .onnx.")

@@ -124,7 +124,7 @@ class SemanticSegmentation(SSMTask):
         loss = self.loss(logits, batch.mask)
         if second is not None:
             loss = loss + self.auxiliary_weight * self.loss(second, batch.mask)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.image))
+        self.log_loss(loss, len(batch.image))
         return loss
 
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
