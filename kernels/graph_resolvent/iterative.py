@@ -4,9 +4,9 @@
                             tol |x B^T|; the same from dy C^T against the edges, then the gradients of `dag_scan`
 
 gamma, the largest sum of |A| over a node's outgoing (or incoming) edges, must be below 1; norms are those in which it
-bounds A. With a given bound of the spectral norm they are Euclidean, and symmetric weights are solved by conjugate
-gradients. Each graph of a batch has its own gamma and stops by itself. Memory does not depend on the number of
-iterations.
+bounds A. With a given bound of the spectral norm they are Euclidean, and graphs of symmetric weights are solved by
+conjugate gradients. Each graph of a batch has its own gamma and stops by itself. A NaN or an infinity makes its column
+of states NaN in all of its graph. Memory does not depend on the number of iterations.
 """
 
 from __future__ import annotations
@@ -61,21 +61,25 @@ class _Solver:
         spectral_bound: float | None,
         wanted: Tensor | None,
     ) -> None:
-        self.weight, self.edges, self.tol, self.max_iter = weight, edges, tol, max_iter
+        self.edges, self.tol, self.max_iter = edges, tol, max_iter
         self.graph, self.ptr = _graph_of(edges), edges.ptr.to(weight.device)
         self.spectral = spectral_bound is not None
+        wrong = ~weight.isfinite() if self.spectral else weight.isnan()
+        self.broken = _over_edges(wrong, edges)
+        self.weight = torch.where(wrong, 0, weight)
         if spectral_bound is not None:
             self.gamma = weight.new_full((len(edges.ptr) - 1,), spectral_bound)
-            self.symmetric = _is_symmetric(weight, edges)
+            self.symmetric = _are_symmetric(self.weight, edges)
             return
-        size = weight.detach().abs()
-        zeros = size.new_zeros(edges.num_nodes, size.shape[1])
-        columns = self._over_graphs(zeros.index_add(0, edges.src, size), "max").amax(1)
-        rows = self._over_graphs(zeros.index_add(0, edges.dst, size), "max").amax(1)
+        size = self.weight.abs()
+        columns = torch.segment_reduce(size[edges.out_perm], "sum", offsets=edges.out_row_ptr, axis=0, initial=0)
+        rows = torch.segment_reduce(size, "sum", offsets=edges.row_ptr, axis=0, initial=0)
+        columns, rows = (self._over_graphs(sums, "max").amax(1) for sums in (columns, rows))
         if wanted is not None:
             columns, rows = (torch.where(wanted.to(sums.device), sums, 0) for sums in (columns, rows))
         self.by_columns, self.gamma = columns <= rows, torch.minimum(columns, rows)
-        self.alike = bool((self.by_columns == self.by_columns[:1]).all())
+        choices = self.by_columns.unique().tolist()
+        self.all_by_columns = choices[0] if len(choices) == 1 else None
         worst = int(self.gamma.argmax()) if self.gamma.numel() else 0
         if self.gamma.numel() and not float(self.gamma[worst]) < 1:
             raise ValueError(
@@ -86,11 +90,27 @@ class _Solver:
 
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """Fixed point for a right-hand side (v, h, p, n)."""
+        largest = self._over_graphs(b.abs(), "max")
+        broken = (~largest.isfinite() | self.broken[..., None, None])[self.graph]
+        b = torch.where(broken, 0, b)  # a NaN would end the iteration of all columns, since it is above no bound
+        if not self.spectral:
+            states = self._steps(b, transposed)
+        else:  # of sizes near 1, whose squares are numbers
+            size = torch.where(largest.isfinite(), largest, 0).amax((2, 3), keepdim=True)
+            size = torch.where(size == 0, 1, size)[self.graph]
+            chosen = self.symmetric[self.graph][:, None, None, None]
+            states = b = b / size
+            if bool(self.symmetric.any()):
+                states = self._conjugate_gradients(torch.where(chosen, b, 0), transposed)
+            if not bool(self.symmetric.all()):
+                states = torch.where(chosen, states, self._steps(torch.where(chosen, 0, b), transposed))
+            states = states * size
+        return torch.where(broken, math.nan, states)
+
+    def _steps(self, b: Tensor, transposed: bool) -> Tensor:
+        """By adding up R <- A R."""
         gamma = float(self.gamma.max()) if self.gamma.numel() else 0.0
-        if self.spectral and self.symmetric:
-            return self._conjugate_gradients(b, transposed, gamma)
-        by_columns = None if self.spectral else self.by_columns ^ transposed
-        bound = self.tol * (1 - self.gamma)[:, None] * self._norm(b, by_columns)
+        bound = self.tol * (1 - self.gamma)[:, None] * self._norm(b, transposed).flatten(2).amax(2)
         states, change, limit = b, b, self.max_iter or _needed(self.tol, gamma)
         unfinished = torch.ones_like(self.gamma, dtype=torch.bool)
         for _ in range(limit):
@@ -99,17 +119,18 @@ class _Solver:
             if len(self.gamma) > 1:  # a graph that has stopped stays as it is, whatever the others need
                 change = torch.where(unfinished[self.graph][:, None, None, None], change, 0)
             states = states + change
-            size = self._norm(change, by_columns)
+            size = self._norm(change, transposed).flatten(2).amax(2)
             unfinished = unfinished & (size > bound).any(1)
             if not bool(unfinished.any()):
                 return states
         raise _not_converged(size, bound, gamma, limit)
 
-    def _conjugate_gradients(self, b: Tensor, transposed: bool, gamma: float) -> Tensor:
+    def _conjugate_gradients(self, b: Tensor, transposed: bool) -> Tensor:
         """For symmetric weights; each column of states of a graph is a system of its own, and stops by itself."""
+        gamma = float(self.gamma.max())
         rest = self._moved(b, transposed)  # of b - (I - A) S at S = b
         states, direction, limit = b, rest, self.max_iter or _MOST_ITERATIONS
-        bound = self.tol * (1 - self.gamma)[:, None, None, None] * self._norm(b, None, columns=True)
+        bound = self.tol * (1 - self.gamma)[:, None, None, None] * self._norm(b, transposed)
         square = self._over_graphs(rest * rest, "sum")
         for _ in range(limit):
             unfinished = square > bound * bound
@@ -142,19 +163,14 @@ class _Solver:
         """Sum or maximum over the nodes of each graph, (graphs, ...)."""
         return torch.segment_reduce(values, reduce, offsets=self.ptr, axis=0, initial=0)
 
-    def _norm(self, states: Tensor, by_columns: Tensor | None, columns: bool = False) -> Tensor:
-        """Of each graph and head, (graphs, h): the largest of a column of states, or with `columns` of each of them.
-
-        The norm is the sum of sizes where `by_columns`, the largest size elsewhere, the Euclidean one for None.
-        """
-        if by_columns is None:
-            size = self._over_graphs(states * states, "sum").sqrt()
-        elif self.alike:
-            size = self._over_graphs(states.abs(), "sum" if bool(by_columns[:1].all()) else "max")
-        else:
-            sums, largest = (self._over_graphs(states.abs(), reduce) for reduce in ("sum", "max"))
-            size = torch.where(by_columns[:, None, None, None], sums, largest)
-        return size if columns else size.flatten(2).amax(2)
+    def _norm(self, states: Tensor, transposed: bool) -> Tensor:
+        """Of each column of states, (graphs, h, p, n), in the norm that bounds A or A^T."""
+        if self.spectral:
+            return self._over_graphs(states * states, "sum").sqrt()
+        if self.all_by_columns is not None:
+            return self._over_graphs(states.abs(), "sum" if self.all_by_columns ^ transposed else "max")
+        sums, largest = (self._over_graphs(states.abs(), reduce) for reduce in ("sum", "max"))
+        return torch.where((self.by_columns ^ transposed)[:, None, None, None], sums, largest)
 
 
 def _graph_of(edges: GraphEdges) -> Tensor:
@@ -168,19 +184,25 @@ def _needed(tol: float, gamma: float) -> int:
     """Iterations after which a contraction by gamma is below the bound, at most 2,000."""
     if not 0 < gamma < 1:
         return 2
-    return min(_MOST_ITERATIONS, 10 + math.ceil(math.log(tol * (1 - gamma)) / math.log(gamma)))
+    return min(_MOST_ITERATIONS, 10 + max(0, math.ceil(math.log(tol * (1 - gamma)) / math.log(gamma))))
 
 
-def _is_symmetric(weight: Tensor, edges: GraphEdges) -> bool:
-    """Whether A equals its transpose up to rounding; parallel edges are added up."""
+def _over_edges(marks: Tensor, edges: GraphEdges) -> Tensor:
+    """Whether any of a graph's edges is marked, (graphs, ...)."""
+    ends = edges.row_ptr[edges.ptr.to(edges.row_ptr.device)]
+    return torch.segment_reduce(marks.float(), "max", offsets=ends, axis=0, initial=0) > 0
+
+
+def _are_symmetric(weight: Tensor, edges: GraphEdges) -> Tensor:
+    """Whether A of a graph equals its transpose up to rounding, (graphs,); parallel edges are added up."""
     mirrored = edges.out_perm
-    if not (torch.equal(edges.src, edges.dst[mirrored]) and torch.equal(edges.dst, edges.src[mirrored])):
-        return False
+    astray = (edges.src != edges.dst[mirrored]) | (edges.dst != edges.src[mirrored])
     new = (edges.src.diff() != 0) | (edges.dst.diff() != 0)
     pair = torch.cat([new.new_zeros(min(1, edges.num_edges)), new]).cumsum(0)
     zeros = torch.zeros_like(weight)
-    sums, others = zeros.index_add(0, pair, weight), zeros.index_add(0, pair, weight[mirrored])
-    return bool(((sums - others).abs() <= 1e-5 * sums.abs().amax(0)).all())
+    sums, others = (zeros.index_add(0, pair, one)[pair] for one in (weight, weight[mirrored]))
+    astray = astray | ((sums - others).abs() > 1e-5 * torch.maximum(sums, others).abs()).any(1)
+    return ~_over_edges(astray, edges)
 
 
 def _not_converged(change: Tensor, bound: Tensor, gamma: float, limit: int) -> ConvergenceError:

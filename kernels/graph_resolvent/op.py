@@ -125,8 +125,9 @@ def graph_resolvent(
             case "series":
                 y = series(values, weight, B, C, edges, terms)
             case _:
-                large = edges.ptr.diff() > LARGEST_DENSE
-                mixed = by_size and not bool(large.all())
+                nodes = edges.ptr.diff()
+                large = nodes > LARGEST_DENSE
+                mixed = by_size and bool((~large & (nodes > 0)).any())
                 y = iterative(values, weight, B, C, edges, tol, max_iter, spectral_bound, large if mixed else None)
                 if mixed:  # a small graph is solved as it would be alone
                     y = y + dense(values, weight, B, C, edges, LARGEST_DENSE)

@@ -162,6 +162,73 @@ def test_iterations_suffice_for_slow_contractions():
         assert relative_error(value, expected[name]) < 1e-5, name
 
 
+def test_graphs_without_nodes_beside_a_large_one():
+    inputs = inputs_of(v=520, e=900, dtype=torch.float32)
+    expected = graph_resolvent(**inputs)
+    for starts in ([0, 0, 520], [0, 520, 520], [0, 0, 520, 520]):
+        edges = graph_edges(inputs["edge_index"], 520, ptr=torch.tensor(starts))
+        assert torch.equal(graph_resolvent(**inputs | {"edges": edges}), expected)
+
+
+def test_iteration_without_edges():
+    edge_index = torch.zeros(2, 0, dtype=torch.long)
+    inputs = inputs_of(v=5, e=0) | {"edge_index": edge_index, "edge_decay": torch.zeros(0, 2).double()}
+    inputs |= {"edges": graph_edges(edge_index, 5), "method": "iterative"}
+    for bound in (None, 0.9):
+        found = graph_resolvent(**inputs, spectral_bound=bound)
+        torch.testing.assert_close(found, graph_resolvent(**inputs, backend="reference"))
+
+
+@pytest.mark.parametrize("bound", [None, 0.9], ids=["sums", "spectral"])
+@pytest.mark.parametrize("one_way", [False, True])
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_sizes_whose_squares_are_no_numbers(bound, one_way, size):
+    ring = torch.stack([torch.arange(50), torch.arange(50).roll(1)])
+    ring = ring if one_way else torch.cat([ring, ring.flip(0)], dim=1)
+    inputs = inputs_of(v=50, e=0, dtype=torch.float32) | {"edge_index": ring, "edges": graph_edges(ring, 50)}
+    inputs |= {"edge_decay": torch.full((ring.shape[1], 2), 0.44).log(), "method": "iterative"}
+    expected = run_with_gradients(
+        graph_resolvent, inputs | {"method": "dense"}, ("y",), {"y": torch.ones_like(inputs["x"])}
+    )
+    inputs |= {"x": size * inputs["x"], "spectral_bound": bound}
+    found = run_with_gradients(graph_resolvent, inputs, ("y",), {"y": torch.full_like(inputs["x"], 1 / size)})
+    for name, change in (("y", 1 / size), ("dx", size), ("dB", 1), ("dC", 1)):
+        assert relative_error(found[name].double() * change, expected[name].double()) < 1e-4, name
+
+
+@pytest.mark.parametrize("where", ["x", "edge_decay"])
+@pytest.mark.parametrize("bound", [None, 0.9], ids=["sums", "spectral"])
+def test_nan_stays_in_its_graph_and_spoils_nothing_silently(where, bound):
+    """Columns of states that it reaches are NaN in their whole graph, as in the dense form; all else is as without."""
+    inputs = symmetric(60, torch.randint(0, 60, (2, 150)), 0.9) if bound else inputs_of(v=60, e=120)
+    twice = {name: torch.cat([inputs[name]] * 2) for name in ("x", "edge_decay", "B", "C")}
+    edge_index = torch.cat([inputs["edge_index"], inputs["edge_index"] + 60], dim=1)
+    edges = graph_edges(edge_index, 120, ptr=torch.tensor([0, 60, 120]))
+    twice |= {"edge_index": edge_index, "edges": edges, "method": "iterative", "spectral_bound": bound}
+    expected = graph_resolvent(**twice)
+    twice[where] = twice[where].clone()
+    twice[where][(3, 1, 0) if where == "x" else (3, 1)] = float("nan")
+    found = graph_resolvent(**twice)
+    broken = torch.zeros_like(expected, dtype=torch.bool)
+    broken[:60, 1, 0 if where == "x" else slice(None)] = True
+    assert found[broken].isnan().all()
+    torch.testing.assert_close(found[~broken], expected[~broken], rtol=1e-4, atol=1e-4)
+
+
+def test_symmetry_is_asked_of_each_graph():
+    """A symmetric graph beside another one: the same digits as alone."""
+    star = torch.stack([torch.zeros(59, dtype=torch.long), torch.arange(1, 60)])
+    one, other = symmetric(60, star, 0.9), inputs_of(v=40, e=80, gamma=0.5)
+    edge_index = torch.cat([one["edge_index"], other["edge_index"] + 60], dim=1)
+    joined = {name: torch.cat([one[name], other[name]]) for name in ("x", "edge_decay", "B", "C")}
+    joined |= {"edge_index": edge_index, "edges": graph_edges(edge_index, 100, ptr=torch.tensor([0, 60, 100]))}
+    options = {"method": "iterative", "tol": 1e-5, "spectral_bound": 0.9}
+    found = graph_resolvent(**joined, **options)
+    for graph, part in ((one, found[:60]), (other, found[60:])):
+        alone = graph_resolvent(**graph | options)
+        assert relative_error(part, alone) < 1e-12
+
+
 def test_truncation_is_bounded_by_the_geometric_series():
     inputs = inputs_of(gamma=0.8)
     exact = graph_resolvent(**inputs, backend="reference")
