@@ -128,6 +128,8 @@ def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tup
     for one in flat:
         kind = type(one)
         if kind is Tensor or kind is torch.nn.Parameter:
+            if one.is_neg():  # its numbers are those in memory times -1
+                return None, tensors
             tensors.append(one)
             key += one.shape, one.stride(), one.dtype, one.data_ptr() & 15
         elif isinstance(one, Tensor):

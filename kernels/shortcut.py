@@ -87,7 +87,7 @@ def _kind(
         for one in (*arguments, *options.values()):
             kind = type(one)
             if kind in _TENSORS:
-                if not (one.is_cuda or _in_interpreter):
+                if not (one.is_cuda or _in_interpreter) or one.is_neg():
                     return None, tensors
                 tensors.append(one)
                 layout = one.is_contiguous() or one.stride()
@@ -177,13 +177,13 @@ class _Plan:
         for one in (*saved, *gradients):
             if one is None:
                 key.append(None)
-            elif plain and type(one) in _TENSORS:
+            elif plain and type(one) in _TENSORS and not one.is_neg():
                 tensors.append(one)
-                key += one.is_contiguous() or one.stride(), one.data_ptr() & 15
+                key += one.is_contiguous() or one.stride(), one.dtype, one.data_ptr() & 15
             else:
                 plain = False
         settings = _settings(tensors) if plain else None
-        # What is saved may come back as a copy, and then with other strides, but not as something else.
+        # What is saved may come back as a copy, and then with other strides or digits, but not with another shape.
         run: Callable[..., Any] | bool | None = False
         kind = *key, *(settings or ())
         if settings is not None and len(set(map(id, tensors))) == len(tensors):

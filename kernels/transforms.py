@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dispatch import BackendError
 
@@ -107,11 +108,13 @@ def function_of(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _seen(arguments: tuple[Any, ...]) -> bool:
-    """Whether gradients, a transform or a tracer may want to see a call."""
+    """Whether gradients, a transform or a tracer may want to see a call, or torch has to negate numbers first."""
     if torch.is_grad_enabled() or traced() or transforming():
         return True
     flat = [one for each in arguments for one in (each if type(each) is list else (each,))]
-    return not _PLAIN_CLASSES.issuperset(map(type, flat))
+    return not _PLAIN_CLASSES.issuperset(map(type, flat)) or any(
+        one.is_neg() for one in flat if isinstance(one, Tensor)
+    )
 
 
 def traced() -> bool:
@@ -159,8 +162,13 @@ def plain_call(*tensors: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or not transforming()
 
 
+def transforming() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work."""
+    return _functorch() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
 # No public function tells whether torch.func is at work; without this one every call takes the general way.
-transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 # Number of modes that see every op, such as fake tensors; one where nobody can tell.
 _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 

@@ -44,7 +44,7 @@ def scan2d_step(
 
     Returns:
         h1 and h2 of this column, each (b, i, d, n), in float32 for 16-bit inputs; and the new state or pools, in their
-        dtypes.
+        dtypes. A new state of the column's dtype is the column itself, not a copy.
 
     Raises:
         TypeError: if an argument is no floating tensor.

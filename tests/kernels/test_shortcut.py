@@ -4,10 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from omnissm.kernels import BackendError, dispatch, ema_scan, linear_scan, ssd, use_backend
+from omnissm.kernels import BackendError, dispatch, ema_scan, linear_scan, ssd, transforms, use_backend
 
 replay = pytest.importorskip("omnissm.kernels.replay")
 shortcut = pytest.importorskip("omnissm.kernels.shortcut")
@@ -226,6 +227,53 @@ def test_transforms_see_calls_of_known_kinds(device):
     torch.testing.assert_close(torch.func.grad(loss)(b), expected)
     many = torch.stack([b, 2 * b])
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(many), torch.stack([expected, 2 * expected]))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused_and_not_taken_for_zero(grad, device):
+    a, b = inputs(device)
+    with torch.set_grad_enabled(grad):
+        for _ in range(4):
+            linear_scan(a, b, backend="triton")
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            linear_scan(a, forward_ad.make_dual(b, b), backend="triton")
+
+
+def test_views_that_negate_take_the_long_way(device, chosen):
+    """Their memory has the numbers times -1, and kernels read memory."""
+    a, b = inputs(device)
+    for _ in range(4):
+        linear_scan(a, b, backend="triton")
+    turned = torch.complex(a, b).conj().imag  # a view, unlike -b
+    strided = linear_scan(a, torch.complex(a, b).imag, backend="triton")[0]
+    before = chosen["triton"]
+    for _ in range(4):
+        assert torch.equal(linear_scan(a, turned, backend="triton")[0], -strided)
+    assert chosen["triton"] == before + 4
+
+
+def test_ops_called_at_once_leave_negation_to_torch(device):
+    found = []
+
+    @transforms.operator("negation_probe")
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        found.append(x.is_neg())
+        return x.clone()
+
+    with torch.no_grad():
+        x = torch.randn(3, dtype=torch.complex64, device=device)
+        assert torch.equal(transforms.call(probe, x.conj().imag), -x.imag)
+    assert found == [False]
+
+
+def test_saved_tensors_may_come_back_with_fewer_digits(device):
+    a, b = inputs(device)
+    for _ in range(4):
+        step(a, b)
+    with saved_tensors_hooks(lambda one: one.double(), lambda one: one):
+        found = step(a, b, linear_scan)
+    for one, other in zip(found, step(a, b, linear_scan.__wrapped__), strict=True):
+        torch.testing.assert_close(one, other, check_dtype=False)
 
 
 def test_an_error_on_the_way_leaves_nothing_behind(device, monkeypatch):
