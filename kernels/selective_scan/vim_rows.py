@@ -112,8 +112,9 @@ class _Layer:
         """Buffers filled from the rows (b, l, m)."""
         if len(x) not in self.blocks:
             self.blocks[len(x)] = _Block(self, len(x))
-        self.blocks[len(x)].fill(x)
-        return self.blocks[len(x)]
+        block = self.blocks[len(x)]
+        block.fill(self, x)
+        return block
 
 
 class _Block:
@@ -121,7 +122,6 @@ class _Block:
     cache."""
 
     def __init__(self, layer: _Layer, batch: int) -> None:
-        self.layer = layer
         _, states, channels = layer.A.shape
         rank = layer.sides[0].dt_proj.shape[1]
         new, wide = layer.A.new_empty, (layer.length, batch, 2, channels)
@@ -140,8 +140,7 @@ class _Block:
         else:
             self.scan = BothEnds(layer.A, self.inputs, weighted)
 
-    def fill(self, x: Tensor) -> None:
-        layer = self.layer
+    def fill(self, layer: _Layer, x: Tensor) -> None:
         self.flat = _in_front(x)  # (l b, m)
         torch.mm(self.flat, layer.in_proj.mT, out=self.projected.flatten(0, 1))
         _both(self.x, self.line)
@@ -156,10 +155,10 @@ class _Block:
         _softplus(self.raw, self.dt)
         torch.mul(self.dt, self.u, out=self.inputs.weighted)
 
-    def total(self, saved: Tensor | None) -> Tensor:
+    def total(self, layer: _Layer, saved: Tensor | None) -> Tensor:
         """Scan; the sum of both directions, (l, b, d)."""
         self.scan.forward(saved)
-        return _sum(self.inputs.weighted.addcmul_(self.u, self.layer.D))
+        return _sum(self.inputs.weighted.addcmul_(self.u, layer.D))
 
 
 def _in_front(x: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ class _Rows(torch.autograd.Function):
         saved = x.new_empty(-(-layer.length // TILE) if kept else 0, len(x), *layer.A.shape)
         for rows in layer.rows:
             block = layer.block(x[rows])
-            total = block.total(saved[:, rows] if kept else None)
+            total = block.total(layer, saved[:, rows] if kept else None)
             if kept:
                 totals[rows] = total.transpose(0, 1)
             gated = F.silu(block.z).mul_(total)
