@@ -1,10 +1,12 @@
 """A Vim layer on a CPU: projections, convolution, steps, maps and scan of both directions, their sum and the gate.
 
-    [x | z] = in_proj input;    u = silu(conv(x));    [low | B | C] = x_proj u;    dt = softplus(dt_proj low + dt_bias)
-    y = scan(u, dt, -exp(A_log), B, C) + D u;    out = out_proj((y forward + y from the end) silu(z))
+    [x | z] = in_proj norm(input);    u = silu(conv(x));    [low | B | C] = x_proj u
+    dt = softplus(dt_proj low + dt_bias);    y = scan(u, dt, -exp(A_log), B, C) + D u
+    out = out_proj((y forward + y from the end) silu(z))
 
 A row, or a few short ones, goes through all of it before the next, so that what is between two steps stays in the
-cache. For the gradient the input is kept, y forward + y backward and every eighth state; the rest is formed again.
+cache. For the gradient the input is kept, y forward + y backward, [low | B | C] and every eighth state; the rest is
+formed again.
 """
 
 from __future__ import annotations
@@ -44,8 +46,17 @@ class VimWeights(NamedTuple):
     D: Tensor
 
 
-def vim_rows(x: Tensor, in_proj: Tensor, out_proj: Tensor, forward: VimWeights, backward: VimWeights) -> Tensor | None:
-    """A Vim layer, which scans from both ends, between its norm and its residual branch.
+def vim_rows(
+    x: Tensor,
+    in_proj: Tensor,
+    out_proj: Tensor,
+    forward: VimWeights,
+    backward: VimWeights,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """A Vim layer, which scans from both ends, up to its residual branch.
 
     Args:
         x: (b, l, m).
@@ -53,6 +64,8 @@ def vim_rows(x: Tensor, in_proj: Tensor, out_proj: Tensor, forward: VimWeights, 
         out_proj: (m, d).
         forward: Parameters of the scan from the start.
         backward: Those of the scan from the end.
+        norm: Weight of an RMS norm of `x` before all else, (m,); None for none.
+        eps: Added to the mean square there.
 
     Returns:
         out_proj((y_f + y_b) silu(z)), (b, l, m); None where the parts are to be called: everywhere but in float32 on a
@@ -64,8 +77,9 @@ def vim_rows(x: Tensor, in_proj: Tensor, out_proj: Tensor, forward: VimWeights, 
     Differentiable, also twice.
     """
     tensors = x, in_proj, out_proj, *forward, *backward
+    given = tensors if norm is None else (*tensors, norm)
     classes = Tensor, torch.nn.Parameter
-    if any(type(one) not in classes or one.dtype != torch.float32 for one in tensors):
+    if any(type(one) not in classes or one.dtype != torch.float32 for one in given):
         return None
     if x.numel() == 0 or x.device.type != "cpu" or traced() or transforming() or autocast_enabled("cpu"):
         return None
@@ -75,13 +89,15 @@ def vim_rows(x: Tensor, in_proj: Tensor, out_proj: Tensor, forward: VimWeights, 
     _check("x", x, (*x.shape[:2], in_proj.shape[-1]))
     _check("in_proj", in_proj, (2 * channels, in_proj.shape[-1]))
     _check("out_proj", out_proj, (out_proj.shape[0], channels))
+    if norm is not None:
+        _check("norm", norm, x.shape[-1:])
     vector, maps = (channels,), (rank + 2 * states, channels)
     shapes = (channels, taps), vector, maps, (channels, rank), vector, (channels, states), vector
     for side in (forward, backward):
         for name, weight, shape in zip(side._fields, side, shapes, strict=True):
             _check(name, weight, shape)
-    kept = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
-    return apply(_Rows, kept, *tensors)[0]
+    kept = torch.is_grad_enabled() and any(one.requires_grad for one in given)
+    return apply(_Rows, kept, eps, norm, *tensors)[0]
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -92,7 +108,10 @@ def _check(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 class _Layer:
     """Weights, (2, ...) where both directions have them, and the buffers of blocks of rows."""
 
-    def __init__(self, x: Tensor, weights: tuple[Tensor, ...], backward: bool = False) -> None:
+    def __init__(
+        self, x: Tensor, norm: Tensor | None, eps: float, weights: tuple[Tensor, ...], backward: bool = False
+    ) -> None:
+        self.norm, self.eps = norm, eps
         self.in_proj, self.out_proj, *sides = weights
         half = len(sides) // 2
         self.sides = VimWeights(*sides[:half]), VimWeights(*sides[half:])
@@ -108,12 +127,12 @@ class _Layer:
         self.rows = [slice(row, min(len(x), row + together)) for row in range(0, len(x), together)]
         self.blocks: dict[int, _Block] = {}
 
-    def block(self, x: Tensor) -> _Block:
-        """Buffers filled from the rows (b, l, m)."""
+    def block(self, x: Tensor, maps: Tensor | None = None) -> _Block:
+        """Buffers filled from the rows (b, l, m), and from their maps where these are known."""
         if len(x) not in self.blocks:
             self.blocks[len(x)] = _Block(self, len(x))
         block = self.blocks[len(x)]
-        block.fill(self, x)
+        block.fill(self, x, maps)
         return block
 
 
@@ -125,6 +144,9 @@ class _Block:
         _, states, channels = layer.A.shape
         rank = layer.sides[0].dt_proj.shape[1]
         new, wide = layer.A.new_empty, (layer.length, batch, 2, channels)
+        if layer.norm is not None:
+            self.unit = new(layer.length * batch, len(layer.norm))
+            self.normed = torch.empty_like(self.unit) if layer.backward else self.unit
         self.projected = new(layer.length, batch, 2 * channels)
         self.x, self.z = self.projected.chunk(2, dim=-1)
         self.line, self.before, self.dt, weighted = (new(wide) for _ in range(4))
@@ -140,17 +162,25 @@ class _Block:
         else:
             self.scan = BothEnds(layer.A, self.inputs, weighted)
 
-    def fill(self, layer: _Layer, x: Tensor) -> None:
+    def fill(self, layer: _Layer, x: Tensor, known: Tensor | None) -> None:
         self.flat = _in_front(x)  # (l b, m)
+        if layer.norm is not None:
+            squares = torch.mul(self.flat, self.flat, out=self.unit)
+            self.shrink = squares.mean(-1, keepdim=True).add_(layer.eps).rsqrt_()
+            torch.mul(self.flat, self.shrink, out=self.unit)
+            self.flat = torch.mul(self.unit, layer.norm, out=self.normed)
         torch.mm(self.flat, layer.in_proj.mT, out=self.projected.flatten(0, 1))
         _both(self.x, self.line)
         torch.addcmul(layer.conv_bias, self.line, layer.taps[-1], out=self.before)
         for k, source, target in layer.shifts:
             self.before[target].addcmul_(self.line[source], layer.taps[k])
         torch.ops.aten.silu.out(self.before, out=self.u)
+        if known is not None:
+            self.maps.copy_(known)
         for k, side in enumerate(layer.sides):
             u, maps, low, raw = (one.flatten(0, 1)[:, k] for one in (self.u, self.maps, self.low, self.raw))
-            torch.mm(u, side.x_proj.mT, out=maps)
+            if known is None:
+                torch.mm(u, side.x_proj.mT, out=maps)
             torch.addmm(side.dt_bias, low, side.dt_proj.mT, out=raw)
         _softplus(self.raw, self.dt)
         torch.mul(self.dt, self.u, out=self.inputs.weighted)
@@ -186,39 +216,51 @@ def _softplus(x: Tensor, out: Tensor) -> None:
 
 
 class _Rows(torch.autograd.Function):
-    """The layer; returns what else is kept too: the sum of both directions, and states."""
+    """The layer; returns what else is kept too: the sum of both directions, maps, and states."""
 
     @staticmethod
-    def forward(kept: bool, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        layer = _Layer(x, weights)
+    def forward(
+        kept: bool, eps: float, norm: Tensor | None, x: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        layer = _Layer(x, norm, eps, weights)
         out = x.new_empty(*x.shape[:2], len(layer.out_proj))
         totals = x.new_empty(*x.shape[:2] if kept else (0, 0), layer.A.shape[2])
+        maps = x.new_empty(layer.length, len(x) if kept else 0, 2, len(layer.sides[0].x_proj))
         saved = x.new_empty(-(-layer.length // TILE) if kept else 0, len(x), *layer.A.shape)
         for rows in layer.rows:
             block = layer.block(x[rows])
             total = block.total(layer, saved[:, rows] if kept else None)
             if kept:
                 totals[rows] = total.transpose(0, 1)
+                maps[:, rows] = block.maps
             gated = F.silu(block.z).mul_(total)
             out[rows] = (gated.flatten(0, 1) @ layer.out_proj.mT).unflatten(0, gated.shape[:2]).transpose(0, 1)
-        return out, totals, saved
+        return out, totals, maps, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:], *output[1:])
+        ctx.eps = inputs[1]
+        ctx.save_for_backward(*inputs[2:], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights, totals, saved = ctx.saved_tensors
+        norm, x, *weights, totals, maps, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient
-            return None, *torch.func.vjp(_written_out, x, *weights)[1](dout)
-        layer = _Layer(x, tuple(weights), backward=True)
+            if norm is None:
+                return None, None, None, *torch.func.vjp(_written_out, x, *weights)[1](dout)
+
+            def normed(norm: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
+                return _written_out(F.rms_norm(x, norm.shape, norm, ctx.eps), *weights)
+
+            return None, None, *torch.func.vjp(normed, norm, x, *weights)[1](dout)
+        layer = _Layer(x, norm, ctx.eps, tuple(weights), backward=True)
         dx, sums = torch.empty_like(x), _Sums(layer)
         for rows in layer.rows:
-            dx[rows] = sums.add(layer.block(x[rows]), totals[rows].transpose(0, 1), saved[:, rows], dout[rows])
-        return None, dx, *sums.of_weights()
+            block = layer.block(x[rows], maps[:, rows])
+            dx[rows] = sums.add(block, totals[rows].transpose(0, 1), saved[:, rows], dout[rows])
+        return None, None, sums.norm, dx, *sums.of_weights()
 
 
 class _Sums:
@@ -226,6 +268,7 @@ class _Sums:
 
     def __init__(self, layer: _Layer) -> None:
         self.layer = layer
+        self.norm = None if layer.norm is None else torch.zeros_like(layer.norm)
         shaped = layer.in_proj, layer.out_proj, layer.A, layer.taps, layer.conv_bias, layer.D
         self.in_proj, self.out_proj, self.A_log, self.taps, self.conv_bias, self.D = map(torch.zeros_like, shaped)
         self.dt_bias = torch.zeros_like(layer.D)
@@ -259,10 +302,16 @@ class _Sums:
         for k, source, target in layer.shifts:
             self.taps[k] += torch.mul(dbefore[target], block.line[source], out=scratch[target]).sum((0, 1))
             dline[source].addcmul_(dbefore[target], layer.taps[k])
-        block.x.copy_(_sum(dline))
+        torch.add(dline[:, :, 0], dline[:, :, 1].flip(0), out=block.x)
         dprojected = block.projected.flatten(0, 1)
         self.in_proj.addmm_(dprojected.mT, block.flat)
-        return (dprojected @ layer.in_proj).unflatten(0, shape[:2]).transpose(0, 1)
+        dflat = dprojected @ layer.in_proj
+        if self.norm is not None:
+            products = torch.mul(dflat, block.unit, out=block.normed)
+            self.norm += products.sum(0)
+            along = (products @ layer.norm)[:, None].div_(-dflat.shape[1])
+            dflat.mul_(layer.norm).addcmul_(block.unit, along).mul_(block.shrink)
+        return dflat.unflatten(0, shape[:2]).transpose(0, 1)
 
     def of_weights(self) -> tuple[Tensor, ...]:
         """In the order of the weights."""

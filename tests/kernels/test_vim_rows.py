@@ -1,5 +1,7 @@
 """`vim_rows`: against its parts in float64, and what it leaves to them."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,8 +34,8 @@ def definition(x, in_proj, out_proj, *weights):
     return (outputs[0] + outputs[1].flip(1)) * F.silu(z) @ out_proj.mT
 
 
-def call(*tensors):
-    return vim_rows(*tensors[:3], VimWeights(*tensors[3:10]), VimWeights(*tensors[10:]))
+def call(*tensors, **options):
+    return vim_rows(*tensors[:3], VimWeights(*tensors[3:10]), VimWeights(*tensors[10:]), **options)
 
 
 # Together in a block, one position, blocks of three rows and of two, fewer positions in a tile without gradients.
@@ -50,6 +52,38 @@ def test_equals_its_parts(size):
         assert (one - two).norm() <= 2e-5 * two.norm(), name
     with torch.no_grad():
         assert torch.equal(call(*narrow), y)
+
+
+@pytest.mark.parametrize("size", [(2, 70, 6), (5, 33, 600)])
+def test_with_its_norm(size):
+    norm = torch.linspace(-1, 2, size[2] // 2, dtype=torch.float64)
+    wide = [one.requires_grad_() for one in [*arguments(*size), norm]]
+    narrow = [one.detach().float().requires_grad_() for one in wide]
+    expected = definition(F.rms_norm(wide[0], norm.shape, norm, 0.1), *wide[1:-1])
+    y = call(*narrow[:-1], norm=narrow[-1], eps=0.1)
+    cotangent = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, wide, cotangent)
+    found = torch.autograd.grad(y, narrow, cotangent.float())
+    assert relative_error(y, expected) < 3e-6
+    for name, one, two in zip((*NAMES, "norm"), found, wanted, strict=True):
+        assert (one - two).norm() <= 2e-5 * two.norm(), name
+    with torch.no_grad():
+        assert torch.equal(call(*narrow[:-1], norm=narrow[-1], eps=0.1), y)
+    with pytest.raises(ValueError, match="`norm` has shape"):
+        call(*narrow[:-1], norm=narrow[-1][1:])
+    assert call(*narrow[:-1], norm=narrow[-1].double()) is None
+
+
+def test_buffers_go_with_the_call():
+    """Without waiting for the collector of cycles."""
+    inputs = [one.float().requires_grad_() for one in arguments(1, 20, 6)]
+    gc.collect()
+    gc.disable()
+    try:
+        torch.autograd.grad(call(*inputs).sum(), inputs)
+        assert not any(type(one).__qualname__ == "_Block" for one in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_states_that_keep_nearly_everything():
@@ -99,6 +133,16 @@ def test_second_derivatives():
     for name, one, two in zip(NAMES, twice(call, narrow), twice(definition, wide), strict=True):
         assert (one - two).norm() < 1e-4 * two.norm(), name
 
+    def normed(x, *others):
+        *weights, norm = others
+        return definition(F.rms_norm(x, norm.shape, norm, 0.1), *weights)
+
+    wide.append(torch.linspace(1, 2, 2, dtype=torch.float64).requires_grad_())
+    narrow.append(wide[-1].detach().float().requires_grad_())
+    found = twice(lambda *tensors: call(*tensors[:-1], norm=tensors[-1], eps=0.1), narrow)
+    for name, one, two in zip((*NAMES, "norm"), found, twice(normed, wide), strict=True):
+        assert (one - two).norm() < 1e-4 * two.norm(), name
+
 
 def test_what_is_kept_and_what_is_left_to_the_parts():
     inputs = [one.float().requires_grad_() for one in arguments(2, 64, 6)]
@@ -107,7 +151,8 @@ def test_what_is_kept_and_what_is_left_to_the_parts():
         call(*inputs)
     given = {one.data_ptr() for one in inputs}
     beside = sum(one.numel() for one in kept if one.data_ptr() not in given)
-    assert beside == 2 * 64 * 6 + 64 // 8 * 2 * 2 * 6 * 4  # the outputs' sum, and every eighth state of both sides
+    # The outputs' sum, steps of low rank with B and C, and every eighth state of both sides.
+    assert beside == 2 * 64 * 6 + 2 * 64 * 2 * 11 + 64 // 8 * 2 * 2 * 6 * 4
     assert call(*(one.double() for one in inputs)) is None
     assert call(inputs[0][:, :0], *inputs[1:]) is None
     with use_backend("reference"):

@@ -142,8 +142,16 @@ class VimMixer(nn.Module):
         return y.flip(1) if self.reverse else y
 
     @torch.jit.ignore
-    def joined(self, x: Tensor) -> Tensor | None:
-        """What the last projection gives, where nobody looks at the parts and one call has them all."""
+    def joined(self, x: Tensor, norm: nn.RMSNorm | None = None) -> Tensor | None:
+        """What the last projection gives, where nobody looks at the parts and one call has them all.
+
+        Args:
+            x: (b, l, d_model).
+            norm: Norm of `x` before the first projection, one of the parts.
+
+        Returns:
+            (b, l, d_model), or None where the parts are to be called.
+        """
         if not self.bidirectional or not isinstance(x, Tensor) or scans_are_plain():
             return None
         parts: Any = self._modules
@@ -157,7 +165,11 @@ class VimMixer(nn.Module):
             A_log, D = (self.get_parameter(name) for name in (f"A{end}_log", f"D{end}"))
             weights = conv.weight.flatten(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D
             sides.append(VimWeights(*weights))
-        return vim_rows(x, self.in_proj.weight, self.out_proj.weight, *sides)
+        maps = self.in_proj.weight, self.out_proj.weight
+        if norm is None:
+            return vim_rows(x, *maps, *sides)
+        eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+        return vim_rows(x, *maps, *sides, norm=norm.weight, eps=eps)
 
     def _one_end(self, u: Tensor) -> Tensor:
         u = short_conv(u, self.conv1d.weight, self.conv1d.bias, False)
@@ -198,6 +210,29 @@ _PARTS = {
     for end in ("", "_b")
     for name, kind in (("conv1d", nn.Conv1d), ("x_proj", nn.Linear), ("dt_proj", nn.Linear))
 } | {"in_proj": nn.Linear, "out_proj": nn.Linear}
+
+
+class VimBlock(Block):
+    """A block of a norm and a `VimMixer` without an MLP, on a CPU by one call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass the stream through the block."""
+        if not torch.jit.is_scripting():
+            y = self.joined(x)
+            if y is not None:
+                return x + self.drop_path(self.scale(y))
+        return x + self.drop_path(self.scale(self.mixer(self.norm(x))))
+
+    @torch.jit.ignore
+    def joined(self, x: Tensor) -> Tensor | None:
+        """The mixer's output, where nobody looks at the norm or the mixer; else None."""
+        norm, mixer = self.norm, self.mixer
+        if type(norm) is not nn.RMSNorm or type(mixer) is not VimMixer or hooked(norm) or hooked(mixer):
+            return None
+        if norm.weight is None:
+            return None
+        y = None if mixer.reverse else mixer.joined(x, norm)
+        return None if y is None else y * mixer.scale
 
 
 @register_notrace_function
@@ -262,7 +297,7 @@ class Vim(TokenModel):
                 n_residual=depth,
                 **factory,
             )
-            return Block(nn.RMSNorm(embed_dim, eps=1e-5, **factory), mixer, drop_path=rate)
+            return VimBlock(nn.RMSNorm(embed_dim, eps=1e-5, **factory), mixer, drop_path=rate)
 
         super().__init__(
             create_block,
