@@ -302,6 +302,31 @@ def test_vim_flags():
     torch.testing.assert_close(half(x), whole(x))
 
 
+def test_vim_blocks_with_hooks():
+    model, x = build("vim_tiny_patch16_224"), torch.randn(2, 9, 16)
+    block = model.blocks[0]
+    with torch.no_grad():
+        block.norm.weight.uniform_(0.5, 2)
+        expected = x + block.mixer(block.norm(x))
+        joined = block.joined(x)
+        assert joined is not None
+        torch.testing.assert_close(x + joined, expected, rtol=1e-5, atol=1e-6)
+        for module in (block.norm, block.mixer, block.mixer.in_proj):
+            seen = []
+            hook = module.register_forward_hook(lambda *_, seen=seen: seen.append(True))
+            torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)
+            hook.remove()
+            assert seen == [True]
+        seen = []
+        hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        block(x)
+        hook.remove()
+        assert block.norm in seen
+        assert block.mixer in seen
+        block.norm = torch.nn.RMSNorm(16, elementwise_affine=False)
+        assert block.joined(x) is None
+
+
 def test_lbvim_reads_from_alternating_ends():
     """With one scan and no local look back, position t of block 0 depends on s <= t, of block 1 on s >= t."""
     model = build("lbvim_tiny_patch16_224", segment=1)

@@ -131,7 +131,6 @@ class VimMixer(nn.Module):
         if not torch.jit.is_scripting():
             y = self.joined(x)
             if y is not None:
-                y = y * self.scale
                 return y.flip(1) if self.reverse else y
         u, z = self.in_proj(x).chunk(2, dim=-1)
         if self.bidirectional:
@@ -143,7 +142,7 @@ class VimMixer(nn.Module):
 
     @torch.jit.ignore
     def joined(self, x: Tensor, norm: nn.RMSNorm | None = None) -> Tensor | None:
-        """What the last projection gives, where nobody looks at the parts and one call has them all.
+        """The mixer's output, where nobody looks at the parts and one call has them all.
 
         Args:
             x: (b, l, d_model).
@@ -165,7 +164,8 @@ class VimMixer(nn.Module):
             A_log, D = (self.get_parameter(name) for name in (f"A{end}_log", f"D{end}"))
             weights = conv.weight.flatten(1), conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, A_log, D
             sides.append(VimWeights(*weights))
-        maps = self.in_proj.weight, self.out_proj.weight
+        out_proj = self.out_proj.weight
+        maps = self.in_proj.weight, out_proj if self.scale == 1 else out_proj * self.scale
         if norm is None:
             return vim_rows(x, *maps, *sides)
         eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
@@ -227,12 +227,13 @@ class VimBlock(Block):
     def joined(self, x: Tensor) -> Tensor | None:
         """The mixer's output, where nobody looks at the norm or the mixer; else None."""
         norm, mixer = self.norm, self.mixer
+        if torch.compiler.is_compiling() or torch.nn.modules.module._has_any_global_hook():
+            return None
         if type(norm) is not nn.RMSNorm or type(mixer) is not VimMixer or hooked(norm) or hooked(mixer):
             return None
         if norm.weight is None:
             return None
-        y = None if mixer.reverse else mixer.joined(x, norm)
-        return None if y is None else y * mixer.scale
+        return None if mixer.reverse else mixer.joined(x, norm)
 
 
 @register_notrace_function
