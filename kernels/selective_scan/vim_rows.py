@@ -307,7 +307,7 @@ class _Sums:
         dprojected = block.projected.flatten(0, 1)
         self.in_proj.addmm_(dprojected.mT, block.flat)
         dflat = dprojected @ layer.in_proj
-        if self.norm is not None:
+        if self.norm is not None and layer.norm is not None:
             products = torch.mul(dflat, block.unit, out=block.normed)
             self.norm += products.sum(0)
             along = (products @ layer.norm)[:, None].div_(-dflat.shape[1])
