@@ -50,11 +50,6 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _requested = before
 
 
-def requested() -> str:
-    """The backend that `use_backend` asks for here, "auto" outside of it."""
-    return _requested
-
-
 def available_backends(device: str | torch.device = "cpu") -> dict[str, str | None]:
     """What can run on tensors of a device here.
 

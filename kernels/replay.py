@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import shortcut
 from .autotune import autotuning
 from .replay_source import Allocation, Launch, Op, Place, Source, Step, Value, places
 from .transforms import watching
@@ -64,7 +63,9 @@ def replayed(launcher: Launcher) -> Launcher:
             _known[kind] = True
         if not found or autotuning():
             return launcher(*arguments)
-        outputs, replay = _recorded(launcher, arguments, tensors)
+        recorder = _Recorder(tensors)
+        outputs = recorder.run(launcher, arguments)
+        replay = recorder.replay(arguments, outputs)
         steps = sum(len(one.lines) for one in (replay, *_known.values()) if type(one) is Source)
         if steps > _MOST_STEPS:
             _known.clear()
@@ -74,31 +75,9 @@ def replayed(launcher: Launcher) -> Launcher:
     return cast(Launcher, call)
 
 
-def record(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Callable[..., Any] | None]:
-    """Call a function that calls launchers, and what does the same again: None where there are none, or it cannot be.
-
-    Args:
-        function: As a launcher, it depends on nothing but the kind of its arguments.
-        arguments: They stand for all of their kind.
-    """
-    if autotuning():
-        return function(*arguments), None
-    outputs, source = _recorded(function, arguments, [one for one in arguments if isinstance(one, Tensor)])
-    return outputs, source.run if source and source.launches else None
-
-
-def _recorded(
-    launcher: Callable[..., Any], arguments: tuple[Any, ...], tensors: list[Tensor]
-) -> tuple[Any, Source | None]:
-    recorder = _Recorder(tensors)
-    outputs = recorder.run(launcher, arguments)
-    return outputs, recorder.replay(arguments, outputs)
-
-
 def forget() -> None:
     """Forget all that was recorded; needed where something changes that launchers take as given, such as tiles."""
     _known.clear()
-    shortcut.forget()
 
 
 @contextmanager
@@ -106,12 +85,10 @@ def in_interpreter() -> Any:
     """Replay in Triton's interpreter, too, where it saves nothing; launchers must read no value of any tensor."""
     global _in_interpreter
     before, _in_interpreter = _in_interpreter, True
-    shortcut.in_interpreter(True)
     try:
         yield
     finally:
         _in_interpreter = before
-        shortcut.in_interpreter(before)
 
 
 def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Tensor]]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import triton
-from torch import Tensor
 
 from .triton_utils import INTERPRETED, quick
 
@@ -81,7 +80,6 @@ class Source:
         returned: Tree of what the call returned, with places for tensors.
 
     Attributes:
-        launches: Whether there are launches.
         lines: Of the function.
         run: The function, of the same arguments as the call; what is no tensor is not looked at.
     """
@@ -93,7 +91,7 @@ class Source:
         self._addressed = {number for step in steps for number in self._pointers(step)}
         pieces = {} if INTERPRETED else _pieces(values, steps, last, made)
         self._pieces, self._total = pieces, max((begin + size for begin, size in pieces.values()), default=0)
-        self.launches = any(isinstance(step, Launch) for step in steps)
+        self._launches = any(isinstance(step, Launch) for step in steps)
         self.lines = [
             f"def run({', '.join(_parameter(*one) for one in enumerate(arguments))}):",
             *(" " + line for line in self._unpacked(arguments)),
@@ -113,7 +111,7 @@ class Source:
             yield from self._address(number)
 
     def _body(self, steps: list[Step], last: dict[int, int]) -> Iterator[str]:
-        if self.launches and not INTERPRETED:
+        if self._launches and not INTERPRETED:
             yield f"stream = {self._constant(_stream_of_current)}()"
         if self._pieces:
             first = min(at for at, step in enumerate(steps) if _made(step) & self._pieces.keys())
@@ -205,45 +203,6 @@ class Source:
 
 def _parameter(at: object, argument: Any) -> str:
     return f"v{argument.number}" if type(argument) is Place else f"unread{at}"
-
-
-def placed(tree: Any, tensors: list[Tensor]) -> Any:
-    """The tree with places instead of these tensors; None if there are others in it, or classes that may hold some."""
-    numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
-
-    def walk(tree: Any) -> Any:
-        if isinstance(tree, Tensor):
-            return Place(numbers[id(tree)])
-        if isinstance(tree, tuple) and type(tree) is not torch.Size:
-            parts = [walk(one) for one in tree]
-            return tuple(parts) if type(tree) is tuple else type(tree)(*parts)
-        if type(tree) in (type(None), bool, int, float, str, torch.dtype):
-            return tree
-        raise KeyError(type(tree))
-
-    try:
-        return walk(tree)
-    except KeyError:
-        return None
-
-
-def filler(tree: Any) -> Callable[[Any], Any]:
-    """What puts tensors, the items of its argument, at the places of a tree of tuples."""
-    names: dict[str, Any] = {}
-
-    def constant(one: Any) -> str:
-        names[name := f"c{len(names)}"] = one
-        return name
-
-    def written(tree: Any) -> str:
-        if type(tree) is Place:
-            return f"given[{tree.number}]"
-        if isinstance(tree, tuple):
-            parts = "(" + "".join(f"{written(one)}, " for one in tree) + ")"
-            return parts if type(tree) is tuple else f"{constant(type(tree))}(*{parts})"
-        return constant(tree)
-
-    return _function(["def run(given):", f" return {written(tree)}"], names)
 
 
 def _function(lines: list[str], names: dict[str, Any]) -> Callable[..., Any]:

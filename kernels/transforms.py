@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +89,6 @@ class _Watching(threading.local):
     """Who watches what this thread does."""
 
     by: Any = None  # takes launches down, an object with `launch`: see `replay.py`
-    applied: list[tuple[Any, tuple[Any, ...], Any]] | None = None  # calls of autograd functions: see `shortcut.py`
 
 
 watching = _Watching()
@@ -149,10 +148,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         # Without a rule of its own a function works under vmap only by what its forward calls.
         seen = torch.is_grad_enabled() or function.generate_vmap_rule
         return function.apply(*arguments) if seen else function.forward(*arguments)
-    found = _eager_apply(function)(*arguments) if torch.is_grad_enabled() else function.forward(*arguments)
-    if watching.applied is not None:
-        watching.applied.append((function, arguments, found))
-    return found
+    return _eager_twin(function).apply(*arguments) if torch.is_grad_enabled() else function.forward(*arguments)
 
 
 def plain_call(*tensors: Tensor | None) -> bool:
@@ -174,41 +170,14 @@ _modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambd
 
 
 @functools.cache
-def _eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`apply` of a function's twin for eager mode."""
-
+def _eager_twin(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *arguments: Any) -> Any:
         output = function.forward(*arguments)
         function.setup_context(ctx, arguments, output)
         return output
 
-    return _apply_of(function, forward, function.backward)
-
-
-@functools.cache
-def planned_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`apply` of a function's twin whose first argument, a plan of `shortcut.py`, does the work."""
-
-    def forward(ctx: Any, plan: Any, *arguments: Any) -> Any:
-        output = plan.forward(*arguments)
-        function.setup_context(ctx, arguments, output)
-        ctx.plan = plan
-        return output
-
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return None, *ctx.plan.backward(ctx, gradients)
-
-    return _apply_of(function, forward, backward)
-
-
-def _apply_of(
-    function: type[torch.autograd.Function], forward: Callable[..., Any], backward: Callable[..., Any]
-) -> Callable[..., Any]:
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    twin = type(f"{function.__name__}Eager", (torch.autograd.Function,), members)
-    # Not the method of `Function` itself, which prepares arguments for `torch.func` first.
-    bare: Any = super(torch.autograd.Function, cast(Any, twin))
-    return cast(Callable[..., Any], bare.apply)
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(f"{function.__name__}Eager", (torch.autograd.Function,), members)
 
 
 class FirstDerivative(torch.autograd.Function):

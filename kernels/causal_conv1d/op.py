@@ -10,7 +10,6 @@ from torch import Tensor
 from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..packing import check_seq_idx
-from ..shortcut import shortcut
 from ..transforms import plain_call, transforming
 from .chunked import causal_conv1d_chunked
 from .reference import causal_conv1d_reference
@@ -20,7 +19,6 @@ from .state import last_inputs, with_inputs_before
 _LONG = 64
 
 
-@shortcut
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -7,14 +7,12 @@ from torch import Tensor
 
 from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..shortcut import shortcut
 from .chunked import cross_scan_chunked
 from .reference import cross_scan_reference
 
 _LARGEST_STATE = 256
 
 
-@shortcut
 def cross_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, backend: Backend = "auto"
 ) -> Tensor:

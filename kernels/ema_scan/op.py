@@ -11,12 +11,10 @@ from ..checks import call_kind, check_devices, check_floating, check_shapes, kno
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
-from ..shortcut import shortcut
 from .chunked import ema_scan_chunked
 from .reference import ema_scan_reference
 
 
-@shortcut
 def ema_scan(
     x: Tensor,
     p: Tensor,

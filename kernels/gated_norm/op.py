@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..shortcut import shortcut
 from .chunked import gated_norm_chunked
 from .reference import gated_norm_reference
 
@@ -15,7 +14,6 @@ from .reference import gated_norm_reference
 _WIDEST_GROUP = 16384
 
 
-@shortcut
 def gated_norm(
     x: Tensor,
     z: Tensor,

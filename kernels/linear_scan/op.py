@@ -9,12 +9,10 @@ from ..checks import call_kind, check_devices, check_floating, check_shapes, kno
 from ..dispatch import Backend, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
-from ..shortcut import shortcut
 from .chunked import linear_scan_chunked
 from .reference import linear_scan_reference
 
 
-@shortcut
 def linear_scan(
     a: Tensor,
     b: Tensor,

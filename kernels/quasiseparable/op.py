@@ -11,13 +11,11 @@ from ..checks import call_kind, check_devices, check_floating, check_log_decays,
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import check_seq_idx
-from ..shortcut import shortcut
 from ..ssd.op import check_groups, in_dtype, ssd_obstacle, state_dtype
 from .chunked import quasiseparable_chunked
 from .reference import Side, quasiseparable_reference
 
 
-@shortcut
 def quasiseparable(
     x: Tensor,
     log_decay_f: Tensor,

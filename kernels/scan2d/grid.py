@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, cast_for_autocast, choose
-from ..shortcut import shortcut
 from .grid_paths import grid_scan_chunked, grid_scan_reference
 from .op import check_choice, check_grid
 
@@ -17,7 +16,6 @@ Rule = Literal["mean", "separable"]
 _LARGEST_STATE = 256
 
 
-@shortcut
 def grid_scan(
     x: Tensor,
     dt1: Tensor,

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..checks import call_kind, check_devices, check_floating, check_shapes, known, remember
 from ..dispatch import Backend, choose
-from ..shortcut import shortcut
 from .chunked import scan2d_chunked
 from .reference import per_batch, scan2d_reference, selective_scan2d_reference
 from .selective import Terms, selective_scan2d_chunked
@@ -70,7 +69,6 @@ def scan2d(
     return scan2d_chunked(*wide)
 
 
-@shortcut
 def selective_scan2d(
     x: Tensor,
     dt1: Tensor,

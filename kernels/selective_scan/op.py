@@ -11,12 +11,10 @@ from ..checks import call_kind, check_devices, check_floating, check_shapes, kno
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import Reach, isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
-from ..shortcut import shortcut
 from .chunked import selective_scan_chunked
 from .reference import selective_scan_reference
 
 
-@shortcut
 def selective_scan(
     u: Tensor,
     dt: Tensor,

@@ -11,12 +11,10 @@ from ..checks import call_kind, check_devices, check_floating, check_log_decays,
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
-from ..shortcut import shortcut
 from .chunked import ssd_chunked
 from .reference import ssd_reference
 
 
-@shortcut
 def ssd(
     x: Tensor,
     log_decay: Tensor,

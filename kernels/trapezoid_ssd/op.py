@@ -11,14 +11,12 @@ from ..checks import call_kind, check_devices, check_floating, check_log_decays,
 from ..dispatch import Backend, cast_for_autocast, choose
 from ..isolation import isolated
 from ..packing import FinalStates, by_segments, check_seq_idx, read_packing
-from ..shortcut import shortcut
 from ..ssd.op import check_groups, in_dtype, state_dtype, widest
 from .chunked import trapezoid_ssd_chunked
 from .reference import trapezoid_ssd_reference
 from .state import Rotation, TrapezoidState, rotate
 
 
-@shortcut
 def trapezoid_ssd(
     x: Tensor,
     log_decay: Tensor,
