@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .autotune import autotuning
 from .replay_source import Allocation, Launch, Op, Place, Source, Step, Value, places
-from .transforms import watching
-from .triton_utils import INTERPRETED, direct, quick
+from .triton_utils import INTERPRETED, direct, quick, recording
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
@@ -113,7 +112,7 @@ def _kind(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tup
             return None, tensors
         else:
             key += kind, one
-    if not tensors or len(set(map(id, tensors))) < len(tensors) or watching.by is not None:
+    if not tensors or len(set(map(id, tensors))) < len(tensors) or recording.by is not None:
         return None, tensors
     device = tensors[0].device.type
     key += torch.get_float32_matmul_precision(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -152,12 +151,12 @@ class _Recorder(TorchDispatchMode):
         self.launching = False
 
     def run(self, launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        watching.by = self
+        recording.by = self
         try:
             with self:
                 return launcher(*arguments)
         finally:
-            watching.by = None
+            recording.by = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -165,11 +164,11 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.launching:
             return func(*args, **kwargs)
-        watching.by = None  # an op with kernels of its own is one step
+        recording.by = None  # an op with kernels of its own is one step
         try:
             found = func(*args, **kwargs)
         finally:
-            watching.by = self
+            recording.by = self
         given = self._placed((args, kwargs))
         if not isinstance(found, (Tensor, tuple, list, type(None))) and not places(given):
             return found  # of two dtypes, say

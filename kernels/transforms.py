@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -85,20 +84,9 @@ _PLAIN_CLASSES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, torc
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-class _Watching(threading.local):
-    """Who watches what this thread does."""
-
-    by: Any = None  # takes launches down, an object with `launch`: see `replay.py`
-
-
-watching = _Watching()
-
-
 def call(op: Callable[..., Any], *arguments: Any) -> Any:
     """Call an op of `operator`; its function at once where nothing else sees the call, which saves a launch's time."""
-    if torch.compiler.is_compiling() or (watching.by is None and _seen(arguments)):
-        return op(*arguments)
-    return _FUNCTIONS[op](*arguments)
+    return op(*arguments) if _seen(arguments) else _FUNCTIONS[op](*arguments)
 
 
 def function_of(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,8 +125,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Call an autograd function that has a `setup_context`, in the cheapest way that is right here.
 
     `torch.func` and torch.compile need the function itself. In eager mode a twin whose forward also sets up the context
-    costs half as much to call and to differentiate, and without gradients the forward alone is enough; but not for
-    `torch.func.jvp`, whose derivatives are there without them: those that a function lacks must not be taken for zero.
+    costs half as much to call and to differentiate, and without gradients the forward alone is enough; but not in
+    forward mode, whose derivatives are there without them: those that a function lacks must not be taken for zero.
     """
     if torch.compiler.is_compiling():
         # torch.compile cannot trace a function whose context nobody needs.

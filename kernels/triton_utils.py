@@ -6,6 +6,7 @@ Imported by `triton_impl` modules only, so that Triton stays optional.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .transforms import watching
 
 # Without a GPU the interpreter runs the kernels; it pays per operation and not per element, so tiles are made longer.
 INTERPRETED: bool = type(tl.cdiv).__name__ == "InterpretedFunction"
@@ -70,6 +69,15 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
+class _Recording(threading.local):
+    """Who takes launches down in this thread, an object with `launch`: see `replay.py`."""
+
+    by: Any = None
+
+
+recording = _Recording()
+
+
 class quick:  # noqa: N801
     """Decorator of a Triton kernel that makes launches like an earlier one cheap for the host.
 
@@ -89,12 +97,12 @@ class quick:  # noqa: N801
         return getattr(self.__dict__["kernel"], name)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
-        if watching.by is not None:
+        if recording.by is not None:
             return functools.partial(self._record, grid)
         return self.kernel[grid] if self._plain else functools.partial(self._launch, grid)
 
     def _record(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> object:
-        return watching.by.launch(self, grid, arguments, options)
+        return recording.by.launch(self, grid, arguments, options)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: Any) -> object:
         active = triton.runtime.driver.active
@@ -157,7 +165,7 @@ def launching(kernel: quick, grid: tuple[int, ...], *numbers: int, **options: An
 
 def direct() -> bool:
     """Whether a compiled kernel is launched at once: not in the interpreter, on AMD, or while launches are seen."""
-    if INTERPRETED or torch.version.hip is not None or watching.by is not None:
+    if INTERPRETED or torch.version.hip is not None or recording.by is not None:
         return False
     before, after = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return not (getattr(before, "calls", before) or getattr(after, "calls", after))

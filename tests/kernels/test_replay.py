@@ -232,7 +232,7 @@ def test_an_error_while_recording_leaves_nothing_behind(device):
     for _ in range(3):
         assert torch.equal(counted.call(x), x + 1)
     assert counted.runs == 3
-    assert replay.watching.by is None
+    assert replay.recording.by is None
 
 
 def test_temporaries_are_let_go_before_the_end(device):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from omnissm import kernels
-from omnissm.kernels import selective_scan, ssd
-from omnissm.kernels.transforms import apply, fold, unfold
+from omnissm.kernels import linear_scan, selective_scan, ssd
+from omnissm.kernels.transforms import apply, call, fold, operator, unfold
 
 
 class Square(torch.autograd.Function):
@@ -31,6 +32,40 @@ class Square(torch.autograd.Function):
         Square.calls += 1
         (x,) = ctx.saved_tensors
         return 2 * ctx.factor * x * dy, None
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused_and_not_taken_for_zero(grad):
+    x = torch.randn(3)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        apply(Square, forward_ad.make_dual(x, x), 2)
+
+
+def test_ops_called_at_once_leave_negation_to_torch():
+    found = []
+
+    @operator("negation_probe")
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        found.append(x.is_neg())
+        return x.clone()
+
+    with torch.no_grad():
+        x = torch.randn(3, dtype=torch.complex64)
+        assert torch.equal(call(probe, x.conj().imag), -x.imag)
+    assert found == [False]
+
+
+def test_kernels_read_no_view_that_negates(device):
+    """Its memory has the numbers times -1."""
+    pytest.importorskip("triton")
+    a, b = (torch.rand(1, 5, 3, device=device) for _ in "ab")
+    turned = torch._neg_view(b)  # contiguous, unlike the imaginary part of a conjugate
+    assert turned.is_neg()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for _ in range(4):  # the third one is replayed on a GPU
+                found = linear_scan(a, turned, backend="triton")[0]
+                torch.testing.assert_close(found, linear_scan(a, -b, backend="reference")[0])
 
 
 def test_fold_puts_the_mapped_dimension_into_the_batch():
