@@ -245,7 +245,9 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(*inputs[2:], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
         norm, x, *weights, totals, maps, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody differentiates the gradient
             if norm is None:

@@ -74,6 +74,21 @@ def test_with_its_norm(size):
     assert call(*narrow[:-1], norm=narrow[-1].double()) is None
 
 
+def test_without_a_gradient_of_the_output():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.sum()
+
+        @staticmethod
+        def backward(ctx, dsum):
+            return None
+
+    inputs = [one.float().requires_grad_() for one in arguments(1, 20, 6)]
+    Stop.apply(call(*inputs)).backward()
+    assert all(one.grad is None for one in inputs)
+
+
 def test_buffers_go_with_the_call():
     """Without waiting for the collector of cycles."""
     inputs = [one.float().requires_grad_() for one in arguments(1, 20, 6)]
