@@ -151,7 +151,7 @@ class VimMixer(nn.Module):
         Returns:
             (b, l, d_model), or None where the parts are to be called.
         """
-        if not self.bidirectional or not isinstance(x, Tensor) or scans_are_plain():
+        if not self.bidirectional or not isinstance(x, Tensor) or x.device.type != "cpu" or scans_are_plain():
             return None
         parts: Any = self._modules
         if any(type(parts[name]) is not kind or hooked(parts[name]) for name, kind in _PARTS.items()):
