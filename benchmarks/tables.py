@@ -201,7 +201,11 @@ def operators(results: Path, found: Sequence[Path]) -> str:
                 f"\nOf an eager gradient {min(waits):.2f} to {max(waits):.2f} ms there are the way to autograd's "
                 "thread and back.\n"
             )
-        text += "".join(f"\n`{each['op']}`: {each['notes']}\n" for each in contents if "notes" in each)
+        notes: dict[str, list[str]] = {}
+        for each in contents:
+            if "notes" in each:
+                notes.setdefault(each["notes"], []).append(f"`{each['op']}`")
+        text += "".join(f"\n{', '.join(ops)}: {note}\n" for note, ops in notes.items())
     return text
 
 

@@ -87,6 +87,13 @@ def test_marks_choose_columns_and_rows(page, tmp_path):
     assert "| y | 0.1235 |  |" in text
 
 
+def test_operators_say_a_note_of_several_files_once(page, tmp_path):
+    for op, note in (("ssd", "N."), ("dag_scan", "M."), ("ema_scan", "N.")):
+        write(tmp_path / "gpu" / f"{op}.json", {"op": op, "device": "G", "commit": "abc", "notes": note, "rows": []})
+    text = page("{{ operators */*.json }}\n", tmp_path)
+    assert "\n`dag_scan`: M.\n\n`ema_scan`, `ssd`: N.\n" in text
+
+
 def test_operators_name_what_is_not_timed(page, tmp_path):
     spread = {"median": 1.5, "p20": 1.0, "p80": 2.0}
     times = dict.fromkeys(("forward_ms", "forward_backward_ms", "forward_graph_ms"), spread)
