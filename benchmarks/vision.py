@@ -3,8 +3,9 @@
     python benchmarks/vision.py [--device cpu|cuda] [--threads 1] [--sizes 224 384 768] [--quick] [--seconds 270]
     python benchmarks/vision.py plot [--file results/DEVICE/vision.json]
 
-On a CPU: batch 8, float32, processor time. On a GPU: bfloat16 autocast, batch 128 at 224 and as many pixels at other
-sizes, wall time, plain (inference and training) and compiled (inference). TF32 is as torch sets it by default.
+On a CPU: batch 8, float32, processor time, the best of eleven. On a GPU: bfloat16 autocast, batch 128 at 224 and as
+many pixels at other sizes, wall time, plain (inference and training) and compiled (inference). TF32 is as torch sets
+it by default.
 
 The file is written after each row, what matters most first. A run of the same commit on the same device goes on where
 an earlier one stopped; `--again` starts anew. `plot` draws throughput and memory against the size of the images.
@@ -81,6 +82,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
             bf16=gpu,
             compile=compiled,
             training=not compiled,
+            repeats=3 if gpu else 10,
         )
     except torch.OutOfMemoryError:
         return {"model": name, "batch_size": batch, "image_size": size, "compile": compiled, "failed": "memory"}
